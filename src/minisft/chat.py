@@ -1,0 +1,385 @@
+"""Chat in the terminal, with a run's model or any model folder.
+
+Prompts are rendered by the module that rendered the training rows, and answers end at the trained terminators.
+Answers go to stdout, everything else to stderr, so that piped output holds answers only.
+"""
+
+import contextlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minisft.console import console, warn
+from minisft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from minisft.data.conversation import Message
+    from minisft.data.encoding import Encoder
+    from minisft.evaluation.generation import Finish, Generated, PromptCache, Sampling
+
+HELP = """/system TEXT   set the system prompt; without TEXT, show it
+/reset         begin a new conversation (the system prompt stays)
+/regen         answer the last message again
+/compare       the base model's answer to the last message beside this one's
+/save FILE     write the conversation as a ShareGPT line that `data.source` takes
+/help          this
+/exit          leave (as does Ctrl-D); Ctrl-C stops an answer
+A line that ends in \\ goes on in the next one. //text sends a message that begins with a slash."""
+# What a terminal would act on; an answer is text and nothing else.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+
+
+@dataclass
+class Session:
+    """A conversation with one model.
+
+    Args:
+        model: in eval mode.
+        encoder: renders and decodes.
+        system: the system prompt, "" for none.
+        max_new_tokens: of an answer.
+        sampling: None for greedy.
+    """
+
+    model: "PreTrainedModel"
+    encoder: "Encoder"
+    system: str = ""
+    max_new_tokens: int = 512
+    sampling: "Sampling | None" = None
+    turns: list["Message"] = field(default_factory=list)
+    cache: "PromptCache | None" = None
+
+    def messages(self) -> list["Message"]:
+        from minisft.data.conversation import Message
+
+        return [*([Message("system", self.system)] if self.system else []), *self.turns]
+
+    def reset(self) -> None:
+        self.turns = []
+
+    def fit(self) -> int:
+        """Drops the oldest exchanges until a quarter of the context (or a whole answer) is free; returns how many.
+
+        Raises:
+            UserError: the last message alone is too long.
+        """
+        from minisft.evaluation.generation import context_length
+
+        context = context_length(self.model)
+        if context is None:
+            return 0
+        dropped, reserve = 0, min(self.max_new_tokens, context // 4)
+        while (length := len(self.encoder.encode_prompt(self.messages()))) + reserve > context:
+            later = [place for place, turn in enumerate(self.turns) if place > 0 and turn.role == "user"]
+            if not later:
+                if length < context:
+                    break
+                mend = "shorten it, or the system prompt"
+                raise UserError("chat", f"{length} tokens do not fit the model's context of {context}", mend)
+            self.turns, dropped = self.turns[later[0] :], dropped + 1
+        return dropped
+
+    def answer(self, on_text: Callable[[str], bool | None]) -> "Generated":
+        """The model's answer to the conversation, which must end in a user's message; it joins the conversation.
+
+        Args:
+            on_text: called with each new piece of text; True stops the answer.
+        """
+        from minisft.data.conversation import Message
+        from minisft.evaluation.generation import PromptCache, generate
+
+        ids: list[int] = []
+        shown = ""
+
+        def note(row: int, token: int) -> bool | None:
+            nonlocal shown
+            ids.append(token)
+            text = self.encoder.decode_answer(ids)
+            if text.endswith("\ufffd"):  # in the middle of a character
+                return on_text("")
+            piece, shown = text[len(shown) :], text
+            return on_text(piece)
+
+        self.cache = self.cache or PromptCache([])
+        [generated] = generate(
+            self.model,
+            [self.encoder.encode_prompt(self.messages())],
+            stop_token_ids=self.encoder.stop_token_ids,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            on_token=note,
+            prompt_cache=self.cache,
+        )
+        text = self.encoder.decode_answer(generated.ids)
+        on_text(text[len(shown) :])
+        self.turns.append(Message("assistant", text))
+        return generated
+
+
+def chat(
+    folder: str | Path,
+    message: str | None = None,
+    system: str | None = None,
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """Talk to a model until /exit or the end of input; with `message`, print one answer.
+
+    Args:
+        folder: a run folder (its `model/`, or its newest checkpoint while it is training), a model folder or any
+            other model name.
+        message: the one message to answer.
+        system: a system prompt.
+        max_new_tokens: of an answer.
+        temperature: 0 for the likeliest token, above 0 to sample.
+        top_p: when sampling, the share of probability to draw from.
+        seed: when sampling.
+        trust_remote_code: let code from the model's folder run.
+
+    Raises:
+        UserError: there is no such model, it has no chat template, or the one message does not fit its context.
+    """
+    from minisft.evaluation.generation import Sampling
+
+    chosen, base = choose_model(str(folder))
+    sampling = Sampling(temperature, top_p, seed) if temperature > 0 else None
+    model, encoder = _load(chosen, trust_remote_code)
+    session = Session(model, encoder, system or "", max_new_tokens, sampling)
+    terminal = _Terminal(session, base, trust_remote_code)
+    if message is not None:
+        terminal.ask(message, one_shot=True)
+        return
+    warn(f"{chosen}, template {encoder.template_name}. /help lists the commands.")
+    for text in _inputs():
+        if terminal.handle(text):
+            return
+
+
+def choose_model(name: str) -> tuple[str, str | None]:
+    """The model to talk to, and the base model that it was trained from where that is known.
+
+    Raises:
+        UserError: a run folder without any model yet.
+    """
+    from minisft.runs import RunFolder, load_run
+
+    run = RunFolder(Path(name))
+    if not run.recipe.is_file():
+        return name, None
+    base = load_run(run.root).model
+    if run.is_trained():
+        return str(run.model), base
+    numbers = [p.name.partition("-")[2] for p in run.checkpoints.glob("checkpoint-*") if (p / "config.json").is_file()]
+    steps = [int(number) for number in numbers if number.isdigit()]
+    if not steps:
+        raise UserError(run.root, "this run has no model and no checkpoint yet", "train first: minisft train")
+    return str(run.checkpoints / f"checkpoint-{max(steps)}"), base
+
+
+class _Terminal:
+    """Commands and answers of one session."""
+
+    def __init__(self, session: Session, base: str | None, trust_remote_code: bool) -> None:
+        self.session, self.base, self.trust_remote_code = session, base, trust_remote_code
+        self.base_session: Session | None = None
+
+    def handle(self, text: str) -> bool:
+        """Acts on one input; True to leave."""
+        if not text.strip():
+            return False
+        if not text.startswith("/") or text.startswith("//"):
+            self.ask(text[1:] if text.startswith("//") else text)
+            return False
+        command, _, rest = text.strip().partition(" ")
+        if command == "/exit":
+            return True
+        actions = {
+            "/help": lambda: warn(HELP),
+            "/reset": self._reset,
+            "/system": lambda: self._system(rest.strip()),
+            "/regen": self._regenerate,
+            "/compare": self._compare,
+            "/save": lambda: self._save(rest.strip()),
+        }
+        action = actions.get(command)
+        if action is None:
+            warn(f"There is no command {command}; /help lists them. //text sends a message that begins with a slash.")
+        else:
+            action()
+        return False
+
+    def ask(self, text: str, one_shot: bool = False) -> None:
+        from minisft.data.conversation import Message
+
+        self.session.turns.append(Message("user", text))
+        try:
+            if dropped := self.session.fit():
+                warn(f"The context is full: the oldest {_count(dropped, 'exchange')} dropped.")
+        except UserError as error:
+            self.session.turns.pop()
+            if one_shot:
+                raise
+            warn(str(error))
+            return
+        self._answer()
+
+    def _answer(self) -> None:
+        before = len(self.session.turns)
+        with _interruptible() as interrupted:
+
+            def show(piece: str) -> bool:
+                _write(piece)
+                return interrupted()
+
+            generated = self.session.answer(show)
+        _write("\n")
+        _say_how_it_ended(generated.finish)
+        if generated.finish == "interrupted" and not generated.ids:
+            del self.session.turns[before - 1 :]
+
+    def _reset(self) -> None:
+        self.session.reset()
+        warn("A new conversation.")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.session.system = text
+        warn(f"System prompt: {self.session.system or 'none'}")
+
+    def _regenerate(self) -> None:
+        if self._nothing_to("answer again"):
+            return
+        self.session.turns.pop()
+        self._answer()
+
+    def _compare(self) -> None:
+        if self._nothing_to("compare"):
+            return
+        if self.base is None:
+            warn("The base model is known for a run folder only: minisft chat RUN.")
+            return
+        if self.base_session is None:
+            model, _ = _load(self.base, self.trust_remote_code, with_encoder=False)
+            self.base_session = Session(model, self.session.encoder, "", self.session.max_new_tokens)
+        other = self.base_session
+        other.system, other.turns = self.session.system, self.session.turns[:-1]
+        with _interruptible() as interrupted:
+            other.answer(lambda piece: interrupted())
+        _side_by_side({"base": other.turns[-1].content, "tuned": self.session.turns[-1].content})
+
+    def _save(self, name: str) -> None:
+        if not name:
+            warn("Say where: /save FILE")
+            return
+        turns = [{"from": _SHAREGPT[m.role], "value": m.content} for m in self.session.messages()]
+        try:
+            with Path(name).expanduser().open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            warn(f"{name} cannot be written: {error.strerror}")
+            return
+        warn(f"Added to {name}.")
+
+    def _nothing_to(self, what: str) -> bool:
+        if self.session.turns and self.session.turns[-1].role == "assistant":
+            return False
+        warn(f"There is nothing to {what} yet.")
+        return True
+
+
+def _load(name: str, trust_remote_code: bool, with_encoder: bool = True) -> tuple["PreTrainedModel", Any]:
+    import torch
+
+    from minisft.data.encoding import Encoder
+    from minisft.models import load_model, load_tokenizer, resolve_model
+
+    resolved = resolve_model(name, trust_remote_code)
+    gpu = torch.cuda.is_available()
+    encoder = Encoder(load_tokenizer(resolved.folder, trust_remote_code), "auto") if with_encoder else None
+    dtype = torch.bfloat16 if gpu else torch.float32
+    model = load_model(resolved.folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to("cuda" if gpu else "cpu").eval(), encoder  # type: ignore[arg-type]
+
+
+def _inputs() -> Iterator[str]:
+    """Messages from stdin; a line that ends in a backslash goes on in the next."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # arrow keys and history
+    parts: list[str] = []
+    while True:
+        try:
+            line = input(("... " if parts else "> ") if interactive else "")
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            parts = []
+            warn("\n/exit or Ctrl-D leaves.")
+            continue
+        parts.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            yield "\n".join(parts)
+            parts = []
+    if parts:
+        yield "\n".join(parts)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """While it lasts, Ctrl-C only sets a flag, which the function that it gives tells; a second one raises."""
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(_CONTROL.sub("\ufffd", text))
+    sys.stdout.flush()
+
+
+def _say_how_it_ended(finish: "Finish") -> None:
+    reasons = {
+        "length": "(cut: the answer reached --max-new-tokens)",
+        "context": "(cut: the model's context is full)",
+        "interrupted": "(stopped)",
+    }
+    if finish in reasons:
+        warn(reasons[finish])
+
+
+def _side_by_side(answers: dict[str, str]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(expand=True)
+    for name in answers:
+        table.add_column(name, ratio=1)
+    table.add_row(*(Text(_CONTROL.sub("\ufffd", text)) for text in answers.values()))
+    console.print(table)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{noun} was" if number == 1 else f"{number} {noun}s were"

@@ -1,0 +1,270 @@
+"""The command line: one function a verb. What is heavy is imported inside them, so that --help is instant."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minisft import __version__
+from minisft.errors import UserError
+
+if TYPE_CHECKING:
+    from minisft.recipe import Recipe
+    from minisft.runs import RunFolder
+
+Arguments = argparse.Namespace
+
+_WORDS_HELP = "then keys of the recipe to change, such as training.epochs=3"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can mend it, 1 anything else."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"minisft {__version__}")
+        return 0
+    verb = VERBS.get(words[0])
+    try:
+        if verb is None:
+            raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
+        return verb.run(verb.parser(words[0]).parse_intermixed_args(words[1:])) or 0
+    except UserError as error:
+        print(f"minisft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minisft: stopped", file=sys.stderr)
+        return 1
+
+
+# --- verbs ------------------------------------------------------------------------------------------------
+
+
+def prepare(arguments: Arguments) -> None:
+    from minisft.runs import open_run
+
+    recipe = _load(arguments)
+    with open_run(recipe, force=arguments.force, prepares_only=True):
+        _prepare(recipe)
+
+
+def train(arguments: Arguments) -> None:
+    from minisft.training.launch import adopt_slurm, is_joined
+
+    adopt_slurm()
+    recipe = _load(arguments)
+    if is_joined():
+        _train_joined(recipe, force=arguments.force, resume=arguments.resume)
+    else:
+        run = _train(recipe, force=arguments.force, resume=arguments.resume)
+        _say_what_next(run)
+
+
+def evaluate(arguments: Arguments) -> None:
+    recipe = _recipe_or_run(arguments)
+    _evaluate(recipe)
+
+
+def chat(arguments: Arguments) -> None:
+    from minisft.chat import chat as start_chat
+
+    folder, *overrides = arguments.words
+    path = Path(folder)
+    if path.suffix in (".yaml", ".yml"):
+        path = Path(_load(arguments).output)
+    elif overrides:
+        raise UserError(overrides[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
+    start_chat(path, message=arguments.message, system=arguments.system)
+
+
+def demo(arguments: Arguments) -> None:
+    from minisft.demo import show_demo
+    from minisft.recipe import load_recipe
+    from minisft.runs import RunFolder, is_same_run
+
+    recipe = load_recipe(built_in_recipe("demo"), arguments.words)
+    run = RunFolder(Path(recipe.output))
+    if not arguments.force and is_same_run(run, recipe) and run.is_trained():
+        print(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
+    else:
+        resume = not arguments.force and is_same_run(run, recipe) and run.has_begun()
+        _train(recipe, force=arguments.force, resume=resume)
+    _evaluate(recipe)
+    show_demo(run.root)
+
+
+# --- what verbs share -------------------------------------------------------------------------------------
+
+
+def _load(arguments: Arguments) -> "Recipe":
+    from minisft.recipe import load_recipe
+
+    path, *overrides = arguments.words
+    return load_recipe(Path(path), overrides)
+
+
+def _recipe_or_run(arguments: Arguments) -> "Recipe":
+    """Read the recipe, or that of the run folder given in its place; overrides hold for both."""
+    from minisft.recipe import load_recipe
+    from minisft.runs import load_run
+
+    path, *overrides = arguments.words
+    if Path(path).is_dir():
+        load_run(Path(path))  # says so where it is no run
+        return load_recipe(Path(path) / "recipe.yaml", [f"output={path}", *overrides])
+    return _load(arguments)
+
+
+def _prepare(recipe: "Recipe") -> None:
+    from minisft.console import say
+    from minisft.data.preparation import prepare as prepare_data
+    from minisft.models import load_tokenizer, resolve_model
+
+    resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=False)
+    say(f"model {resolved}")
+    prepare_data(recipe, load_tokenizer(resolved.folder, recipe.trust_remote_code))
+
+
+def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
+    from minisft.console import say
+    from minisft.report.curves import draw_curves
+    from minisft.runs import open_run
+    from minisft.training.checkpoints import latest_resumable
+    from minisft.training.train import refuse_impossible
+    from minisft.training.train import train as start_training
+
+    refuse_impossible(recipe)
+    with open_run(recipe, force=force, resume=resume) as run:
+        _prepare(recipe)
+        checkpoint = latest_resumable(run.checkpoints) if resume else None
+        if resume:
+            say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: from the beginning")
+        start_training(recipe, run, checkpoint)
+    draw_curves(run.root)
+    return run
+
+
+def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
+    """Train as one process of a launch under way: the first prepares, the others wait for it."""
+    from minisft.runs import RunFolder, open_run
+    from minisft.training.checkpoints import latest_resumable
+    from minisft.training.launch import join, world_size
+    from minisft.training.train import refuse_impossible, train_in_this_process
+
+    recipe = replace(recipe, training=replace(recipe.training, processes=world_size()))
+    refuse_impossible(recipe)
+    run = RunFolder(Path(recipe.output))
+    with contextlib.ExitStack() as held:
+        with join(recipe.training.strategy) as first:
+            if first:
+                held.enter_context(open_run(recipe, force=force, resume=resume))
+                _prepare(recipe)
+        train_in_this_process(recipe, run, latest_resumable(run.checkpoints) if resume else None)
+
+
+def _evaluate(recipe: "Recipe") -> None:
+    from minisft.evaluation.evaluate import evaluate as score_checkpoints
+    from minisft.report.curves import draw_curves
+
+    score_checkpoints(recipe, Path(recipe.output), draw=draw_curves)
+
+
+def _say_what_next(run: "RunFolder") -> None:
+    from minisft.console import say
+
+    say(f"trained: {run.model} (checkpoints beside it, curve in {run.root / 'evaluation' / 'loss.png'})")
+    say(f"next: minisft evaluate {run.root}    or: minisft chat {run.root}")
+
+
+def built_in_recipe(name: str) -> Path:
+    """Return a recipe that comes with MiniSFT: inside the installed package, or at the root of a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parents[1] / "recipes"):
+        if (folder / f"{name}.yaml").exists():
+            return folder / f"{name}.yaml"
+    raise UserError(name, "the built-in recipe is missing", "install MiniSFT again")
+
+
+# --- parsers ----------------------------------------------------------------------------------------------
+
+
+class Verb:
+    """A verb with its help; `options` are small functions that add options to a parser."""
+
+    def __init__(
+        self, run: Callable[[Arguments], None], summary: str, words: str, *options: Callable[["_Parser"], None]
+    ) -> None:
+        self.run: Callable[[Arguments], int | None] = run
+        self.summary = summary
+        self.words = words
+        self.options = options
+
+    def parser(self, name: str) -> "_Parser":
+        parser = _Parser(
+            prog=f"minisft {name}",
+            usage=f"minisft {name} {self.words + ' ' if self.words else ''}[key=value ...] [options]",
+            description=self.summary,
+        )
+        nargs = "+" if self.words else "*"
+        parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=_WORDS_HELP)
+        for option in self.options:
+            option(parser)
+        return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(self.prog, message, f"see `{self.prog} --help`")
+
+
+def _chat_options(parser: _Parser) -> None:
+    parser.add_argument("--message", metavar="TEXT", help="print the answer to this message and end")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt")
+
+
+def _force(parser: _Parser) -> None:
+    parser.add_argument("--force", action="store_true", help="delete the run that the output folder holds")
+
+
+def _resume(parser: _Parser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+
+
+VERBS = {
+    "demo": Verb(demo, "the main job on the built-in recipe: fine-tune, score, show answers", "", _force),
+    "prepare": Verb(prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", _force),
+    "train": Verb(train, "train a recipe: vanilla or ZeRO-1/2/3, one process or many", "RECIPE.yaml", _resume, _force),
+    "evaluate": Verb(evaluate, "generate with and score the base model and every checkpoint", "RUN|RECIPE.yaml"),
+    "chat": Verb(chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", _chat_options),
+}
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "MiniSFT: supervised fine-tuning with exact tokens, exact loss and every checkpoint scored",
+            "",
+            "usage: minisft VERB RECIPE.yaml [key=value ...]",
+            "",
+            *lines,
+            "",
+            "`minisft VERB --help` explains each. A first result: `minisft demo`.",
+        ]
+    )
+
+
+def _nearest_verb(word: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(word, VERBS, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"use one of {', '.join(VERBS)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The one type that every source becomes."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+JOIN = "\n\n"  # between two messages of a role, and between a system prompt and what it is put before
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that an assistant makes.
+
+    Args:
+        name: the function's name.
+        arguments: its arguments as a JSON text.
+        id: the call's identifier where the data has one.
+        source: the call as the data spells it, where it is kept as text.
+    """
+
+    name: str
+    arguments: str
+    id: str = ""
+    source: str = ""
+
+    @property
+    def text(self) -> str:
+        """The call as plain text, for templates without a form of their own for calls."""
+        if self.source:
+            return self.source
+        return json.dumps({"name": self.name, "arguments": parsed_or_text(self.arguments)}, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Args:
+        role: one of ROLES.
+        content: the text; calls and reasoning are kept apart.
+        supervised: whether an assistant's message is to be learned; no other role ever is.
+        tool_calls: the calls that an assistant's message makes.
+        name: the tool's (or speaker's) name, where the data has one.
+        reasoning: an assistant's reasoning, where the data keeps it apart.
+        call_id: on a tool's message, the id of the call that it answers.
+    """
+
+    role: str
+    content: str
+    supervised: bool = True
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    reasoning: str = ""
+    call_id: str = ""
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role {self.role!r} is none of {', '.join(ROLES)}")
+
+    @property
+    def text(self) -> str:
+        """Content and calls as one plain text."""
+        if not self.tool_calls:
+            return self.content
+        parts = [self.content] if self.content else []
+        return "\n".join(parts + [call.text for call in self.tool_calls])
+
+    @property
+    def is_answer(self) -> bool:
+        return self.role == "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation with its place in the source.
+
+    Args:
+        messages: the turns in order.
+        id: the row's own id, or its location where it has none.
+        location: "file:line" or "split:index", for every message about the row.
+        tools: the functions on offer as a JSON list, or "".
+    """
+
+    messages: tuple[Message, ...]
+    id: str = ""
+    location: str = ""
+    tools: str = ""
+
+    @property
+    def answers(self) -> tuple[Message, ...]:
+        return tuple(message for message in self.messages if message.is_answer)
+
+    def supervise(self, train_on: str) -> "Conversation":
+        """The same conversation with only the last answer supervised where `train_on` is "last"."""
+        if train_on != "last":
+            return self
+        last = max((i for i, message in enumerate(self.messages) if message.is_answer), default=-1)
+        messages = tuple(
+            replace(message, supervised=False) if message.is_answer and i != last else message
+            for i, message in enumerate(self.messages)
+        )
+        return replace(self, messages=messages)
+
+
+def join_runs(messages: Sequence[Message]) -> list[Message]:
+    """Same-role runs joined by an empty line, as mistral-common joins them; tools' results stay apart."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1].role == message.role and message.role != "tool":
+            joined[-1] = _joined(joined[-1], message)
+        else:
+            joined.append(message)
+    return joined
+
+
+def _joined(first: Message, second: Message) -> Message:
+    return replace(
+        first,
+        content=JOIN.join(text for text in (first.content, second.content) if text),
+        tool_calls=first.tool_calls + second.tool_calls,
+        supervised=first.supervised and second.supervised,
+    )
+
+
+def parsed_or_text(text: str) -> Any:
+    """The JSON value that a text spells, or the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def message_from_row(row: Mapping[str, Any]) -> Message:
+    """A message from a dataset row's `messages` entry, as `message_to_row` made it (or any role/content pair)."""
+    calls = json.loads(row.get("tool_calls") or "[]")
+    return Message(
+        role=row["role"],
+        content=row["content"],
+        supervised=row.get("supervised", True),
+        tool_calls=tuple(ToolCall(**call) for call in calls),
+        name=row.get("name") or "",
+        reasoning=row.get("reasoning") or "",
+        call_id=row.get("call_id") or "",
+    )
+
+
+def messages_from_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
+    return tuple(message_from_row(row) for row in rows)
+
+
+def calls_to_text(calls: Sequence[ToolCall]) -> str:
+    """Calls as a JSON text for a dataset column; "" for none."""
+    if not calls:
+        return ""
+    fields = [{"name": call.name, "arguments": call.arguments, "id": call.id, "source": call.source} for call in calls]
+    return json.dumps(fields, ensure_ascii=False)

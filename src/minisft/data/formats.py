@@ -1,0 +1,367 @@
+"""ShareGPT, messages, Alpaca and prompt-completion rows to conversations, and what is wrong with those that are not."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from minisft.data.conversation import Conversation, Message, ToolCall, join_runs
+from minisft.data.sources import DUPLICATE
+
+FORMATS = ("sharegpt", "messages", "alpaca", "prompt_completion")
+_ROLE_NAMES = {
+    "system": ("system", "developer"),
+    "user": ("human", "user"),
+    "assistant": ("gpt", "chatgpt", "assistant", "bing", "bard", "model", "bot"),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
+    "call": ("function_call", "tool_call"),
+}
+_ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
+_TRAIN_FLAGS = ("weight", "train", "loss", "trainable")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+class RowError(Exception):
+    """A row that is no conversation to learn from.
+
+    Args:
+        reason: the ledger's name for it.
+        what: what is wrong, for people.
+        mend: how to mend it.
+    """
+
+    def __init__(self, reason: str, what: str, mend: str) -> None:
+        self.reason, self.what, self.mend = reason, what, mend
+        super().__init__(reason, what, mend)
+
+
+def detect_format(row: Any) -> str | None:
+    """The format of a row by its keys, or None."""
+    if not isinstance(row, Mapping):
+        return None
+    if "conversations" in row or "conversation" in row:
+        return "sharegpt"
+    if "messages" in row:
+        return "messages"
+    if "instruction" in row and ("output" in row or "response" in row):
+        return "alpaca"
+    if "prompt" in row and ("completion" in row or "response" in row):
+        return "prompt_completion"
+    return None
+
+
+def to_conversation(row: Any, location: str, format: str) -> Conversation:
+    """A conversation of the row, in order or not (see `check_order`).
+
+    Raises:
+        RowError: the row has not the keys and types of its format.
+    """
+    if isinstance(row, ValueError):
+        raise not_json(row)
+    if not isinstance(row, Mapping):
+        raise RowError("not_an_object", f"the row is {_kind(row)}, no object", "write an object with the conversation")
+    _refuse_duplicates(row)
+    messages = _READERS[format](row)
+    system = row.get("system")
+    if isinstance(system, str) and system and format != "messages":
+        messages = [Message("system", _clean(system, "the system column")), *messages]
+    if not messages:
+        raise RowError("empty_conversation", "the conversation has no turns", "give it a question and an answer")
+    identity = row.get("id")
+    name = location if identity is None or isinstance(identity, Mapping | list) else str(identity)
+    return Conversation(tuple(messages), name, location, _tools(row.get("tools")))
+
+
+def not_json(error: ValueError) -> RowError:
+    """What is wrong with a row that is no JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return RowError("wrong_encoding", f"not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8")
+    return RowError("not_json", f"not JSON: {error}", "mend the line; a JSON checker shows the place")
+
+
+# --- the formats ------------------------------------------------------------------------------------------
+
+
+def _read_sharegpt(row: Mapping[str, Any]) -> list[Message]:
+    return _turns(row, "conversation" if "conversation" in row and "conversations" not in row else "conversations")
+
+
+def _read_messages(row: Mapping[str, Any]) -> list[Message]:
+    return _turns(row, "messages")
+
+
+def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
+    messages: list[Message] = []
+    for pair in _listed(row.get("history"), "history"):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowError("content_not_text", "history is no list of pairs", "write [[question, answer], ...]")
+        messages += [Message("user", _text(pair[0], "history")), Message("assistant", _text(pair[1], "history"))]
+    instruction = _text(_required(row, "instruction"), "instruction")
+    extra = row.get("input")
+    if extra is not None and extra != "":
+        instruction = f"{instruction}\n{_text(extra, 'input')}" if instruction else _text(extra, "input")
+    answer = _required(row, "output" if "output" in row else "response")
+    return [*messages, Message("user", instruction), Message("assistant", _text(answer, "output"))]
+
+
+def _read_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
+    prompt = _required(row, "prompt")
+    completion = _required(row, "completion" if "completion" in row else "response")
+    before = _turn_list(prompt, "prompt") if isinstance(prompt, list) else [Message("user", _text(prompt, "prompt"))]
+    if isinstance(completion, list):
+        after = _turn_list(completion, "completion")
+    else:
+        after = [Message("assistant", _text(completion, "completion"))]
+    return [*(replace(m, supervised=False) for m in before), *after]
+
+
+_READERS = {
+    "sharegpt": _read_sharegpt,
+    "messages": _read_messages,
+    "alpaca": _read_alpaca,
+    "prompt_completion": _read_prompt_completion,
+}
+
+
+def _turns(row: Mapping[str, Any], key: str) -> list[Message]:
+    return _turn_list(_required(row, key), key)
+
+
+def _turn_list(turns: Any, key: str) -> list[Message]:
+    if not isinstance(turns, list):
+        raise RowError("content_not_text", f"{key!r} is {_kind(turns)}, no list", "write a list of turns")
+    return [_message(turn, number) for number, turn in enumerate(turns, 1)]
+
+
+def _message(turn: Any, number: int) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RowError("content_not_text", f"turn {number} is {_kind(turn)}, no object", "write {from, value} objects")
+    if DUPLICATE in turn:
+        _refuse_duplicates(turn)
+    name = turn.get("from", turn.get("role"))
+    if name is None:
+        raise RowError("missing_keys", f"turn {number} has no 'from' or 'role'", "say who speaks")
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        known = ", ".join(_ROLES)
+        raise RowError("unknown_role", f"turn {number} has the unknown role {name!r}", f"use one of {known}")
+    if "value" not in turn and "content" not in turn and not turn.get("tool_calls"):
+        raise RowError("missing_keys", f"turn {number} has no 'value' or 'content'", "give it a text")
+    content = turn.get("value", turn.get("content"))
+    where = f"turn {number}"
+    if len(turn) == 2 and role != "call" and type(content) is str:  # the usual case, fast
+        return Message(role, _clean(content, where))
+    return _full_message(turn, role, content, where)
+
+
+def _full_message(turn: Mapping[str, Any], role: str, content: Any, where: str) -> Message:
+    calls = tuple(_call(call, where) for call in _listed(turn.get("tool_calls"), f"{where}'s tool_calls"))
+    if content is None and calls:
+        content = ""
+    text = _text(content, where)
+    if role == "call":
+        parsed = _call_of_text(text)
+        role, text, calls = "assistant", "" if parsed else text, parsed or calls
+    reasoning = next((turn[key] for key in _REASONING_KEYS if isinstance(turn.get(key), str)), "")
+    name, call_id = turn.get("name"), turn.get("tool_call_id")
+    return Message(
+        role,
+        text,
+        supervised=all(_is_set(turn[flag]) for flag in _TRAIN_FLAGS if turn.get(flag) is not None),
+        tool_calls=calls,
+        name=name if isinstance(name, str) else "",
+        reasoning=_clean(reasoning, where),
+        call_id=call_id if isinstance(call_id, str) else "",
+    )
+
+
+def _call(call: Any, where: str) -> ToolCall:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowError(
+            "bad_tool_call", f"{where} has a call without a function's name", "write {function: {name, ...}}"
+        )
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    identity = call.get("id")
+    return ToolCall(function["name"], _clean(arguments, where), identity if isinstance(identity, str) else "")
+
+
+def _call_of_text(text: str) -> tuple[ToolCall, ...]:
+    """The call that a function_call turn spells as JSON, or none; it stays spelled as it is."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return ()
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("name"), str) or set(parsed) > {"name", "arguments"}:
+        return ()
+    arguments = parsed.get("arguments", {})
+    as_text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return (ToolCall(parsed["name"], as_text, source=text),)
+
+
+# --- values -----------------------------------------------------------------------------------------------
+
+
+def _required(row: Mapping[str, Any], key: str) -> Any:
+    if key not in row:
+        raise RowError("missing_keys", f"there is no key {key!r} (keys: {_keys(row)})", f"give the row {key!r}")
+    if row[key] is None:
+        raise RowError("null_content", f"{key!r} is null", "give it a value or remove the row")
+    return row[key]
+
+
+def _listed(value: Any, where: str) -> list[Any]:
+    """A value that is a list, or null for an empty one."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise RowError("content_not_text", f"{where} is {_kind(value)}, no list", "write a list")
+    return value
+
+
+def _is_set(flag: Any) -> bool:
+    """Whether a train flag says yes; data sets write true, 1, 1.0 and their texts."""
+    if isinstance(flag, str):
+        return flag.strip().lower() not in ("", "0", "0.0", "false", "no")
+    return bool(flag)
+
+
+def _text(value: Any, where: str) -> str:
+    """A content as text: a string, or text parts joined.
+
+    Raises:
+        RowError: it is neither.
+    """
+    if isinstance(value, str):
+        return _clean(value, where)
+    if value is None:
+        raise RowError("null_content", f"{where} has the content null", "give it a text or remove the row")
+    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
+        return "".join(_text(part.get("text"), where) for part in value)
+    what = f"{where} has a content that is {_kind(value)}, no text"
+    raise RowError("content_not_text", what, "give it a string (or a list of text parts)")
+
+
+def _clean(text: str, where: str) -> str:
+    if "\0" in text:
+        raise RowError("nul_character", f"{where} holds a NUL character", "remove it (invalid: repair does)")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            mend = "write the character whole (invalid: repair puts U+FFFD)"
+            raise RowError("lone_surrogate", f"{where} holds half a character (a lone surrogate)", mend) from None
+    return text
+
+
+def _tools(value: Any) -> str:
+    """The functions on offer as a JSON list, or "" for none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowError("bad_tools", "'tools' is a text that is no JSON", "write a JSON list of tools") from None
+    if not value or not isinstance(value, list | dict):
+        return ""
+    return _clean(json.dumps(value if isinstance(value, list) else [value], ensure_ascii=False), "tools")
+
+
+def _refuse_duplicates(row: Mapping[str, Any]) -> None:
+    if DUPLICATE in row:
+        raise RowError("duplicate_key", f"the key {row[DUPLICATE]!r} stands there twice", "keep one of them")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _keys(row: Mapping[str, Any]) -> str:
+    names = [str(key) for key in row][:8]
+    return ", ".join(names) or "none"
+
+
+# --- order ------------------------------------------------------------------------------------------------
+
+_FOLLOWERS = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Check that the turns are a conversation from a user's question to an answer.
+
+    Raises:
+        RowError: they are not; the first thing wrong is named.
+    """
+    previous = ""
+    for number, message in enumerate(messages, 1):
+        if message.role not in _FOLLOWERS[previous]:
+            raise _order_error(previous, message.role, number)
+        if message.role == "assistant" and not message.content.strip() and not message.tool_calls:
+            raise RowError("empty_answer", f"turn {number} is an empty answer", "give the answer or remove the row")
+        previous = message.role
+    if previous != "assistant":
+        raise RowError(
+            "unanswered_end", f"it ends with the {previous}'s turn", "add the answer or remove that turn (repair does)"
+        )
+    if not any(message.is_answer and message.supervised for message in messages):
+        raise RowError("nothing_supervised", "no answer of it is to be learned", "set train, weight or loss of one")
+
+
+def _order_error(previous: str, role: str, number: int) -> RowError:
+    if role == previous:
+        mend = "join the two or add what is missing between them (invalid: repair joins them)"
+        return RowError("same_role_twice", f"turn {number} is the {role}'s again", mend)
+    if role == "system":
+        return RowError("system_not_first", f"turn {number} is a system prompt", "put the system prompt first")
+    if previous in ("", "system"):
+        mend = "begin with the user's turn (invalid: repair trims what stands before)"
+        return RowError("starts_without_user", f"it starts with the {role}'s turn", mend)
+    return RowError("out_of_order", f"turn {number} is the {role}'s after the {previous}'s", "add what is missing")
+
+
+def repair(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """Join same-role runs, trim leading answers and unanswered ends.
+
+    Returns the messages and the names of what was done; whether they are in order now is for `check_order`.
+    """
+    done: dict[str, None] = {}
+    kept = list(messages)
+    system = [m for m in kept if m.role == "system"] if kept and kept[0].role == "system" else []
+    lead = next((i for i, m in enumerate(kept) if m.role != "system"), len(kept))
+    first = next((i for i, m in enumerate(kept) if m.role == "user"), len(kept))
+    if first > lead and system:
+        kept, done["leading_answers_trimmed"] = kept[:lead] + kept[first:], None
+    elif first > lead:
+        kept, done["leading_answers_trimmed"] = kept[first:], None
+    last = max((i for i, m in enumerate(kept) if _is_full_answer(m)), default=-1)
+    if last + 1 < len(kept):
+        kept, done["unanswered_end_trimmed"] = kept[: last + 1], None
+    joined = join_runs(kept)
+    if len(joined) < len(kept):
+        done["same_role_joined"] = None
+    return tuple(joined), tuple(done)
+
+
+def _is_full_answer(message: Message) -> bool:
+    return message.is_answer and bool(message.content.strip() or message.tool_calls)
+
+
+def repair_characters(value: Any) -> Any:
+    """A row without NUL characters and with U+FFFD for lone surrogates."""
+    if isinstance(value, str):
+        return value.replace("\0", "").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    if isinstance(value, list):
+        return [repair_characters(item) for item in value]
+    if isinstance(value, dict):
+        return {key: repair_characters(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,144 @@
+"""What became of every row and token."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+SHOWN = 20  # problems shown with their place; all are counted
+PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that is not kept, and why."""
+
+    location: str
+    reason: str
+    what: str
+    mend: str
+    repairable: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.what}; {self.mend}"
+
+
+@dataclass
+class Tally:
+    """Counts of some rows, to be added up.
+
+    Attributes:
+        counts: under "rows", "skipped", "repaired", "roles", "findings", "overflow", "tokens", "turns",
+            a counter each.
+        problems: the first SHOWN, in order.
+        repairable: how many rows with problems `invalid: repair` would keep.
+    """
+
+    counts: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    problems: list[Problem] = field(default_factory=list)
+    repairable: int = 0
+
+    def add(self, section: str, name: str, number: int = 1) -> None:
+        self.counts[section][name] += number
+
+    def skip(self, problem: Problem) -> None:
+        self.add("skipped", problem.reason)
+        self.repairable += problem.repairable
+        if len(self.problems) < SHOWN:
+            self.problems.append(problem)
+
+    def merge(self, other: "Tally") -> None:
+        for section, counter in other.counts.items():
+            self.counts[section].update(counter)
+        self.problems.extend(other.problems[: SHOWN - len(self.problems)])
+        self.repairable += other.repairable
+
+    def section(self, name: str) -> dict[str, int]:
+        return dict(sorted(self.counts[name].items(), key=lambda item: (-item[1], item[0])))
+
+    def count(self, section: str, name: str) -> int:
+        return self.counts[section][name]
+
+    @property
+    def skipped(self) -> int:
+        return sum(self.counts["skipped"].values())
+
+
+def make_ledger(tally: Tally, lengths: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The ledger of a preparation.
+
+    Args:
+        tally: the counts over all rows.
+        lengths: tokens per row of "train" and "test".
+        facts: what else is to be recorded.
+    """
+    train, test = len(lengths["train"]), len(lengths["test"])
+    rows = {
+        "read": tally.count("rows", "read"),
+        "kept": train + test,
+        "skipped": tally.skipped,
+        "train": train,
+        "test": test,
+    }
+    tokens = {name: tally.count("tokens", name) for name in ("rendered", "kept", "cut", "supervised")}
+    assert rows["read"] == rows["kept"] + rows["skipped"], "every row read is kept or skipped"
+    assert tokens["rendered"] == tokens["kept"] + tokens["cut"], "every token rendered is kept or cut"
+    both = np.concatenate([lengths["train"], lengths["test"]])
+    return {
+        "rows": rows,
+        "skipped": tally.section("skipped"),
+        "repaired": tally.section("repaired"),
+        "tokens": tokens,
+        "turns": tally.section("turns"),
+        "overflow": tally.section("overflow"),
+        "findings": tally.section("findings"),
+        "lengths": _lengths(both),
+        **facts,
+    }
+
+
+def _lengths(lengths: np.ndarray) -> dict[str, Any]:
+    if not len(lengths):
+        return {}
+    points = np.percentile(lengths, PERCENTILES, method="nearest").astype(int).tolist()
+    edges = [0, *(2**power for power in range(4, int(lengths.max()).bit_length() + 1))]
+    counts, _ = np.histogram(lengths, bins=[*edges, np.inf]) if len(edges) > 1 else ([len(lengths)], None)
+    return {
+        "percentiles": {str(name): point for name, point in zip(PERCENTILES, points, strict=True)},
+        "histogram": {str(edge): int(count) for edge, count in zip(edges, counts, strict=False) if count},
+        "padding_share": _padding_share(lengths),
+    }
+
+
+def _padding_share(lengths: np.ndarray, batch: int = 8) -> float:
+    """The share of padding that batches of eight, padded to their longest row in reading order, would have."""
+    padded = sum(int(lengths[i : i + batch].max()) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
+    return round(1 - float(lengths.sum()) / padded, 4) if padded else 0.0
+
+
+def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
+    """The ledger as a short table."""
+    rows, tokens = ledger["rows"], ledger["tokens"]
+    share = tokens["supervised"] / tokens["kept"] if tokens["kept"] else 0.0
+    lines = [
+        f"rows       {rows['read']:,} read = {rows['train']:,} train + {rows['test']:,} test "
+        f"+ {rows['skipped']:,} skipped",
+        f"tokens     {tokens['rendered']:,} rendered = {tokens['kept']:,} kept + {tokens['cut']:,} cut; "
+        f"{tokens['supervised']:,} supervised ({share:.0%})",
+    ]
+    for title in ("skipped", "repaired", "turns", "overflow", "findings"):
+        if ledger.get(title):
+            listed = ", ".join(f"{name} {number:,}" for name, number in ledger[title].items())
+            lines.append(f"{title:<10} {listed}")
+    if ledger.get("lengths"):
+        points = ledger["lengths"]["percentiles"]
+        lines.append("lengths    " + ", ".join(f"{name}%: {points[name]:,}" for name in ("5", "50", "95", "100")))
+        overlap = ledger["overlap"]
+        lines.append(
+            f"doubles    {ledger['duplicates']:,} rows repeat another; of {overlap['test_ngrams']:,} "
+            f"{overlap['ngram']}-token pieces of test answers {overlap['also_in_train']:,} are in train answers too"
+        )
+        lines.append(f"padding    {ledger['lengths']['padding_share']:.0%} of a padded batch of 8 would be padding")
+    return lines

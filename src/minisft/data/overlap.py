@@ -1,0 +1,69 @@
+"""How much of the test answers stands in the train answers, word for word."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+NGRAM = 13  # tokens, as in the contamination report of the GPT-3 paper (appendix C)
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_MOST = 1_000_000  # n-grams of test rows looked for; of more, a share chosen by their hashes
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, offsets of some rows
+
+
+def overlap_report(train: Iterable[Part], test: Iterable[Part], test_tokens: int) -> dict[str, Any]:
+    """How many of the answers' n-grams of the test rows are also in an answer of a train row.
+
+    Args:
+        train: the train rows in parts.
+        test: the test rows in parts.
+        test_tokens: how many tokens the test rows have, for the choice of a sample.
+    """
+    every = np.uint64(max(1, test_tokens // _MOST))
+    hashes, rows = _test_ngrams(test, every)
+    wanted = np.unique(hashes)
+    found = np.zeros(len(wanted), dtype=bool)
+    for ids, labels, _ in train if len(wanted) else ():
+        there = _sample(_ngrams(ids, labels)[0], every)
+        places = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)
+        found[places[wanted[places] == there]] = True
+    hit = found[np.searchsorted(wanted, hashes)] if len(wanted) else np.zeros(0, dtype=bool)
+    per_row = np.bincount(rows, minlength=1)
+    hits_per_row = np.bincount(rows, weights=hit, minlength=len(per_row))
+    return {
+        "ngram": NGRAM,
+        "test_ngrams": len(hashes),
+        "also_in_train": int(hit.sum()),
+        "test_rows_half_in_train": int(((hits_per_row * 2 >= per_row) & (per_row > 0)).sum()),
+    }
+
+
+def _test_ngrams(parts: Iterable[Part], every: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+    hashes, rows, base = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
+    for ids, labels, offsets in parts:
+        made, starts = _ngrams(ids, labels)
+        kept = made % every == 0
+        hashes.append(made[kept])
+        rows.append(np.searchsorted(offsets, starts[kept], side="right") - 1 + base)
+        base += len(offsets) - 1
+    return np.concatenate(hashes), np.concatenate(rows)
+
+
+def _sample(hashes: np.ndarray, every: np.uint64) -> np.ndarray:
+    return hashes if every == 1 else hashes[hashes % every == 0]
+
+
+def _ngrams(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes and places of the n-grams that lie wholly in one answer (between two answers stands a prompt)."""
+    count = len(ids) - NGRAM + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    supervised = np.concatenate([[0], np.cumsum(labels >= 0)])
+    starts = np.flatnonzero(supervised[NGRAM:] - supervised[:-NGRAM] == NGRAM)
+    tokens = ids.astype(np.uint64)
+    hashes = np.zeros(len(starts), dtype=np.uint64)
+    for k in range(NGRAM):
+        hashes = (hashes + tokens[starts + k] + np.uint64(1)) * _MULTIPLIER
+        hashes ^= hashes >> np.uint64(29)
+    return hashes, starts

@@ -1,0 +1,298 @@
+"""Conversation to runs of text and control tokens, with the answers marked, and the prompt-only twin.
+
+The same code renders for training, evaluation and chat. A run is a text that is encoded on its own, or one control
+token: content is always text, so nothing that a user types becomes a control token, and an answer always starts a
+new run, so the prompt is an id prefix of the training row.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from minisft.data.conversation import JOIN, Message, join_runs
+from minisft.data.templates import MistralTemplate, TurnTemplate, with_tools
+
+# How a run stands in the whole text. It matters to tokenizers that put a space before a text.
+START, AFTER_CONTROL, CONTINUE = 0, 1, 2
+
+
+class Run(NamedTuple):
+    """A text to encode on its own, or (where `control` is not -1) one control token.
+
+    `context` is START, AFTER_CONTROL or CONTINUE; `answer` says whether an answer's text or end stands in it.
+    """
+
+    text: str
+    control: int
+    supervised: bool
+    context: int
+    answer: bool
+
+
+class Answer(NamedTuple):
+    """Where an answer lies: runs[start:end], the terminator being the last; `text` is what they must decode to."""
+
+    message: int
+    start: int
+    end: int
+    text: str
+    terminated: bool
+
+
+@dataclass(slots=True)
+class Rendered:
+    """A conversation as runs; `findings` names what the template did to it that the user should know."""
+
+    runs: list[Run]
+    answers: list[Answer]
+    findings: list[str]
+
+
+class RefusedError(Exception):
+    """A conversation that the template cannot render faithfully; `reason` is the ledger's name for it."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        self.reason = reason
+        self.what = what
+        super().__init__(reason, what)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control token as the splitting of a template's text sees it."""
+
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+class MarkerSplitter:
+    """Splits a template's own text at the control tokens that it spells, as the tokenizer would."""
+
+    def __init__(self, controls: Mapping[str, Control]) -> None:
+        self.controls = dict(controls)
+        longest_first = sorted((name for name in controls if name), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._memo: dict[str, list[str | int]] = {}
+
+    def split(self, text: str) -> list[str | int]:
+        """Texts and control ids in order; remembered, as a template writes few different texts."""
+        segments = self._memo.get(text)
+        if segments is None:
+            segments = self._split(text)
+            if len(self._memo) < 4096:
+                self._memo[text] = segments
+        return segments
+
+    def _split(self, text: str) -> list[str | int]:
+        segments: list[str | int] = []
+        position = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            control = self.controls[match.group()]
+            before = text[position : match.start()]
+            segments.append(before.rstrip() if control.lstrip else before)
+            segments.append(control.id)
+            position = match.end()
+            if control.rstrip:
+                position += len(text) - position - len(text[position:].lstrip())
+        segments.append(text[position:])
+        return [segment for segment in segments if segment != ""]
+
+
+class RunBuilder:
+    """Collects runs: adjoining texts are joined, and a control token or a boundary ends a run."""
+
+    __slots__ = ("_buffer", "_context", "_start", "answers", "runs", "splitter")
+
+    def __init__(self, splitter: MarkerSplitter) -> None:
+        self.splitter = splitter
+        self.runs: list[Run] = []
+        self.answers: list[Answer] = []
+        self._buffer: list[str] = []
+        self._context = START
+        self._start = 0
+
+    def template(self, text: str, supervised: bool = False, answer: bool = False) -> None:
+        """Add text of the template, in which control tokens are recognised."""
+        for segment in self.splitter.split(text):
+            if isinstance(segment, int):
+                self.flush(supervised, answer)
+                self.runs.append(Run("", segment, supervised, 0, answer))
+                self._context = AFTER_CONTROL
+            else:
+                self._buffer.append(segment)
+
+    def content(self, text: str) -> None:
+        """Add text of the conversation, which is never a control token."""
+        self._buffer.append(text)
+
+    def flush(self, supervised: bool = False, answer: bool = False) -> None:
+        if self._buffer:
+            text = "".join(self._buffer)
+            self._buffer.clear()
+            if text:
+                self.runs.append(Run(text, -1, supervised, self._context, answer))
+                self._context = CONTINUE
+
+    def apart(self) -> None:
+        """End the run; the next text is encoded as if it stood alone."""
+        self.flush()
+        self._context = START
+
+    def open_answer(self) -> None:
+        self.flush()
+        self._start = len(self.runs)
+
+    def close_answer(self, message: int, text: str, supervised: bool, terminated: bool = True) -> None:
+        self.flush(supervised, True)
+        self.answers.append(Answer(message, self._start, len(self.runs), text, terminated))
+
+    def control(self, token: int, supervised: bool, answer: bool = False) -> None:
+        self.flush(supervised, answer)
+        self.runs.append(Run("", token, supervised, 0, answer))
+        self._context = AFTER_CONTROL
+
+
+Renderer = Callable[[Sequence[Message], Sequence[str], bool], Rendered]
+
+
+# --- turn templates ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TurnRenderer:
+    """Renders a turn template on one tokenizer.
+
+    Args:
+        template: the template.
+        splitter: the tokenizer's control tokens.
+        terminator: the id that ends an answer: the template's end, or EOS where that is no token.
+    """
+
+    template: TurnTemplate
+    splitter: MarkerSplitter
+    terminator: int
+
+    def __call__(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> Rendered:
+        template, findings = self.template, []
+        builder = RunBuilder(self.splitter)
+        if template.begin:
+            builder.template(template.begin)
+        if tools and (not messages or messages[0].role != "system"):
+            self._turn(builder, "system", with_tools("", tools))
+            tools = ()
+        for index, message in enumerate(messages):
+            text = message.text
+            if template.trim and text != text.strip():
+                findings.append("trimmed")
+                text = text.strip()
+            if message.is_answer:
+                self._answer(builder, index, text, message.supervised)
+            elif index == 0 and tools and message.role == "system":
+                self._turn(builder, "system", with_tools(text, tools))
+            else:
+                self._turn(builder, message.role, text)
+        if prompt:
+            builder.template(template.open_turn("assistant"))
+        builder.flush()
+        return Rendered(builder.runs, builder.answers, findings)
+
+    def _turn(self, builder: RunBuilder, role: str, text: str) -> None:
+        builder.template(self.template.open_turn(role))
+        builder.content(text)
+        builder.template(self.template.end + self.template.after)
+
+    def _answer(self, builder: RunBuilder, index: int, text: str, supervised: bool) -> None:
+        builder.template(self.template.open_turn("assistant"))
+        builder.open_answer()
+        builder.content(text)
+        builder.control(self.terminator, supervised, True)
+        builder.close_answer(index, text, supervised)
+        builder.template(self.template.after)
+
+
+# --- the Mistral forms ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MistralRenderer:
+    """Renders a Mistral form as mistral-common does: every message encoded on its own.
+
+    The system prompts, joined, go before the first user turn (v1) or the last (v3). v3 strips spaces from the end
+    of answers. Where mistral-common refuses tools (v1), a tool's result stands as a turn of the user's.
+    """
+
+    template: MistralTemplate
+    bos: int | None
+    eos: int
+    begin: int | None = None
+    end: int | None = None
+
+    def __call__(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> Rendered:
+        findings: list[str] = []
+        builder = RunBuilder(_NO_MARKERS)
+        if self.bos is not None:
+            builder.control(self.bos, False)
+        system = _joined_system(messages, tools)
+        places, turns = _turns(messages)
+        system_at = self._system_place([i for i, m in enumerate(turns) if m.role == "user"])
+        for index, (place, message) in enumerate(zip(places, turns, strict=True)):
+            if message.is_answer:
+                self._answer(builder, place, message, findings)
+            else:
+                text = message.text
+                if index == system_at and system:
+                    text = system + JOIN + text
+                self._user(builder, text)
+        builder.flush()
+        return Rendered(builder.runs, builder.answers, findings)
+
+    def _system_place(self, users: Sequence[int]) -> int:
+        return users[-1] if self.template.controls else users[0]
+
+    def _user(self, builder: RunBuilder, text: str) -> None:
+        builder.apart()
+        if self.begin is None or self.end is None:
+            builder.content(f"[INST] {text} [/INST]")
+            return
+        builder.control(self.begin, False)
+        builder.apart()
+        builder.content(text)
+        builder.control(self.end, False)
+
+    def _answer(self, builder: RunBuilder, index: int, message: Message, findings: list[str]) -> None:
+        text = message.text
+        if self.template.controls and text.endswith(" "):
+            findings.append("trimmed")
+            text = text.rstrip(" ")
+        builder.apart()
+        builder.open_answer()
+        builder.content(text)
+        builder.control(self.eos, message.supervised, True)
+        builder.close_answer(index, text, message.supervised)
+
+
+_NO_MARKERS = MarkerSplitter({})
+
+
+def _joined_system(messages: Iterable[Message], tools: Sequence[str]) -> str:
+    prompts = [message.text for message in messages if message.role == "system" and message.text]
+    return with_tools(JOIN.join(prompts), tools)
+
+
+def _turns(messages: Sequence[Message]) -> tuple[list[int], list[Message]]:
+    """The turns without system prompts as mistral-common has them, and each one's place in `messages`.
+
+    Same-role runs are joined (the place is the last one's), and an empty user turn stands first where none does.
+    """
+    places = [i for i, message in enumerate(messages) if message.role != "system"]
+    turns = [messages[i] for i in places]
+    if any(a.role == b.role != "tool" for a, b in pairwise(turns)):
+        last_of_run = [a.role != b.role or a.role == "tool" for a, b in pairwise(turns)] + [True]
+        places = [place for place, is_last in zip(places, last_of_run, strict=True) if is_last]
+        turns = join_runs(turns)
+    if not turns or turns[0].role != "user":
+        return [-1, *places], [Message("user", ""), *turns]
+    return places, turns

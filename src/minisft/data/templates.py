@@ -1,0 +1,175 @@
+"""Chat templates by name, and their stop tokens.
+
+Three kinds: turn templates (a header, the text and an end for every turn), the Mistral forms (every message encoded
+on its own, after mistral-common's `tokens/tokenizers/instruct.py`), and Jinja text, a file's or the tokenizer's own.
+Each native template also has a Jinja twin, which is saved with the model so that other tools render the same.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from minisft.data.conversation import JOIN
+
+NATIVE_TEMPLATES = ("mistral", "mistral-v1", "mistral-v3", "chatml", "llama3", "zephyr")
+TOOLS_INTRODUCTION = "You can call these functions:"
+EOS = "{eos}"  # a turn's end that is whatever EOS the tokenizer has
+
+
+@dataclass(frozen=True)
+class TurnTemplate:
+    """A template that writes every turn as header, text, end.
+
+    Args:
+        name: the recipe's name for it.
+        header: what opens a turn, with `{role}` in place of the role's name.
+        end: what ends every turn; where it is no token of the tokenizer, an answer ends with EOS instead.
+        after: what stands between two turns.
+        begin: what opens the conversation, "" or the BOS token.
+        role_names: roles that are written under another name.
+        trim: whether texts lose their surrounding white space.
+    """
+
+    name: str
+    header: str
+    end: str
+    after: str
+    begin: str = ""
+    role_names: Mapping[str, str] = field(default_factory=dict)
+    trim: bool = False
+
+    def open_turn(self, role: str) -> str:
+        return self.header.replace("{role}", self.role_names.get(role, role))
+
+
+CHATML = TurnTemplate("chatml", "<|im_start|>{role}\n", "<|im_end|>", "\n")
+LLAMA3 = TurnTemplate(
+    "llama3",
+    "<|start_header_id|>{role}<|end_header_id|>\n\n",
+    "<|eot_id|>",
+    "",
+    begin="<|begin_of_text|>",
+    role_names={"tool": "ipython"},
+    trim=True,
+)
+ZEPHYR = TurnTemplate("zephyr", "<|{role}|>\n", EOS, "\n")
+TURN_TEMPLATES = {template.name: template for template in (CHATML, LLAMA3, ZEPHYR)}
+
+
+@dataclass(frozen=True)
+class MistralTemplate:
+    """A Mistral form on one tokenizer.
+
+    Args:
+        name: mistral-v1, mistral-v3 or mistral-text (v1's rule on a tokenizer of another family).
+        controls: whether [INST] and [/INST] are control tokens (v3) or text (v1).
+        bos: the BOS token that the template writes, or "".
+        eos: the token that ends every answer.
+        gap: the space that a joint encoding needs where mistral-common encodes apart, "" or " ".
+        gap_after_control: the same where a control token stands before.
+    """
+
+    name: str
+    controls: bool
+    bos: str
+    eos: str
+    gap: str = ""
+    gap_after_control: str = ""
+
+
+def with_tools(system: str, tools: Sequence[str]) -> str:
+    """A system prompt followed by the functions on offer, one JSON object a line."""
+    if not tools:
+        return system
+    section = "\n".join([TOOLS_INTRODUCTION, *tools])
+    return system + JOIN + section if system else section
+
+
+# --- Jinja twins ------------------------------------------------------------------------------------------
+
+_TEXT_MACRO = """
+{%- macro text(message) -%}
+{{- message['content'] or '' }}
+{%- for call in message.get('tool_calls') or [] %}
+{{- '\\n' if message['content'] or not loop.first else '' }}
+{{- {'name': call['function']['name'], 'arguments': call['function']['arguments']} | tojson }}
+{%- endfor %}
+{%- endmacro %}
+"""
+_TOOLS_SET = """
+{%- set parts = namespace(tools='') %}
+{%- if tools %}
+{%- set parts.tools = '@' %}
+{%- for tool in tools %}
+{%- set parts.tools = parts.tools + '\\n' + (tool | tojson) %}
+{%- endfor %}
+{%- endif %}
+""".replace("@", TOOLS_INTRODUCTION)
+
+
+def turn_jinja(template: TurnTemplate, answer_end: str) -> str:
+    """The Jinja twin of a turn template; `answer_end` is the token that ends an answer."""
+    header, closer = template.open_turn("@").split("@")
+    names = "".join(f" if role != {_quote(role)} else {_quote(name)}" for role, name in template.role_names.items())
+    trim = " | trim" if template.trim else ""
+    system = _quote(template.open_turn("system"))
+    end, after = _quote(template.end), _quote(template.after)
+    return (
+        "{# minisft: " + template.name + " #}" + _TEXT_MACRO + _TOOLS_SET + "{{- " + _quote(template.begin) + " }}\n"
+        "{%- if parts.tools and messages[0]['role'] != 'system' %}"
+        "{{- " + f"{system} + parts.tools + {end} + {after}" + " }}{%- endif %}\n"
+        "{%- for message in messages %}\n"
+        "{%- set role = message['role'] %}\n"
+        "{%- set content = text(message)" + trim + " %}\n"
+        "{%- if loop.first and role == 'system' and parts.tools %}"
+        "{%- set content = content + " + _quote(JOIN) + " + parts.tools %}{%- endif %}\n"
+        "{{- " + _quote(header) + " + (role" + names + ") + " + _quote(closer) + " + content }}\n"
+        "{{- " + f"{_quote(answer_end)} if role == 'assistant' else {end}" + " }}\n"
+        "{{- " + after + " }}\n"
+        "{%- endfor %}\n"
+        "{%- if add_generation_prompt %}{{- " + _quote(template.open_turn("assistant")) + " }}{%- endif %}\n"
+    )
+
+
+def mistral_jinja(template: MistralTemplate) -> str:
+    """The Jinja twin of a Mistral form: the same ids for texts that encode alike apart and in one piece."""
+    if template.controls:
+        opener, closer = "[INST]" + template.gap_after_control, "[/INST]"
+        answer_gap, place, strip = template.gap_after_control, "last", ".rstrip(' ')"
+    else:
+        opener, closer = "[INST] ", " [/INST]"
+        answer_gap, place, strip = template.gap, "first", ""
+    turn_gap = "" if template.controls else template.gap_after_control
+    begin = template.bos + (turn_gap if template.bos else "")
+    return (
+        "{# minisft: " + template.name + " #}" + _TEXT_MACRO + _TOOLS_SET + "\n"
+        "{%- set ns = namespace(system='', users=0, user=0) %}\n"
+        "{%- for message in messages %}\n"
+        "{%- if message['role'] == 'system' and message['content'] %}"
+        "{%- set ns.system = ns.system + (" + _quote(JOIN) + " if ns.system else '') + message['content'] %}"
+        "{%- elif message['role'] == 'user' %}{%- set ns.users = ns.users + 1 %}{%- endif %}\n"
+        "{%- endfor %}\n"
+        "{%- if parts.tools %}"
+        "{%- set ns.system = ns.system + (" + _quote(JOIN) + " if ns.system else '') + parts.tools %}{%- endif %}\n"
+        "{{- " + _quote(begin) + " }}\n"
+        "{%- for message in messages %}\n"
+        "{%- if message['role'] == 'user' %}\n"
+        "{%- set ns.user = ns.user + 1 %}\n"
+        "{{- " + _quote(opener) + " }}\n"
+        "{%- if ns.system and ns.user == " + ("1" if place == "first" else "ns.users") + " %}"
+        "{{- ns.system + " + _quote(JOIN) + " }}{%- endif %}\n"
+        "{{- message['content'] + " + _quote(closer) + " }}\n"
+        "{%- elif message['role'] == 'tool' %}\n"
+        "{{- " + _quote(opener) + " + message['content'] + " + _quote(closer) + " }}\n"
+        "{%- elif message['role'] == 'assistant' %}\n"
+        "{{- " + _quote(answer_gap) + " + text(message)" + strip + " + " + _quote(template.eos) + " }}\n"
+        "{{- " + _quote(turn_gap) + " if not loop.last else '' }}\n"
+        "{%- endif %}\n"
+        "{%- endfor %}\n"
+    )
+
+
+def _quote(text: str) -> str:
+    """A text as a Jinja string literal."""
+    escaped = re.sub(r"[\\']", lambda match: "\\" + match.group(), text)
+    return "'" + escaped.replace("\n", "\\n") + "'"

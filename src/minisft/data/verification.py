@@ -1,0 +1,76 @@
+"""Promise 2, asserted on every row that is prepared: the supervised tokens are the answers and their ends."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minisft.data.conversation import Conversation
+from minisft.data.encoding import EncodedBatch, Encoder
+
+
+class VerificationError(AssertionError):
+    """A row whose tokens are not what they must be: a fault of this program, never of the data."""
+
+
+def verify(encoder: Encoder, conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
+    """Check that labels and ids say what the conversations say.
+
+    For every row: the supervised tokens are those of the supervised answers and their terminators, these decode to
+    the answers' texts, and the system prompt stands in the tokens.
+
+    Raises:
+        VerificationError: they do not.
+    """
+    _verify_labels(conversations, batch)
+    _verify_answers(encoder, conversations, batch)
+    _verify_system(encoder, conversations, batch)
+
+
+def _verify_labels(conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
+    supervised = batch.labels != -100
+    if not np.array_equal(batch.labels[supervised], batch.ids[supervised]):
+        raise VerificationError("a label is not the id at its place")
+    expected = np.zeros(len(batch.ids), dtype=bool)
+    for row, answers in enumerate(batch.answers):
+        base = int(batch.offsets[row])
+        for answer in answers:
+            if answer.supervised:
+                expected[base + answer.start : base + answer.end] = True
+    wrong = np.flatnonzero(expected != supervised)
+    if len(wrong):
+        row = int(np.searchsorted(batch.offsets, wrong[0], side="right")) - 1
+        raise VerificationError(f"{conversations[row].location}: tokens outside the answers are supervised")
+
+
+def _verify_answers(encoder: Encoder, conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
+    stops = set(encoder.stop_token_ids)
+    places, rows = [], []
+    for row, answers in enumerate(batch.answers):
+        base = int(batch.offsets[row])
+        for answer in answers:
+            if not answer.supervised:
+                continue
+            ids = batch.ids[base + answer.start : base + answer.end].tolist()
+            if answer.terminated and ids.pop() not in stops:
+                raise VerificationError(f"{conversations[row].location}: an answer lacks its terminator")
+            places.append((row, answer.text))
+            rows.append(ids)
+    for (row, text), decoded in zip(places, encoder.decode_answers(rows), strict=True):
+        if decoded != text and decoded != encoder.round_trip(text):
+            where = conversations[row].location
+            raise VerificationError(f"{where}: the supervised tokens read {decoded!r}, the answer {text!r}")
+
+
+def _verify_system(encoder: Encoder, conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
+    wanted = [
+        (row, conversation.messages[0].content.strip())
+        for row, conversation in enumerate(conversations)
+        if conversation.messages[0].role == "system" and conversation.messages[0].content.strip()
+    ]
+    rows = []
+    for row, _ in wanted:
+        base, answers = int(batch.offsets[row]), batch.answers[row]
+        rows.append(batch.ids[base : base + answers[-1].start].tolist())
+    for (row, system), decoded in zip(wanted, encoder.decode_answers(rows), strict=True):
+        if system not in decoded and encoder.round_trip(system).strip() not in decoded:
+            raise VerificationError(f"{conversations[row].location}: the system prompt is not in the tokens")

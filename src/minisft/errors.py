@@ -1,0 +1,20 @@
+"""The one error that a user can mend."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the command line prints it and exits with status 2.
+
+    Args:
+        where: the file, line, row or key that is concerned.
+        what: what is wrong there.
+        mend: what the user can do about it.
+    """
+
+    def __init__(self, where: object, what: str, mend: str) -> None:
+        self.where = str(where)
+        self.what = what
+        self.mend = mend
+        super().__init__(self.where, what, mend)  # all three: an exception is pickled by its args
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}\n  To mend it: {self.mend}"

@@ -1,0 +1,77 @@
+"""Answers as files: all of them as JSON lines, the first ones and the most changed ones to read."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minisft.evaluation.generation import Generated
+from minisft.evaluation.questions import Question
+from minisft.evaluation.scoring import CorpusScore
+from minisft.files import write_atomically
+
+CHANGES = 3  # most improved, and as many most worsened
+
+
+def write_outputs(
+    folder: Path,
+    questions: Sequence[Question],
+    answers: Sequence[Generated],
+    outputs: Sequence[str],
+    metrics: Sequence[str],
+) -> None:
+    """Write `outputs.jsonl`: a line per answer, with its own scores and how it ended."""
+    references = [question.reference for question in questions]
+    scores = {metric: CorpusScore(metric, outputs, references).rows() for metric in metrics}
+    lines = []
+    for place, (question, answer, output) in enumerate(zip(questions, answers, outputs, strict=True)):
+        line: dict[str, Any] = {
+            "id": question.id,
+            "turn": question.turn,
+            "prompt": question.prompt,
+            "reference": question.reference,
+            "output": output,
+            "finish": answer.finish,
+            "tokens": len(answer.ids),
+        }
+        line |= {metric: round(rows[place], 4) for metric, rows in scores.items()}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_atomically(folder / "outputs.jsonl", "".join(lines))
+
+
+def write_examples(folder: Path, questions: Sequence[Question], outputs: Sequence[str]) -> None:
+    """Write `examples.txt`: the given questions, to read."""
+    parts = []
+    for number, (question, output) in enumerate(zip(questions, outputs, strict=False), 1):
+        heading = f"===== example {number} of {len(questions)}: {question.id}, answer {question.turn} ====="
+        sections = {"prompt": question.prompt, "reference": question.reference, "output": output}
+        parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
+    write_atomically(folder / "examples.txt", "\n\n".join(parts) + "\n")
+
+
+def write_changes(
+    folder: Path,
+    base: tuple[str, Sequence[str]],
+    best: tuple[str, Sequence[str]],
+    questions: Sequence[Question],
+) -> None:
+    """Write `changes.txt`: where the best checkpoint gained most over the base model, and where it lost most."""
+    references = [question.reference for question in questions]
+    before, after = (CorpusScore("chrf", outputs, references).rows() for _, outputs in (base, best))
+    gains = [late - early for early, late in zip(before, after, strict=True)]
+    order = sorted(range(len(gains)), key=lambda place: -gains[place])
+    improved = [place for place in order[:CHANGES] if gains[place] > 0]
+    worsened = [place for place in order[::-1][:CHANGES] if gains[place] < 0]
+    parts = [f"{best[0]} against {base[0]}, by the chrF of each answer"]
+    for title, places in (("improved", improved), ("worsened", worsened)):
+        for place in places:
+            question = questions[place]
+            heading = (
+                f"===== {title}: {before[place]:.1f} to {after[place]:.1f}: {question.id}, answer {question.turn} ====="
+            )
+            sections = {
+                "prompt": question.prompt, "reference": question.reference,
+                base[0]: base[1][place], best[0]: best[1][place],
+            }  # fmt: skip
+            parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
+    write_atomically(folder / "changes.txt", "\n\n".join(parts) + "\n")

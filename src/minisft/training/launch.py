@@ -1,0 +1,123 @@
+"""One process to many: torch's elastic launcher, or joining a launch that is under way."""
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minisft.errors import UserError
+from minisft.training.hardware import on_cpu, threads_of_a_process
+from minisft.training.strategies import ZERO_STAGES, start_communication
+
+_ERROR_FILE = "MINISFT_ERROR_FILE"
+_LAUNCHER = "MINISFT_LAUNCHER"
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def is_joined() -> bool:
+    """Say whether this process was started by torchrun, SLURM or DeepSpeed as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def adopt_slurm() -> None:
+    """Give a process that `srun` started the variables that torch reads, unless a launcher gave them."""
+    environment = os.environ
+    if is_joined() or int(environment.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environment:
+        return
+    if "SLURM_STEP_NODELIST" not in environment:
+        return  # inside an allocation, but not started by srun
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+
+
+def world_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+@contextlib.contextmanager
+def join(strategy: str) -> Iterator[bool]:
+    """Meet the other processes of a launch; True in the first, whose block is done before theirs go on."""
+    import torch
+
+    if strategy in ZERO_STAGES:
+        start_communication(on_cpu())
+    else:
+        torch.distributed.init_process_group("gloo" if on_cpu() else "nccl")
+    yield torch.distributed.get_rank() == 0
+    torch.distributed.barrier()
+
+
+def launch(module: str, arguments: list[str], processes: int) -> None:
+    """Run `python -m module arguments` in several processes of this machine and wait for them.
+
+    Raises:
+        UserError: the one that a process raised.
+        RuntimeError: a process failed otherwise; its traceback is on stderr.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it prints every failure again
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="minisft", rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0", max_restarts=0, start_method="spawn", monitor_interval=0.2,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
+        error_file = Path(folder) / "error.json"
+        os.environ |= {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid())}
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_process(processes)))
+        try:
+            elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+        except ChildFailedError as error:
+            if error_file.exists():
+                raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
+            raise RuntimeError(f"a training process failed: {error.get_first_failure()[1].message}") from None
+        finally:
+            del os.environ[_ERROR_FILE], os.environ[_LAUNCHER]
+
+
+def run_worker(work: Callable[[], None]) -> int:
+    """Run `work` as a process that `launch` started; return its exit status.
+
+    A user's error goes to the launcher, which prints it once. The process dies with the launcher: elastic
+    starts workers in sessions of their own, so they would train on without it.
+    """
+    _die_with_launcher()
+    try:
+        work()
+    except UserError as error:
+        _hand_over(error)
+        return 2
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _hand_over(error: UserError) -> None:
+    target = os.environ.get(_ERROR_FILE)
+    if target is None:
+        print(f"minisft: {error}", file=sys.stderr)
+        return
+    aside = Path(f"{target}.{os.getpid()}")
+    aside.write_text(json.dumps([error.where, error.what, error.mend]), encoding="utf-8")
+    aside.replace(target)
+
+
+def _die_with_launcher() -> None:
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it died before the signal was asked for
+        os._exit(1)

@@ -1,0 +1,119 @@
+"""The strategies as data: vanilla (DDP where there are several processes) and DeepSpeed's ZeRO stages.
+
+Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models": stage 1
+shards the optimizer states, stage 2 the gradients too, stage 3 the parameters too.
+This is the one module that knows DeepSpeed.
+"""
+
+import fcntl
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+from minisft.errors import UserError
+from minisft.files import cache_folder
+
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+_STAGE_OPTIONS: dict[int, dict[str, Any]] = {
+    1: {"stage": 1},
+    2: {"stage": 2, "contiguous_gradients": True, "overlap_comm": False},
+    3: {"stage": 3, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True},
+}
+
+
+def deepspeed_config(strategy: str, *, precision: str, max_grad_norm: float, batch_size: int) -> dict[str, Any] | None:
+    """Return DeepSpeed's configuration of a strategy, or None for vanilla.
+
+    Accumulation is 1 for DeepSpeed: the trainer tells it which backward is the last of a step.
+    The optimizer is torch's AdamW under every strategy, so that all of them take the same steps.
+    """
+    if strategy not in ZERO_STAGES:
+        return None
+    return {
+        "zero_optimization": _STAGE_OPTIONS[ZERO_STAGES[strategy]],
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "gradient_clipping": max_grad_norm,
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def set_deepspeed_environment(on_cpu: bool) -> None:
+    """Set what DeepSpeed reads when it is imported; call it before transformers or accelerate import it."""
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("LOG_LEVEL", "error")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def require_deepspeed(strategy: str, on_cpu: bool) -> None:
+    """Make sure that DeepSpeed can start, and compile what it needs before several processes do.
+
+    Raises:
+        UserError: DeepSpeed or a C++ compiler is missing, or its communication op does not build.
+    """
+    where = f"training.strategy={strategy}"
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            where, "DeepSpeed is not installed", "pip install 'minisft[deepspeed]', or use strategy vanilla"
+        )
+    if not on_cpu:
+        return
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        raise UserError(
+            where,
+            "DeepSpeed compiles its communication on a CPU, and there is no C++ compiler",
+            "install one (apt-get install g++), or use strategy vanilla",
+        )
+    _compile_communication(where)
+
+
+def start_communication(on_cpu: bool) -> None:
+    """Initialise DeepSpeed's communication.
+
+    On a CPU it must be there before a model is loaded under ZeRO-3: transformers would otherwise shard for
+    one process and fail with sizes that do not match.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed("gloo" if on_cpu else "nccl")
+
+
+def _compile_communication(where: str) -> None:
+    """Build DeepSpeed's shared-memory op once; the first time takes about 40 s.
+
+    A process that was killed while compiling leaves a file `lock` on which torch waits for ever. The folder
+    is MiniSFT's own and guarded by a lock that dies with its holder, so such a file is always a left-over.
+    """
+    set_deepspeed_environment(on_cpu=True)
+    extensions = cache_folder() / "torch_extensions"
+    extensions.mkdir(parents=True, exist_ok=True)
+    with (extensions / ".minisft.lock").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if os.environ["TORCH_EXTENSIONS_DIR"] == str(extensions):
+            for left_over in extensions.glob("**/lock"):
+                left_over.unlink()
+        if not list(extensions.glob("**/deepspeed_shm_comm*.so")):
+            _build_shared_memory_op(where)
+
+
+def _build_shared_memory_op(where: str) -> None:
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    try:
+        ShareMemCommBuilder().load(verbose=False)
+    except Exception as error:  # a compiler's or ninja's failure comes as RuntimeError, OSError or worse
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            where,
+            f"DeepSpeed's communication does not compile here ({reason})",
+            "install a C++ compiler, ninja and the Python headers, or use strategy vanilla",
+        ) from None

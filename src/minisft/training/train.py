@@ -1,0 +1,231 @@
+"""Training, from a prepared data set to checkpoints and the final model."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minisft.console import say
+from minisft.data.encoding import Encoder
+from minisft.errors import UserError
+from minisft.models import load_model, load_tokenizer, resolve_model
+from minisft.recipe import Recipe, TrainingRecipe
+from minisft.runs import RunFolder, load_run
+from minisft.training.hardware import choose_precision, on_cpu, require_processes
+from minisft.training.launch import is_joined, launch
+from minisft.training.strategies import (
+    ZERO_STAGES,
+    deepspeed_config,
+    require_deepspeed,
+    set_deepspeed_environment,
+    start_communication,
+)
+
+if TYPE_CHECKING:
+    from minisft.training.trainer import SupervisedTokenTrainer
+
+_WORKER = "minisft.training.worker"
+# Tokens of a forward. On a CPU larger rows are no faster; on a GPU they fill it.
+_ROW_TOKENS_CPU = 1024
+_ROW_TOKENS_GPU = 16384
+_OPTIMIZERS = {"adamw": "adamw_torch_fused"}
+
+
+def refuse_impossible(recipe: Recipe) -> None:
+    """Find out what cannot work before anything is read or written.
+
+    Raises:
+        UserError: the recipe asks for what this machine or its libraries do not have.
+    """
+    training = recipe.training
+    set_deepspeed_environment(on_cpu())
+    _check_names(training)
+    choose_precision(training.precision)
+    if not is_joined():
+        require_processes(training.processes)
+    if training.strategy in ZERO_STAGES:
+        require_deepspeed(training.strategy, on_cpu())
+
+
+def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> None:
+    """Train in this process, or in processes that this one starts.
+
+    Raises:
+        UserError: the model or the data cannot be trained so.
+    """
+    training = recipe.training
+    if training.processes == 1 and training.strategy not in ZERO_STAGES:
+        train_in_this_process(recipe, run, resume_from)
+        return
+    arguments = [str(run.root)] + ([str(resume_from)] if resume_from else [])
+    launch(_WORKER, arguments, training.processes)
+
+
+def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> None:
+    """Do this process's part of the training.
+
+    1. communication  2. model and tokenizer  3. trainer  4. steps  5. the final model
+    """
+    import torch
+
+    from minisft.training.metrics import keep_steps_up_to
+
+    if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
+        start_communication(on_cpu())
+    arguments = _arguments(recipe, run)
+    resolved = resolve_model(recipe.model, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(resolved.folder, recipe.trust_remote_code)
+    encoder = Encoder(tokenizer, recipe.data.template)
+    model = _load_for_training(recipe, resolved.folder)
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokenizer.chat_template = encoder.chat_template
+    trainer = _trainer(recipe, run, model, encoder, arguments)
+    if resume_from is not None and trainer.args.should_save:
+        from minisft.training.checkpoints import step_of
+
+        keep_steps_up_to(run.metrics, step_of(resume_from))
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    _save_final(trainer, run)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _check_names(training: TrainingRecipe) -> None:
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for key, value, known in (
+        ("optimizer", training.optimizer, [*_OPTIMIZERS, *(name.value for name in OptimizerNames)]),
+        ("scheduler", training.scheduler, [name.value for name in SchedulerType]),
+    ):
+        if value not in known:
+            raise UserError(f"training.{key}", f"there is no {key} {value!r}", f"use one of {', '.join(known)}")
+
+
+def _arguments(recipe: Recipe, run: RunFolder) -> Any:
+    """Translate the recipe into TrainingArguments; made before the model, so that ZeRO-3 shards its loading."""
+    from transformers import TrainingArguments
+
+    training = recipe.training
+    precision = choose_precision(training.precision)
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=1,  # the split of a step happens inside training_step
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        optim=_OPTIMIZERS.get(training.optimizer, training.optimizer),
+        lr_scheduler_type=training.scheduler,
+        warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
+        max_grad_norm=training.max_grad_norm,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        **_save_options(training),
+        logging_strategy="steps",
+        logging_steps=training.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide a loss that is no number
+        seed=recipe.seed,
+        report_to=training.report_to or "none",
+        use_cpu=on_cpu(),
+        ddp_backend=("gloo" if on_cpu() else "nccl") if is_joined() else None,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        deepspeed=deepspeed_config(
+            training.strategy,
+            precision=precision,
+            max_grad_norm=training.max_grad_norm,
+            batch_size=training.batch_size,
+        ),
+    )
+
+
+def _save_options(training: TrainingRecipe) -> dict[str, Any]:
+    if training.save_every == "epoch":
+        return {"save_strategy": "epoch"}
+    return {"save_strategy": "steps", "save_steps": training.save_every}
+
+
+def _load_for_training(recipe: Recipe, folder: Path) -> Any:
+    """Load fp32 weights: half precision is for arithmetic, the weights that are updated stay exact."""
+    import torch
+    from transformers import set_seed
+
+    from minisft.training import attention
+
+    set_seed(recipe.seed)
+    attention.register()
+    model = load_model(
+        folder,
+        dtype=torch.float32,
+        attention=attention.PADDING_FREE,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and recipe.data.max_length > limit:
+        say(f"note: the model knows {limit} positions, data.max_length allows {recipe.data.max_length}")
+    return model
+
+
+def _trainer(recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any) -> "SupervisedTokenTrainer":
+    from datasets import load_from_disk
+    from transformers.integrations import TensorBoardCallback
+
+    from minisft.training.batching import StepSampler, measure
+    from minisft.training.metrics import MetricsFile, ProgressLine
+    from minisft.training.trainer import SupervisedTokenTrainer
+
+    training = recipe.training
+    dataset = load_from_disk(str(run.dataset / "train"))
+    sampler = StepSampler(
+        measure(dataset),
+        global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
+        row_tokens=training.row_tokens or (_ROW_TOKENS_CPU if on_cpu() else _ROW_TOKENS_GPU),
+        processes=arguments.world_size,
+        rank=arguments.process_index,
+        seed=recipe.seed,
+    )
+    trainer = SupervisedTokenTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=encoder.tokenizer,
+        sampler=sampler,
+        stop_token_ids=encoder.stop_token_ids,
+        describe_rows=_row_describer(dataset),
+        callbacks=[MetricsFile(run.metrics)],
+    )
+    if trainer.is_world_process_zero():
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
+        trainer.add_callback(ProgressLine())
+    return trainer
+
+
+def _row_describer(dataset: Any) -> Callable[[tuple[int, ...]], str]:
+    def describe(indexes: tuple[int, ...]) -> str:
+        return ", ".join(str(dataset[index].get("id", index)) for index in indexes)
+
+    return describe
+
+
+def _save_final(trainer: "SupervisedTokenTrainer", run: RunFolder) -> None:
+    """Write `model/`, whole or absent; every process takes part, since ZeRO-3 gathers its weights."""
+    aside = run.root / ".model"
+    trainer.save_model(str(aside))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        shutil.rmtree(run.model, ignore_errors=True)
+        aside.rename(run.model)
+    trainer.accelerator.wait_for_everyone()
+
+
+def train_as_worker(root: Path, resume_from: Path | None) -> None:
+    """Train as a process that `train` started: the recipe is the run folder's."""
+    set_deepspeed_environment(on_cpu())
+    train_in_this_process(load_run(root), RunFolder(root), resume_from)

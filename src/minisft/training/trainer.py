@@ -1,0 +1,207 @@
+"""The Hugging Face Trainer with padding-free batches and the supervised-token loss.
+
+The loss of an optimizer step is the sum of the cross-entropies of its supervised tokens divided by their
+number, over all forwards and all processes. It does not depend on how the batch is split.
+"""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from minisft.errors import UserError
+from minisft.training.batching import Row, RowDataset, StepBatch, StepSampler, join_rows
+from minisft.training.checkpoints import drop_optimizer_states, publish
+from minisft.training.metrics import StepMetrics, peak_memory_mb
+
+
+class SupervisedTokenTrainer(Trainer):
+    """Trainer whose batches are the `StepBatch`es of a `StepSampler`.
+
+    To the Trainer an optimizer step is one batch: the split into rows happens inside `training_step`, so its
+    own accumulation stays at 1.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sampler: StepSampler,
+        stop_token_ids: tuple[int, ...],
+        describe_rows: Callable[[tuple[int, ...]], str],
+        **kwargs: Any,
+    ) -> None:
+        self.sampler = sampler
+        self.stop_token_ids = stop_token_ids
+        self.describe_rows = describe_rows
+        self._staging: str | None = None
+        super().__init__(*args, **kwargs)
+        assert self.args.gradient_accumulation_steps == 1
+        self._step = StepMetrics()
+        self._step_loss = torch.zeros((), device=self.args.device)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_EpochOfSampler(sampler))
+
+    # --- batches
+
+    def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        """Give the Trainer one `StepBatch` an optimizer step; nothing shards it a second time."""
+        return DataLoader(RowDataset(self.train_dataset), batch_sampler=self.sampler, collate_fn=join_rows)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """Take the batches as they are: each brings its own count of supervised tokens."""
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Count nothing: the Trainer's estimate knows neither rows nor the supervised positions."""
+        return 0
+
+    # --- the step
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run forward and backward of one optimizer step; return this process's share of the loss.
+
+        The share is multiplied by the number of processes, since gradients and logged losses are averaged
+        over them.
+        """
+        batch: StepBatch = inputs
+        started = time.perf_counter()
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for number, row in enumerate(batch.rows, 1):
+            with self._reduction(model, last=number == len(batch.rows)):
+                with self.compute_loss_context_manager():
+                    loss = row_loss(model, row.to(self.args.device))
+                loss = loss * (self.args.world_size / batch.step_supervised)
+                self.accelerator.backward(loss, **self._backward_options())
+            total += loss.detach()
+        self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started)
+        self._step_loss = total
+        self._step_rows = tuple(index for row in batch.rows for index in row.indexes)
+        return total
+
+    @contextlib.contextmanager
+    def _reduction(self, model: Any, last: bool) -> Any:
+        """Reduce gradients over the processes, and let DeepSpeed step, in the last backward of a step only."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        if last or self.is_deepspeed_enabled:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def _backward_options(self) -> dict[str, Any]:
+        return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+
+    # --- what is logged
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to a step's log what `metrics.jsonl` holds; the loss is the step's own, not a mean of several.
+
+        Raises:
+            UserError: the loss is not a number; training on would only spoil the weights.
+        """
+        if "loss" in logs:
+            logs["loss"] = self._over_processes(self._step_loss, "mean")
+            memory = torch.tensor(peak_memory_mb(), device=self.args.device)
+            logs.update(self._step.as_logs(), peak_memory_mb=self._over_processes(memory, "max"))
+            if not math.isfinite(logs["loss"]):
+                self._stop_on_bad_loss(logs["loss"])
+        super().log(logs, start_time)
+
+    def _over_processes(self, value: torch.Tensor, how: str) -> float:
+        gathered = self.accelerator.gather(value.reshape(1).float())
+        return float(gathered.max() if how == "max" else gathered.mean())
+
+    def _stop_on_bad_loss(self, loss: float) -> None:
+        raise UserError(
+            f"step {self.state.global_step}",
+            f"the loss is {loss}; this process's rows of the step: {self.describe_rows(self._step_rows)}",
+            "lower training.learning_rate, use precision fp32 or bf16, or look at those rows; checkpoints "
+            "written before are whole",
+        )
+
+    # --- checkpoints: whole or absent
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write aside, and rename when every process has written its part."""
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir))
+        staging = folder / ".unfinished"
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish(staging / name, folder / name)
+            drop_optimizer_states(folder, keep=folder / name)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save without a second copy of tied weights, which ZeRO-1 and ZeRO-2 would write."""
+        if state_dict is not None and getattr(self._model().config, "tie_word_embeddings", False):
+            tied = set(getattr(self._model(), "_tied_weights_keys", None) or ())
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        # The Trainer has set the tokenizer's EOS meanwhile, which need not be what was trained as terminator.
+        set_stop_tokens(self._model(), self.stop_token_ids)
+        self._model().config.use_cache = True  # likewise: it was switched off for training
+        super()._save(output_dir, state_dict)
+        # Its pickled arguments name this machine's paths, and nothing reads them.
+        Path(str(output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _model(self) -> Any:
+        assert self.model is not None
+        return self.model
+
+
+def row_loss(model: Any, row: Row) -> torch.Tensor:
+    """Return the sum of the cross-entropies of a row's supervised tokens, () in fp32.
+
+    `logits_to_keep` takes the positions to predict at, so logits of shape (1, supervised, vocabulary) are
+    computed for those alone.
+    """
+    logits = model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        logits_to_keep=row.predict_at,
+        conversation_lengths=row.lengths,
+        use_cache=False,
+    ).logits[0]
+    if len(row.targets) == 0:  # a row without conversations, there for the collectives of its forward
+        return logits.sum().float() * 0.0
+    return cross_entropy(logits.float(), row.targets, reduction="sum")
+
+
+def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:
+    """Make plain `generate` stop at what was trained as terminator, with nothing but greedy defaults beside."""
+    pad = model.generation_config.pad_token_id if model.generation_config else None
+    stop = list(stop_token_ids)
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=stop if len(stop) > 1 else stop[0],
+        pad_token_id=pad if pad is not None else stop[0],
+    )
+
+
+class _EpochOfSampler(TrainerCallback):
+    """Tell the sampler its epoch, on resume too: the Trainer would tell a sampler of its own kind only."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.epoch = state.global_step // len(self.sampler)

@@ -1,0 +1,37 @@
+"""What every test needs: one thread (tiny matrices), no hub, a cache of its own, a tiny model."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from tests.tiny import write_conversations, write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Return the folder of a random Llama of 100,000 parameters with a byte-level tokenizer."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory):
+    """Return a ShareGPT file of 33 dialogues of 2 to 6 turns."""
+    return write_conversations(tmp_path_factory.mktemp("data") / "talks.jsonl", 33)
+
+
+@pytest.fixture
+def recipe_file(tmp_path, tiny_model, conversations):
+    """Return a recipe that trains the tiny model for 2 epochs of 4 steps."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {tiny_model}\n"
+        f"output: {tmp_path / 'run'}\n"
+        f"data:\n  source: {conversations}\n  template: mistral\n  max_length: 256\n"
+        "training:\n  epochs: 2\n  learning_rate: 1.0e-3\n  precision: fp32\n"
+        "evaluation:\n  max_new_tokens: 8\n",
+        encoding="utf-8",
+    )
+    return path

@@ -1,0 +1,221 @@
+"""Training through the command line: one trajectory, checkpoints that load, a mask that reaches the loss."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minisft.models import load_model
+from minisft.runs import RunFolder
+from minisft.training.batching import RowDataset, StepSampler, measure
+from tests.tiny import minisft
+
+STRATEGIES = [("vanilla", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+
+
+def train(recipe, output, *overrides, resume=False):
+    words = ["train", recipe, f"output={output}", "training.save_every=1", *overrides]
+    done = minisft(*words, *(["--resume"] if resume else []))
+    assert done.returncode == 0, done.stderr
+    return RunFolder(output)
+
+
+def metrics(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def padded_reference(folder, run, steps, learning_rates):
+    """A plain loop: padded batches, every logit, torch's AdamW; returns losses and gradient norms."""
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(run.dataset / "train"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    came_out = []
+    for step, learning_rate in zip(steps, learning_rates, strict=True):
+        rows = [dataset[index] for plan in step for index in plan.indexes]
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+        labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows])
+        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows])
+        logits = model(ids, attention_mask=mask).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), labels[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        came_out.append((loss.item(), norm.item()))
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return came_out, model
+
+
+@pytest.fixture(scope="module")
+def vanilla(tmp_path_factory, tiny_model, conversations):
+    folder = tmp_path_factory.mktemp("train")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\noutput: {folder / 'run'}\n"
+        f"data: {{source: {conversations}, template: mistral, max_length: 256}}\n"
+        "training: {epochs: 2, learning_rate: 1.0e-3, precision: fp32, weight_decay: 0.0, row_tokens: 120}\n"
+        "evaluation: {max_new_tokens: 8}\n"
+    )
+    return recipe, train(recipe, folder / "run")
+
+
+def test_equals_a_plain_padded_loop(vanilla, tiny_model):
+    _, run = vanilla
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(run.dataset / "train"))
+    sampler = StepSampler(measure(dataset), global_batch=8, row_tokens=120, processes=1, rank=0, seed=0)
+    steps = []
+    for sampler.epoch in range(2):
+        steps += list(sampler)
+    logged = metrics(run)
+    assert [line["step"] for line in logged] == list(range(1, len(steps) + 1))
+    expected, model = padded_reference(tiny_model, run, steps, [line["learning_rate"] for line in logged])
+    for line, (loss, norm) in zip(logged, expected, strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=2e-5)
+        assert line["grad_norm"] == pytest.approx(norm, rel=2e-4)
+    final = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    for name, weight in final.named_parameters():
+        torch.testing.assert_close(weight, model.get_parameter(name), atol=2e-5, rtol=1e-4)
+
+
+def test_the_log_has_what_the_contract_names(vanilla):
+    _, run = vanilla
+    for line in metrics(run):
+        assert set(line) == {
+            "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "seconds",
+            "peak_memory_mb",
+        }  # fmt: skip
+        assert line["tokens"] > line["supervised_tokens"] > 0
+        assert line["seconds"] > 0
+        assert line["peak_memory_mb"] > 0
+    assert list(run.tensorboard.iterdir())
+    assert (run.root / "evaluation" / "loss.png").exists()
+
+
+def test_every_checkpoint_gives_the_loss_of_the_next_step(vanilla):
+    """checkpoint-N, in plain transformers, on the batch of step N+1: the loss logged at N+1."""
+    _, run = vanilla
+    check_checkpoints(run, processes=1)
+
+
+def check_checkpoints(run, processes):
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(run.dataset / "train"))
+    sampler = StepSampler(measure(dataset), global_batch=8, row_tokens=10**9, processes=1, rank=0, seed=0)
+    steps = []
+    for sampler.epoch in range(2):
+        steps += list(sampler)
+    logged = {line["step"]: line for line in metrics(run)}
+    for number in range(1, len(steps)):
+        model = AutoModelForCausalLM.from_pretrained(run.checkpoints / f"checkpoint-{number}", dtype=torch.float32)
+        total = count = 0
+        for index in steps[number][0].indexes:
+            row = dataset[index]
+            labels = torch.tensor([row["labels"]])
+            supervised = int((labels[:, 1:] != -100).sum())
+            total += model(torch.tensor([row["input_ids"]]), labels=labels).loss.item() * supervised
+            count += supervised
+        assert total / count == pytest.approx(logged[number + 1]["loss"], rel=1e-5)
+        assert count == logged[number + 1]["supervised_tokens"]
+    last = AutoModelForCausalLM.from_pretrained(run.checkpoints / f"checkpoint-{len(steps)}")
+    final = AutoModelForCausalLM.from_pretrained(run.model)
+    for name, weight in final.state_dict().items():
+        torch.testing.assert_close(weight, last.state_dict()[name], atol=0, rtol=0)
+
+
+def test_a_checkpoint_is_a_plain_model_folder(vanilla):
+    _, run = vanilla
+    for folder in (run.model, run.checkpoints / "checkpoint-1"):
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+        assert not {name for name in names if name.endswith(".bin")}, "no pickled arguments"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "tea"}], tokenize=False)
+        assert "[INST] tea [/INST]" in text
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+        assert model.config.use_cache
+        assert str(run.root) not in (folder / "config.json").read_text()
+
+
+def test_only_the_newest_checkpoint_keeps_its_optimizer_state(vanilla):
+    _, run = vanilla
+    assert [path.parent.name for path in run.checkpoints.glob("*/optimizer.pt")] == [
+        f"checkpoint-{len(metrics(run))}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "processes"),
+    [("vanilla", 2), ("zero2", 2), *(pytest.param(*case, marks=pytest.mark.long) for case in [("zero1", 2), ("zero3", 2), ("zero2", 1)])],
+)
+def test_one_trajectory_and_whole_checkpoints(vanilla, tmp_path, strategy, processes):
+    recipe, alone = vanilla
+    run = train(
+        recipe, tmp_path / "run", f"training.strategy={strategy}", f"training.processes={processes}",
+        f"training.batch_size={8 // processes}",
+    )  # fmt: skip
+    for ours, reference in zip(metrics(run), metrics(alone), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=2e-4)
+        assert ours["supervised_tokens"] == reference["supervised_tokens"]
+    check_checkpoints(run, processes)
+    ours = load_model(run.model, dtype=torch.float32).state_dict()
+    for name, weight in load_model(alone.model, dtype=torch.float32).state_dict().items():
+        torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=1e-4)
+
+
+def test_accumulation_changes_nothing(vanilla, tmp_path):
+    recipe, alone = vanilla
+    run = train(recipe, tmp_path / "run", "training.batch_size=2", "training.gradient_accumulation=4")
+    for ours, reference in zip(metrics(run), metrics(alone), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["vanilla", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2", "zero3"))]
+)
+def test_a_killed_run_resumes_to_the_same_bits(vanilla, tmp_path, strategy):
+    """SIGKILL of the launcher once a checkpoint is whole; its workers die with it, and nothing is lost."""
+    recipe, _ = vanilla
+    processes = 1 if strategy == "vanilla" else 2
+    how = [
+        f"training.strategy={strategy}", f"training.processes={processes}", f"training.batch_size={8 // processes}",
+        "training.epochs=6", "training.save_every=5",
+    ]  # fmt: skip
+    whole = train(recipe, tmp_path / "whole", *how)
+    output = tmp_path / "run"
+    kill_when(output / "checkpoints" / "checkpoint-5", ["train", recipe, f"output={output}", *how])
+    killed_at = max(line["step"] for line in metrics(RunFolder(output)))
+    assert killed_at < len(metrics(whole))
+    refused = minisft("train", recipe, f"output={output}", *how)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    run = train(recipe, output, *how, resume=True)
+    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(whole)]
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(whole)]
+    ours = load_model(run.model, dtype=torch.float32).state_dict()
+    for name, weight in load_model(whole.model, dtype=torch.float32).state_dict().items():
+        assert torch.equal(ours[name], weight), name
+
+
+def kill_when(path, words):
+    command = [sys.executable, "-m", "minisft", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not path.exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL

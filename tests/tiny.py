@@ -1,0 +1,74 @@
+"""A tiny model and tiny conversations, made on the spot."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+WORDS = "tea milk sugar cup pot small large hot cold please thanks yes no one two three with without more less".split()
+
+
+def write_tiny_model(folder: Path, seed: int = 0) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer():
+    """A byte-level BPE without merges: every text has an encoding, and none is surprising."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def write_conversations(path: Path, count: int, seed: int = 0) -> Path:
+    choose = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            turns = []
+            for _ in range(choose.randint(1, 3)):
+                turns.append({"from": "human", "value": f"{number}: " + _words(choose)})
+                turns.append({"from": "gpt", "value": _words(choose)})
+            file.write(json.dumps({"id": f"talk-{number}", "conversations": turns}) + "\n")
+    return path
+
+
+def _words(choose: random.Random) -> str:
+    return " ".join(choose.choices(WORDS, k=choose.randint(1, 6)))
+
+
+def minisft(*words: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """Run the command line as a user would, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "minisft", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )

@@ -1,0 +1,49 @@
+"""Attention over a padding-free row equals attention over each conversation alone."""
+
+import pytest
+import torch
+
+from minisft.errors import UserError
+from minisft.training.attention import PADDING_FREE, padding_free_attention, register
+
+LENGTHS = (5, 1, 9, 3)
+
+
+def models():
+    from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+    common = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    grouped = dict(num_key_value_heads=2)
+    return {
+        "llama": LlamaConfig(**common, **grouped),
+        "qwen2": Qwen2Config(**common, **grouped),
+        "mistral with a window of 4": MistralConfig(**common, **grouped, sliding_window=4),
+        "gpt-neox (pythia)": GPTNeoXConfig(**common),
+    }
+
+
+@pytest.mark.parametrize("name", models())
+def test_a_row_gives_the_logits_of_its_conversations(name):
+    from transformers import AutoModelForCausalLM
+
+    register()
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(models()[name], attn_implementation="eager").eval()
+    ours = AutoModelForCausalLM.from_config(models()[name], attn_implementation=PADDING_FREE).eval()
+    ours.load_state_dict(reference.state_dict())
+    ids = torch.randint(0, 60, (1, sum(LENGTHS)))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    row = ours(ids, position_ids=positions, conversation_lengths=LENGTHS, use_cache=False).logits
+    alone = torch.cat([reference(part).logits for part in ids.split(LENGTHS, 1)], 1)
+    torch.testing.assert_close(row, alone, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "meaning"),
+    [({"softcap": 30.0}, "soft cap"), ({"s_aux": torch.zeros(1)}, "sink"), ({"conversation_lengths": None}, "lengths")],
+)
+def test_what_it_does_not_do_is_refused_by_name(options, meaning):
+    heads = torch.zeros(1, 2, 4, 8)
+    options = {"conversation_lengths": (4,), **options}
+    with pytest.raises(UserError, match=meaning):
+        padding_free_attention(torch.nn.Identity(), heads, heads, heads, None, **options)

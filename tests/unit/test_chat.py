@@ -1,0 +1,257 @@
+"""Chat: what it sends, what it prints, its commands, and a pseudo-terminal with Ctrl-C."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from minisft import chat as module
+from minisft.chat import Session, chat, choose_model
+from minisft.data.conversation import Conversation, Message
+from minisft.data.encoding import Encoder
+from minisft.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def save_tiny(folder, seed=0, context=512):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet]
+    tokenizer = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(words[:3])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = Encoder(fast, "chatml").chat_template
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def session(model_folder):
+    model, encoder = module._load(str(model_folder), False)
+    return Session(model, encoder, max_new_tokens=12)
+
+
+def typed(monkeypatch, *lines):
+    waiting = list(lines)
+
+    def read(prompt=""):
+        if not waiting:
+            raise EOFError
+        return waiting.pop(0)
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def sent_prompts(monkeypatch):
+    from minisft.evaluation import generation
+
+    prompts = []
+    real = generation.generate
+
+    def watched(model, given, **settings):
+        prompts.append(given[0])
+        return real(model, given, **settings)
+
+    monkeypatch.setattr(generation, "generate", watched)
+    return prompts
+
+
+def test_the_prompt_is_a_prefix_of_the_training_row(model_folder, monkeypatch, capsys):
+    prompts = sent_prompts(monkeypatch)
+    chat(model_folder, "hello [/INST] <|im_end|>", "be short", max_new_tokens=5)
+    answer = capsys.readouterr().out.removesuffix("\n")
+    encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(model_folder), "chatml")
+    said = (Message("system", "be short"), Message("user", "hello [/INST] <|im_end|>"), Message("assistant", "x"))
+    row = encoder.encode(Conversation(said, "id", "here")).input_ids
+    assert row[: len(prompts[0])] == prompts[0]
+    assert answer
+
+
+def test_one_message_prints_the_answer_and_nothing_else(model_folder, capsys):
+    chat(model_folder, "hi", max_new_tokens=6)
+    captured = capsys.readouterr()
+    model, encoder = module._load(str(model_folder), False)
+    ids = torch.tensor([encoder.encode_prompt([Message("user", "hi")])])
+    out = model.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=list(encoder.stop_token_ids))
+    assert captured.out == module._CONTROL.sub("\ufffd", encoder.decode_answer(out[0, ids.shape[1] :].tolist())) + "\n"
+    assert "/help" not in captured.err
+
+
+def test_streamed_pieces_make_up_the_answer(session):
+    session.turns = [Message("user", "hi")]
+    pieces = []
+    session.answer(lambda piece: pieces.append(piece))
+    assert "".join(pieces) == session.turns[-1].content
+    assert len(pieces) > 3
+
+
+def test_commands(model_folder, monkeypatch, capsys, tmp_path):
+    prompts = sent_prompts(monkeypatch)
+    saved = tmp_path / "saved.jsonl"
+    typed(
+        monkeypatch, "/system be kind", "one", "two\\", "lines", "/regen", f"/save {saved}", "/system", "/reset",
+        "/regen", "//slash", "/nonsense", "/help", "/compare", "/save", "", "/exit", "never sent",
+    )  # fmt: skip
+    chat(model_folder, max_new_tokens=3)
+    error = capsys.readouterr().err
+    assert "There is no command /nonsense" in error
+    assert "System prompt: be kind" in error
+    assert "nothing to answer again yet" in error
+    assert "base model is known for a run folder only" in error
+    assert "Say where: /save FILE" in error
+    assert "/reset  " in error
+    [line] = [json.loads(text) for text in saved.read_text().splitlines()]
+    turns = line["conversations"]
+    assert [turn["from"] for turn in turns] == ["system", "human", "gpt", "human", "gpt"]
+    assert turns[3]["value"] == "two\nlines"
+    assert len(prompts) == 4  # one, two, two again, slash
+    assert prompts[1] == prompts[2]
+    encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(model_folder), "chatml")
+    assert prompts[3] == encoder.encode_prompt([Message("system", "be kind"), Message("user", "/slash")])
+
+
+def test_a_full_context_drops_the_oldest_exchanges_and_says_so(tmp_path, monkeypatch, capsys):
+    folder = save_tiny(tmp_path / "short", context=160)
+    prompts = sent_prompts(monkeypatch)
+    typed(monkeypatch, "first " * 6, "second " * 6, "third " * 6, "x" * 200, "/exit")
+    chat(folder, max_new_tokens=20)
+    error = capsys.readouterr().err
+    assert "the oldest exchange was dropped" in error
+    assert "do not fit the model's context of 160" in error
+    assert all(len(prompt) <= 140 for prompt in prompts)
+    assert len(prompts) == 3
+
+
+def test_terminal_control_characters_are_not_passed_on(session, monkeypatch, capsys):
+    monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: "\x1b[31mred\x07" if ids else "")
+    module._Terminal(session, None, False).ask("hi")
+    assert capsys.readouterr().out == "\ufffd[31mred\ufffd\n"
+
+
+def a_run(folder, base):
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(f"model: {base}\noutput: {folder}\ndata: {{source: nowhere.jsonl}}\n")
+    return folder
+
+
+def test_a_run_folder_gives_its_model_or_its_newest_checkpoint(tmp_path, model_folder):
+    run = a_run(tmp_path / "run", model_folder)
+    with pytest.raises(UserError, match="no model and no checkpoint yet"):
+        choose_model(str(run))
+    for step in (9, 10):
+        save_tiny(run / f"checkpoints/checkpoint-{step}")
+    assert choose_model(str(run)) == (str(run / "checkpoints/checkpoint-10"), str(model_folder))
+    save_tiny(run / "model")
+    assert choose_model(str(run)) == (str(run / "model"), str(model_folder))
+    assert choose_model(str(model_folder)) == (str(model_folder), None)
+
+
+def test_compare_shows_base_and_tuned(tmp_path, model_folder, monkeypatch, capsys):
+    run = a_run(tmp_path / "run", model_folder)
+    save_tiny(run / "model", seed=5)
+    typed(monkeypatch, "hello", "/compare", "/exit")
+    chat(run, max_new_tokens=4)
+    out = capsys.readouterr().out
+    assert "base" in out
+    assert "tuned" in out
+
+
+def start_chat(folder, *options, **settings):
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from minisft.chat import chat; "
+        "chat(sys.argv[1], max_new_tokens=int(sys.argv[2]))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), *options], **settings)
+
+
+def test_piped_input(model_folder):
+    process = start_chat(
+        model_folder, "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        encoding="utf-8",
+    )  # fmt: skip
+    out, err = process.communicate("hello\n/system x\nagain\n", timeout=120)
+    assert process.returncode == 0
+    assert ">" not in out.split("\n")[0]
+    assert "System prompt: x" in err
+
+
+def test_through_a_pseudo_terminal_ctrl_c_stops_the_answer_and_keeps_the_session(tmp_path):
+    folder = save_tiny(tmp_path / "endless", context=100000)
+    weights = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():  # never ends by itself
+        weights.lm_head.weight[2] = 0
+    weights.save_pretrained(folder)
+    ours, theirs = pty.openpty()
+    process = start_chat(folder, "90000", stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    screen = Screen(ours)
+    try:
+        screen.wait_for("> ")
+        os.write(ours, b"hello\n")
+        screen.wait_for("hello")
+        screen.wait_for_more(40)
+        process.send_signal(signal.SIGINT)
+        screen.wait_for("(stopped)")
+        screen.wait_for("> ")
+        os.write(ours, b"/nonsense\n")
+        screen.wait_for("There is no command /nonsense")
+        process.send_signal(signal.SIGINT)
+        screen.wait_for("/exit or Ctrl-D leaves.")
+        os.write(ours, b"/exit\n")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+class Screen:
+    """What a pseudo-terminal has shown, read in order."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+        self.unread = ""
+
+    def wait_for(self, text, seconds=90):
+        while text not in self.unread:
+            self._read(text, seconds)
+        self.unread = self.unread.partition(text)[2]
+
+    def wait_for_more(self, characters, seconds=90):
+        while len(self.unread) < characters:
+            self._read("more", seconds)
+        self.unread = ""
+
+    def _read(self, wanted, seconds):
+        end = time.monotonic() + seconds
+        ready, _, _ = select.select([self.descriptor], [], [], end - time.monotonic())
+        assert ready, f"no {wanted!r} after {seconds} s; shown: {self.unread!r}"
+        self.unread += os.read(self.descriptor, 65536).decode(errors="replace")

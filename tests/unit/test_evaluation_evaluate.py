@@ -1,0 +1,279 @@
+"""A run with a tiny model: everything that `evaluate` writes, reuses, resumes and refuses."""
+
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from minisft.data.encoding import Encoder
+from minisft.data.preparation import load_test, load_train, prepare
+from minisft.errors import UserError
+from minisft.evaluation import evaluate as module
+from minisft.evaluation.evaluate import evaluate
+from minisft.evaluation.loss import held_out_loss
+from minisft.evaluation.questions import load_held_out, train_answers
+from minisft.recipe import DataRecipe, EvaluationRecipe, Recipe
+
+MARKERS = ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def conversations(rows):
+    draw = random.Random(4)
+    drinks, sizes = ["coffee", "tea", "cocoa", "juice"], ["small", "large"]
+    for number in range(rows):
+        drink, size = draw.choice(drinks), draw.choice(sizes)
+        turns = [
+            ("human", f"One {drink} please, I am guest {number}."), ("gpt", f"What size for the {drink}?"),
+            ("human", f"{size}"), ("gpt", f"A {size} {drink}, done."),
+        ]  # fmt: skip
+        yield {"id": f"row{number}", "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+
+def save_tokenizer(folder, texts):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>", *MARKERS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|end|>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def save_model(folder, tokenizer, seed, context=256):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A prepared run with a base model and two checkpoints."""
+    folder = tmp_path_factory.mktemp("made")
+    source = folder / "chats.jsonl"
+    rows = list(conversations(40))
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = save_tokenizer(folder / "base", [json.dumps(row) for row in rows])
+    save_model(folder / "base", tokenizer, 0)
+    data = DataRecipe(source=str(source), template="chatml", test_fraction=0.25)
+    settings = EvaluationRecipe(max_new_tokens=12, batch_size=3)
+    recipe = Recipe(model=str(folder / "base"), output=str(folder / "run"), data=data, evaluation=settings)
+    prepare(recipe)
+    for step in (10, 9):
+        save_model(folder / f"run/checkpoints/checkpoint-{step}", tokenizer, step)
+    return recipe
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    shutil.copytree(made.output, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def with_settings(recipe, **settings):
+    from dataclasses import replace
+
+    return replace(recipe, evaluation=replace(recipe.evaluation, **settings))
+
+
+def lines(path: Path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_results_follow_the_contract(made, run, capsys):
+    drawn = []
+    results = evaluate(made, run, draw=drawn.append)
+    assert results == json.loads((run / "evaluation/results.json").read_text())
+    assert [c["checkpoint"] for c in results["checkpoints"]] == ["checkpoint-9", "checkpoint-10"]
+    assert [c["step"] for c in results["checkpoints"]] == [9, 10]
+    assert drawn == [run] * 3
+    test_rows = load_test(run)
+    for name, entry in [("base", results["base"]), *((c["checkpoint"], c) for c in results["checkpoints"])]:
+        assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
+        assert entry["seconds"] > 0
+        for metric in ("bleu", "chrf"):
+            assert {"score", "low", "high", "signature"} <= set(entry[metric])
+        outputs = lines(run / "evaluation" / name / "outputs.jsonl")
+        assert [line["id"] for line in outputs] == [row["id"] for row in test_rows]
+        assert outputs[0]["reference"] == test_rows[0]["messages"][-1]["content"]
+        assert outputs[0]["prompt"].endswith("<|im_start|>assistant\n")
+        assert outputs[0]["turn"] == 2
+        examples = (run / "evaluation" / name / "examples.txt").read_text()
+        assert examples.count("--- output ---") == 3
+    best = max(results["checkpoints"], key=lambda c: c["bleu"]["score"])
+    assert results["best"] == best["checkpoint"]
+    assert results["constant"]["text"].startswith("A ")
+    assert set(best["bleu"]["p"]) == {"base", "constant"}
+    assert set(results["base"]["bleu"]["p"]) == {"constant", "best"}
+    printed = capsys.readouterr().out
+    assert f"{results['best']} (best)" in printed
+    assert "constant" in printed
+
+
+def test_all_turns_have_the_earlier_answers_of_the_data_in_their_prompts(made, run):
+    encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(made.model), "chatml")
+    held_out = load_held_out(run, encoder, "all", None)
+    rows = load_test(run)
+    assert [q.turn for q in held_out.questions] == [1, 2] * len(rows)
+    for row, first, second in zip(rows, held_out.questions[::2], held_out.questions[1::2], strict=True):
+        assert row["input_ids"][: len(second.prompt_ids)] == second.prompt_ids
+        assert row["input_ids"][: len(first.prompt_ids)] == first.prompt_ids
+        assert first.reference in second.prompt
+    answers = train_answers(run, encoder, "all")
+    assert len(answers) == 2 * len(load_train(run))
+    assert train_answers(run, encoder, "last") == answers[1::2]
+    assert answers[0].startswith("What size for the ")
+
+
+def test_the_loss_is_the_mean_over_all_supervised_tokens(made, run, monkeypatch):
+    monkeypatch.setattr("minisft.evaluation.loss.BATCH_TOKENS", 150)
+    model = LlamaForCausalLM.from_pretrained(made.model).eval()
+    total, count = 0.0, 0
+    rows = [(row["input_ids"], row["labels"]) for row in load_test(run)]
+    rows[0] = (rows[0][0][:-9], rows[0][1][:-9])
+    for ids, labels in rows:
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        targets = torch.tensor(labels[1:])
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += int((targets != -100).sum())
+    loss, tokens = held_out_loss(model, rows)
+    assert tokens == count
+    assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_unchanged_checkpoints_are_not_computed_again(made, run, monkeypatch):
+    first = evaluate(made, run)
+    monkeypatch.setattr(module, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert evaluate(made, run) == first
+    assert evaluate(with_settings(made, metrics=["chrf"]), run)["best"] is not None
+    monkeypatch.undo()
+    save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
+    loaded = []
+    load = module.load_model
+    monkeypatch.setattr(module, "load_model", lambda folder, **k: loaded.append(folder.name) or load(folder, **k))
+    evaluate(made, run)
+    assert loaded == ["checkpoint-10"]
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_stopped(made, run, monkeypatch):
+    undisturbed = evaluate(made, run)
+    shutil.rmtree(run / "evaluation")
+    batches, asked = 0, []
+    real = module.generate
+
+    def counting(model, prompts, *, on_batch, **settings):
+        def killing(rows, answers):
+            nonlocal batches
+            on_batch(rows, answers)
+            asked.extend(tuple(prompts[row]) for row in rows)
+            batches += 1
+            if batches == 2:
+                raise KeyboardInterrupt
+
+        return real(model, prompts, on_batch=killing, **settings)
+
+    monkeypatch.setattr(module, "generate", counting)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(made, run)
+    journal = run / "evaluation/base/journal.jsonl"
+    with journal.open("a") as file:
+        file.write('{"answers": [[0, {"ids": [1')  # torn as it was killed
+    again = evaluate(made, run)
+    questions = len(load_test(run))
+    assert len(asked) == 3 * questions, "each answer of each model once"
+    for result in (undisturbed, again):
+        for entry in [result["base"], *result["checkpoints"]]:
+            entry.pop("seconds")
+    assert again == undisturbed
+
+
+def test_damaged_and_unfinished_checkpoints_are_named_and_the_others_scored(made, run, capsys):
+    weights = run / "checkpoints/checkpoint-9/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (run / "checkpoints/checkpoint-11").mkdir()
+    results = evaluate(made, run)
+    assert [c["checkpoint"] for c in results["checkpoints"]] == ["checkpoint-10"]
+    assert [f["checkpoint"] for f in results["failed"]] == ["checkpoint-9", "checkpoint-11"]
+    captured = capsys.readouterr()
+    assert "checkpoint-9 cannot be scored" in captured.err
+    assert "damaged" in captured.out
+
+
+def test_markup_and_odd_text_in_answers_is_shown_as_text(made, run, monkeypatch, capsys):
+    monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: "[/INST] [bold] <script>")
+    evaluate(made, run)
+    assert "[/INST] [bold] <script>" in (run / "evaluation/base/examples.txt").read_text()
+
+
+def test_empty_answers_are_said_and_score_zero(made, run, monkeypatch, capsys):
+    monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: "")
+    results = evaluate(made, run)
+    assert results["base"]["bleu"]["score"] == 0
+    assert "every answer is empty, so BLEU is 0" in capsys.readouterr().err
+
+
+def test_json_goes_to_stdout_alone(made, run, capsys):
+    results = evaluate(made, run, as_json=True)
+    assert json.loads(capsys.readouterr().out) == results
+
+
+def test_bad_input_is_named(made, run):
+    with pytest.raises(UserError, match="no room for a prompt in the model's context of 256"):
+        evaluate(with_settings(made, max_new_tokens=256), run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoints"):
+        evaluate(made, run)
+
+
+def test_no_held_out_rows_is_named(made, tmp_path):
+    from dataclasses import replace
+
+    recipe = replace(made, output=str(tmp_path), data=replace(made.data, test_fraction=0.0))
+    prepare(recipe)
+    (tmp_path / "checkpoints/checkpoint-1").mkdir(parents=True)
+    with pytest.raises(UserError, match="no held-out conversations"):
+        evaluate(recipe, tmp_path)
+
+
+def test_a_full_context_is_marked(made, run, capsys):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(made.model)
+    longest = max(len(row["input_ids"]) for row in load_test(run))
+    save_model(run / "checkpoints/checkpoint-10", tokenizer, 10, context=longest)
+    shutil.rmtree(run / "checkpoints/checkpoint-9")
+    results = evaluate(with_settings(made, max_new_tokens=24), run)
+    assert results["checkpoints"][0]["finish"]["context"] > 0
+    assert "context is full" in capsys.readouterr().err
+    assert {"context"} <= {line["finish"] for line in lines(run / "evaluation/checkpoint-10/outputs.jsonl")}
+
+
+def test_following_scores_checkpoints_as_they_appear(made, run, monkeypatch):
+    late = run / "checkpoints/checkpoint-10"
+    hidden = late.rename(run / "aside")
+
+    def training_goes_on(seconds):
+        hidden.rename(late)
+        shutil.copytree(late, run / "model")
+
+    monkeypatch.setattr(module.time, "sleep", training_goes_on)
+    results = evaluate(made, run, follow=True)
+    assert [c["step"] for c in results["checkpoints"]] == [9, 10]

@@ -1,0 +1,180 @@
+"""The decoding loop against transformers' own `generate`, one prompt at a time, in fp32."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from minisft.evaluation.generation import Generated, PromptCache, Sampling, generate, plan_batches
+
+VOCABULARY = 97
+
+
+def tiny_model(seed=0, context=64):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts_of(*lengths, seed=1):
+    draws = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (n,), generator=draws).tolist() for n in lengths]
+
+
+def watch_inputs(model, monkeypatch):
+    """The shapes of input_ids that the model's forward is given from now on."""
+    shapes = []
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    watched.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", watched)
+    return shapes
+
+
+def reference_answer(model, prompt, stops, new):
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
+        eos_token_id=list(stops), pad_token_id=0,
+    )  # fmt: skip
+    answer = out[0, len(prompt) :].tolist()
+    return answer[:-1] if answer and answer[-1] in stops else answer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products wait for one another on two threads more than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.mark.parametrize("stops", [(2,), (2, 5, 11, 40, 41, 42, 43, 60)])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_same_ids_as_generate_one_at_a_time(model, stops, batch_size):
+    prompts = prompts_of(7, 3, 12, 3, 1, 20, 9, 5)
+    answers = generate(model, prompts, stop_token_ids=stops, max_new_tokens=24, batch_size=batch_size, pad_token_id=0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.ids == reference_answer(model, prompt, stops, 24)
+        assert answer.finish == ("length" if len(answer.ids) == 24 else "stop")
+    if len(stops) > 1:
+        assert len({len(answer.ids) for answer in answers}) > 2, "rows should end at different steps"
+
+
+def test_a_beginning_that_all_prompts_share_is_computed_once(model, monkeypatch):
+    [system] = prompts_of(20, seed=5)
+    prompts = [system + prompt for prompt in prompts_of(7, 3, 12, 1)]
+    expected = [reference_answer(model, prompt, (2, 5, 40), 16) for prompt in prompts]
+    shapes = watch_inputs(model, monkeypatch)
+    answers = generate(model, prompts, stop_token_ids=(2, 5, 40), max_new_tokens=16)
+    assert shapes[:2] == [(1, 20), (4, 12)]
+    assert [answer.ids for answer in answers] == expected
+    assert generate(model, prompts, stop_token_ids=(2, 5, 40), max_new_tokens=16) == answers
+
+
+def test_a_sliding_window_model_gives_the_same_ids():
+    torch.manual_seed(3)
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=8, initializer_range=0.3,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    [system] = prompts_of(9, seed=6)
+    prompts = [system + prompt for prompt in prompts_of(4, 13, 9)]
+    answers = generate(model, prompts, stop_token_ids=(2, 7, 9), max_new_tokens=20)
+    assert [a.ids for a in answers] == [reference_answer(model, p, (2, 7, 9), 20) for p in prompts]
+
+
+def test_never_beyond_the_context(model):
+    prompts = prompts_of(60, 64, 70, 10)
+    answers = generate(model, prompts, stop_token_ids=(), max_new_tokens=20)
+    assert [len(a.ids) for a in answers] == [4, 0, 0, 20]
+    assert [a.finish for a in answers] == ["context", "context", "context", "length"]
+
+
+def test_finished_rows_leave_the_batch(model, monkeypatch):
+    shapes = watch_inputs(model, monkeypatch)
+    generate(model, prompts_of(*range(1, 17)), stop_token_ids=range(0, 97, 4), max_new_tokens=20)
+    sizes = [rows for rows, _ in shapes]
+    assert sizes[0] == 16
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] <= 2
+
+
+def test_callbacks_see_every_token_and_batch(model):
+    prompts = prompts_of(5, 2, 9)
+    seen: dict[int, list[int]] = {}
+    batches = []
+    answers = generate(
+        model, prompts, stop_token_ids=(2, 5, 11), max_new_tokens=12, batch_size=2,
+        on_token=lambda row, token: seen.setdefault(row, []).append(token),
+        on_batch=lambda rows, done: batches.append((rows, done)),
+    )  # fmt: skip
+    assert [seen.get(row, []) for row in range(3)] == [a.ids for a in answers]
+    assert [rows for rows, _ in batches] == [[2, 0], [1]]
+    assert batches[1][1] == [answers[1]]
+
+
+def test_a_callback_ends_its_row(model):
+    [answer] = generate(model, prompts_of(5), stop_token_ids=(), max_new_tokens=12, on_token=lambda row, token: True)
+    assert answer == Generated(answer.ids, "interrupted")
+    assert len(answer.ids) == 1
+
+
+def test_the_second_turn_reuses_the_cache_of_the_first(model, monkeypatch):
+    shapes = watch_inputs(model, monkeypatch)
+    kept = PromptCache([])
+    [first_prompt, more] = prompts_of(15, 6)
+    settings = {"stop_token_ids": (2,), "max_new_tokens": 8}
+    [first] = generate(model, [first_prompt], prompt_cache=kept, **settings)
+    second_prompt = first_prompt + first.ids + more
+    shapes.clear()
+    [second] = generate(model, [second_prompt], prompt_cache=kept, **settings)
+    assert shapes[0][1] <= len(more) + 1  # the last token of the first answer may not have gone through the model
+    [edited] = generate(model, [first_prompt[:9] + more], prompt_cache=kept, **settings)
+    again = [generate(model, [p], **settings)[0] for p in (second_prompt, first_prompt[:9] + more)]
+    assert [second, edited] == again
+
+
+def test_sampling_is_seeded_and_a_tiny_top_p_is_greedy(model):
+    prompts = prompts_of(5, 8)
+    settings = {"stop_token_ids": (2,), "max_new_tokens": 10}
+    greedy = generate(model, prompts, **settings)
+    assert generate(model, prompts, sampling=Sampling(1.0, 1e-9), **settings) == greedy
+    drawn = [generate(model, prompts, sampling=Sampling(2.0, 0.95, seed), **settings) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_batches_hold_similar_lengths_and_every_prompt_once():
+    batches = plan_batches([5, 100, 7, 90, 6], batch_size=2, new_tokens=10)
+    assert batches == [[1, 3], [2, 4], [0]]
+    assert plan_batches([40000, 30000], 8, 100) == [[0], [1]]
+
+
+def test_the_roomy_cache_equals_the_plain_one(model):
+    from minisft.evaluation.generation import _new_cache
+
+    roomy, plain = _new_cache(model), DynamicCache(config=model.config)
+    for ids in prompts_of(5, 1, 1, 70, 1):
+        tokens = torch.tensor([ids, ids[::-1]])
+        with torch.inference_mode():
+            left, right = (model(tokens, past_key_values=c, use_cache=True).logits for c in (roomy, plain))
+        assert torch.equal(left, right)
+    for cache in (roomy, plain):
+        cache.crop(-3)
+        cache.batch_select_indices(torch.tensor([1]))
+    assert torch.equal(roomy.layers[1].keys, plain.layers[1].keys)

@@ -1,0 +1,69 @@
+"""Arrows run one way: who may import whom, at module level or inside functions."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "minisft"
+LEAVES = {"errors", "recipe", "files", "console", "models", "runs", ""}  # "" is the package's version
+MAY_IMPORT = {
+    "errors": set(),
+    "recipe": {"errors"},
+    "files": {"errors"},
+    "console": {"errors"},
+    "models": {"errors", "recipe", "files", "console"},
+    "runs": {"errors", "recipe", "files", "console"},
+    "data": LEAVES,
+    "training": LEAVES | {"data"},
+    "evaluation": LEAVES | {"data"},
+    "report": LEAVES - {"models"},
+    "demo": LEAVES,
+    "chat": LEAVES | {"data", "evaluation"},
+}
+LIGHT = ("cli", "errors", "recipe", "runs", "files", "__init__", "__main__")
+HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
+
+
+def imports_of(path, top_level_only=False):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def part_of(path):
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def modules():
+    return sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    if part in ("cli", "__main__", "__init__"):
+        return
+    for name in imports_of(path):
+        if name.split(".")[0] == "minisft":
+            target = name.split(".")[1] if "." in name else ""
+            assert target == part or target in MAY_IMPORT[part], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if part_of(p) == "report"], ids=lambda path: path.stem)
+def test_the_report_imports_no_torch(path):
+    assert not {name.split(".")[0] for name in imports_of(path)} & {"torch", "transformers", "deepspeed"}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_import_nothing_heavy(name):
+    assert not {module.split(".")[0] for module in imports_of(SOURCE / f"{name}.py", True)} & HEAVY
+
+
+def test_deepspeed_is_known_in_one_place():
+    knowing = [path.name for path in modules() if any(n.split(".")[0] == "deepspeed" for n in imports_of(path))]
+    assert knowing == ["strategies.py"]
