@@ -7,7 +7,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-WORDS = "tea milk sugar cup pot small large hot cold please thanks yes no one two three with without more less".split()
+WORDS = [
+    "tea",
+    "milk",
+    "sugar",
+    "cup",
+    "pot",
+    "small",
+    "large",
+    "hot",
+    "cold",
+    "please",
+    "thanks",
+    "yes",
+    "no",
+    "one",
+    "two",
+    "three",
+    "with",
+    "without",
+    "more",
+    "less",
+]
 
 
 def write_tiny_model(folder: Path, seed: int = 0) -> Path:

@@ -101,3 +101,14 @@ def test_a_source_is_found_from_here_then_beside_the_recipe(tmp_path, monkeypatc
     (elsewhere / "d.jsonl").touch()
     assert load_recipe(path).data.source == str(elsewhere / "d.jsonl")
     assert load_recipe(path, ["data.source=org/name"]).data.source == "org/name"
+
+
+def test_every_key_is_documented():
+    from dataclasses import fields
+
+    from minisft.recipe import DataRecipe, EvaluationRecipe, TrainingRecipe
+
+    text = (RECIPES.parent / "docs" / "recipe.md").read_text(encoding="utf-8")
+    for kind in (Recipe, DataRecipe, TrainingRecipe, EvaluationRecipe):
+        for entry in fields(kind):
+            assert f"`{entry.name}`" in text, entry.name

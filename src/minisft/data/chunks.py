@@ -96,8 +96,7 @@ def _render_rows(chunk: Chunk, encoder: Encoder, task: Task, tally: Tally) -> tu
         except RowError as error:
             tally.skip(_problem(row, location, error, task, chunk.source))
         except RecursionError:
-            error = RowError("nested_too_deeply", "its values are nested too deeply", "write plain texts")
-            tally.skip(_problem(row, location, error, task, chunk.source))
+            tally.skip(Problem(location, "nested_too_deeply", "its values are nested too deeply", "write plain texts"))
         except RefusedError as error:
             tally.skip(_refused(location, error))
         else:

@@ -7,9 +7,9 @@ a template that drops, trims or rewrites a content is found out and named.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from minisft.data.conversation import Message, parsed_or_text
 from minisft.data.rendering import MarkerSplitter, RefusedError, Rendered, RunBuilder
@@ -174,14 +174,15 @@ class JinjaRenderer:
         """The spans that the template itself marks with {% generation %}."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _, spans = render_jinja_template(
+        render = cast("Callable[..., tuple[list[str], list[list[tuple[int, int]]]]]", render_jinja_template)
+        _, spans = render(
             [dicts],
             tools=[json.loads(tool) for tool in tools] or None,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        return list(spans[0])
+        return spans[0]
 
     def _prefix(self, dicts: list[dict[str, Any]], tools: Sequence[str]) -> str:
         try:
@@ -308,7 +309,7 @@ class JinjaRenderer:
             raise UserError(
                 "data.template",
                 "the template ends an answer with no special token of this tokenizer, so a model would not stop",
-                "use data.template: chatml or mistral, which end answers with the tokenizer's EOS, or mend the template",
+                "use data.template: chatml or mistral, which end answers with the EOS token, or mend the template",
             )
         return match.group()
 

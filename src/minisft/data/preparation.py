@@ -210,7 +210,7 @@ def _stage(
     streams = [read_source(one, index, recipe.seed) for index, one in enumerate(sources)]
     chunks, detected = _with_formats(streams, sources, recipe.data)
     task = Task(recipe.data, tuple(detected), recipe.seed)
-    columns = ([np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)], [np.zeros(0, np.int32)])
+    columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in (np.uint64, np.uint64, np.int32)]
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema()) as writer:
         for result in _process(_limited(chunks, recipe.data.limit), encoder, task):
             writer.write_batch(pa.ipc.read_record_batch(pa.py_buffer(result.table), schema()))
@@ -220,7 +220,8 @@ def _stage(
             if progress is not None:
                 progress(tally.count("rows", "read"))
     formats = {one.path: name for one, name in zip(sources, detected, strict=True)}
-    return Staged(path, *map(np.concatenate, columns), formats)
+    keys, identities, lengths = (np.concatenate(column) for column in columns)
+    return Staged(path, keys, identities, lengths, formats)
 
 
 def _with_formats(
@@ -306,7 +307,7 @@ def _require_rows(tally: Tally, train: int) -> None:
         reasons = ", ".join(f"{name} {number:,}" for name, number in tally.section("skipped").items())
         raise UserError(
             "data.source",
-            f"no conversation is left to train on ({tally.count('rows', 'read'):,} rows read; {reasons or 'none kept'})",
+            f"no conversation is left to train on, of {tally.count('rows', 'read'):,} rows read ({reasons})",
             "give more rows, lower data.test_fraction, or see data.invalid and data.overflow",
         )
 
@@ -319,6 +320,7 @@ def _write_side(folder: Path, side: Side, names: list[str]) -> None:
     plain = folder.with_name(f"{folder.name}.rows.arrow")
     kept = pa.schema([schema().field(name) for name in names])
     with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_stream(file, kept) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist([], kept))  # a file without any batch is refused
         for batch in side.batches():
             writer.write_batch(batch.select(names))
     bars = datasets.utils.logging.is_progress_bar_enabled()

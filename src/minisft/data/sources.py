@@ -176,12 +176,11 @@ def read_source(source: Source, index: int, seed: int = 0) -> Iterator[Chunk]:
 
 def _weighted(chunk: Chunk, weight: float, seed: int) -> Chunk:
     """Each row as often as the weight says; the share of a fraction is chosen by the row's own bytes."""
-    lines = [line for line in chunk.lines for _ in range(_copies(line[1], weight, seed))]
-    rows = [
-        row for row in chunk.rows for _ in range(_copies(repr(row[1]).encode("utf-8", "surrogatepass"), weight, seed))
-    ]
-    distinct = len({number for number, _ in lines}) + len({location for location, _ in rows})
-    return replace(chunk, lines=tuple(lines), rows=tuple(rows), left_out=len(chunk) - distinct)
+    copies = [_copies(line, weight, seed) for _, line in chunk.lines]
+    copies += [_copies(repr(row).encode("utf-8", "surrogatepass"), weight, seed) for _, row in chunk.rows]
+    lines = [line for line, count in zip(chunk.lines, copies, strict=False) for _ in range(count)]
+    rows = [row for row, count in zip(chunk.rows, copies[len(chunk.lines) :], strict=True) for _ in range(count)]
+    return replace(chunk, lines=tuple(lines), rows=tuple(rows), left_out=copies.count(0))
 
 
 def _copies(row: bytes, weight: float, seed: int) -> int:
@@ -368,10 +367,13 @@ def _json_rows(name: str, path: Path, file: IO[bytes]) -> Iterator[tuple[str, An
     text.drop(1)
     if text.skip_space() == "]":
         return
+    number, previous = 0, 0
     while True:
         text.skip_space()
         line = text.line
-        yield f"{name}:{line}", text.value()
+        place = f"{name}:{line}" if line != previous else f"{name}:{line}#{number}"
+        yield place, text.value()
+        number, previous = number + 1, line
         separator = text.skip_space()
         if separator == "]":
             text.drop(1)

@@ -33,7 +33,7 @@ values = st.recursive(
 )
 turn = st.fixed_dictionaries(
     {"from": st.one_of(st.sampled_from(WORDS[:8]), values), "value": st.one_of(st.sampled_from(WORDS), values)},
-    optional={key: values for key in ("weight", "tool_calls", "name", "reasoning_content")},
+    optional=dict.fromkeys(("weight", "tool_calls", "name", "reasoning_content"), values),
 )
 rows = st.one_of(
     values,

@@ -1,0 +1,275 @@
+"""The pipeline: the identities of the ledger, the split, the cache, and what stands on disk."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from minisft.data.conversation import Conversation, messages_from_rows
+from minisft.data.encoding import Encoder
+from minisft.data.ledger import ledger_lines
+from minisft.data.preparation import load_test, load_train
+from minisft.data.split import choose_test
+from minisft.data.verification import VerificationError
+from minisft.errors import UserError
+from tests.unit.data.helpers import many, prepare_source, talk, write_rows
+
+
+def odd_rows(count, seed=0):
+    """Conversations of one to five exchanges, some with a system prompt, of very different lengths."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        texts = [
+            " ".join(rng.choices(["one", "two", "[INST]", "four"], k=rng.randint(1, 30)))
+            for _ in range(2 * rng.randint(1, 5))
+        ]
+        texts[0] = f"{i % 40} {texts[0]}"
+        rows.append(talk(*texts, system="Be kind" if i % 3 else None, id=f"row-{i}"))
+    return rows
+
+
+def assert_identities(ledger):
+    rows, tokens = ledger["rows"], ledger["tokens"]
+    assert rows["read"] == rows["kept"] + rows["skipped"] == rows["train"] + rows["test"] + rows["skipped"]
+    assert rows["skipped"] == sum(ledger["skipped"].values())
+    assert tokens["rendered"] == tokens["kept"] + tokens["cut"]
+
+
+@pytest.mark.parametrize("overflow", ["turns", "cut", "drop"])
+@pytest.mark.parametrize("template", ["chatml", "mistral", "llama3", "zephyr"])
+def test_the_ledger_says_what_stands_on_disk(template, overflow, tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "talks.jsonl", [*odd_rows(60), {"conversations": []}])
+    options = {"template": template, "overflow": overflow, "invalid": "skip", "max_length": 150}
+    prepared = prepare_source(path, tmp_path / "run", chat_bpe, **options)
+    ledger = prepared.ledger
+    assert_identities(ledger)
+    assert ledger["skipped"]["empty_conversation"] == 1
+    encoder = Encoder(chat_bpe, template)
+    train, test = load_train(tmp_path / "run"), load_test(tmp_path / "run")
+    assert (
+        (len(train), len(test))
+        == (prepared.train_rows, prepared.test_rows)
+        == (ledger["rows"]["train"], ledger["rows"]["test"])
+    )
+    rows = [*train, *test]
+    assert sum(len(row["input_ids"]) for row in rows) == ledger["tokens"]["kept"]
+    assert sum(label >= 0 for row in rows for label in row["labels"]) == ledger["tokens"]["supervised"]
+    assert max(len(row["input_ids"]) for row in rows) <= 150
+    assert ledger["tokens"]["cut"] > 0 or overflow == "drop"
+    for row in test:
+        whole = encoder.encode(Conversation(messages_from_rows(row["messages"])))
+        assert whole.input_ids[: len(row["input_ids"])] == row["input_ids"]
+        assert whole.labels[: len(row["labels"])] == row["labels"]
+    assert "\n".join(ledger_lines(ledger)).count("\n") >= 5
+
+
+def test_rendered_is_the_sum_of_the_full_renderings(tmp_path, chat_bpe):
+    rows = odd_rows(50)
+    path = write_rows(tmp_path / "talks.jsonl", rows)
+    full = prepare_source(path, tmp_path / "a", chat_bpe, max_length=100_000).ledger["tokens"]
+    short = prepare_source(path, tmp_path / "b", chat_bpe, max_length=120).ledger
+    assert full["cut"] == 0
+    assert short["rows"]["skipped"] == 0
+    assert short["tokens"]["rendered"] == full["rendered"] == full["kept"]
+
+
+def test_overflow_error_names_the_rows(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "talks.jsonl", [*many(3), talk("Hi", "word " * 100)])
+    with pytest.raises(UserError, match=r"talks.jsonl:4: .* tokens, more than data.max_length 50"):
+        prepare_source(path, tmp_path / "run", chat_bpe, overflow="error", max_length=50)
+
+
+def test_train_on_last_supervises_the_last_answer_alone(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "talks.jsonl", [talk("a", "First answer", "b", "Second answer")] * 3)
+    prepare_source(path, tmp_path / "run", chat_bpe, train_on="last", test_fraction=0)
+    labels = load_train(tmp_path / "run")[0]["labels"]
+    assert chat_bpe.decode([label for label in labels if label >= 0]) == "Second answer<|im_end|>"
+
+
+# --- the split --------------------------------------------------------------------------------------------
+
+
+def test_the_split_is_seeded_and_stable_under_reordering(tmp_path, chat_bpe):
+    rows = [row | {"id": str(i)} for i, row in enumerate(many(50))]
+    shuffled = random.Random(1).sample(rows, len(rows))
+    chosen = []
+    for name, order, seed in (("a", rows, 0), ("b", shuffled, 0), ("c", rows, 1)):
+        path = write_rows(tmp_path / f"{name}.jsonl", order)
+        from minisft.data.preparation import prepare
+        from minisft.recipe import DataRecipe, Recipe
+
+        data = DataRecipe(source=str(path), template="chatml")
+        prepare(Recipe(model="toy", output=str(tmp_path / name), data=data, seed=seed), chat_bpe)
+        chosen.append({row["id"] for row in load_test(tmp_path / name)})
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(chosen[0]) == 5
+
+
+def test_rows_with_one_first_prompt_stay_on_one_side(tmp_path, chat_bpe):
+    rows = [talk(f"Prompt {i % 10}", f"Answer {i}", "More", f"Answer {i}") for i in range(100)]
+    rows += [talk(" prompt  3 ", "Otherwise spelled")]
+    prepared = prepare_source(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "run", chat_bpe, test_fraction=0.2)
+    tested = {row["messages"][0]["content"].strip().lower() for row in load_test(tmp_path / "run")}
+    trained = {chat_bpe.decode(row["input_ids"][3:6]) for row in load_train(tmp_path / "run")}
+    assert len(tested) == 2
+    assert prepared.test_rows in (20, 21)
+    assert not {prompt.split()[-1] for prompt in tested} & {text.split()[-1] for text in trained}
+    assert prepared.ledger["overlap"]["test_rows_with_a_train_prompt"] == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.1, 0.5, 0.99])
+def test_sizes_of_the_split(count, fraction):
+    keys = np.random.default_rng(count).integers(0, 2**63, count).astype(np.uint64)
+    chosen = int(choose_test(keys, fraction).sum())
+    if fraction == 0 or count == 1:
+        assert chosen == 0
+    else:
+        assert chosen == min(max(round(fraction * count), 1), count - 1)
+
+
+def test_a_test_source_of_its_own_and_its_overlap(tmp_path, chat_bpe):
+    long = "word " + " ".join(f"{i}" for i in range(30))
+    path = write_rows(tmp_path / "a.jsonl", [talk("Same prompt", long), *many(5)])
+    test = write_rows(tmp_path / "b.jsonl", [talk("Same prompt", long), talk("Other", "Not the same at all")])
+    prepared = prepare_source(path, tmp_path / "run", chat_bpe, test=str(test))
+    assert (prepared.train_rows, prepared.test_rows) == (6, 2)
+    overlap = prepared.ledger["overlap"]
+    assert overlap["test_rows_with_a_train_prompt"] == 1
+    assert overlap["test_rows_half_in_train"] == 1
+    assert overlap["also_in_train"] > 10
+
+
+def test_duplicates_are_counted(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "a.jsonl", [*many(5), *many(3)])
+    assert prepare_source(path, tmp_path / "run", chat_bpe).ledger["duplicates"] == 3
+
+
+# --- the cache --------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_found_and_a_changed_byte_makes_it_new(tmp_path, chat_bpe, plain_bpe):
+    path = write_rows(tmp_path / "a.jsonl", many(20))
+    run = tmp_path / "run"
+    assert not prepare_source(path, run, chat_bpe).cached
+    assert prepare_source(path, run, chat_bpe).cached
+    assert not prepare_source(path, run, chat_bpe, max_length=99).cached
+    assert not prepare_source(path, run, plain_bpe, max_length=99).cached
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"number 7", b"number 8"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not prepare_source(path, run, plain_bpe, max_length=99).cached
+    assert prepare_source(path, run, plain_bpe, max_length=99).cached
+    (run / "dataset" / "ledger.json").write_text("{torn")
+    assert not prepare_source(path, run, plain_bpe, max_length=99).cached
+
+
+def test_a_changed_template_file_makes_it_new(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "a.jsonl", many(20))
+    template = tmp_path / "mine.jinja"
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    template.write_text(text)
+    assert not prepare_source(path, tmp_path / "run", chat_bpe, template=str(template)).cached
+    assert prepare_source(path, tmp_path / "run", chat_bpe, template=str(template)).cached
+    template.write_text(text.replace("{{ m.role }}", "{{ m.role | upper }}").replace("assistant", "ASSISTANT"))
+    assert not prepare_source(path, tmp_path / "run", chat_bpe, template=str(template)).cached
+
+
+def test_a_failed_preparation_leaves_the_one_before_as_it_was(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "a.jsonl", many(20))
+    prepare_source(path, tmp_path / "run", chat_bpe)
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    bad = write_rows(tmp_path / "bad.jsonl", [*many(20), {"conversations": []}])
+    with pytest.raises(UserError):
+        prepare_source(bad, tmp_path / "run", chat_bpe)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+
+PROGRAM = """
+import sys
+from tests.unit.data.helpers import prepare_source
+from tests.unit.data.toys import bpe_tokenizer
+tokenizer = bpe_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+print("started", flush=True)
+prepare_source(sys.argv[1], sys.argv[2], tokenizer)
+"""
+
+
+def start(source, output):
+    command = [sys.executable, "-c", PROGRAM, str(source), str(output)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE)
+
+
+def test_two_at_once_and_one_killed_leave_a_whole_data_set(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "a.jsonl", many(6000))
+    run = tmp_path / "run"
+    first, second = start(path, run), start(path, run)
+    killed = start(path, tmp_path / "killed")
+    killed.stdout.readline()
+    time.sleep(0.3)
+    killed.send_signal(signal.SIGKILL)
+    assert (first.wait(), second.wait()) == (0, 0)
+    killed.wait()
+    assert len(load_train(run)) + len(load_test(run)) == 6000
+    assert prepare_source(path, run, chat_bpe).cached
+    whole = (tmp_path / "killed" / "dataset" / "ledger.json").exists()
+    assert whole or not (tmp_path / "killed" / "dataset").exists()
+    assert prepare_source(path, tmp_path / "killed", chat_bpe).train_rows == 5400
+
+
+# --- processes and verification ---------------------------------------------------------------------------
+
+
+def test_several_processes_give_the_rows_of_one(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "a.jsonl", odd_rows(4000))
+    one = prepare_source(path, tmp_path / "one", chat_bpe, processes=1, invalid="skip")
+    two = prepare_source(path, tmp_path / "two", chat_bpe, processes=2, invalid="skip")
+    assert {**one.ledger, "key": ""} == {**two.ledger, "key": ""}
+    assert load_train(tmp_path / "one")[:] == load_train(tmp_path / "two")[:]
+
+
+def test_verification_finds_a_wrong_mask(tmp_path, chat_bpe, monkeypatch):
+    whole = Encoder.encode_rendered
+
+    def shifted(self, rendered, conversations):
+        batch = whole(self, rendered, conversations)
+        batch.labels[1:] = np.where(batch.labels[:-1] >= 0, batch.ids[1:], batch.labels[1:])
+        return batch
+
+    monkeypatch.setattr(Encoder, "encode_rendered", shifted)
+    path = write_rows(tmp_path / "a.jsonl", many(5))
+    with pytest.raises(VerificationError, match="outside the answers"):
+        prepare_source(path, tmp_path / "run", chat_bpe)
+
+
+def test_verification_finds_an_answer_that_reads_otherwise(tmp_path, chat_bpe, monkeypatch):
+    whole = Encoder.encode_rendered
+
+    def wrong(self, rendered, conversations):
+        batch = whole(self, rendered, conversations)
+        place = int(np.flatnonzero(batch.labels >= 0)[0])
+        batch.ids[place] = batch.labels[place] = batch.ids[place + 1]
+        return batch
+
+    monkeypatch.setattr(Encoder, "encode_rendered", wrong)
+    path = write_rows(tmp_path / "a.jsonl", many(5))
+    with pytest.raises(VerificationError, match="the supervised tokens read"):
+        prepare_source(path, tmp_path / "run", chat_bpe)
+
+
+def test_columns_are_plain_lists_of_int32(tmp_path, chat_bpe):
+    prepare_source(write_rows(tmp_path / "a.jsonl", many(20)), tmp_path / "run", chat_bpe)
+    train = datasets.load_from_disk(str(tmp_path / "run" / "dataset" / "train"))
+    assert train.column_names == ["input_ids", "labels", "id", "location"]
+    assert train.features["input_ids"].feature.dtype == train.features["labels"].feature.dtype == "int32"
+    assert sorted(path.name for path in (tmp_path / "run" / "dataset").iterdir()) == ["ledger.json", "test", "train"]
+    assert json.loads((tmp_path / "run" / "dataset" / "ledger.json").read_text())["rows"]["read"] == 20

@@ -1,0 +1,121 @@
+"""The page of a run: what it says, and that nothing a model wrote can act on it."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from minisft.errors import UserError
+from minisft.report.page import write_report
+from minisft.report.run_files import read_run
+from minisft.report.verdict import verdict
+
+NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/INST] &amp;"
+
+
+def score(value, **p):
+    return {"score": value, "low": value - 2, "high": value + 2, "mean": value, "signature": "s", "p": p}
+
+
+def entry(value, step, **fields):
+    scores = {"bleu": score(value, base=0.001, constant=0.2), "chrf": score(value + 5)}
+    return {"step": step, "loss": 2.0, "perplexity": 7.4, "exact_match": 0.1, "seconds": 1.0, **scores, **fields}
+
+
+def make_run(folder, best=20.0, rows=4):
+    checkpoint = entry(best, 9, checkpoint="checkpoint-9")
+    results = {
+        "base": entry(3.0, 0), "checkpoints": [checkpoint], "best": "checkpoint-9", "answers": rows,
+        "constant": {"text": NASTY, "exact_match": 0.0, "bleu": score(10.0), "chrf": score(12.0)},
+        "failed": [{"checkpoint": "checkpoint-10", "error": NASTY}], "turns": "last",
+    }  # fmt: skip
+    for name in ("base", "checkpoint-9"):
+        place = folder / "evaluation" / name
+        place.mkdir(parents=True)
+        lines = [
+            {"id": f"row{n}", "turn": 1, "prompt": NASTY, "reference": "yes", "output": f"{name} {n} {NASTY}",
+             "bleu": 1.0, "chrf": n * (2.0 if name == "base" else 3.0)}
+            for n in range(rows)
+        ]  # fmt: skip
+        (place / "outputs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "evaluation/results.json").write_text(json.dumps(results))
+    (folder / "recipe.yaml").write_text(f"model: tiny  # {NASTY}\n")
+    steps = [{"step": n, "loss": 3 / n, "seconds": 2.0, "tokens": 50, "supervised_tokens": 20, "peak_memory_mb": 900}
+             for n in range(1, 5000)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (folder / "dataset").mkdir()
+    ledger = {"rows": {"read": 50, "kept": 50}, "tokens": {"kept": 900}, "skipped": {}, "turns": {"user": 90},
+              "lengths": {"histogram": {"16": 40, "32": 10}}}  # fmt: skip
+    (folder / "dataset/ledger.json").write_text(json.dumps(ledger))
+    return folder
+
+
+class Elements(HTMLParser):
+    """All elements of a page with their attributes, and the text of its data element."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.inside, self.data = [], None, ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.inside = dict(attributes).get("id") if tag == "script" else None
+
+    def handle_data(self, text):
+        if self.inside == "data":
+            self.data += text
+            self.inside = None
+
+
+def test_what_a_model_wrote_stays_text(tmp_path):
+    page = write_report(make_run(tmp_path)).read_text()
+    elements = Elements(page)
+    assert [tag for tag, _ in elements.found].count("script") == 2
+    assert "img" not in [tag for tag, _ in elements.found]
+    data = json.loads(elements.data)
+    assert data["examples"][0]["texts"][0] == f"base 0 {NASTY}"
+    assert not re.search(r"innerHTML\s*=|insertAdjacentHTML|document\.write", page)
+
+
+def test_the_page_asks_nobody_for_anything(tmp_path):
+    page = write_report(make_run(tmp_path)).read_text()
+    elements = Elements(page)
+    assert not [a for _, a in elements.found if {"src", "href"} & set(a)]
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in page
+
+
+def test_the_page_holds_every_part(tmp_path):
+    page = write_report(make_run(tmp_path)).read_text()
+    ids = {attributes["id"] for _, attributes in Elements(page).found if "id" in attributes}
+    assert {"curves", "scores", "examples", "ledger", "speed", "recipe", "loss", "bleu", "chrf"} <= ids
+    assert "minisft chat" in page
+    assert "checkpoint-10 could not be scored" in page
+    data = json.loads(Elements(page).data)
+    assert len(data["train"]) <= 2000
+    assert [row["title"] for row in data["examples"]][3] == "row3, answer 1 (improved: +3.0 chrF)"
+
+
+@pytest.mark.parametrize(
+    ("best", "said"),
+    [
+        (20.0, "Take checkpoint-9: BLEU 20.0 (95 % interval 18.0 to 22.0), 17.0 above the base model, which is more "
+               "than chance (p = 0.001). It beats the best stock phrase (BLEU 10.0), which may be chance (p = 0.2)."),
+        (5.0, "It does not beat the best stock phrase (BLEU 10.0): that score is no proof of learning."),
+        (2.0, "No checkpoint beats the base model (BLEU 3.0); best is checkpoint-9 with BLEU 2.0"),
+    ],
+)  # fmt: skip
+def test_the_verdict(tmp_path, best, said):
+    assert said in verdict(read_run(make_run(tmp_path, best)))
+
+
+def test_a_run_that_is_not_evaluated_has_a_page_too(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: tiny\n")
+    assert "Not evaluated yet" in write_report(tmp_path).read_text()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        write_report(tmp_path)
