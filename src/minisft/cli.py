@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +24,20 @@ _WORDS_HELP = "then keys of the recipe to change, such as training.epochs=3"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can mend it, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except UserError as error:
+        print(f"minisft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minisft: stopped", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -30,16 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minisft {__version__}")
         return 0
     verb = VERBS.get(words[0])
-    try:
-        if verb is None:
-            raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
-        return verb.run(verb.parser(words[0]).parse_intermixed_args(words[1:])) or 0
-    except UserError as error:
-        print(f"minisft: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("minisft: stopped", file=sys.stderr)
-        return 1
+    if verb is None:
+        raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
+    return verb.run(verb.parser(words[0]).parse_intermixed_args(words[1:])) or 0
 
 
 # --- verbs ------------------------------------------------------------------------------------------------
@@ -51,6 +59,24 @@ def prepare(arguments: Arguments) -> None:
     recipe = _load(arguments)
     with open_run(recipe, force=arguments.force, prepares_only=True):
         _prepare(recipe)
+
+
+def inspect(arguments: Arguments) -> None:
+    from minisft.data.inspect import inspect as show_rows
+    from minisft.runs import open_run
+
+    recipe = _recipe_or_run(arguments)
+    with open_run(recipe, prepares_only=True):
+        show_rows(
+            recipe,
+            side=arguments.side,
+            rows=arguments.row,
+            ids=arguments.id,
+            worst=arguments.worst,
+            only_findings=arguments.findings,
+            count=arguments.count,
+            html=arguments.html,
+        )
 
 
 def train(arguments: Arguments) -> None:
@@ -122,12 +148,16 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
 
 def _prepare(recipe: "Recipe") -> None:
     from minisft.console import say
+    from minisft.data.ledger import ledger_lines
     from minisft.data.preparation import prepare as prepare_data
     from minisft.models import load_tokenizer, resolve_model
 
     resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=False)
     say(f"model {resolved}")
-    prepare_data(recipe, load_tokenizer(resolved.folder, recipe.trust_remote_code))
+    prepared = prepare_data(recipe, load_tokenizer(resolved.folder, recipe.trust_remote_code))
+    say(f"data {prepared.folder}" + (" (prepared before)" if prepared.cached else ""))
+    for line in ledger_lines(prepared.ledger):
+        say(f"  {line}")
 
 
 def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
@@ -222,6 +252,16 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(self.prog, message, f"see `{self.prog} --help`")
 
 
+def _inspect_options(parser: _Parser) -> None:
+    parser.add_argument("--side", choices=("train", "test"), default="train", help="which side of the split")
+    parser.add_argument("--row", type=int, action="append", default=[], metavar="N", help="a row by number; repeatable")
+    parser.add_argument("--id", action="append", default=[], metavar="ID", help="a conversation by id; repeatable")
+    parser.add_argument("--worst", choices=("length", "cut", "share"), help="the rows worst in this")
+    parser.add_argument("--findings", action="store_true", help="only rows of which something was found")
+    parser.add_argument("--count", type=int, default=3, metavar="N", help="how many rows (default 3)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
+
+
 def _chat_options(parser: _Parser) -> None:
     parser.add_argument("--message", metavar="TEXT", help="print the answer to this message and end")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt")
@@ -238,6 +278,12 @@ def _resume(parser: _Parser) -> None:
 VERBS = {
     "demo": Verb(demo, "the main job on the built-in recipe: fine-tune, score, show answers", "", _force),
     "prepare": Verb(prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", _force),
+    "inspect": Verb(
+        inspect,
+        "show what the model learns from: tokens coloured by supervised or not",
+        "RUN|RECIPE.yaml",
+        _inspect_options,
+    ),
     "train": Verb(train, "train a recipe: vanilla or ZeRO-1/2/3, one process or many", "RECIPE.yaml", _resume, _force),
     "evaluate": Verb(evaluate, "generate with and score the base model and every checkpoint", "RUN|RECIPE.yaml"),
     "chat": Verb(chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", _chat_options),

@@ -66,7 +66,7 @@ def model():
 @pytest.mark.parametrize("stops", [(2,), (2, 5, 11, 40, 41, 42, 43, 60)])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_same_ids_as_generate_one_at_a_time(model, stops, batch_size):
-    prompts = prompts_of(7, 3, 12, 3, 1, 20, 9, 5)
+    prompts = prompts_of(7, 3, 12, 3, 1, 20, 9, 5, 14, 2, 31)
     answers = generate(model, prompts, stop_token_ids=stops, max_new_tokens=24, batch_size=batch_size, pad_token_id=0)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.ids == reference_answer(model, prompt, stops, 24)
@@ -108,11 +108,21 @@ def test_never_beyond_the_context(model):
 
 def test_finished_rows_leave_the_batch(model, monkeypatch):
     shapes = watch_inputs(model, monkeypatch)
+    monkeypatch.setattr("minisft.evaluation.generation.PREFILL_ROWS", 16)
     generate(model, prompts_of(*range(1, 17)), stop_token_ids=range(0, 97, 4), max_new_tokens=20)
     sizes = [rows for rows, _ in shapes]
     assert sizes[0] == 16
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] <= 2
+
+
+def test_prompts_go_in_by_eights_and_are_decoded_together(model, monkeypatch):
+    prompts = prompts_of(*range(1, 20))
+    expected = [reference_answer(model, prompt, (2, 5), 6) for prompt in prompts]
+    shapes = watch_inputs(model, monkeypatch)
+    answers = generate(model, prompts, stop_token_ids=(2, 5), max_new_tokens=6)
+    assert shapes[:4] == [(8, 19), (8, 11), (3, 3), (19, 1)]
+    assert [answer.ids for answer in answers] == expected
 
 
 def test_callbacks_see_every_token_and_batch(model):

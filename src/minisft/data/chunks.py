@@ -1,6 +1,8 @@
 """A chunk of raw rows to encoded rows and a tally: the work of one process."""
 
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +10,7 @@ import numpy as np
 
 from minisft.data.conversation import Conversation, Message, calls_to_text
 from minisft.data.encoding import AnswerSpan, Encoded, EncodedBatch, Encoder
-from minisft.data.formats import RowError, check_order, repair, repair_characters, to_conversation
+from minisft.data.formats import REPAIRS, RowError, check_order, repair, repair_characters, to_conversation
 from minisft.data.ledger import Problem, Tally
 from minisft.data.overflow import fit
 from minisft.data.rendering import RefusedError, Rendered
@@ -36,10 +38,11 @@ class Task:
 
 @dataclass
 class Kept:
-    """A row that is kept."""
+    """A row that is kept, and how many tokens its full rendering has."""
 
     conversation: Conversation
     encoded: Encoded
+    rendered: int
 
 
 @dataclass
@@ -63,19 +66,36 @@ class ChunkResult:
 
 def process_chunk(chunk: Chunk, encoder: Encoder, task: Task) -> ChunkResult:
     """Parse, check, render, encode, fit and verify the rows of a chunk."""
+    with _no_garbage_collection():
+        return _process_chunk(chunk, encoder, task)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Rows hold no cycles, and looking for some among so many objects costs a tenth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _process_chunk(chunk: Chunk, encoder: Encoder, task: Task) -> ChunkResult:
     tally = Tally()
     conversations, rendered = _render_rows(chunk, encoder, task, tally)
     batch = encoder.encode_rendered(rendered, conversations)
     if task.data.verify and conversations:
         verify(encoder, conversations, batch)
     if not (np.diff(batch.offsets) > task.data.max_length).any():
-        table = _flat_table(conversations, batch, tally)
-        lengths = np.diff(batch.offsets)
+        rendered_lengths = np.diff(batch.offsets)
     else:
         kept = _fit_rows(conversations, batch, encoder, task, tally)
         conversations = [row.conversation for row in kept]
         batch = _as_batch(kept)
-        table, lengths = _flat_table(conversations, batch, tally), np.diff(batch.offsets)
+        rendered_lengths = np.fromiter((row.rendered for row in kept), np.int64, len(kept))
+    table, lengths = _flat_table(conversations, batch, rendered_lengths, tally), np.diff(batch.offsets)
     keys = np.fromiter((prompt_key(c, task.seed) for c in conversations), np.uint64, len(conversations))
     identities = np.fromiter(map(identity_key, conversations), np.uint64, len(conversations))
     return ChunkResult(table.serialize().to_pybytes(), keys, identities, lengths.astype(np.int32), tally)
@@ -91,8 +111,9 @@ def _render_rows(chunk: Chunk, encoder: Encoder, task: Task, tally: Tally) -> tu
         tally.add("skipped", LEFT_OUT, chunk.left_out)
     for location, row in chunk.parsed():
         try:
-            conversation = _read_row(row, location, task, chunk.source, tally)
+            conversation, repairs = _read_row(row, location, task, chunk.source)
             rendering = encoder.render(conversation)
+            rendering.findings.extend(repairs)
         except RowError as error:
             tally.skip(_problem(row, location, error, task, chunk.source))
         except RecursionError:
@@ -105,17 +126,16 @@ def _render_rows(chunk: Chunk, encoder: Encoder, task: Task, tally: Tally) -> tu
     return conversations, rendered
 
 
-def _read_row(row: Any, location: str, task: Task, source: int, tally: Tally) -> Conversation:
-    """The row's conversation in order, repaired where the recipe says so."""
+def _read_row(row: Any, location: str, task: Task, source: int) -> tuple[Conversation, tuple[str, ...]]:
+    """The row's conversation in order, and how it was repaired where the recipe says so."""
     format = task.formats[source]
-    if task.data.invalid != "repair":
+    repairs: tuple[str, ...] = ()
+    if task.data.invalid == "repair":
+        conversation, repairs = _repaired(row, location, format)
+    else:
         conversation = to_conversation(row, location, format)
         check_order(conversation.messages)
-    else:
-        conversation, done = _repaired(row, location, format)
-        for name in done:
-            tally.add("repaired", name)
-    return conversation.supervise(task.data.train_on)
+    return conversation.supervise(task.data.train_on), repairs
 
 
 def _repaired(row: Any, location: str, format: str) -> tuple[Conversation, tuple[str, ...]]:
@@ -178,8 +198,10 @@ def _fit_rows(
             tally.add("overflow", fitted.kind or "trailing")
             tally.add("tokens", "cut", full - len(fitted.encoded.input_ids))
             tally.add("turns", "dropped", len(conversation.messages) - len(fitted.conversation.messages))
-            conversation, encoded = fitted.conversation, fitted.encoded
-        kept.append(Kept(conversation, encoded))
+            conversation, repairs = fitted.conversation, encoded.findings
+            findings = tuple(dict.fromkeys([*fitted.encoded.findings, *repairs, f"cut_{fitted.kind or 'trailing'}"]))
+            encoded = replace(fitted.encoded, findings=findings)
+        kept.append(Kept(conversation, encoded, full))
     return kept
 
 
@@ -203,7 +225,9 @@ def _as_batch(kept: Sequence[Kept]) -> EncodedBatch:
 # --- the table --------------------------------------------------------------------------------------------
 
 
-def _flat_table(conversations: Sequence[Conversation], batch: EncodedBatch, tally: Tally) -> "pa.RecordBatch":
+def _flat_table(
+    conversations: Sequence[Conversation], batch: EncodedBatch, rendered: np.ndarray, tally: Tally
+) -> "pa.RecordBatch":
     """The rows as an Arrow record batch, and their tokens and turns in the tally."""
     import pyarrow as pa
 
@@ -215,6 +239,8 @@ def _flat_table(conversations: Sequence[Conversation], batch: EncodedBatch, tall
             pa.ListArray.from_arrays(offsets, pa.array(batch.labels)),
             pa.array([c.id for c in conversations], pa.string()),
             pa.array([c.location for c in conversations], pa.string()),
+            pa.array(rendered.astype(np.int32)),
+            pa.array([",".join(findings) for findings in batch.findings], pa.string()),
             _messages_array([c.messages for c in conversations]),
             pa.array([c.tools for c in conversations], pa.string()),
         ],
@@ -223,7 +249,7 @@ def _flat_table(conversations: Sequence[Conversation], batch: EncodedBatch, tall
 
 
 def schema() -> "pa.Schema":
-    """The columns of a prepared data set; train rows carry the first four only."""
+    """The columns of a prepared data set; train rows go without the last two."""
     import pyarrow as pa
 
     kinds = {"supervised": pa.bool_()}
@@ -234,6 +260,8 @@ def schema() -> "pa.Schema":
             ("labels", pa.list_(pa.int32())),
             ("id", pa.string()),
             ("location", pa.string()),
+            ("rendered", pa.int32()),
+            ("findings", pa.string()),
             ("messages", pa.list_(message)),
             ("tools", pa.string()),
         ]
@@ -269,4 +297,5 @@ def _count(conversations: Sequence[Conversation], batch: EncodedBatch, tally: Ta
     tally.add("turns", "supervised", sum(message.is_answer and message.supervised for message in flat))
     for findings in batch.findings:
         for name in findings:
-            tally.add("findings", name)
+            if not name.startswith("cut_"):  # counted as overflow already
+                tally.add("repaired" if name in REPAIRS else "findings", name)

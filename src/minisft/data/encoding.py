@@ -458,7 +458,13 @@ class Encoder:
                 "mistral-v3 needs a tokenizer with the control tokens [INST] and [/INST], and this one has none",
                 "use data.template: mistral, which writes the same form as plain text",
             )
-        controls = has_controls and name != "mistral-v1"
+        if name == "mistral-v1" and has_controls:
+            raise UserError(
+                "data.template",
+                "mistral-v1 writes [INST] as text, and for this tokenizer it is a control token",
+                "use data.template: mistral, which is mistral-v3 here",
+            )
+        controls = has_controls
         eos = self._require_eos(name)
         bos = self.tokenizer.bos_token if controls or self._adds_bos() else None
         gap, gap_after_control = self._gaps()

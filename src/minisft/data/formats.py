@@ -18,6 +18,7 @@ _ROLE_NAMES = {
 }
 _ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 _TRAIN_FLAGS = ("weight", "train", "loss", "trainable")
+REPAIRS = ("characters_replaced", "leading_answers_trimmed", "unanswered_end_trimmed", "same_role_joined")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -69,7 +70,7 @@ def to_conversation(row: Any, location: str, format: str) -> Conversation:
         raise RowError("empty_conversation", "the conversation has no turns", "give it a question and an answer")
     identity = row.get("id")
     name = location if identity is None or isinstance(identity, Mapping | list) else str(identity)
-    return Conversation(tuple(messages), name, location, _tools(row.get("tools")))
+    return Conversation(tuple(messages), _clean(name, "the id"), location, _tools(row.get("tools")))
 
 
 def not_json(error: ValueError) -> RowError:
@@ -171,9 +172,9 @@ def _full_message(turn: Mapping[str, Any], role: str, content: Any, where: str) 
         text,
         supervised=all(_is_set(turn[flag]) for flag in _TRAIN_FLAGS if turn.get(flag) is not None),
         tool_calls=calls,
-        name=name if isinstance(name, str) else "",
+        name=_clean(name, where) if isinstance(name, str) else "",
         reasoning=_clean(reasoning, where),
-        call_id=call_id if isinstance(call_id, str) else "",
+        call_id=_clean(call_id, where) if isinstance(call_id, str) else "",
     )
 
 
@@ -187,7 +188,8 @@ def _call(call: Any, where: str) -> ToolCall:
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     identity = call.get("id")
-    return ToolCall(function["name"], _clean(arguments, where), identity if isinstance(identity, str) else "")
+    identity = _clean(identity, where) if isinstance(identity, str) else ""
+    return ToolCall(_clean(function["name"], where), _clean(arguments, where), identity)
 
 
 def _call_of_text(text: str) -> tuple[ToolCall, ...]:
@@ -200,6 +202,8 @@ def _call_of_text(text: str) -> tuple[ToolCall, ...]:
         return ()
     arguments = parsed.get("arguments", {})
     as_text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if not _is_utf8(parsed["name"] + as_text):  # the text spells half a character as an escape
+        return ()
     return (ToolCall(parsed["name"], as_text, source=text),)
 
 
@@ -249,13 +253,20 @@ def _text(value: Any, where: str) -> str:
 def _clean(text: str, where: str) -> str:
     if "\0" in text:
         raise RowError("nul_character", f"{where} holds a NUL character", "remove it (invalid: repair does)")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            mend = "write the character whole (invalid: repair puts U+FFFD)"
-            raise RowError("lone_surrogate", f"{where} holds half a character (a lone surrogate)", mend) from None
+    if not _is_utf8(text):
+        mend = "write the character whole (invalid: repair puts U+FFFD)"
+        raise RowError("lone_surrogate", f"{where} holds half a character (a lone surrogate)", mend)
     return text
+
+
+def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tools(value: Any) -> str:

@@ -118,9 +118,11 @@ class JinjaRenderer:
             elif kind == "slot":
                 builder.content(filled[value])
                 written += filled[value]
-            else:
-                builder.template(value, supervised, open_message >= 0)
+            elif open_message >= 0:
+                builder.template_in_answer(value, supervised)
                 written += value
+            else:
+                builder.template(value)
         builder.flush()
         return Rendered(builder.runs, builder.answers, findings)
 

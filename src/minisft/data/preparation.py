@@ -1,7 +1,6 @@
 """The pipeline: sources to `<output>/dataset`, with the split, the cache and the ledger."""
 
 import contextlib
-import gc
 import hashlib
 import json
 import multiprocessing
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Progress = Callable[[int], None]
-TRAIN_COLUMNS = ("input_ids", "labels", "id", "location")
+TRAIN_COLUMNS = ("input_ids", "labels", "id", "location", "rendered", "findings")
 _POOL_FROM = 3  # chunks; fewer are done sooner than processes start
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -96,15 +95,16 @@ def prepare(
 
 def load_train(output: Path | str) -> Any:
     """The `datasets.Dataset` of train rows of a run."""
-    return _load(output, "train")
+    return load_split(output, "train")
 
 
 def load_test(output: Path | str) -> list[dict[str, Any]]:
     """The test rows of a run, each with its `messages` and `tools`."""
-    return list(_load(output, "test"))
+    return list(load_split(output, "test"))
 
 
-def _load(output: Path | str, side: str) -> Any:
+def load_split(output: Path | str, side: str) -> Any:
+    """One side of a run's prepared data, "train" or "test", as a `datasets.Dataset`."""
     import datasets
 
     folder = Path(output) / "dataset" / side
@@ -131,7 +131,7 @@ def _prepare_into(folder: Path, recipe: Recipe, encoder: Encoder, progress: Prog
     _raise_problems(tally, data)
     # 3. Split.
     is_test = choose_test(staged.keys, 0.0 if own_test else data.test_fraction)
-    _require_rows(tally, int((~is_test).sum()))
+    _require_rows(tally, int((~is_test).sum()), data)
     train = Side(staged, ~is_test)
     test = Side(staged_test, np.ones(len(staged_test.keys), dtype=bool)) if own_test else Side(staged, is_test)
     # 4. Write both sides, and look for test answers among the train answers.
@@ -288,11 +288,15 @@ def _raise_problems(tally: Tally, data: DataRecipe) -> None:
         lines.append(f"  ... and {lost - len(shown):,} more")
     reasons = ", ".join(f"{name} {number:,}" for name, number in fatal.items())
     raise UserError(
-        data.source if isinstance(data.source, str) else "data.source",
+        _source_name(data),
         f"{lost:,} of {tally.count('rows', 'read'):,} rows cannot be used ({reasons}):\n" + "\n".join(lines),
         f"mend the rows, or set data.invalid: skip (loses {lost:,} rows) or "
         f"data.invalid: repair (saves {tally.repairable:,} of them)",
     )
+
+
+def _source_name(data: DataRecipe) -> str:
+    return data.source if isinstance(data.source, str) else "data.source"
 
 
 def _is_fatal(reason: str, data: DataRecipe) -> bool:
@@ -302,11 +306,11 @@ def _is_fatal(reason: str, data: DataRecipe) -> bool:
     return data.invalid == "error" and reason not in ("nothing_left_to_learn", LEFT_OUT)
 
 
-def _require_rows(tally: Tally, train: int) -> None:
+def _require_rows(tally: Tally, train: int, data: DataRecipe) -> None:
     if train == 0:
         reasons = ", ".join(f"{name} {number:,}" for name, number in tally.section("skipped").items())
         raise UserError(
-            "data.source",
+            _source_name(data),
             f"no conversation is left to train on, of {tally.count('rows', 'read'):,} rows read ({reasons})",
             "give more rows, lower data.test_fraction, or see data.invalid and data.overflow",
         )
@@ -320,13 +324,17 @@ def _write_side(folder: Path, side: Side, names: list[str]) -> None:
     plain = folder.with_name(f"{folder.name}.rows.arrow")
     kept = pa.schema([schema().field(name) for name in names])
     with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_stream(file, kept) as writer:
-        writer.write_batch(pa.RecordBatch.from_pylist([], kept))  # a file without any batch is refused
         for batch in side.batches():
             writer.write_batch(batch.select(names))
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        datasets.Dataset.from_file(str(plain)).save_to_disk(str(folder))
+        if side.mask.any():
+            datasets.Dataset.from_file(str(plain)).save_to_disk(str(folder))
+        else:  # a file without rows is not opened, and a folder without a file is not loaded
+            features = datasets.Features.from_arrow_schema(kept)
+            empty = datasets.Dataset.from_dict({name: [] for name in names}, features=features)
+            empty.save_to_disk(str(folder), num_shards=1)
     finally:
         if bars:
             datasets.enable_progress_bars()
@@ -369,7 +377,6 @@ def _in_pool(chunks: Iterable[Chunk], encoder: Encoder, task: Task, workers: int
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    gc.disable()  # rows hold no cycles, and looking for some among so many objects costs a tenth of the time
 
 
 def _work(chunk: Chunk) -> ChunkResult:

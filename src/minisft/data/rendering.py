@@ -69,72 +69,76 @@ class Control:
 
 
 class MarkerSplitter:
-    """Splits a template's own text at the control tokens that it spells, as the tokenizer would."""
+    """Splits a template's own text at the control tokens that it spells, as the tokenizer would.
+
+    Results are remembered, as a template writes few different texts.
+    """
 
     def __init__(self, controls: Mapping[str, Control]) -> None:
         self.controls = dict(controls)
         longest_first = sorted((name for name in controls if name), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        self._memo: dict[str, list[str | int]] = {}
+        self._memo: dict[tuple[str, bool, bool], tuple[str, list[Run], str]] = {}
 
-    def split(self, text: str) -> list[str | int]:
-        """Texts and control ids in order; remembered, as a template writes few different texts."""
-        segments = self._memo.get(text)
-        if segments is None:
-            segments = self._split(text)
+    def split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Run], str]:
+        """The text before the first control token, the runs from there to the last one, and the text after it."""
+        key = (text, supervised, answer)
+        found = self._memo.get(key)
+        if found is None:
+            found = self._split(text, supervised, answer)
             if len(self._memo) < 4096:
-                self._memo[text] = segments
-        return segments
+                self._memo[key] = found
+        return found
 
-    def _split(self, text: str) -> list[str | int]:
-        segments: list[str | int] = []
-        position = 0
+    def _split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Run], str]:
+        head, runs, position = "", [], 0
         for match in self._pattern.finditer(text) if self._pattern else ():
             control = self.controls[match.group()]
             before = text[position : match.start()]
-            segments.append(before.rstrip() if control.lstrip else before)
-            segments.append(control.id)
+            if control.lstrip:
+                before = before.rstrip()
+            if not runs:
+                head = before
+            elif before:
+                runs.append(Run(before, -1, supervised, AFTER_CONTROL, answer))
+            runs.append(Run("", control.id, supervised, 0, answer))
             position = match.end()
             if control.rstrip:
-                position += len(text) - position - len(text[position:].lstrip())
-        segments.append(text[position:])
-        return [segment for segment in segments if segment != ""]
+                position += len(text[position:]) - len(text[position:].lstrip())
+        return (head, runs, text[position:]) if runs else (text, [], "")
 
 
 class RunBuilder:
     """Collects runs: adjoining texts are joined, and a control token or a boundary ends a run."""
 
-    __slots__ = ("_buffer", "_context", "_start", "answers", "runs", "splitter")
+    __slots__ = ("_buffer", "_context", "_pending", "_start", "answers", "runs", "splitter")
 
     def __init__(self, splitter: MarkerSplitter) -> None:
         self.splitter = splitter
         self.runs: list[Run] = []
         self.answers: list[Answer] = []
-        self._buffer: list[str] = []
+        self._buffer: list[str] = []  # texts of the run under way
+        self._pending = ""  # text of the template that is still to be split
         self._context = START
         self._start = 0
 
-    def template(self, text: str, supervised: bool = False, answer: bool = False) -> None:
+    def template(self, text: str) -> None:
         """Add text of the template, in which control tokens are recognised."""
-        for segment in self.splitter.split(text):
-            if isinstance(segment, int):
-                self.flush(supervised, answer)
-                self.runs.append(Run("", segment, supervised, 0, answer))
-                self._context = AFTER_CONTROL
-            else:
-                self._buffer.append(segment)
+        self._pending += text
+
+    def template_in_answer(self, text: str, supervised: bool) -> None:
+        """Add text of the template that stands within an answer."""
+        self._settle()
+        self._split(text, supervised, True)
 
     def content(self, text: str) -> None:
         """Add text of the conversation, which is never a control token."""
+        self._settle()
         self._buffer.append(text)
 
     def flush(self, supervised: bool = False, answer: bool = False) -> None:
-        if self._buffer:
-            text = "".join(self._buffer)
-            self._buffer.clear()
-            if text:
-                self.runs.append(Run(text, -1, supervised, self._context, answer))
-                self._context = CONTINUE
+        self._settle()
+        self._end_run(supervised, answer)
 
     def apart(self) -> None:
         """End the run; the next text is encoded as if it stood alone."""
@@ -153,6 +157,30 @@ class RunBuilder:
         self.flush(supervised, answer)
         self.runs.append(Run("", token, supervised, 0, answer))
         self._context = AFTER_CONTROL
+
+    def _settle(self) -> None:
+        if self._pending:
+            text, self._pending = self._pending, ""
+            self._split(text, False, False)
+
+    def _split(self, text: str, supervised: bool, answer: bool) -> None:
+        head, runs, tail = self.splitter.split(text, supervised, answer)
+        if head:
+            self._buffer.append(head)
+        if runs:
+            self._end_run(supervised, answer)
+            self.runs.extend(runs)
+            self._context = AFTER_CONTROL
+            if tail:
+                self._buffer.append(tail)
+
+    def _end_run(self, supervised: bool, answer: bool) -> None:
+        if self._buffer:
+            text = "".join(self._buffer)
+            self._buffer.clear()
+            if text:
+                self.runs.append(Run(text, -1, supervised, self._context, answer))
+                self._context = CONTINUE
 
 
 Renderer = Callable[[Sequence[Message], Sequence[str], bool], Rendered]
@@ -190,10 +218,8 @@ class TurnRenderer:
                 text = text.strip()
             if message.is_answer:
                 self._answer(builder, index, text, message.supervised)
-            elif index == 0 and tools and message.role == "system":
-                self._turn(builder, "system", with_tools(text, tools))
             else:
-                self._turn(builder, message.role, text)
+                self._turn(builder, message.role, with_tools(text, tools if index == 0 else ()))
         if prompt:
             builder.template(template.open_turn("assistant"))
         builder.flush()

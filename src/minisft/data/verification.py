@@ -62,15 +62,24 @@ def _verify_answers(encoder: Encoder, conversations: Sequence[Conversation], bat
 
 
 def _verify_system(encoder: Encoder, conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
+    """The system prompt stands before the first answer, or, as mistral-v3 has it, before the last."""
     wanted = [
         (row, conversation.messages[0].content.strip())
         for row, conversation in enumerate(conversations)
-        if conversation.messages[0].role == "system" and conversation.messages[0].content.strip()
+        if conversation.messages[0].role == "system"
     ]
-    rows = []
-    for row, _ in wanted:
-        base, answers = int(batch.offsets[row]), batch.answers[row]
-        rows.append(batch.ids[base : base + answers[-1].start].tolist())
-    for (row, system), decoded in zip(wanted, encoder.decode_answers(rows), strict=True):
-        if system not in decoded and encoder.round_trip(system).strip() not in decoded:
-            raise VerificationError(f"{conversations[row].location}: the system prompt is not in the tokens")
+    for answer in (0, -1):
+        rows = [_ids_before(batch, row, answer) for row, _ in wanted]
+        texts = encoder.decode_answers(rows)
+        wanted = [
+            (row, system)
+            for (row, system), text in zip(wanted, texts, strict=True)
+            if system not in text and encoder.round_trip(system).strip() not in text
+        ]
+    if wanted:
+        raise VerificationError(f"{conversations[wanted[0][0]].location}: the system prompt is not in the tokens")
+
+
+def _ids_before(batch: EncodedBatch, row: int, answer: int) -> list[int]:
+    base = int(batch.offsets[row])
+    return list(batch.ids[base : base + batch.answers[row][answer].start].tolist())

@@ -7,6 +7,7 @@ long answers alone do not pay for the short ones. Greedy unless a `Sampling` is 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,8 @@ Finish = Literal["stop", "length", "context", "interrupted"]
 CACHE_POSITIONS = 65536
 # Key-value buffers grow by so many positions at a time.
 CACHE_BLOCK = 64
+# Prompts go through the model so many at a time, in order of length.
+PREFILL_ROWS = 8
 # A beginning that a batch shares is computed once from this many tokens on.
 SHARED_AT_LEAST = 8
 
@@ -165,9 +168,8 @@ class _Batch:
     @torch.inference_mode()
     def decode(self, kept: PromptCache | None) -> list[Generated]:
         if self.rows:
-            self._start(kept)
+            logits = self._prefill() if kept is None else self._prefill_from(kept)
         while self.rows:
-            logits = _forward(self.model, self.tokens, self.mask, self.cache)
             picked = _pick(logits, self.rules.sampling, self.draws)
             if kept is not None:  # what has gone through the model by now: all but the token just picked
                 kept.cache, kept.ids = self.cache, self.prompts[self.rows[0]] + self.ids[self.rows[0]]
@@ -175,24 +177,40 @@ class _Batch:
                 if row not in self.finish:
                     self._note(row, token)
             self._advance(picked)
+            if self.rows:
+                logits = _forward(self.model, self.tokens, self.mask, self.cache)
         return [Generated(self.ids[row], self.finish[row]) for row in self.prompts]
 
-    def _start(self, kept: PromptCache | None) -> None:
-        """Left-padded prompts, less what is in the cache already: what `kept` holds, or what all rows share."""
+    def _prefill(self) -> Tensor:
+        """Sends the prompts through the model; gives the logits [rows, vocabulary] of their last tokens.
+
+        A few rows of nearly one length at a time: padding costs as much as text here, and nothing later.
+        """
         prompts = [self.prompts[row] for row in self.rows]
-        if kept is None:
-            self.cache = _new_cache(self.model)
-            shared = _prefill_shared(self.model, self.cache, prompts)
-        else:
-            shared = kept.reuse(prompts[0])
-            self.cache = kept.cache if kept.cache is not None else _new_cache(self.model)
-            kept.ids, kept.cache = [], None  # an exception on the way must not leave a cache that lies
-        rest = [prompt[shared:] for prompt in prompts]
-        gaps = [max(map(len, rest)) - len(prompt) for prompt in rest]
-        padded = [[self.rules.pad] * gap + prompt for gap, prompt in zip(gaps, rest, strict=True)]
-        real = [[1] * shared + [0] * gap + [1] * len(prompt) for gap, prompt in zip(gaps, rest, strict=True)]
-        self.tokens = torch.tensor(padded, device=self.model.device)
-        self.mask = torch.tensor(real, device=self.model.device)
+        start = _new_cache(self.model)
+        mergeable = all(type(layer) is _RoomyLayer for layer in start.layers)
+        shared = _prefill_shared(self.model, start, prompts) if mergeable else 0
+        size = PREFILL_ROWS if mergeable else len(prompts)
+        logits, masks, caches = [], [], []
+        for place in range(0, len(prompts), size):
+            some = prompts[place : place + size]
+            cache = _repeated(start, len(some)) if mergeable else start
+            tokens, mask = _left_padded(some, shared, self.rules.pad, self.model.device)
+            logits.append(_forward(self.model, tokens, mask, cache))
+            masks.append(mask)
+            caches.append(cache)
+        self.mask = _right_aligned(masks)
+        self.cache = _merged(caches, self.mask.shape[1]) if len(caches) > 1 else caches[0]
+        return torch.cat(logits)
+
+    def _prefill_from(self, kept: PromptCache) -> Tensor:
+        """The same for the one prompt of a chat, from what `kept` holds of it."""
+        prompt = self.prompts[self.rows[0]]
+        shared = kept.reuse(prompt)
+        self.cache = kept.cache if kept.cache is not None else _new_cache(self.model)
+        kept.ids, kept.cache = [], None  # an exception on the way must not leave a cache that lies
+        tokens, self.mask = _left_padded([prompt], shared, self.rules.pad, self.model.device)
+        return _forward(self.model, tokens, self.mask, self.cache)
 
     def _note(self, row: int, token: int) -> None:
         """Takes the row's next token and sees whether that ends it."""
@@ -244,9 +262,36 @@ class _RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._buffers = []
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._buffers = []
+    @classmethod
+    def holding(cls, keys: Tensor | None, values: Tensor | None, rows: int) -> "_RoomyLayer":
+        """A layer that starts with the keys and values [1, heads, positions, width], if any, in each of its rows."""
+        layer = cls()
+        if keys is not None and values is not None:
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (keys, values))
+            layer._buffers = []
+        return layer
+
+    def take(self, keys: list[Tensor], values: list[Tensor], width: int) -> None:
+        """Takes the rows of several layers, each right-aligned in `width` positions."""
+        self.lazy_initialization(keys[0], values[0])
+        self._buffers = [_aligned(states, width) for states in (keys, values)]
+        self.keys, self.values = (buffer[..., :width, :] for buffer in self._buffers)
+
+
+def _aligned(parts: list[Tensor], width: int) -> Tensor:
+    """A buffer of all rows with room for a block more; what is not filled is zero, since the mask multiplies it."""
+    rows = sum(len(part) for part in parts)
+    _, heads, _, size = parts[0].shape
+    buffer = parts[0].new_zeros(rows, heads, width + CACHE_BLOCK, size)
+    for part, place in zip(parts, _starts(parts), strict=True):
+        buffer[place : place + len(part), :, width - part.shape[-2] : width] = part
+    return buffer
+
+
+def _starts(parts: list[Tensor]) -> list[int]:
+    ends = list(accumulate(len(part) for part in parts))
+    return [0, *ends[:-1]]
 
 
 def _roomy(states: Tensor, positions: int) -> Tensor:
@@ -269,12 +314,48 @@ def _prefill_shared(model: PreTrainedModel, cache: DynamicCache, prompts: list[l
     Padding then stands between it and the rest, which a sliding window, counting columns, would not bear.
     """
     shared = min(_common_prefix(prompts[0], prompt[:-1]) for prompt in prompts)
-    if len(prompts) < 2 or shared < SHARED_AT_LEAST or not all(type(x) is _RoomyLayer for x in cache.layers):
+    if len(prompts) < 2 or shared < SHARED_AT_LEAST:
         return 0
     prefix = torch.tensor([prompts[0][:shared]], device=model.device)
     _forward(model, prefix, torch.ones_like(prefix), cache)
-    cache.batch_repeat_interleave(len(prompts))
     return shared
+
+
+def _left_padded(prompts: list[list[int]], shared: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [rows, longest] of what follows the first `shared` ids, and the mask [rows, shared + longest] of all."""
+    rest = [prompt[shared:] for prompt in prompts]
+    gaps = [max(map(len, rest)) - len(ids) for ids in rest]
+    padded = [[pad] * gap + ids for gap, ids in zip(gaps, rest, strict=True)]
+    real = [[1] * shared + [0] * gap + [1] * len(ids) for gap, ids in zip(gaps, rest, strict=True)]
+    return torch.tensor(padded, device=device), torch.tensor(real, device=device)
+
+
+def _repeated(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A copy of a cache of one row, for `rows` rows."""
+    copy = DynamicCache()
+    layers: list[Any] = cache.layers
+    copy.layers = [_RoomyLayer.holding(layer.keys, layer.values, rows) for layer in layers]
+    return copy
+
+
+def _right_aligned(masks: list[Tensor]) -> Tensor:
+    """Masks [rows, width] of several widths as one, the shorter ones padded on the left."""
+    width = max(mask.shape[1] for mask in masks)
+    return torch.cat([torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+
+
+def _merged(caches: list[DynamicCache], width: int) -> DynamicCache:
+    """Caches of several widths as one of `width` positions, the shorter ones padded on the left."""
+    merged = DynamicCache()
+    merged.layers = []
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        layer = _RoomyLayer()
+        if layers[0].keys is not None:  # a layer may use another one's
+            layer.take([one.keys for one in layers], [one.values for one in layers], width)
+        merged.layers.append(layer)
+        for one in layers:  # so that no more than one layer is there twice
+            one.keys = one.values = None
+    return merged
 
 
 def _crop(cache: DynamicCache, surplus: int) -> bool:

@@ -154,8 +154,8 @@ def _curves(run: RunFiles) -> str:
     return """<h2 id="curves">Loss</h2>
 <div class="controls"><label><input type="checkbox" id="log"> logarithmic</label>
 <label>smoothing <input type="range" id="smooth" min="0" max="98" value="0"></label></div>
-<figure id="loss"><figcaption>Mean over supervised tokens: each training step, and the held-out rows at each checkpoint.
-</figcaption></figure>
+<figure id="loss"><figcaption>Mean over supervised tokens: <span class="key0">each training step</span>, and
+<span class="key1">the held-out rows at each checkpoint</span>.</figcaption></figure>
 """
 
 

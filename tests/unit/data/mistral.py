@@ -98,6 +98,7 @@ def reference_labels(version: str, messages: list[tuple[str, str]], ids: list[in
         answer = [*core.encode(text, bos=False, eos=False), core.eos_id]
         while ids[position - len(answer) : position] != answer:
             position -= 1
+            assert position >= len(answer), "mistral-common's tokens do not hold this answer"
         labels[position - len(answer) : position] = answer
         position -= len(answer)
     return labels

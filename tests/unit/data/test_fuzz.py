@@ -37,7 +37,9 @@ turn = st.fixed_dictionaries(
 )
 rows = st.one_of(
     values,
-    st.fixed_dictionaries({"conversations": st.lists(turn, max_size=5)}, optional={"tools": values, "system": values}),
+    st.fixed_dictionaries(
+        {"conversations": st.lists(turn, max_size=5)}, optional={"tools": values, "system": values, "id": values}
+    ),
     st.fixed_dictionaries({"instruction": values, "output": values}, optional={"history": values, "input": values}),
     st.fixed_dictionaries({"prompt": values, "completion": st.one_of(values, st.lists(turn, max_size=3))}),
 )
@@ -57,8 +59,7 @@ def assert_counts_or_message(content, suffix, invalid, folder, encoder):
     path.write_bytes(content)
     try:
         chunks = list(read_source(Source(str(path)), 0))
-    except UserError as error:
-        assert str(error)
+    except UserError:
         return
     for chunk in chunks:
         found = next((name for _, row in chunk.parsed() if (name := detect_format(row))), None)

@@ -1,0 +1,204 @@
+"""What the model will learn from: tokens coloured by supervised or not, in the terminal or as one HTML page."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minisft.console import console, say
+from minisft.data.preparation import load_split, prepare
+from minisft.errors import UserError
+from minisft.files import write_atomically
+from minisft.models import load_tokenizer, resolve_model
+from minisft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerFast
+
+WORST = ("length", "cut", "share")
+PAGE = Path(__file__).with_name("inspect.html")
+# Two shades each, in turn, so that the boundaries between tokens show.
+_SUPERVISED = ("black on green3", "black on spring_green2")
+_CONTEXT = ("default on grey15", "default on grey23")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token: its id, its text, whether it is learned, whether it is a special token."""
+
+    id: int
+    text: str
+    supervised: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class InspectedRow:
+    """A prepared row to look at.
+
+    Args:
+        side: train or test.
+        row: its number there.
+        id: the conversation's id.
+        location: where it stands in the source.
+        rendered: tokens of its full rendering, of which the row may keep fewer.
+        findings: what was found about it.
+        tokens: its tokens in order.
+    """
+
+    side: str
+    row: int
+    id: str
+    location: str
+    rendered: int
+    findings: tuple[str, ...]
+    tokens: tuple[Token, ...]
+
+    @property
+    def title(self) -> str:
+        learned = sum(token.supervised for token in self.tokens)
+        found = f"; {', '.join(self.findings)}" if self.findings else ""
+        cut = f" of {self.rendered:,}" if self.rendered > len(self.tokens) else ""
+        return (
+            f"{self.side} row {self.row}, id {self.id}, {self.location}: {len(self.tokens):,}{cut} tokens, "
+            f"{learned:,} supervised{found}"
+        )
+
+
+def inspect(
+    recipe: Recipe,
+    *,
+    side: str = "train",
+    rows: Sequence[int] = (),
+    ids: Sequence[str] = (),
+    worst: str | None = None,
+    only_findings: bool = False,
+    count: int = 3,
+    html: Path | None = None,
+) -> list[InspectedRow]:
+    """Prepare the recipe's data where that is not done, and show rows of it; loads no model weights.
+
+    Args:
+        recipe: the recipe.
+        side: train or test.
+        rows: show these rows by number, or
+        ids: these conversations by id, or
+        worst: the rows with the greatest length, most tokens cut or smallest supervised share, else the first.
+        only_findings: leave rows out of which nothing was found.
+        count: how many, where neither rows nor ids are given.
+        html: write one self-contained page there instead of printing.
+
+    Raises:
+        UserError: there is no such row or id.
+    """
+    prepare(recipe)
+    tokenizer = load_tokenizer(resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder)
+    data = load_split(recipe.output, side)
+    chosen = choose_rows(data, rows, ids, worst, only_findings, count)
+    shown = [read_row(data, side, row, tokenizer) for row in chosen]
+    if html is None:
+        for row in shown:
+            console.print(as_text(row))
+    else:
+        write_atomically(html, as_html(shown))
+        say(f"{len(shown)} rows are in {html}")
+    return shown
+
+
+def choose_rows(
+    data: Any,
+    rows: Sequence[int] = (),
+    ids: Sequence[str] = (),
+    worst: str | None = None,
+    only_findings: bool = False,
+    count: int = 3,
+) -> list[int]:
+    """Row numbers of a prepared side, as `inspect` takes them."""
+    for row in rows:
+        if not 0 <= row < len(data):
+            raise UserError("row", f"there is no row {row}", f"give a number from 0 to {len(data) - 1}")
+    if rows:
+        return list(rows)
+    if ids:
+        return [_find_id(data, name) for name in ids]
+    order = list(range(len(data))) if worst is None else _worst(data, worst)
+    if only_findings:
+        findings = data["findings"][:]
+        order = [row for row in order if findings[row]]
+    return order[:count]
+
+
+def _find_id(data: Any, name: str) -> int:
+    known = data["id"][:]
+    if name not in known:
+        raise UserError("id", f"there is no conversation {name!r}", f"give an id such as {known[0] if known else '?'}")
+    return int(known.index(name))
+
+
+def _worst(data: Any, by: str) -> list[int]:
+    if by not in WORST:
+        raise UserError("worst", f"{by!r} is no measure", f"choose among {', '.join(WORST)}")
+    lengths = np.array([len(ids) for ids in data["input_ids"]])
+    if by == "length":
+        measure = lengths
+    elif by == "cut":
+        measure = np.array(data["rendered"][:]) - lengths
+    else:
+        learned = np.array([sum(label >= 0 for label in labels) for labels in data["labels"]])
+        measure = -learned / np.maximum(lengths, 1)
+    return [int(row) for row in np.argsort(-measure, kind="stable")]
+
+
+def read_row(data: Any, side: str, number: int, tokenizer: "PreTrainedTokenizerFast") -> InspectedRow:
+    """One row of a prepared side with the texts of its tokens."""
+    row = data[number]
+    special = set(tokenizer.all_special_ids) | {
+        id for id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    texts = token_texts(row["input_ids"], tokenizer)
+    tokens = tuple(
+        Token(id, text, label >= 0, id in special)
+        for id, text, label in zip(row["input_ids"], texts, row["labels"], strict=True)
+    )
+    findings = tuple(name for name in row["findings"].split(",") if name)
+    return InspectedRow(side, number, row["id"], row["location"], row["rendered"], findings, tokens)
+
+
+def token_texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """The text of each token; a piece of a character is spelled by its bytes' names."""
+    backend = tokenizer.backend_tokenizer
+    texts = []
+    for id in ids:
+        piece = backend.id_to_token(id) or ""
+        text = backend.decode([id], skip_special_tokens=False)
+        if piece.startswith("▁") and not text.startswith(" "):
+            text = " " + text  # the decoder strips a space at the start, and every token is a start here
+        texts.append(piece if "\ufffd" in text or not text else text)
+    return texts
+
+
+def as_text(row: InspectedRow) -> "Text":
+    """A row for the terminal."""
+    from rich.text import Text
+
+    text = Text(row.title + "\n", style="bold")
+    for place, token in enumerate(row.tokens):
+        style = (_SUPERVISED if token.supervised else _CONTEXT)[place % 2]
+        shown = token.text.replace("\n", "⏎\n")
+        text.append(shown, style=f"{style} bold underline" if token.special else style)
+    text.append("\n")
+    return text
+
+
+def as_html(rows: Sequence[InspectedRow]) -> str:
+    """One page that needs nothing else: search, next and previous, and only the rows with a finding."""
+    listed = [
+        {**asdict(row), "tokens": [[t.id, t.text, int(t.supervised), int(t.special)] for t in row.tokens]}
+        for row in rows
+    ]
+    data = json.dumps(listed, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    return PAGE.read_text(encoding="utf-8").replace("/*ROWS*/[]", data)
