@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 SEED = 20
-COUNT = 442
+COUNT = 424
 MOST_TURNS = 8
 OUTPUT = Path(__file__).with_name("demo.sharegpt.jsonl")
 

@@ -162,9 +162,13 @@ def chat(
         terminal.ask(message, one_shot=True)
         return
     warn(f"{chosen}, template {encoder.template_name}. /help lists the commands.")
-    for text in _inputs():
-        if terminal.handle(text):
-            return
+    while True:
+        try:
+            text = _read_message()
+            if text is None or terminal.handle(text):
+                return
+        except KeyboardInterrupt:
+            warn("\n/exit or Ctrl-D leaves.")
 
 
 def choose_model(name: str) -> tuple[str, str | None]:
@@ -243,7 +247,11 @@ class _Terminal:
                 _write(piece)
                 return interrupted()
 
-            generated = self.session.answer(show)
+            try:
+                generated = self.session.answer(show)
+            except KeyboardInterrupt:  # the second Ctrl-C: nothing of this exchange stays
+                del self.session.turns[before - 1 :]
+                raise
         _write("\n")
         _say_how_it_ended(generated.finish)
         if generated.finish == "interrupted" and not generated.ids:
@@ -313,8 +321,8 @@ def _load(name: str, trust_remote_code: bool, with_encoder: bool = True) -> tupl
     return model.to("cuda" if gpu else "cpu").eval(), encoder  # type: ignore[arg-type]
 
 
-def _inputs() -> Iterator[str]:
-    """Messages from stdin; a line that ends in a backslash goes on in the next."""
+def _read_message() -> str | None:
+    """A message from stdin, None at its end; a line that ends in a backslash goes on in the next."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -324,17 +332,10 @@ def _inputs() -> Iterator[str]:
         try:
             line = input(("... " if parts else "> ") if interactive else "")
         except EOFError:
-            break
-        except KeyboardInterrupt:
-            parts = []
-            warn("\n/exit or Ctrl-D leaves.")
-            continue
+            return "\n".join(parts) if parts else None
         parts.append(line.removesuffix("\\"))
         if not line.endswith("\\"):
-            yield "\n".join(parts)
-            parts = []
-    if parts:
-        yield "\n".join(parts)
+            return "\n".join(parts)
 
 
 @contextlib.contextmanager

@@ -92,8 +92,14 @@ def train(arguments: Arguments) -> None:
 
 
 def evaluate(arguments: Arguments) -> None:
-    recipe = _recipe_or_run(arguments)
-    _evaluate(recipe)
+    _evaluate(_recipe_or_run(arguments), follow=arguments.follow, as_json=arguments.json)
+
+
+def report(arguments: Arguments) -> None:
+    from minisft.console import say
+    from minisft.report.page import write_report
+
+    say(f"written: {write_report(Path(_recipe_or_run(arguments).output))}")
 
 
 def chat(arguments: Arguments) -> None:
@@ -105,7 +111,15 @@ def chat(arguments: Arguments) -> None:
         path = Path(_load(arguments).output)
     elif overrides:
         raise UserError(overrides[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
-    start_chat(path, message=arguments.message, system=arguments.system)
+    start_chat(
+        path,
+        message=arguments.message,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
 
 
 def demo(arguments: Arguments) -> None:
@@ -197,11 +211,11 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
         train_in_this_process(recipe, run, latest_resumable(run.checkpoints) if resume else None)
 
 
-def _evaluate(recipe: "Recipe") -> None:
+def _evaluate(recipe: "Recipe", *, follow: bool = False, as_json: bool = False) -> None:
     from minisft.evaluation.evaluate import evaluate as score_checkpoints
     from minisft.report.curves import draw_curves
 
-    score_checkpoints(recipe, Path(recipe.output), draw=draw_curves)
+    score_checkpoints(recipe, Path(recipe.output), follow=follow, as_json=as_json, draw=draw_curves)
 
 
 def _say_what_next(run: "RunFolder") -> None:
@@ -265,6 +279,15 @@ def _inspect_options(parser: _Parser) -> None:
 def _chat_options(parser: _Parser) -> None:
     parser.add_argument("--message", metavar="TEXT", help="print the answer to this message and end")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (default 1.0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
+
+
+def _evaluate_options(parser: _Parser) -> None:
+    parser.add_argument("--follow", action="store_true", help="score checkpoints as a training run writes them")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
 def _force(parser: _Parser) -> None:
@@ -285,7 +308,13 @@ VERBS = {
         _inspect_options,
     ),
     "train": Verb(train, "train a recipe: vanilla or ZeRO-1/2/3, one process or many", "RECIPE.yaml", _resume, _force),
-    "evaluate": Verb(evaluate, "generate with and score the base model and every checkpoint", "RUN|RECIPE.yaml"),
+    "evaluate": Verb(
+        evaluate,
+        "generate with and score the base model and every checkpoint",
+        "RUN|RECIPE.yaml",
+        _evaluate_options,
+    ),
+    "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml"),
     "chat": Verb(chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", _chat_options),
 }
 

@@ -97,10 +97,12 @@ class EvaluationRecipe:
     max_new_tokens: int = 256
     examples: int = 3
     limit: int | None = None
-    batch_size: int = 32
+    batch_size: int = 64
 
     def __post_init__(self) -> None:
         _require_positive("evaluation", self, "max_new_tokens", "limit", "batch_size")
+        if not self.metrics:
+            raise UserError("evaluation.metrics", "there is none", f"name some of {', '.join(METRICS)}")
         for metric in self.metrics:
             if metric not in METRICS:
                 raise UserError(

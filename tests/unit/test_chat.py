@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,7 @@ def test_the_prompt_is_a_prefix_of_the_training_row(model_folder, monkeypatch, c
 def test_one_message_prints_the_answer_and_nothing_else(model_folder, capsys):
     chat(model_folder, "hi", max_new_tokens=6)
     captured = capsys.readouterr()
+    model: Any
     model, encoder = module._load(str(model_folder), False)
     ids = torch.tensor([encoder.encode_prompt([Message("user", "hi")])])
     out = model.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=list(encoder.stop_token_ids))
@@ -205,7 +207,7 @@ def test_piped_input(model_folder):
 
 def test_through_a_pseudo_terminal_ctrl_c_stops_the_answer_and_keeps_the_session(tmp_path):
     folder = save_tiny(tmp_path / "endless", context=100000)
-    weights = LlamaForCausalLM.from_pretrained(folder)
+    weights: Any = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():  # never ends by itself
         weights.lm_head.weight[2] = 0
     weights.save_pretrained(folder)

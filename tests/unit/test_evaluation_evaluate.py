@@ -1,5 +1,6 @@
 """A run with a tiny model: everything that `evaluate` writes, reuses, resumes and refuses."""
 
+import fcntl
 import json
 import math
 import random
@@ -101,7 +102,7 @@ def lines(path: Path):
 
 
 def test_results_follow_the_contract(made, run, capsys):
-    drawn = []
+    drawn: list[Path] = []
     results = evaluate(made, run, draw=drawn.append)
     assert results == json.loads((run / "evaluation/results.json").read_text())
     assert [c["checkpoint"] for c in results["checkpoints"]] == ["checkpoint-9", "checkpoint-10"]
@@ -170,7 +171,12 @@ def test_unchanged_checkpoints_are_not_computed_again(made, run, monkeypatch):
     save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
     loaded = []
     load = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda folder, **k: loaded.append(folder.name) or load(folder, **k))
+
+    def watched(folder, **settings):
+        loaded.append(folder.name)
+        return load(folder, **settings)
+
+    monkeypatch.setattr(module, "load_model", watched)
     evaluate(made, run)
     assert loaded == ["checkpoint-10"]
 
@@ -178,7 +184,8 @@ def test_unchanged_checkpoints_are_not_computed_again(made, run, monkeypatch):
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(made, run, monkeypatch):
     undisturbed = evaluate(made, run)
     shutil.rmtree(run / "evaluation")
-    batches, asked = 0, []
+    batches = 0
+    asked: list[tuple[int, ...]] = []
     real = module.generate
 
     def counting(model, prompts, *, on_batch, **settings):
@@ -219,10 +226,14 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_the_others_scored(made
     assert "damaged" in captured.out
 
 
-def test_markup_and_odd_text_in_answers_is_shown_as_text(made, run, monkeypatch, capsys):
-    monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: "[/INST] [bold] <script>")
+def test_markup_and_odd_text_in_answers_is_shown_as_text(made, run, monkeypatch):
+    odd = "[/INST] [bold] <script> \x85\u2028\u2029 \n\r end"
+    monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: odd)
+    monkeypatch.setattr(module, "best_constant", lambda answers: odd)
     evaluate(made, run)
     assert "[/INST] [bold] <script>" in (run / "evaluation/base/examples.txt").read_text()
+    outputs = lines(run / "evaluation/base/outputs.jsonl")  # splits at every line end that Python knows
+    assert [line["output"] for line in outputs] == [odd] * len(load_test(run))
 
 
 def test_empty_answers_are_said_and_score_zero(made, run, monkeypatch, capsys):
@@ -240,6 +251,8 @@ def test_json_goes_to_stdout_alone(made, run, capsys):
 def test_bad_input_is_named(made, run):
     with pytest.raises(UserError, match="no room for a prompt in the model's context of 256"):
         evaluate(with_settings(made, max_new_tokens=256), run)
+    with pytest.raises(UserError, match="evaluation.metrics"):
+        evaluate(with_settings(made, metrics=[]), run)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="no checkpoints"):
         evaluate(made, run)
@@ -277,3 +290,20 @@ def test_following_scores_checkpoints_as_they_appear(made, run, monkeypatch):
     monkeypatch.setattr(module.time, "sleep", training_goes_on)
     results = evaluate(made, run, follow=True)
     assert [c["step"] for c in results["checkpoints"]] == [9, 10]
+
+
+def test_following_ends_where_training_died(made, run, monkeypatch):
+    locked = [True, True, False]
+    monkeypatch.setattr(module, "_is_locked", lambda run: locked.pop(0))
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    assert len(evaluate(made, run, follow=True)["checkpoints"]) == 2
+    assert locked == []
+
+
+def test_the_lock_of_a_training_is_seen(tmp_path):
+    run = module.RunFolder(tmp_path)
+    assert not module._is_locked(run)
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert module._is_locked(run)
+    assert not module._is_locked(run)

@@ -1,10 +1,11 @@
 """The decoding loop against transformers' own `generate`, one prompt at a time, in fp32."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from minisft.evaluation.generation import Generated, PromptCache, Sampling, generate, plan_batches
 
@@ -34,7 +35,7 @@ def watch_inputs(model, monkeypatch):
         shapes.append(tuple(kwargs["input_ids"].shape))
         return forward(*args, **kwargs)
 
-    watched.__signature__ = inspect.signature(forward)
+    watched.__dict__["__signature__"] = inspect.signature(forward)
     monkeypatch.setattr(model, "forward", watched)
     return shapes
 
@@ -86,15 +87,26 @@ def test_a_beginning_that_all_prompts_share_is_computed_once(model, monkeypatch)
     assert generate(model, prompts, stop_token_ids=(2, 5, 40), max_new_tokens=16) == answers
 
 
-def test_a_sliding_window_model_gives_the_same_ids():
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("gemma2", {"sliding_window": 8, "head_dim": 8, "attn_implementation": "eager"}),
+        ("gpt_neox", {}),
+        ("qwen3", {"head_dim": 8}),
+        ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}),
+    ],
+)
+def test_other_architectures_give_the_same_ids(kind, settings):
     torch.manual_seed(3)
-    config = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, sliding_window=8, initializer_range=0.3,
-    )  # fmt: skip
-    model = MistralForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": 2,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **{**sizes, **settings})
+    model = AutoModelForCausalLM.from_config(config).eval()
     [system] = prompts_of(9, seed=6)
-    prompts = [system + prompt for prompt in prompts_of(4, 13, 9)]
+    prompts = [system + prompt for prompt in prompts_of(4, 13, 9, 2, 7, 5, 1, 8, 3, 6)]
     answers = generate(model, prompts, stop_token_ids=(2, 7, 9), max_new_tokens=20)
     assert [a.ids for a in answers] == [reference_answer(model, p, (2, 7, 9), 20) for p in prompts]
 
@@ -149,7 +161,7 @@ def test_the_second_turn_reuses_the_cache_of_the_first(model, monkeypatch):
     shapes = watch_inputs(model, monkeypatch)
     kept = PromptCache([])
     [first_prompt, more] = prompts_of(15, 6)
-    settings = {"stop_token_ids": (2,), "max_new_tokens": 8}
+    settings: dict[str, Any] = {"stop_token_ids": (2,), "max_new_tokens": 8}
     [first] = generate(model, [first_prompt], prompt_cache=kept, **settings)
     second_prompt = first_prompt + first.ids + more
     shapes.clear()
@@ -162,7 +174,7 @@ def test_the_second_turn_reuses_the_cache_of_the_first(model, monkeypatch):
 
 def test_sampling_is_seeded_and_a_tiny_top_p_is_greedy(model):
     prompts = prompts_of(5, 8)
-    settings = {"stop_token_ids": (2,), "max_new_tokens": 10}
+    settings: dict[str, Any] = {"stop_token_ids": (2,), "max_new_tokens": 10}
     greedy = generate(model, prompts, **settings)
     assert generate(model, prompts, sampling=Sampling(1.0, 1e-9), **settings) == greedy
     drawn = [generate(model, prompts, sampling=Sampling(2.0, 0.95, seed), **settings) for seed in (0, 0, 1)]
@@ -178,7 +190,8 @@ def test_batches_hold_similar_lengths_and_every_prompt_once():
 def test_the_roomy_cache_equals_the_plain_one(model):
     from minisft.evaluation.generation import _new_cache
 
-    roomy, plain = _new_cache(model), DynamicCache(config=model.config)
+    roomy: Any = _new_cache(model)
+    plain: Any = DynamicCache(config=model.config)
     for ids in prompts_of(5, 1, 1, 70, 1):
         tokens = torch.tensor([ids, ids[::-1]])
         with torch.inference_mode():

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
@@ -64,6 +65,7 @@ def test_p_value_equals_sacrebleus_paired_bootstrap(corpus, metric):
     other = texts(60, 9)[:40] + references[40:]
     systems = [("base", other), ("tuned", [" ".join(text.splitlines()) for text in outputs])]
     names = {"BLEU": BLEU(), "chrF2": CHRF()}
+    theirs: Any
     _, theirs = PairedTest(systems, names, [references], test_type="bs", n_samples=1000)()
     ours = p_value(CorpusScore(metric, outputs, references), CorpusScore(metric, other, references))
     key = next(key for key in theirs if key.lower().startswith(metric))

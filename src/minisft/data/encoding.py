@@ -99,6 +99,7 @@ class RunEncoder:
                 self.guards[AFTER_CONTROL] = guard
         else:
             self._guard_ids = []
+        self._table = _byte_table(tokenizer, self.plain)
 
     def adds_space(self) -> bool:
         """Whether a text that starts gets a space that one in the middle does not get."""
@@ -125,6 +126,9 @@ class RunEncoder:
         return self.decode_many([ids], context)[0]
 
     def decode_many(self, rows: Sequence[Sequence[int]], context: int) -> list[str]:
+        if self._table is not None:
+            table = self._table
+            return [b"".join([table[id] for id in ids]).decode("utf-8", "replace") for ids in rows]
         guard = self.guards[context]
         if not guard:
             return self.plain.decode_batch(rows, skip_special_tokens=False)
@@ -177,13 +181,45 @@ def _plain_copy(tokenizer: "PreTrainedTokenizerFast", markers: set[str]) -> "Tok
     """A copy of the Rust tokenizer for which special tokens, and `markers`, are ordinary text."""
     from tokenizers import Tokenizer
 
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in state["added_tokens"]:
-        token["special"] = token["special"] or token["content"] in markers
-    state["truncation"] = state["padding"] = None
-    copy = Tokenizer.from_str(json.dumps(state))
+    text = tokenizer.backend_tokenizer.to_str()
+    if markers:
+        state = json.loads(text)
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in markers
+        text = json.dumps(state)
+    copy = Tokenizer.from_str(text)
+    copy.no_truncation()
+    copy.no_padding()
     copy.encode_special_tokens = True
     return copy
+
+
+def _byte_table(tokenizer: "PreTrainedTokenizerFast", backend: "Tokenizer") -> list[bytes] | None:
+    """The bytes of every token of a byte-level tokenizer, else None: decoding is then joining them."""
+    from tokenizers import decoders
+
+    if not isinstance(backend.decoder, decoders.ByteLevel):
+        return None
+    letters = _byte_letters()
+    added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocabulary.values()) + 1)
+    for piece, id in vocabulary.items():
+        if id in added:
+            table[id] = added[id].encode("utf-8")
+        elif all(letter in letters for letter in piece):
+            table[id] = bytes([letters[letter] for letter in piece])
+        else:
+            return None
+    return table
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter by which byte-level tokenizers write each byte (GPT-2's `bytes_to_unicode`), the other way round."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(byte): byte for byte in plain}
+    others = (byte for byte in range(256) if byte not in plain)
+    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _has_ordinary(tokenizer: "PreTrainedTokenizerFast", markers: Iterable[str]) -> bool:

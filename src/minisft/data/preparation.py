@@ -1,11 +1,13 @@
 """The pipeline: sources to `<output>/dataset`, with the split, the cache and the ledger."""
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 TRAIN_COLUMNS = ("input_ids", "labels", "id", "location", "rendered", "findings")
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 _POOL_FROM = 3  # chunks; fewer are done sooner than processes start
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -377,6 +380,8 @@ def _in_pool(chunks: Iterable[Chunk], encoder: Encoder, task: Task, workers: int
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    # A worker whose parent was killed would wait for ever: its siblings hold the pipe open. The kernel ends it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _work(chunk: Chunk) -> ChunkResult:

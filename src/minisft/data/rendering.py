@@ -91,7 +91,8 @@ class MarkerSplitter:
         return found
 
     def _split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Run], str]:
-        head, runs, position = "", [], 0
+        head, position = "", 0
+        runs: list[Run] = []
         for match in self._pattern.finditer(text) if self._pattern else ():
             control = self.controls[match.group()]
             before = text[position : match.start()]

@@ -18,8 +18,8 @@ from minisft.errors import UserError
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv")
 COMPRESSIONS = (".gz", ".zst")
-CHUNK_BYTES = 1 << 19
-CHUNK_ROWS = 512
+CHUNK_BYTES = 1 << 18
+CHUNK_ROWS = 256
 DUPLICATE = "\0duplicate key"  # under this key a parsed object names a key that it holds twice
 _READ = 1 << 20
 _LARGEST_ELEMENT = 1 << 28  # characters of one element of a JSON array

@@ -1,5 +1,6 @@
 """Base and every checkpoint of a run, scored on the held-out conversations: which one is best, and by how much."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from minisft.evaluation.scoring import CorpusScore, best_constant, exact_match, 
 from minisft.evaluation.table import print_table
 from minisft.files import write_atomically
 from minisft.models import load_model, load_tokenizer, resolve_model, weights_fingerprint
-from minisft.recipe import EvaluationRecipe, Recipe
+from minisft.recipe import METRICS, EvaluationRecipe, Recipe
 from minisft.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class System:
     """What gives answers to all the questions: the base model, a checkpoint or the constant answer.
 
     Args:
-        entry: its fields in results.json, scores not yet among them.
+        entry: its fields in results.json, its scores not yet among them.
         outputs: its answers.
+        scores: BLEU and chrF of them, as far as the recipe asks for these.
     """
 
     entry: dict[str, Any]
     outputs: list[str]
+    scores: dict[str, CorpusScore]
 
 
 def evaluate(
@@ -71,20 +74,22 @@ def evaluate(
         The content of results.json.
 
     Raises:
-        UserError: no checkpoints, no held-out rows, or `max_new_tokens` leaves no room for a prompt.
+        UserError: no checkpoints, no held-out rows, no metrics, or `max_new_tokens` leaves no room for a prompt.
     """
     run = RunFolder(output)
     folder = output / "evaluation"
+    if not recipe.evaluation.metrics:
+        raise UserError("evaluation.metrics", "there is none", f"name some of {', '.join(METRICS)}")
     if not follow:
         _require_checkpoints(run)
     # 1. the same questions for all
     model = resolve_model(recipe.model, recipe.trust_remote_code)
     encoder = Encoder(load_tokenizer(model.folder, recipe.trust_remote_code), recipe.data.template)
     held_out = load_held_out(output, encoder, recipe.evaluation.turns, recipe.evaluation.limit)
-    constant = best_constant(train_answers(output, encoder, recipe.evaluation.turns))
     examiner = _Examiner(
         recipe.evaluation, encoder, held_out, folder, dtype or _choose_dtype(recipe), recipe.trust_remote_code
     )
+    constant = examiner.repeat(best_constant(train_answers(output, encoder, recipe.evaluation.turns)))
     # 2. a model after the other, the results written after each
     systems: dict[str, System] = {}
     failed: list[dict[str, str]] = []
@@ -97,7 +102,7 @@ def evaluate(
                 raise
             failed.append({"checkpoint": name, "error": f"{error.what}"})
             warn(f"{name} cannot be scored and is left out: {error.what}")
-        results = summarise(systems, constant, held_out, recipe.evaluation, failed)
+        results = summarise(systems, constant, recipe.evaluation) | {"failed": failed}
         write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         if draw is not None:
             draw(output)
@@ -109,44 +114,38 @@ def evaluate(
     return results
 
 
-def summarise(
-    systems: dict[str, System],
-    constant: str,
-    held_out: HeldOut,
-    settings: EvaluationRecipe,
-    failed: list[dict[str, str]],
-) -> dict[str, Any]:
+def summarise(systems: dict[str, System], constant: System, settings: EvaluationRecipe) -> dict[str, Any]:
     """The content of results.json: scores, intervals and significance of every system."""
-    references = [question.reference for question in held_out.questions]
-    everyone = {**systems, "constant": System({"text": constant}, [constant] * len(references))}
-    metrics = list(dict.fromkeys(settings.metrics))
-    scores = {
-        name: {metric: CorpusScore(metric, system.outputs, references) for metric in metrics}
+    everyone = {**systems, "constant": constant}
+    checkpoints = [name for name in systems if name != "base"]
+    judge = next(metric for metric in METRICS if metric in settings.metrics)
+    best = max(checkpoints, key=lambda name: systems[name].scores[judge].score, default=None)
+    rivals = {"base": "base", "constant": "constant", **({"best": best} if best else {})}
+    entries = {
+        name: {
+            **system.entry,
+            **{
+                metric: {**score.interval().as_dict(), "p": _significance(name, metric, everyone, rivals)}
+                for metric, score in system.scores.items()
+            },
+        }
         for name, system in everyone.items()
     }
-    checkpoints = [name for name in systems if name != "base"]
-    judge = "bleu" if "bleu" in metrics else metrics[0]
-    best = max(checkpoints, key=lambda name: scores[name][judge].score, default=None)
-    rivals = {"base": "base", "constant": "constant", **({"best": best} if best else {})}
-    for name, system in everyone.items():
-        system.entry["exact_match"] = exact_match(system.outputs, references)
-        for metric in metrics:
-            against = {
-                role: p_value(scores[name][metric], scores[rival][metric])
-                for role, rival in rivals.items()
-                if rival != name
-            }
-            system.entry[metric] = {**scores[name][metric].interval().as_dict(), "p": against}
     return {
-        "base": systems["base"].entry,
-        "checkpoints": [systems[name].entry for name in checkpoints],
+        "base": entries["base"],
+        "checkpoints": [entries[name] for name in checkpoints],
         "best": best,
-        "constant": everyone["constant"].entry,
-        "failed": failed,
-        "answers": len(references),
+        "constant": entries["constant"],
+        "answers": len(constant.outputs),
         "turns": settings.turns,
         "max_new_tokens": settings.max_new_tokens,
     }
+
+
+def _significance(name: str, metric: str, everyone: dict[str, System], rivals: dict[str, str]) -> dict[str, float]:
+    """The p-values of a system against each rival but itself."""
+    mine = everyone[name].scores[metric]
+    return {role: p_value(mine, everyone[rival].scores[metric]) for role, rival in rivals.items() if rival != name}
 
 
 @dataclass
@@ -160,6 +159,17 @@ class _Examiner:
 
     def __post_init__(self) -> None:
         self._questions_key = self.held_out.fingerprint()
+        self._references = [question.reference for question in self.held_out.questions]
+
+    def repeat(self, text: str) -> System:
+        """The system that always says `text`."""
+        outputs = [text] * len(self._references)
+        entry = {"text": text, "exact_match": exact_match(outputs, self._references)}
+        return System(entry, outputs, self._score(outputs))
+
+    def _score(self, outputs: list[str]) -> dict[str, CorpusScore]:
+        wanted = [metric for metric in METRICS if metric in self.settings.metrics]
+        return {metric: CorpusScore(metric, outputs, self._references) for metric in wanted}
 
     def examine(self, name: str, weights: Path) -> System:
         """Answers and loss of one model, from its journal as far as they are there.
@@ -220,7 +230,8 @@ class _Examiner:
     def _write(self, name: str, journal: Journal) -> System:
         answers = [journal.answers[index] for index in range(len(self.held_out.questions))]
         outputs = [self.encoder.decode_answer(answer.ids) for answer in answers]
-        write_outputs(self.folder / name, self.held_out.questions, answers, outputs, self.settings.metrics)
+        scores = self._score(outputs)
+        write_outputs(self.folder / name, self.held_out.questions, answers, outputs, scores)
         write_examples(self.folder / name, self.held_out.questions[: self.settings.examples], outputs)
         entry: dict[str, Any] = {"checkpoint": name} if name != "base" else {}
         entry |= {
@@ -231,17 +242,22 @@ class _Examiner:
             "finish": dict(Counter(answer.finish for answer in answers)),
             "empty": sum(not output.strip() for output in outputs),
             "mean_tokens": sum(len(answer.ids) for answer in answers) / len(answers),
+            "exact_match": exact_match(outputs, self._references),
         }
         _mark(name, entry, len(answers))
-        return System(entry, outputs)
+        return System(entry, outputs, scores)
 
 
 def _models(run: RunFolder, base: Path, follow: bool) -> Iterator[tuple[str, Path]]:
     """The base model, then the checkpoints by number; under `follow` also those still to come."""
     yield "base", base
     seen: set[Path] = set()
+    began = False
     while True:
-        ended = not follow or run.is_trained()  # looked at before listing: nothing comes after
+        goes_on = follow and _is_locked(run)
+        began = began or goes_on
+        # looked at before listing, so that nothing comes after; training that died ends the wait too
+        ended = not follow or run.is_trained() or (began and not goes_on)
         for checkpoint in _checkpoints(run):
             if checkpoint not in seen:
                 seen.add(checkpoint)
@@ -249,6 +265,19 @@ def _models(run: RunFolder, base: Path, follow: bool) -> Iterator[tuple[str, Pat
         if ended:
             return
         time.sleep(_POLL_SECONDS)
+
+
+def _is_locked(run: RunFolder) -> bool:
+    """Whether training is at work in the run folder."""
+    lock = run.root / ".lock"
+    if not lock.exists():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _checkpoints(run: RunFolder) -> list[Path]:
@@ -305,10 +334,9 @@ class _Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=error_console, transient=True)
+        self.bar = Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal)
         self.task = self.bar.add_task(self.name, total=self.total)
-        if error_console.is_terminal:
-            self.bar.start()
+        self.bar.start()
         return self.advance
 
     def advance(self, rows: int) -> None:

@@ -1,7 +1,7 @@
 """Answers as files: all of them as JSON lines, the first ones and the most changed ones to read."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ def write_outputs(
     questions: Sequence[Question],
     answers: Sequence[Generated],
     outputs: Sequence[str],
-    metrics: Sequence[str],
+    scores: Mapping[str, CorpusScore],
 ) -> None:
     """Write `outputs.jsonl`: a line per answer, with its own scores and how it ended."""
-    references = [question.reference for question in questions]
-    scores = {metric: CorpusScore(metric, outputs, references).rows() for metric in metrics}
+    own = {metric: score.rows() for metric, score in scores.items()}
     lines = []
     for place, (question, answer, output) in enumerate(zip(questions, answers, outputs, strict=True)):
         line: dict[str, Any] = {
@@ -34,8 +33,8 @@ def write_outputs(
             "finish": answer.finish,
             "tokens": len(answer.ids),
         }
-        line |= {metric: round(rows[place], 4) for metric, rows in scores.items()}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        line |= {metric: round(rows[place], 4) for metric, rows in own.items()}
+        lines.append(_one_line(line) + "\n")
     write_atomically(folder / "outputs.jsonl", "".join(lines))
 
 
@@ -75,3 +74,11 @@ def write_changes(
             }  # fmt: skip
             parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
     write_atomically(folder / "changes.txt", "\n\n".join(parts) + "\n")
+
+
+def _one_line(fields: dict[str, Any]) -> str:
+    """JSON in one line for every reader: some take these three for line ends."""
+    text = json.dumps(fields, ensure_ascii=False)
+    for separator in "\x85\u2028\u2029":
+        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text

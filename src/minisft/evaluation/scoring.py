@@ -96,10 +96,13 @@ class CorpusScore:
 def p_value(system: CorpusScore, baseline: CorpusScore) -> float:
     """How easily chance alone would give the difference of two systems on the same rows: paired bootstrap.
 
-    Two-sided, as `sacrebleu --paired-bs` computes it.
+    Two-sided, as `sacrebleu --paired-bs` computes it; 1 where the two never differ, for which it gives the
+    smallest p there is.
     """
     assert len(system.counts) == len(baseline.counts)
     gaps = np.abs(system.resamples - baseline.resamples)
+    if not gaps.any():
+        return 1.0
     beyond = np.sum(gaps - gaps.mean() > abs(system.score - baseline.score))
     return float((beyond + 1) / (len(gaps) + 1))
 

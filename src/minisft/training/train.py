@@ -11,7 +11,7 @@ from minisft.errors import UserError
 from minisft.models import load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
 from minisft.runs import RunFolder, load_run
-from minisft.training.hardware import choose_precision, on_cpu, require_processes
+from minisft.training.hardware import choose_precision, keep_freed_memory, on_cpu, require_processes
 from minisft.training.launch import is_joined, launch
 from minisft.training.strategies import (
     ZERO_STAGES,
@@ -70,6 +70,7 @@ def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | No
 
     from minisft.training.metrics import keep_steps_up_to
 
+    keep_freed_memory()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
         start_communication(on_cpu())
     arguments = _arguments(recipe, run)

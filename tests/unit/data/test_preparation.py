@@ -209,6 +209,14 @@ def start(source, output):
     return subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE)
 
 
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_two_at_once_and_one_killed_leave_a_whole_data_set(tmp_path, chat_bpe):
     path = write_rows(tmp_path / "a.jsonl", many(6000))
     run = tmp_path / "run"
@@ -219,6 +227,9 @@ def test_two_at_once_and_one_killed_leave_a_whole_data_set(tmp_path, chat_bpe):
     killed.send_signal(signal.SIGKILL)
     assert (first.wait(), second.wait()) == (0, 0)
     killed.wait()
+    assert not [
+        name for name in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path / "killed").encode() in _read(name)
+    ]
     assert len(load_train(run)) + len(load_test(run)) == 6000
     assert prepare_source(path, run, chat_bpe).cached
     whole = (tmp_path / "killed" / "dataset" / "ledger.json").exists()

@@ -1,8 +1,9 @@
-"""Tiny tokenizers made on the spot."""
+"""Tiny tokenizers."""
 
 from functools import cache
+from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -12,28 +13,16 @@ CORPUS = [
     "def add(a, b):\n    return a + b\n\n\nprint(add(1, 2))  # three",
     "system user assistant tool [INST] and [/INST] <|im_start|> <|im_end|> ### :-) (yes) \"no\" 'so'",
 ]
-# How Llama-3 and Qwen cut a text before they look for tokens.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
-@cache
 def bpe_tokenizer(
     special: tuple[str, ...], eos: str, bos: str | None = None, ordinary: tuple[str, ...] = (), adds_bos: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of a few hundred tokens, as GPT-2, Qwen, Llama-3 and SmolLM have."""
-    core = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    )
+    """A byte-level BPE of a few hundred tokens, which cuts texts as Llama-3 and Qwen do.
+
+    It is kept as a file: trained anew, it would differ from process to process.
+    """
+    core = Tokenizer.from_file(str(Path(__file__).with_name("toy_bpe.json")))
     core.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     core.add_tokens([AddedToken(name, normalized=False) for name in ordinary])
     if adds_bos and bos:
