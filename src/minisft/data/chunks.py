@@ -273,15 +273,20 @@ def _messages_array(rows: Sequence[Sequence[Message]]) -> "pa.ListArray":
 
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
     flat = [message for row in rows for message in row]
-    columns = {
+    columns: dict[str, Any] = {
         "role": [m.role for m in flat],
         "content": [m.content for m in flat],
         "supervised": [m.supervised and m.is_answer for m in flat],
-        "tool_calls": [calls_to_text(m.tool_calls) for m in flat],
-        "name": [m.name for m in flat],
-        "reasoning": [m.reasoning for m in flat],
-        "call_id": [m.call_id for m in flat],
     }
+    if any(m.tool_calls or m.name or m.reasoning or m.call_id for m in flat):
+        columns |= {
+            "tool_calls": [calls_to_text(m.tool_calls) for m in flat],
+            "name": [m.name for m in flat],
+            "reasoning": [m.reasoning for m in flat],
+            "call_id": [m.call_id for m in flat],
+        }
+    else:
+        columns |= dict.fromkeys(MESSAGE_FIELDS[3:], pa.repeat(pa.scalar(""), len(flat)))
     kind = schema().field("messages").type.value_type
     arrays = [pa.array(columns[name], kind.field(name).type) for name in MESSAGE_FIELDS]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(arrays, fields=list(kind)))

@@ -6,12 +6,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import secrets
 import shutil
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -138,9 +139,10 @@ def _prepare_into(folder: Path, recipe: Recipe, encoder: Encoder, progress: Prog
     train = Side(staged, ~is_test)
     test = Side(staged_test, np.ones(len(staged_test.keys), dtype=bool)) if own_test else Side(staged, is_test)
     # 4. Write both sides, and look for test answers among the train answers.
-    _write_side(folder / "train", train, list(TRAIN_COLUMNS))
-    _write_side(folder / "test", test, schema().names)
-    overlap = overlap_report(train.parts(), test.parts(), int(test.lengths.sum()))
+    with ThreadPoolExecutor(1) as thread:
+        overlap = thread.submit(overlap_report, train.parts(), test.parts(), int(test.lengths.sum()))
+        _write_side(folder / "train", train, list(TRAIN_COLUMNS))
+        _write_side(folder / "test", test, schema().names)
     for side in {train.staged.path, test.staged.path}:
         side.unlink()
     shared = np.isin(test.staged.keys[test.mask], train.staged.keys[train.mask])
@@ -148,7 +150,7 @@ def _prepare_into(folder: Path, recipe: Recipe, encoder: Encoder, progress: Prog
         "template": encoder.template_name,
         "formats": staged.formats | (staged_test.formats if own_test else {}),
         "duplicates": len(staged.identities) - len(np.unique(staged.identities)),
-        "overlap": {"test_rows_with_a_train_prompt": int(shared.sum()), **overlap},
+        "overlap": {"test_rows_with_a_train_prompt": int(shared.sum()), **overlap.result()},
     }
     return make_ledger(tally, {"train": train.lengths, "test": test.lengths}, facts)
 
@@ -180,7 +182,7 @@ class Side:
         import pyarrow as pa
 
         start = 0
-        with pa.memory_map(str(self.staged.path)) as file:
+        with pa.OSFile(str(self.staged.path)) as file:  # mapped, its pages would count as this process's memory
             for batch in pa.ipc.open_stream(file):
                 chosen = self.mask[start : start + batch.num_rows]
                 start += batch.num_rows
@@ -320,28 +322,38 @@ def _require_rows(tally: Tally, train: int, data: DataRecipe) -> None:
 
 
 def _write_side(folder: Path, side: Side, names: list[str]) -> None:
-    """Write a side as a `datasets` folder."""
-    import datasets
+    """Write a side as a `datasets` folder, batch by batch.
+
+    `datasets` writes the folder for no rows, and its data file is then written anew: it would map all rows into
+    memory to copy them.
+    """
     import pyarrow as pa
 
-    plain = folder.with_name(f"{folder.name}.rows.arrow")
     kept = pa.schema([schema().field(name) for name in names])
-    with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_stream(file, kept) as writer:
+    data = _write_empty(folder, kept)
+    with pa.OSFile(str(data), "wb") as file, pa.ipc.new_stream(file, kept) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist([], kept))  # a file without any batch is not loaded
         for batch in side.batches():
             writer.write_batch(batch.select(names))
+
+
+def _write_empty(folder: Path, kept: "pa.Schema") -> Path:
+    """Write a `datasets` folder without rows; the path of its data file."""
+    import datasets
+
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        if side.mask.any():
-            datasets.Dataset.from_file(str(plain)).save_to_disk(str(folder))
-        else:  # a file without rows is not opened, and a folder without a file is not loaded
-            features = datasets.Features.from_arrow_schema(kept)
-            empty = datasets.Dataset.from_dict({name: [] for name in names}, features=features)
-            empty.save_to_disk(str(folder), num_shards=1)
+        features = datasets.Features.from_arrow_schema(kept)
+        empty = datasets.Dataset.from_dict({name: [] for name in kept.names}, features=features)
+        empty.save_to_disk(str(folder), num_shards=1)
     finally:
         if bars:
             datasets.enable_progress_bars()
-    plain.unlink()
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state["_fingerprint"] = secrets.token_hex(8)  # that of no rows would be the same for all data
+    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    return folder / str(state["_data_files"][0]["filename"])
 
 
 # --- processes --------------------------------------------------------------------------------------------

@@ -26,12 +26,12 @@ def model_file(version: str) -> Path:
 
 @cache
 def reference(version: str) -> MistralTokenizer:
-    return MistralTokenizer.from_file(str(model_file(version)), mode=ValidationMode.finetuning)
+    return MistralTokenizer.from_file(str(model_file(version)), mode=ValidationMode("finetuning"))
 
 
 @cache
 def prompt_reference(version: str) -> MistralTokenizer:
-    return MistralTokenizer.from_file(str(model_file(version)), mode=ValidationMode.test)
+    return MistralTokenizer.from_file(str(model_file(version)), mode=ValidationMode("test"))
 
 
 @cache

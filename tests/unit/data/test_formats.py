@@ -11,7 +11,7 @@ U, A, S = Message("user", "Hi"), Message("assistant", "Hello"), Message("system"
 
 
 def convert(row):
-    return to_conversation(row, "f:1", detect_format(row))
+    return to_conversation(row, "f:1", detect_format(row) or "")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_tools_calls_and_results():
 
 def test_openai_calls_names_and_reasoning():
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    row = {
+    row: dict[str, list[dict]] = {
         "messages": [
             {"role": "user", "content": "Hi", "name": "Ann"},
             {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Hm"},
@@ -87,7 +87,8 @@ def test_the_id_of_a_row_is_its_own_or_its_location():
 
 
 def test_unknown_shapes_have_no_format():
-    assert [detect_format(row) for row in ({}, {"text": "a"}, [], None, 5)] == [None] * 5
+    unknown: list = [{}, {"text": "a"}, [], None, 5]
+    assert [detect_format(row) for row in unknown] == [None] * 5
     for format in FORMATS:
         with pytest.raises(RowError, match="missing_keys"):
             to_conversation({}, "f:1", format)

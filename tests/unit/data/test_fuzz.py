@@ -69,7 +69,7 @@ def assert_counts_or_message(content, suffix, invalid, folder, encoder):
             assert result.tally.count("rows", "read") == len(chunk) == len(result.keys) + result.tally.skipped
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(content=files, suffix=suffixes, invalid=st.sampled_from(["skip", "repair"]))
 def test_no_input_gives_a_traceback(content, suffix, invalid, tmp_path_factory, chat_encoder):
     assert_counts_or_message(content, suffix, invalid, tmp_path_factory.getbasetemp(), chat_encoder)

@@ -58,8 +58,9 @@ def test_the_page_is_self_contained_and_holds_the_rows(recipe, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page == as_html(shown)
     assert not re.search(r"(src|href)=|https?://", page)
-    data = re.search(r'<script type="application/json" id="rows">(.*?)</script>', page, re.DOTALL)[1]
-    rows = json.loads(data)
+    data = re.search(r'<script type="application/json" id="rows">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    rows = json.loads(data[1])
     assert [row["id"] for row in rows] == ["short", "long", "letters"]
     assert "".join(token[1] for token in rows[1]["tokens"] if token[2]).startswith("</script>")
 

@@ -45,7 +45,7 @@ def assert_like_reference(version, messages):
     assert ids[: len(prompt)] == prompt
 
 
-_ENCODERS = {}
+_ENCODERS: dict[str, Encoder] = {}
 
 
 def encoder_of(version):

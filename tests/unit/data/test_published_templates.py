@@ -12,7 +12,7 @@ from tests.unit.data.toys import bpe_tokenizer
 FOLDER = Path(__file__).parent / "published"
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>")
 QWEN_ORDINARY = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
-STUBS = {
+STUBS: dict[str, dict] = {
     "smollm2": {"special": CHATML[:3], "eos": "<|im_end|>"},
     "smollm3_marked": {"special": CHATML[:3], "eos": "<|im_end|>"},
     "qwen25": {"special": CHATML[:3], "eos": "<|im_end|>", "ordinary": QWEN_ORDINARY[:2]},
