@@ -1,6 +1,8 @@
 """Measure generation against `model.generate` one prompt at a time, the first token of chat, and the report.
 
-    python benchmarks/evaluate.py conversations.jsonl --model smollm2-135m
+    python benchmarks/evaluate.py [conversations.jsonl] --model smollm2-135m
+
+Without a file of conversations those of the demo are taken.
 
 Everything is a ratio within one run, since machines differ. The result goes to stdout as JSON.
 """
@@ -21,18 +23,12 @@ from minisft.data.encoding import Encoder
 from minisft.evaluation.generation import generate
 from minisft.models import load_model, load_tokenizer, resolve_model
 
+DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.sharegpt.jsonl"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path, help="ShareGPT conversations, JSONL")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--prompts", type=int, default=96)
-    parser.add_argument("--one-by-one", type=int, default=24, help="how many of them go one at a time too")
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--batch-size", type=int, default=32)
-    options = parser.parse_args()
+    options = parse_arguments()
     folder = resolve_model(options.model).folder
     encoder = Encoder(load_tokenizer(folder), "auto")
     model = load_model(folder, dtype=torch.float32).eval()
@@ -41,6 +37,17 @@ def main() -> None:
     result["chat"] = measure_chat(model, encoder)
     result["report"] = measure_report()
     print(json.dumps(result, indent=1))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, nargs="?", default=DEMO, help="ShareGPT conversations, JSONL")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--one-by-one", type=int, default=24, help="how many of them go one at a time too")
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--batch-size", type=int, default=32)
+    return parser.parse_args()
 
 
 def read_prompts(source: Path, encoder: Encoder, wanted: int) -> list[list[int]]:

@@ -26,6 +26,7 @@ from minisft.data.sources import Source, read_source
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import DataRecipe, Recipe
 
+DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.sharegpt.jsonl"
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}"
@@ -78,7 +79,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="a file of conversations")
+    parser.add_argument("--source", default=str(DEMO), help="a file of conversations (default: the demo's)")
     parser.add_argument("--times", type=int, default=4, help="how many times over its rows are taken")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer is used")

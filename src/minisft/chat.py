@@ -6,11 +6,12 @@ Answers go to stdout, everything else to stderr, so that piped output holds answ
 
 import contextlib
 import json
+import math
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,19 +66,45 @@ class Session:
     def reset(self) -> None:
         self.turns = []
 
+    def prompt(self) -> list[int]:
+        """The ids to send for the next answer.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        from minisft.data.rendering import RefusedError
+
+        try:
+            return self.encoder.encode_prompt(self.messages())
+        except RefusedError as refusal:
+            whole = "leave the system prompt out" if refusal.reason.startswith("system") else "say it otherwise"
+            raise UserError("chat", refusal.what, f"{whole}, or talk to another model") from None
+
+    def set_system(self, text: str) -> None:
+        """Sets the system prompt.
+
+        Raises:
+            UserError: the template refuses it; the earlier one stays.
+        """
+        from minisft.data.conversation import Message
+
+        question = [] if self.turns and self.turns[-1].role == "user" else [Message("user", "Hello")]
+        replace(self, system=text, turns=[*self.turns, *question]).prompt()
+        self.system = text
+
     def fit(self) -> int:
         """Drops the oldest exchanges until a quarter of the context (or a whole answer) is free; returns how many.
 
         Raises:
-            UserError: the last message alone is too long.
+            UserError: the last message alone is too long, or the template refuses the conversation.
         """
         from minisft.evaluation.generation import context_length
 
-        context = context_length(self.model)
+        context, length = context_length(self.model), len(self.prompt())
         if context is None:
             return 0
         dropped, reserve = 0, min(self.max_new_tokens, context // 4)
-        while (length := len(self.encoder.encode_prompt(self.messages()))) + reserve > context:
+        while length + reserve > context:
             later = [place for place, turn in enumerate(self.turns) if place > 0 and turn.role == "user"]
             if not later:
                 if length < context:
@@ -85,6 +112,7 @@ class Session:
                 mend = "shorten it, or the system prompt"
                 raise UserError("chat", f"{length} tokens do not fit the model's context of {context}", mend)
             self.turns, dropped = self.turns[later[0] :], dropped + 1
+            length = len(self.prompt())
         return dropped
 
     def answer(self, on_text: Callable[[str], bool | None]) -> "Generated":
@@ -92,6 +120,9 @@ class Session:
 
         Args:
             on_text: called with each new piece of text; True stops the answer.
+
+        Raises:
+            UserError: the template refuses the conversation.
         """
         from minisft.data.conversation import Message
         from minisft.evaluation.generation import PromptCache, generate
@@ -111,7 +142,7 @@ class Session:
         self.cache = self.cache or PromptCache([])
         [generated] = generate(
             self.model,
-            [self.encoder.encode_prompt(self.messages())],
+            [self.prompt()],
             stop_token_ids=self.encoder.stop_token_ids,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
@@ -149,14 +180,14 @@ def chat(
         trust_remote_code: let code from the model's folder run.
 
     Raises:
-        UserError: there is no such model, it has no chat template, or the one message does not fit its context.
+        UserError: an option is out of its range, there is no such model, it has no chat template or one that refuses
+            the system prompt, or the one message does not fit its context.
     """
-    from minisft.evaluation.generation import Sampling
-
+    sampling = _check_options(max_new_tokens, temperature, top_p, seed)
     chosen, base = choose_model(str(folder))
-    sampling = Sampling(temperature, top_p, seed) if temperature > 0 else None
     model, encoder = _load(chosen, trust_remote_code)
-    session = Session(model, encoder, system or "", max_new_tokens, sampling)
+    session = Session(model, encoder, "", max_new_tokens, sampling)
+    session.set_system(system or "")
     terminal = _Terminal(session, base, trust_remote_code)
     if message is not None:
         terminal.ask(message, one_shot=True)
@@ -171,6 +202,19 @@ def chat(
             warn("\n/exit or Ctrl-D leaves.")
 
 
+def _check_options(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> "Sampling | None":
+    """How to sample, None for greedy; refuses what is out of its range."""
+    from minisft.evaluation.generation import Sampling
+
+    if max_new_tokens < 1:
+        raise UserError("--max-new-tokens", f"{max_new_tokens} is below 1", "give 1 or more")
+    if not 0 <= temperature < math.inf:  # nor is it not a number
+        raise UserError("--temperature", f"{temperature} is no temperature", "give 0, or a number above it to sample")
+    if not 0 < top_p <= 1:
+        raise UserError("--top-p", f"{top_p} is no share of probability", "give a number above 0 and at most 1")
+    return Sampling(temperature, top_p, seed) if temperature > 0 else None
+
+
 def choose_model(name: str) -> tuple[str, str | None]:
     """The model to talk to, and the base model that it was trained from where that is known.
 
@@ -180,16 +224,15 @@ def choose_model(name: str) -> tuple[str, str | None]:
     from minisft.runs import RunFolder, load_run
 
     run = RunFolder(Path(name))
-    if not run.recipe.is_file():
+    if not run.is_run():
         return name, None
     base = load_run(run.root).model
     if run.is_trained():
         return str(run.model), base
-    numbers = [p.name.partition("-")[2] for p in run.checkpoints.glob("checkpoint-*") if (p / "config.json").is_file()]
-    steps = [int(number) for number in numbers if number.isdigit()]
-    if not steps:
+    checkpoints = run.list_checkpoints()
+    if not checkpoints:
         raise UserError(run.root, "this run has no model and no checkpoint yet", "train first: minisft train")
-    return str(run.checkpoints / f"checkpoint-{max(steps)}"), base
+    return str(checkpoints[-1]), base
 
 
 class _Terminal:
@@ -220,8 +263,11 @@ class _Terminal:
         action = actions.get(command)
         if action is None:
             warn(f"There is no command {command}; /help lists them. //text sends a message that begins with a slash.")
-        else:
+            return False
+        try:
             action()
+        except UserError as error:  # the session goes on
+            warn(str(error))
         return False
 
     def ask(self, text: str, one_shot: bool = False) -> None:
@@ -263,14 +309,18 @@ class _Terminal:
 
     def _system(self, text: str) -> None:
         if text:
-            self.session.system = text
+            self.session.set_system(text)
         warn(f"System prompt: {self.session.system or 'none'}")
 
     def _regenerate(self) -> None:
         if self._nothing_to("answer again"):
             return
-        self.session.turns.pop()
-        self._answer()
+        answer = self.session.turns.pop()
+        try:
+            self._answer()
+        except UserError:
+            self.session.turns.append(answer)
+            raise
 
     def _compare(self) -> None:
         if self._nothing_to("compare"):
@@ -311,14 +361,13 @@ def _load(name: str, trust_remote_code: bool, with_encoder: bool = True) -> tupl
     import torch
 
     from minisft.data.encoding import Encoder
+    from minisft.evaluation.generation import inference_dtype
     from minisft.models import load_model, load_tokenizer, resolve_model
 
     resolved = resolve_model(name, trust_remote_code)
-    gpu = torch.cuda.is_available()
     encoder = Encoder(load_tokenizer(resolved.folder, trust_remote_code), "auto") if with_encoder else None
-    dtype = torch.bfloat16 if gpu else torch.float32
-    model = load_model(resolved.folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.to("cuda" if gpu else "cpu").eval(), encoder  # type: ignore[arg-type]
+    model = load_model(resolved.folder, dtype=inference_dtype(), trust_remote_code=trust_remote_code)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), encoder  # type: ignore[arg-type]
 
 
 def _read_message() -> str | None:

@@ -58,25 +58,27 @@ def prepare(arguments: Arguments) -> None:
 
     recipe = _load(arguments)
     with open_run(recipe, force=arguments.force, prepares_only=True):
-        _prepare(recipe)
+        _prepare(recipe, with_weights=False)
 
 
 def inspect(arguments: Arguments) -> None:
     from minisft.data.inspect import inspect as show_rows
-    from minisft.runs import open_run
+    from minisft.runs import RunFolder, is_same_run, open_run
 
     recipe = _recipe_or_run(arguments)
-    with open_run(recipe, prepares_only=True):
-        show_rows(
-            recipe,
-            side=arguments.side,
-            rows=arguments.row,
-            ids=arguments.id,
-            worst=arguments.worst,
-            only_findings=arguments.findings,
-            count=arguments.count,
-            html=arguments.html,
-        )
+    if not is_same_run(RunFolder(Path(recipe.output)), recipe):
+        with open_run(recipe, prepares_only=True):
+            _prepare(recipe, with_weights=False)
+    show_rows(
+        recipe,
+        side=arguments.side,
+        rows=arguments.row,
+        ids=arguments.id,
+        worst=arguments.worst,
+        only_findings=arguments.findings,
+        count=arguments.count,
+        html=arguments.html,
+    )
 
 
 def train(arguments: Arguments) -> None:
@@ -151,23 +153,26 @@ def _load(arguments: Arguments) -> "Recipe":
 def _recipe_or_run(arguments: Arguments) -> "Recipe":
     """Read the recipe, or that of the run folder given in its place; overrides hold for both."""
     from minisft.recipe import load_recipe
-    from minisft.runs import load_run
+    from minisft.runs import RunFolder, load_run
 
     path, *overrides = arguments.words
-    if Path(path).is_dir():
-        load_run(Path(path))  # says so where it is no run
-        return load_recipe(Path(path) / "recipe.yaml", [f"output={path}", *overrides])
-    return _load(arguments)
+    if not Path(path).is_dir():
+        return _load(arguments)
+    load_run(Path(path))  # says so where it is no run
+    return replace(load_recipe(RunFolder(Path(path)).recipe, overrides), output=path)
 
 
-def _prepare(recipe: "Recipe") -> None:
+def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
     from minisft.console import say
     from minisft.data.ledger import ledger_lines
     from minisft.data.preparation import prepare as prepare_data
-    from minisft.models import load_tokenizer, resolve_model
+    from minisft.models import load_tokenizer, resolve_model, weights_fingerprint
+    from minisft.runs import RunFolder, remember_model
 
-    resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=False)
+    resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=with_weights)
     say(f"model {resolved}")
+    if with_weights:
+        remember_model(RunFolder(Path(recipe.output)), str(resolved), weights_fingerprint(resolved.folder))
     prepared = prepare_data(recipe, load_tokenizer(resolved.folder, recipe.trust_remote_code))
     say(f"data {prepared.folder}" + (" (prepared before)" if prepared.cached else ""))
     for line in ledger_lines(prepared.ledger):
@@ -175,20 +180,17 @@ def _prepare(recipe: "Recipe") -> None:
 
 
 def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
-    from minisft.console import say
+    from minisft.models import resolve_model
     from minisft.report.curves import draw_curves
     from minisft.runs import open_run
-    from minisft.training.checkpoints import latest_resumable
     from minisft.training.train import refuse_impossible
     from minisft.training.train import train as start_training
 
     refuse_impossible(recipe)
+    resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
     with open_run(recipe, force=force, resume=resume) as run:
         _prepare(recipe)
-        checkpoint = latest_resumable(run.checkpoints) if resume else None
-        if resume:
-            say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: from the beginning")
-        start_training(recipe, run, checkpoint)
+        start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume))
     draw_curves(run.root)
     return run
 
@@ -196,7 +198,6 @@ def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
 def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     """Train as one process of a launch under way: the first prepares, the others wait for it."""
     from minisft.runs import RunFolder, open_run
-    from minisft.training.checkpoints import latest_resumable
     from minisft.training.launch import join, world_size
     from minisft.training.train import refuse_impossible, train_in_this_process
 
@@ -204,11 +205,26 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     refuse_impossible(recipe)
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as held:
-        with join(recipe.training.strategy) as first:
-            if first:
-                held.enter_context(open_run(recipe, force=force, resume=resume))
-                _prepare(recipe)
-        train_in_this_process(recipe, run, latest_resumable(run.checkpoints) if resume else None)
+
+        def begin() -> None:
+            held.enter_context(open_run(recipe, force=force, resume=resume))
+            _prepare(recipe)
+
+        join(recipe.training.strategy, begin)
+        train_in_this_process(recipe, run, _checkpoint_to_resume(recipe, run, resume))
+
+
+def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> Path | None:
+    from minisft.console import say
+    from minisft.training.checkpoints import latest_resumable, require_same_layout
+
+    if not resume:
+        return None
+    checkpoint = latest_resumable(run.checkpoints)
+    if checkpoint is not None:
+        require_same_layout(checkpoint, recipe.training.strategy, recipe.training.processes)
+    say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: from the beginning")
+    return checkpoint
 
 
 def _evaluate(recipe: "Recipe", *, follow: bool = False, as_json: bool = False) -> None:

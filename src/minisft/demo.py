@@ -7,26 +7,43 @@ from typing import Any
 from minisft.console import say
 
 _SHOWN = 3
+_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 
 
 def show_demo(root: Path) -> None:
     """Print what a demo run in `root` came to."""
     results = json.loads((root / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    best = results["best"]
-    scores = {entry["checkpoint"]: entry for entry in results["checkpoints"]}
-    say("\nHeld-out dialogues, before and after\n", style="bold")
-    for before, after in list(zip(_outputs(root, "base"), _outputs(root, best), strict=True))[:_SHOWN]:
-        say(before["prompt"].strip())
-        say(f"  base:      {_one_line(before['output'])}", style="red")
-        say(f"  tuned:     {_one_line(after['output'])}", style="green")
-        say(f"  reference: {_one_line(after['reference'])}\n")
-    say(
-        f"BLEU on held-out answers: base {results['base']['bleu']['score']:.1f}, "
-        f"tuned ({best}) {scores[best]['bleu']['score']:.1f}, "
-        f"best stock phrase {results['constant']['bleu']['score']:.1f}\n",
-        style="bold",
-    )
+    _say_answers(root, results["best"])
+    _say_scores(results)
     _say_where(root)
+
+
+def _say_answers(root: Path, best: str | None) -> None:
+    """The first answers of the base model, with those of the best checkpoint where there is one."""
+    say(f"\nHeld-out dialogues, {'before and after' if best else 'answered by the base model'}\n", style="bold")
+    before = _outputs(root, "base")[:_SHOWN]
+    after = _outputs(root, best)[:_SHOWN] if best else [None] * len(before)
+    for base, tuned in zip(before, after, strict=True):
+        say(base["prompt"].strip())
+        say(f"  base:      {_one_line(base['output'])}", style="red")
+        if tuned is not None:
+            say(f"  tuned:     {_one_line(tuned['output'])}", style="green")
+        say(f"  reference: {_one_line(base['reference'])}\n")
+
+
+def _say_scores(results: dict[str, Any]) -> None:
+    best = next((entry for entry in results["checkpoints"] if entry["checkpoint"] == results["best"]), None)
+    for metric, name in _NAMES.items():
+        if metric in results["base"]:
+            tuned = f"tuned ({best['checkpoint']}) {best[metric]['score']:.1f}, " if best else ""
+            say(
+                f"{name} on held-out answers: base {results['base'][metric]['score']:.1f}, {tuned}"
+                f"best stock phrase {results['constant'][metric]['score']:.1f}",
+                style="bold",
+            )
+    if best is None:
+        say("No checkpoint could be scored.", style="bold")
+    say()
 
 
 def _say_where(root: Path) -> None:

@@ -5,6 +5,7 @@ recipe says `trust_remote_code: true`.
 """
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import logging
@@ -113,8 +114,8 @@ def load_model(
 
 def weights_fingerprint(folder: Path) -> str:
     """Return a hash of a model folder's configuration, weights and tokenizer."""
-    names = sorted(p for pattern in ("*.safetensors", "config.json", "tokenizer.json") for p in folder.glob(pattern))
-    return hash_files(names)
+    patterns = ("*.safetensors", "config.json", "tokenizer.json")
+    return hash_files(sorted(path for pattern in patterns for path in folder.glob(pattern)))
 
 
 @contextlib.contextmanager
@@ -221,9 +222,12 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
         if file.read(4) != b"GGUF":
             raise UserError(name, "this is not a GGUF file", "give a file that llama.cpp or a hub wrote as GGUF")
     folder = cache_folder() / "models" / f"{path.stem}-{hash_files([path])[:16]}"
-    if not folder.exists():
-        with whole_folder(folder) as aside:
-            _convert_gguf(path, aside)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as guard:  # the first of several converts, the others find it done
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if not folder.exists():
+            with whole_folder(folder) as aside:
+                _convert_gguf(path, aside)
     return ResolvedModel(name, folder, f"dequantised from {path.name}, kept in {folder}")
 
 

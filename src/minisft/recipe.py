@@ -5,6 +5,7 @@ names the line and the nearest valid key where something does not fit; combinati
 refused by the dataclasses themselves.
 """
 
+import contextlib
 import difflib
 import io
 import types
@@ -82,6 +83,7 @@ class TrainingRecipe:
             "training", self, "processes", "epochs", "max_steps", "batch_size", "gradient_accumulation",
             "learning_rate", "max_grad_norm", "log_every", "row_tokens",
         )  # fmt: skip
+        _require_not_negative("training.", self, "weight_decay")
         if self.save_every != "epoch":
             _require_positive("training", self, "save_every")
         if not 0 <= self.warmup_ratio < 1:
@@ -101,6 +103,7 @@ class EvaluationRecipe:
 
     def __post_init__(self) -> None:
         _require_positive("evaluation", self, "max_new_tokens", "limit", "batch_size")
+        _require_not_negative("evaluation.", self, "examples")
         if not self.metrics:
             raise UserError("evaluation.metrics", "there is none", f"name some of {', '.join(METRICS)}")
         for metric in self.metrics:
@@ -121,6 +124,15 @@ class Recipe:
     trust_remote_code: bool = False
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+
+    def __post_init__(self) -> None:
+        _require_not_negative("", self, "seed")
+
+
+def _require_not_negative(section: str, recipe: Any, *keys: str) -> None:
+    for key in keys:
+        if getattr(recipe, key) < 0:
+            raise UserError(f"{section}{key}", f"{getattr(recipe, key)} is below zero", "give zero or more")
 
 
 def _require_positive(section: str, recipe: Any, *keys: str) -> None:
@@ -207,7 +219,11 @@ def _parse_yaml(text: str, where: str) -> _Node:
 def _to_node(node: yaml.Node, where: str) -> _Node:
     line = node.start_mark.line + 1
     if not isinstance(node, yaml.MappingNode):
-        return _Node(yaml.safe_load(yaml.serialize(node)), line)
+        try:
+            return _Node(yaml.safe_load(yaml.serialize(node)), line)
+        except (yaml.YAMLError, ValueError) as error:  # an own tag, or a date such as 2024-13-45
+            reason = getattr(error, "problem", None) or str(error)
+            raise UserError(f"{where}:{line}", f"this value cannot be read ({reason})", "put it in quotes") from None
     mapping: dict[str, _Node] = {}
     for key_node, value_node in node.value:
         key = str(key_node.value)
@@ -225,7 +241,7 @@ def _apply_override(tree: _Node, override: str) -> None:
         raise UserError(override, "is no override", "write key=value, such as training.epochs=3")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text  # a value such as `a: b` or `[x` is meant as it stands
     *parents, last = dotted.split(".")
     for name in parents:
@@ -352,6 +368,7 @@ def _found(source: Any, folder: Path) -> Any:
     if not isinstance(source, str) or source in BUILT_IN_MODELS:
         return source
     for candidate in (Path(source).expanduser(), folder / source):
-        if candidate.exists():
-            return str(candidate.resolve())
+        with contextlib.suppress(OSError):  # a text too long for a path is none
+            if candidate.exists():
+                return str(candidate.resolve())
     return source

@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import json
+import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ from minisft.errors import UserError
 from minisft.files import write_atomically
 from minisft.recipe import Recipe, dump_recipe, load_recipe
 
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# The first line of a run's recipe: what tells a run folder from a folder that happens to hold a recipe.
+_MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from, not this file.\n"
 _CONTENTS = (
     "recipe.yaml", "dataset", "checkpoints", "model", "metrics.jsonl", "tensorboard", "evaluation",
     "report.html",
+    "base_model.json",
 )  # fmt: skip
 # Keys that may change on resume, since the trajectory does not depend on them.
 _FREE_DATA_KEYS = ("verify", "processes")
@@ -54,13 +60,37 @@ class RunFolder:
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
+    @property
+    def base_model(self) -> Path:
+        return self.root / "base_model.json"
+
+    def list_checkpoints(self) -> list[Path]:
+        """Return the checkpoint folders in the order of their steps."""
+        return list_checkpoints(self.checkpoints)
+
+    def is_run(self) -> bool:
+        """Say whether MiniSFT wrote this folder."""
+        return self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(_MARK)
+
     def is_trained(self) -> bool:
         """Say whether training ended: the final model is written last, and whole."""
         return (self.model / "config.json").exists()
 
     def has_begun(self) -> bool:
         """Say whether there is anything that training made."""
-        return self.is_trained() or self.metrics.exists() or any(self.checkpoints.glob("checkpoint-*"))
+        return self.is_trained() or self.metrics.exists() or bool(self.list_checkpoints())
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders checkpoint-N in the order of N; they are whole, since they get their names last."""
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    assert match, f"{checkpoint} is no checkpoint folder"
+    return int(match[1])
 
 
 def load_run(root: Path) -> Recipe:
@@ -69,13 +99,13 @@ def load_run(root: Path) -> Recipe:
     Raises:
         UserError: the folder is no run.
     """
-    if not RunFolder(root).recipe.is_file():
+    if not RunFolder(root).is_run():
         raise UserError(
             root,
-            "this is no run folder (it has no recipe.yaml)",
+            "this is no run folder (it has no recipe.yaml of a run)",
             "give the `output` of a recipe that was run",
         )
-    return load_recipe(RunFolder(root).recipe, [f"output={root}"])
+    return replace(load_recipe(RunFolder(root).recipe), output=str(root))
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
@@ -90,7 +120,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 def is_same_run(run: RunFolder, recipe: Recipe) -> bool:
     """Say whether the folder holds a run that `recipe` identifies."""
-    return run.recipe.is_file() and identity(load_run(run.root)) == identity(recipe)
+    return run.is_run() and identity(load_run(run.root)) == identity(recipe)
 
 
 @contextlib.contextmanager
@@ -108,6 +138,8 @@ def open_run(
     Raises:
         UserError: the folder is something else, is in use, holds another recipe's run, or is trained already.
     """
+    if force and resume:
+        raise UserError("--force --resume", "one deletes the run, the other goes on with it", "give one of them")
     run = RunFolder(Path(recipe.output))
     _refuse_foreign_folder(run)
     with _locked(run):
@@ -117,7 +149,8 @@ def open_run(
             _refuse_other_run(run, recipe, may_go_on=resume or prepares_only, may_be_trained=prepares_only)
         elif resume:
             raise UserError(run.root, "there is no run to resume", "train without --resume")
-        write_atomically(run.recipe, dump_recipe(recipe))
+        if not (prepares_only and run.has_begun()):
+            write_atomically(run.recipe, _MARK + dump_recipe(recipe))
         yield run
 
 
@@ -137,9 +170,9 @@ def _locked(run: RunFolder) -> Iterator[None]:
 def _refuse_foreign_folder(run: RunFolder) -> None:
     if run.root.is_file():
         raise UserError(run.root, "`output` is a file", "name a folder that is new or holds a run")
-    if run.recipe.exists() or not run.root.exists():
+    if run.is_run() or not run.root.exists():
         return
-    others = [path.name for path in run.root.iterdir() if path.name not in (*_CONTENTS, ".lock")]
+    others = [path.name for path in run.root.iterdir() if path.name != ".lock"]
     if others:
         raise UserError(
             run.root,
@@ -169,6 +202,25 @@ def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_tr
         )
     if not may_go_on:
         raise UserError(run.root, "holds an unfinished run", "pass --resume to go on with it, or --force to begin anew")
+
+
+def remember_model(run: RunFolder, origin: str, fingerprint: str) -> None:
+    """Keep which base model a run was begun with, and refuse to go on with another.
+
+    Raises:
+        UserError: the model's name leads to other weights or another tokenizer than it did.
+    """
+    now = {"origin": origin, "fingerprint": fingerprint}
+    if not run.base_model.exists():
+        write_atomically(run.base_model, json.dumps(now, indent=1, ensure_ascii=False))
+        return
+    before = json.loads(run.base_model.read_text(encoding="utf-8"))
+    if before["fingerprint"] != fingerprint:
+        raise UserError(
+            "model",
+            f"this run began with {before['origin']}, and the name now leads to {origin}, which is not the same",
+            "give the model's folder as `model`, or pass --force to train anew",
+        )
 
 
 def _clear(run: RunFolder) -> None:

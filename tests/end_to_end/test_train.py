@@ -1,17 +1,19 @@
 """Training through the command line: one trajectory, checkpoints that load, a mask that reaches the loss."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisft.models import load_model
-from minisft.runs import RunFolder
+from minisft.runs import RunFolder, load_run
 from minisft.training.batching import StepSampler, measure
 from tests.tiny import minisft
 
@@ -104,10 +106,10 @@ def test_the_log_has_what_the_contract_names(vanilla):
 def test_every_checkpoint_gives_the_loss_of_the_next_step(vanilla):
     """checkpoint-N, in plain transformers, on the batch of step N+1: the loss logged at N+1."""
     _, run = vanilla
-    check_checkpoints(run, processes=1)
+    check_checkpoints(run)
 
 
-def check_checkpoints(run, processes):
+def check_checkpoints(run):
     from datasets import load_from_disk
 
     dataset = load_from_disk(str(run.dataset / "train"))
@@ -171,7 +173,7 @@ def test_one_trajectory_and_whole_checkpoints(vanilla, tmp_path, strategy, proce
         assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-5)
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=2e-4)
         assert ours["supervised_tokens"] == reference["supervised_tokens"]
-    check_checkpoints(run, processes)
+    check_checkpoints(run)
     ours = load_model(run.model, dtype=torch.float32).state_dict()
     for name, weight in load_model(alone.model, dtype=torch.float32).state_dict().items():
         torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=1e-4)
@@ -210,6 +212,76 @@ def test_a_killed_run_resumes_to_the_same_bits(vanilla, tmp_path, strategy):
     ours = load_model(run.model, dtype=torch.float32).state_dict()
     for name, weight in load_model(whole.model, dtype=torch.float32).state_dict().items():
         assert torch.equal(ours[name], weight), name
+
+
+def test_killed_before_the_first_checkpoint(vanilla, tmp_path):
+    """Then --resume begins anew, and each step is logged once."""
+    recipe, alone = vanilla
+    output = tmp_path / "run"
+    kill_when(output / "metrics.jsonl", ["train", recipe, f"output={output}", "training.save_every=100"])
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # torn
+    run = train(recipe, output, "training.save_every=100", resume=True)
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(alone)]
+
+
+def test_killed_between_the_last_checkpoint_and_the_model(vanilla, tmp_path):
+    recipe, alone = vanilla
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(alone.root, run.root)
+    shutil.rmtree(run.model)
+    train(recipe, run.root, resume=True)
+    assert metrics(run) == metrics(alone)
+    assert (run.model / "model.safetensors").read_bytes() == (alone.model / "model.safetensors").read_bytes()
+
+
+def test_a_state_that_a_strategy_cannot_take_over_is_refused(vanilla, tmp_path):
+    recipe, alone = vanilla
+    shutil.copytree(alone.root, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    words = [
+        "train", recipe, f"output={tmp_path / 'run'}", "training.strategy=zero2", "training.processes=2",
+        "training.batch_size=4", "--resume",
+    ]  # fmt: skip
+    refused = minisft(*words)
+    assert refused.returncode == 2
+    assert "training.strategy=vanilla training.processes=1" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_the_saved_models_equal_the_live_one(vanilla, tmp_path):
+    """On a fixed batch: what is in memory after the last step, the last checkpoint, and `model/`."""
+    recipe, alone = vanilla
+    settings = replace(load_run(alone.root), output=str(tmp_path / "run"))
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(alone.dataset, run.dataset)
+    live = run_steps(settings, run, None).model.eval()
+    publish_final_model(run)
+    ids = torch.arange(4, 64)[None]
+    positions = torch.arange(60)[None]
+    with torch.no_grad():
+        expected = live(ids, position_ids=positions, conversation_lengths=(60,)).logits
+        for folder in (run.list_checkpoints()[-1], run.model):
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
+            for name, weight in live.named_parameters():
+                assert torch.equal(loaded.get_parameter(name), weight), name
+
+
+def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(vanilla, tmp_path, tiny_model):
+    """The embedding of one token is NaN: the step that first meets it is named with its rows."""
+    recipe, alone = vanilla
+    spoiled = tmp_path / "spoiled"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[AutoTokenizer.from_pretrained(tiny_model).encode("3")[0]] = torch.nan
+    model.save_pretrained(spoiled)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(spoiled)
+    done = minisft("train", recipe, f"output={tmp_path / 'run'}", f"model={spoiled}", "training.save_every=1")
+    assert done.returncode == 2
+    assert "step 1: the loss is nan; rows of the step: " in done.stderr
+    assert "talk-" in done.stderr
+    assert not RunFolder(tmp_path / "run").list_checkpoints()
 
 
 def kill_when(path, words):

@@ -19,7 +19,10 @@ from minisft import chat as module
 from minisft.chat import Session, chat, choose_model
 from minisft.data.conversation import Conversation, Message
 from minisft.data.encoding import Encoder
+from minisft.data.rendering import RefusedError
 from minisft.errors import UserError
+from minisft.recipe import DataRecipe, Recipe
+from minisft.runs import open_run
 
 
 @pytest.fixture(autouse=True)
@@ -159,9 +162,8 @@ def test_terminal_control_characters_are_not_passed_on(session, monkeypatch, cap
 
 
 def a_run(folder, base):
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(f"model: {base}\noutput: {folder}\ndata: {{source: nowhere.jsonl}}\n")
-    return folder
+    with open_run(Recipe(model=str(base), output=str(folder), data=DataRecipe(source="nowhere.jsonl"))):
+        return folder
 
 
 def test_a_run_folder_gives_its_model_or_its_newest_checkpoint(tmp_path, model_folder):
@@ -184,6 +186,63 @@ def test_compare_shows_base_and_tuned(tmp_path, model_folder, monkeypatch, capsy
     out = capsys.readouterr().out
     assert "base" in out
     assert "tuned" in out
+
+
+def refusing_system_prompts(folder):
+    """A model folder whose chat template, like Gemma's, takes no system prompt."""
+    save_tiny(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("message", [None, "hi"])
+def test_a_refused_system_prompt_is_the_users_to_mend(tmp_path, message):
+    with pytest.raises(UserError, match="takes no system message"):
+        chat(refusing_system_prompts(tmp_path / "model"), message, "be kind")
+
+
+def test_a_system_prompt_refused_in_the_middle_is_said_and_the_session_goes_on(tmp_path, monkeypatch, capsys):
+    prompts = sent_prompts(monkeypatch)
+    typed(monkeypatch, "one", "/system be kind", "/regen", "/compare", "two", "/system", "/exit")
+    chat(refusing_system_prompts(tmp_path / "model"), max_new_tokens=3)
+    error = capsys.readouterr().err
+    assert error.count("takes no system message") == 1
+    assert "leave the system prompt out" in error
+    assert "System prompt: none" in error
+    assert len(prompts) == 3
+
+
+def test_an_answer_that_the_template_refuses_to_give_again_stays(session, monkeypatch, capsys):
+    terminal = module._Terminal(session, None, False)
+    terminal.ask("hi")
+    before = list(session.turns)
+
+    def refuse(self, messages, tools=""):
+        raise RefusedError("template_refuses", "not like this")
+
+    monkeypatch.setattr(Encoder, "encode_prompt", refuse)
+    assert not terminal.handle("/regen")
+    terminal.ask("again")
+    assert session.turns == before
+    assert capsys.readouterr().err.count("not like this") == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("max_new_tokens", [0, -1]),
+        ("temperature", [-0.1, float("nan"), float("inf")]),
+        ("top_p", [0.0, -1.0, 1.5, float("nan")]),
+    ],
+)
+def test_options_out_of_their_range_are_named(model_folder, option, values):
+    for value in values:
+        options: Any = {option: value}
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')}"):
+            chat(model_folder, "hi", **options)
 
 
 def start_chat(folder, *options, **settings):

@@ -14,12 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minisft.data.encoding import Encoder
 from minisft.data.preparation import load_test, load_train, prepare
+from minisft.data.rendering import RefusedError
 from minisft.errors import UserError
 from minisft.evaluation import evaluate as module
+from minisft.evaluation import following
 from minisft.evaluation.evaluate import evaluate
 from minisft.evaluation.loss import held_out_loss
 from minisft.evaluation.questions import load_held_out, train_answers
 from minisft.recipe import DataRecipe, EvaluationRecipe, Recipe
+from minisft.runs import RunFolder
 
 MARKERS = ["<|im_start|>", "<|im_end|>"]
 
@@ -226,6 +229,57 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_the_others_scored(made
     assert "damaged" in captured.out
 
 
+def test_a_fault_of_the_machine_or_of_ours_is_not_called_damage(made, run, monkeypatch):
+    evaluate(made, run)
+    save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
+    full = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    for name in ("load_model", "held_out_loss", "generate"):  # a loss once computed is kept
+        for error in (torch.OutOfMemoryError("out of memory"), full, ZeroDivisionError("a bug")):
+
+            def fail(*args, error=error, **settings):
+                raise error
+
+            with monkeypatch.context() as patched:
+                patched.setattr(module, name, fail)
+                with pytest.raises(type(error), match=str(error)[-9:]):
+                    evaluate(made, run)
+
+
+def test_weights_that_do_not_load_are_called_damage(made, run, monkeypatch):
+    def fail(*args, **settings):
+        raise RuntimeError("size mismatch for lm_head\nand more")
+
+    evaluate(made, run)
+    save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
+    monkeypatch.setattr(module, "load_model", fail)
+    failed = [{"checkpoint": "checkpoint-10", "error": "RuntimeError: size mismatch for lm_head"}]
+    assert evaluate(made, run)["failed"] == failed
+
+
+def test_a_prompt_that_the_template_refuses_is_named(made, run, monkeypatch):
+    def refuse(self, messages, tools=""):
+        raise RefusedError("system_unsupported", "the template takes no system message")
+
+    monkeypatch.setattr(Encoder, "encode_prompt", refuse)
+    with pytest.raises(UserError, match=r"held-out row row\d+: the template takes no system message"):
+        evaluate(made, run)
+
+
+def test_data_that_is_not_prepared_is_named(made, run):
+    shutil.rmtree(run / "dataset")
+    with pytest.raises(UserError, match="no prepared data"):
+        evaluate(made, run)
+
+
+def test_systems_that_never_differ_have_a_p_of_one(made, run):
+    for name in ("checkpoint-9", "checkpoint-10"):
+        shutil.copy(Path(made.model) / "model.safetensors", run / "checkpoints" / name / "model.safetensors")
+    results = evaluate(made, run)
+    assert results["best"] == "checkpoint-9"
+    assert results["checkpoints"][0]["bleu"]["p"]["base"] == 1.0
+    assert results["checkpoints"][1]["chrf"]["p"]["best"] == 1.0
+
+
 def test_markup_and_odd_text_in_answers_is_shown_as_text(made, run, monkeypatch):
     odd = "[/INST] [bold] <script> \x85\u2028\u2029 \n\r end"
     monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: odd)
@@ -252,7 +306,7 @@ def test_bad_input_is_named(made, run):
     with pytest.raises(UserError, match="no room for a prompt in the model's context of 256"):
         evaluate(with_settings(made, max_new_tokens=256), run)
     with pytest.raises(UserError, match="evaluation.metrics"):
-        evaluate(with_settings(made, metrics=[]), run)
+        EvaluationRecipe(metrics=[])
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="no checkpoints"):
         evaluate(made, run)
@@ -287,23 +341,60 @@ def test_following_scores_checkpoints_as_they_appear(made, run, monkeypatch):
         hidden.rename(late)
         shutil.copytree(late, run / "model")
 
-    monkeypatch.setattr(module.time, "sleep", training_goes_on)
+    monkeypatch.setattr(following.time, "sleep", training_goes_on)
     results = evaluate(made, run, follow=True)
     assert [c["step"] for c in results["checkpoints"]] == [9, 10]
 
 
 def test_following_ends_where_training_died(made, run, monkeypatch):
-    locked = [True, True, False]
-    monkeypatch.setattr(module, "_is_locked", lambda run: locked.pop(0))
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    locked = [True, True, True, False]
+    monkeypatch.setattr(following, "is_locked", lambda run: locked.pop(0))
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
     assert len(evaluate(made, run, follow=True)["checkpoints"]) == 2
     assert locked == []
 
 
+def test_following_waits_for_the_data_of_a_training_that_has_only_begun(made, run, monkeypatch, capsys):
+    aside = (run / "dataset").rename(run / "aside")
+    locked = [False, True, True, True, False]
+    monkeypatch.setattr(following, "is_locked", lambda run: locked.pop(0))
+    slept: list[float] = []
+
+    def prepare_at_the_second(seconds):
+        slept.append(seconds)
+        if len(slept) == 2:
+            aside.rename(run / "dataset")
+
+    monkeypatch.setattr(following.time, "sleep", prepare_at_the_second)
+    assert len(evaluate(made, run, follow=True)["checkpoints"]) == 2
+    assert locked == []
+    assert capsys.readouterr().err.count("waiting for the data") == 1
+
+
+def test_following_does_not_wait_for_data_that_will_not_come(tmp_path, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr(following.time, "sleep", slept.append)
+    with pytest.raises(UserError, match="no training is at work here"):
+        following.wait_for_data(RunFolder(tmp_path))
+    assert sum(slept) == 60
+    locked = [True, False]
+    monkeypatch.setattr(following, "is_locked", lambda run: locked.pop(0))
+    with pytest.raises(UserError, match="ended before it prepared the data"):
+        following.wait_for_data(RunFolder(tmp_path))
+
+
+def test_following_ends_where_no_training_begins(made, run, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr(following.time, "sleep", slept.append)
+    names = [name for name, _ in following.models_to_score(RunFolder(run), Path(made.model), follow=True)]
+    assert names == ["base", "checkpoint-9", "checkpoint-10"]
+    assert sum(slept) == 60
+
+
 def test_the_lock_of_a_training_is_seen(tmp_path):
-    run = module.RunFolder(tmp_path)
-    assert not module._is_locked(run)
+    run = RunFolder(tmp_path)
+    assert not following.is_locked(run)
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert module._is_locked(run)
-    assert not module._is_locked(run)
+        assert following.is_locked(run)
+    assert not following.is_locked(run)

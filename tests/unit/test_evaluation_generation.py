@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from minisft.evaluation.generation import Generated, PromptCache, Sampling, generate, plan_batches
+from minisft.evaluation.generation import (
+    Generated,
+    PromptCache,
+    Sampling,
+    generate,
+    inference_dtype,
+    plan_batches,
+)
 
 VOCABULARY = 97
 
@@ -201,3 +208,13 @@ def test_the_roomy_cache_equals_the_plain_one(model):
         cache.crop(-3)
         cache.batch_select_indices(torch.tensor([1]))
     assert torch.equal(roomy.layers[1].keys, plain.layers[1].keys)
+
+
+def test_weights_are_held_in_bf16_only_where_the_gpu_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert inference_dtype() is torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert inference_dtype() is dtype
+        assert inference_dtype("fp32") is torch.float32

@@ -72,6 +72,13 @@ def test_p_value_equals_sacrebleus_paired_bootstrap(corpus, metric):
     assert ours == theirs[key][1].p_value
 
 
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+def test_systems_that_never_differ_have_a_p_of_one(corpus, metric):
+    outputs, references = corpus
+    same = CorpusScore(metric, outputs, references)
+    assert p_value(same, CorpusScore(metric, outputs, references)) == 1.0
+
+
 def test_empty_outputs_score_zero():
     interval = CorpusScore("bleu", ["", "", ""], texts(3, 1)).interval()
     assert (interval.score, interval.low, interval.high) == (0, 0, 0)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -114,6 +115,26 @@ def test_the_verdict(tmp_path, best, said):
 def test_a_run_that_is_not_evaluated_has_a_page_too(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: tiny\n")
     assert "Not evaluated yet" in write_report(tmp_path).read_text()
+
+
+def test_a_trained_run_without_results_has_its_curve_ledger_and_speed(tmp_path):
+    make_run(tmp_path)
+    shutil.rmtree(tmp_path / "evaluation")
+    page = write_report(tmp_path).read_text()
+    elements = Elements(page)
+    ids = {attributes["id"] for _, attributes in elements.found if "id" in attributes}
+    assert {"curves", "ledger", "speed", "recipe", "loss"} <= ids
+    assert not {"scores", "examples", "bleu", "chrf"} & ids
+    data = json.loads(elements.data)
+    assert len(data["train"]) > 1000
+    assert (data["test"], data["scores"], data["examples"], data["best"]) == ([], None, [], None)
+    assert "Not evaluated yet" in page
+
+
+def test_a_run_of_which_no_checkpoint_could_be_scored_has_a_page(tmp_path):
+    path = make_run(tmp_path) / "evaluation/results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoints": [], "best": None}))
+    assert "No checkpoint could be scored." in write_report(tmp_path).read_text()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -74,6 +74,12 @@ def test_overrides_win_and_make_sections(tmp_path):
         ("model: m\nmodel: n\n", (), r"recipe.yaml:2: the key 'model' stands twice"),
         ("model: [\n", (), r"recipe.yaml:\d: this is not YAML"),
         ("- a\n", (), r"a recipe is a mapping"),
+        (GOOD + "seed: -1\n", (), r"recipe.yaml:5: seed: -1 is below zero"),
+        (GOOD, ("training.weight_decay=-1",), r"training.weight_decay: -1.0 is below zero"),
+        (GOOD, ("evaluation.examples=-1",), r"evaluation.examples: -1 is below zero"),
+        (GOOD, ("evaluation.metrics=[]",), r"evaluation.metrics: there is none.*bleu"),
+        ("model: !own x\noutput: o\ndata: {source: d}\n", (), r"recipe.yaml:1: this value cannot be read"),
+        ("model: m\noutput: 2024-13-45\ndata: {source: d}\n", (), r"recipe.yaml:2: this value cannot be read.*quotes"),
         (GOOD, ("epochs",), r"epochs: is no override"),
         (GOOD, ("training.strategy=auto",), r"training.strategy: 'auto' cannot choose yet"),
         (GOOD, ("training.packing=true",), r"training.packing: .*not supported yet"),
@@ -101,6 +107,20 @@ def test_a_source_is_found_from_here_then_beside_the_recipe(tmp_path, monkeypatc
     (elsewhere / "d.jsonl").touch()
     assert load_recipe(path).data.source == str(elsewhere / "d.jsonl")
     assert load_recipe(path, ["data.source=org/name"]).data.source == "org/name"
+
+
+def test_a_template_file_is_found_beside_the_recipe_too(tmp_path, monkeypatch):
+    (tmp_path / "own.jinja").touch()
+    path = write(tmp_path, GOOD + "  template: own.jinja\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_recipe(path).data.template == str(tmp_path / "own.jinja")
+    (tmp_path / "elsewhere" / "mistral").mkdir()  # a folder of that name changes nothing
+    assert load_recipe(path, ["data.template=mistral"]).data.template == "mistral"
+
+
+def test_a_long_text_is_no_path(tmp_path):
+    assert load_recipe(write(tmp_path, GOOD), [f"data.source={'x' * 400}"]).data.source == "x" * 400
 
 
 def test_every_key_is_documented():

@@ -7,7 +7,7 @@ import pytest
 
 from minisft.errors import UserError
 from minisft.recipe import DataRecipe, Recipe, TrainingRecipe
-from minisft.runs import RunFolder, identity, is_same_run, load_run, open_run
+from minisft.runs import RunFolder, identity, is_same_run, load_run, open_run, remember_model
 
 
 @pytest.fixture
@@ -105,3 +105,43 @@ def test_one_process_at_a_time(recipe):
 def test_a_folder_without_a_recipe_is_no_run(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         load_run(tmp_path)
+
+
+def test_force_and_resume_together_delete_nothing(recipe):
+    run = begin(recipe)
+    with pytest.raises(UserError, match="give one of them"), open_run(recipe, force=True, resume=True):
+        pass
+    assert run.metrics.exists()
+
+
+def test_a_recipe_of_the_users_own_is_not_overwritten(recipe):
+    root = Path(recipe.output)
+    root.mkdir()
+    (root / "recipe.yaml").write_text("# mine\nmodel: m\noutput: run\ndata: {source: d}\n")
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"no run, and not empty.*recipe.yaml"), open_run(recipe, force=force):
+            pass
+    assert (root / "recipe.yaml").read_text().startswith("# mine")
+
+
+@pytest.mark.parametrize("name", ["run #1", "123", "on", "a: b", "[x"])
+def test_any_folder_name_will_do(recipe, tmp_path, name):
+    named = replace(recipe, output=str(tmp_path / name))
+    with open_run(named) as run:
+        assert load_run(run.root) == named
+
+
+def test_preparing_leaves_the_recipe_of_a_trained_run_alone(recipe):
+    run = finish(recipe)
+    other = replace(recipe, training=replace(recipe.training, strategy="zero2"))
+    with open_run(other, prepares_only=True):
+        pass
+    assert load_run(run.root).training.strategy == "vanilla"
+
+
+def test_another_base_model_is_noticed(recipe):
+    with open_run(recipe) as run:
+        remember_model(run, "the hub's m", "abc")
+        remember_model(run, "the hub's m", "abc")
+        with pytest.raises(UserError, match="not the same"):
+            remember_model(run, "the folder m", "def")

@@ -86,8 +86,6 @@ def _process_chunk(chunk: Chunk, encoder: Encoder, task: Task) -> ChunkResult:
     tally = Tally()
     conversations, rendered = _render_rows(chunk, encoder, task, tally)
     batch = encoder.encode_rendered(rendered, conversations)
-    if task.data.verify and conversations:
-        verify(encoder, conversations, batch)
     if not (np.diff(batch.offsets) > task.data.max_length).any():
         rendered_lengths = np.diff(batch.offsets)
     else:
@@ -95,6 +93,8 @@ def _process_chunk(chunk: Chunk, encoder: Encoder, task: Task) -> ChunkResult:
         conversations = [row.conversation for row in kept]
         batch = _as_batch(kept)
         rendered_lengths = np.fromiter((row.rendered for row in kept), np.int64, len(kept))
+    if task.data.verify and conversations:
+        verify(encoder, conversations, batch)  # the rows as they are written
     table, lengths = _flat_table(conversations, batch, rendered_lengths, tally), np.diff(batch.offsets)
     keys = np.fromiter((prompt_key(c, task.seed) for c in conversations), np.uint64, len(conversations))
     identities = np.fromiter(map(identity_key, conversations), np.uint64, len(conversations))

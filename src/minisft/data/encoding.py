@@ -58,6 +58,7 @@ class AnswerSpan:
     text: str
     supervised: bool
     terminated: bool = True
+    cut: bool = False  # its end is missing: the row was too long
 
 
 @dataclass(frozen=True)
@@ -425,10 +426,10 @@ class Encoder:
             return self._choose_own()
         if template in NATIVE_TEMPLATES:
             return self._native(template)
-        if "{{" in template or "{%" in template:
+        if _is_jinja(template):
             return self._jinja_or_native(template, "jinja")
-        path = Path(template).expanduser()
-        if not path.is_file():
+        path = template_file(template)
+        if path is None:
             known = ", ".join((*NATIVE_TEMPLATES, "auto"))
             raise UserError(
                 "data.template", f"there is no template {template!r}", f"use one of {known} or a .jinja file's path"
@@ -436,9 +437,7 @@ class Encoder:
         return self._jinja_or_native(_read_template(path), path.name)
 
     def _choose_own(self) -> "_Choice":
-        own = self.tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
+        own = own_template(self.tokenizer)
         if not own:
             raise UserError(
                 "data.template",
@@ -609,6 +608,27 @@ def _spelling_pattern(markers: Iterable[str]) -> Any:
     starts = "".join(sorted({name[0] for name in names}))
     pattern = re.compile(f"(?=[{re.escape(starts)}])(?:{'|'.join(map(re.escape, names))})")
     return pattern.search
+
+
+def own_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """The tokenizer's own chat template, of several the default one."""
+    own: Any = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def template_file(template: str) -> Path | None:
+    """The file that `data.template` names; None where it is a template's name or a Jinja text, or there is no file."""
+    if template in ("auto", *NATIVE_TEMPLATES) or _is_jinja(template):
+        return None
+    try:
+        path = Path(template).expanduser()
+        return path if path.is_file() else None
+    except (OSError, RuntimeError):  # a name too long, or the home of nobody
+        return None
+
+
+def _is_jinja(template: str) -> bool:
+    return "{{" in template or "{%" in template
 
 
 def _read_template(path: Path) -> str:

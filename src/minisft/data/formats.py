@@ -341,19 +341,16 @@ def _order_error(previous: str, role: str, number: int) -> RowError:
 
 
 def repair(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """Join same-role runs, trim leading answers and unanswered ends.
+    """Join same-role runs, trim leading answers (system prompts among them stay) and unanswered ends.
 
     Returns the messages and the names of what was done; whether they are in order now is for `check_order`.
     """
     done: dict[str, None] = {}
     kept = list(messages)
-    system = [m for m in kept if m.role == "system"] if kept and kept[0].role == "system" else []
-    lead = next((i for i, m in enumerate(kept) if m.role != "system"), len(kept))
     first = next((i for i, m in enumerate(kept) if m.role == "user"), len(kept))
-    if first > lead and system:
-        kept, done["leading_answers_trimmed"] = kept[:lead] + kept[first:], None
-    elif first > lead:
-        kept, done["leading_answers_trimmed"] = kept[first:], None
+    system = [m for m in kept[:first] if m.role == "system"]
+    if first > len(system):
+        kept, done["leading_answers_trimmed"] = system + kept[first:], None
     last = max((i for i, m in enumerate(kept) if _is_full_answer(m)), default=-1)
     if last + 1 < len(kept):
         kept, done["unanswered_end_trimmed"] = kept[: last + 1], None

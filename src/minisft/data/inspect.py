@@ -95,8 +95,9 @@ def inspect(
     Raises:
         UserError: there is no such row or id.
     """
-    prepare(recipe)
-    tokenizer = load_tokenizer(resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder)
+    model = resolve_model(recipe.model, recipe.trust_remote_code, weights=False)
+    tokenizer = load_tokenizer(model.folder, recipe.trust_remote_code)
+    prepare(recipe, tokenizer)
     data = load_split(recipe.output, side)
     chosen = choose_rows(data, rows, ids, worst, only_findings, count)
     shown = [read_row(data, side, row, tokenizer) for row in chosen]

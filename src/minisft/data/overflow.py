@@ -84,7 +84,7 @@ def _first_tokens(encoded: Encoded, count: int) -> Encoded:
 
 
 def _shorten(answer: AnswerSpan, count: int) -> AnswerSpan:
-    return answer if answer.end <= count else replace(answer, end=count, terminated=False)
+    return answer if answer.end <= count else replace(answer, end=count, terminated=False, cut=True)
 
 
 def _learns(encoded: Encoded) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 
 from minisft import __version__
 from minisft.data.chunks import LEFT_OUT, ChunkResult, Task, process_chunk, schema
-from minisft.data.encoding import Encoder
+from minisft.data.encoding import Encoder, own_template, template_file
 from minisft.data.formats import FORMATS, detect_format, not_json
 from minisft.data.ledger import SHOWN, Tally, make_ledger
 from minisft.data.overlap import Part, overlap_report
@@ -41,10 +41,6 @@ Progress = Callable[[int], None]
 TRAIN_COLUMNS = ("input_ids", "labels", "id", "location", "rendered", "findings")
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 _POOL_FROM = 3  # chunks; fewer are done sooner than processes start
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,22 +69,21 @@ def prepare(
 
     Args:
         recipe: the whole recipe.
-        tokenizer: the model's, where it is loaded already; otherwise it is loaded when needed.
+        tokenizer: the model's, where it is loaded already; otherwise it is loaded.
         progress: called with the number of rows done so far.
 
     Raises:
         UserError: the source, the rows or the template do not do; see `data.invalid`.
     """
     folder = Path(recipe.output) / "dataset"
-    model = None if tokenizer else resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder
-    key = cache_key(recipe, _tokenizer_hash(tokenizer, model))
+    if tokenizer is None:
+        model = resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder
+        tokenizer = load_tokenizer(model, recipe.trust_remote_code)
+    key = cache_key(recipe, _tokenizer_hash(tokenizer, recipe.data.template))
     with _locked(folder):
         ledger = _cached_ledger(folder, key)
         if ledger is not None:
             return _prepared(folder, ledger, cached=True)
-        if tokenizer is None:
-            assert model is not None
-            tokenizer = load_tokenizer(model, recipe.trust_remote_code)
         encoder = Encoder(tokenizer, recipe.data.template)
         with whole_folder(folder) as aside:
             ledger = _prepare_into(aside, recipe, encoder, progress)
@@ -406,7 +401,10 @@ def _work(chunk: Chunk) -> ChunkResult:
 
 
 def cache_key(recipe: Recipe, tokenizer: str) -> str:
-    """A hash of all that a prepared data set depends on: bytes of the sources, tokenizer, recipe, code."""
+    """A hash of all that a prepared data set depends on: bytes of the sources, tokenizer, recipe, code.
+
+    A data set of the hub counts by its name, split and subset alone: its bytes are not here to be hashed.
+    """
     from importlib.metadata import version
 
     digest = hashlib.sha256()
@@ -427,8 +425,9 @@ def cache_key(recipe: Recipe, tokenizer: str) -> str:
             for name, path in source_files(one):
                 digest.update(name.encode())
                 _hash_file(digest, path)
-    if Path(data.template).is_file():
-        _hash_file(digest, Path(data.template))
+    template = template_file(data.template)
+    if template is not None:
+        _hash_file(digest, template)
     return digest.hexdigest()
 
 
@@ -448,18 +447,16 @@ def _code_hash() -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_hash(tokenizer: "PreTrainedTokenizerFast | None", folder: Path | None) -> str:
-    digest = hashlib.sha256()
-    if tokenizer is not None:
-        parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
-        digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
-    assert folder is not None
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digest.update(name.encode())
-            _hash_file(digest, folder / name)
-    return digest.hexdigest()
+def _tokenizer_hash(tokenizer: "PreTrainedTokenizerFast", template: str) -> str:
+    """A hash of what the tokenizer does to a text, and of its own chat template where that is the one in use.
+
+    Training sets a chat template, and calls set truncation and padding: neither makes it another tokenizer.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None
+    own = own_template(tokenizer) if template == "auto" else None
+    parts = [state, own, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _cached_ledger(folder: Path, key: str) -> dict[str, Any] | None:
@@ -482,9 +479,12 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     with (folder.parent / ".dataset.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        _remove_leftovers(folder)
         yield
 
 
-def remove_dataset(output: Path | str) -> None:
-    """Remove a run's prepared data."""
-    shutil.rmtree(Path(output) / "dataset", ignore_errors=True)
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what preparations that were killed had staged: who holds the lock is the only one at work."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if left.is_dir():  # the lock itself is a file
+            shutil.rmtree(left, ignore_errors=True)

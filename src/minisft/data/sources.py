@@ -112,16 +112,17 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
     Raises:
         UserError: there is no such file, or a folder holds no data.
     """
-    path = Path(source.path).expanduser()
     try:
+        path = Path(source.path).expanduser()
         if path.is_dir():
             return _folder_files(path)
         if path.is_file():
             _file_type(path)
             return [(path.name, path)]
         exists = path.exists()
-    except OSError as error:  # a loop of links, a name too long
-        raise UserError(source.path, f"cannot be opened ({error.strerror})", "give a file or a folder") from None
+    except (OSError, RuntimeError) as error:  # a loop of links, a name too long; the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(source.path, f"cannot be opened ({reason})", "give a file or a folder") from None
     if exists or path.is_symlink():
         what = "is neither a file nor a folder" if exists else "is a link that leads nowhere"
         raise UserError(source.path, what, "give a file or a folder")

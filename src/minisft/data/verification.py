@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minisft.data.conversation import Conversation
-from minisft.data.encoding import EncodedBatch, Encoder
+from minisft.data.encoding import AnswerSpan, EncodedBatch, Encoder
 
 
 class VerificationError(AssertionError):
@@ -16,7 +16,8 @@ def verify(encoder: Encoder, conversations: Sequence[Conversation], batch: Encod
     """Check that labels and ids say what the conversations say.
 
     For every row: the supervised tokens are those of the supervised answers and their terminators, these decode to
-    the answers' texts, and the system prompt stands in the tokens.
+    the answers' texts (those of a cut answer, to the beginning of its text), and the system prompt stands in the
+    tokens.
 
     Raises:
         VerificationError: they do not.
@@ -53,12 +54,20 @@ def _verify_answers(encoder: Encoder, conversations: Sequence[Conversation], bat
             ids = batch.ids[base + answer.start : base + answer.end].tolist()
             if answer.terminated and ids.pop() not in stops:
                 raise VerificationError(f"{conversations[row].location}: an answer lacks its terminator")
-            places.append((row, answer.text))
+            places.append((row, answer))
             rows.append(ids)
-    for (row, text), decoded in zip(places, encoder.decode_answers(rows), strict=True):
-        if decoded != text and decoded != encoder.round_trip(text):
+    for (row, answer), decoded in zip(places, encoder.decode_answers(rows), strict=True):
+        if not _reads(encoder, answer, decoded):
             where = conversations[row].location
-            raise VerificationError(f"{where}: the supervised tokens read {decoded!r}, the answer {text!r}")
+            raise VerificationError(f"{where}: the supervised tokens read {decoded!r}, the answer {answer.text!r}")
+
+
+def _reads(encoder: Encoder, answer: AnswerSpan, decoded: str) -> bool:
+    """Whether the decoded tokens are the answer's text, or a cut answer's beginning of it."""
+    if not answer.cut:
+        return decoded == answer.text or decoded == encoder.round_trip(answer.text)
+    begun = decoded.rstrip("\ufffd")  # a cut may go through a character
+    return answer.text.startswith(begun) or encoder.round_trip(answer.text).startswith(begun)
 
 
 def _verify_system(encoder: Encoder, conversations: Sequence[Conversation], batch: EncodedBatch) -> None:

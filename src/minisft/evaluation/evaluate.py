@@ -1,12 +1,11 @@
 """Base and every checkpoint of a run, scored on the held-out conversations: which one is best, and by how much."""
 
-import fcntl
 import hashlib
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ from minisft.console import console, error_console, say, warn
 from minisft.data.encoding import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.examples import write_changes, write_examples, write_outputs
-from minisft.evaluation.generation import context_length, generate
+from minisft.evaluation.following import models_to_score, wait_for_data
+from minisft.evaluation.generation import context_length, generate, inference_dtype
 from minisft.evaluation.journal import Journal
 from minisft.evaluation.loss import held_out_loss
 from minisft.evaluation.questions import HeldOut, load_held_out, train_answers
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION = 1  # of the decoding and the loss: raise it where they give other results, and all is computed anew
-_POLL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -74,27 +73,54 @@ def evaluate(
         The content of results.json.
 
     Raises:
-        UserError: no checkpoints, no held-out rows, no metrics, or `max_new_tokens` leaves no room for a prompt.
+        UserError: no checkpoints, no held-out rows, or `max_new_tokens` leaves no room for a prompt.
     """
     run = RunFolder(output)
-    folder = output / "evaluation"
-    if not recipe.evaluation.metrics:
-        raise UserError("evaluation.metrics", "there is none", f"name some of {', '.join(METRICS)}")
-    if not follow:
+    if follow:
+        wait_for_data(run)
+    else:
         _require_checkpoints(run)
     # 1. the same questions for all
-    model = resolve_model(recipe.model, recipe.trust_remote_code)
-    encoder = Encoder(load_tokenizer(model.folder, recipe.trust_remote_code), recipe.data.template)
-    held_out = load_held_out(output, encoder, recipe.evaluation.turns, recipe.evaluation.limit)
-    examiner = _Examiner(
-        recipe.evaluation, encoder, held_out, folder, dtype or _choose_dtype(recipe), recipe.trust_remote_code
-    )
-    constant = examiner.repeat(best_constant(train_answers(output, encoder, recipe.evaluation.turns)))
+    base = resolve_model(recipe.model, recipe.trust_remote_code).folder
+    examiner, constant = _set_questions(recipe, output, base, dtype)
     # 2. a model after the other, the results written after each
+    systems, results = _score_models(recipe, run, examiner, constant, models_to_score(run, base, follow), draw)
+    # 3. what changed for the better and the worse, and the summary
+    if (best := results["best"]) is not None:
+        answers = (("base", systems["base"].outputs), (best, systems[best].outputs))
+        write_changes(examiner.folder, *answers, examiner.held_out.questions)
+    _report(results, examiner.folder, as_json)
+    return results
+
+
+def _set_questions(recipe: Recipe, output: Path, base: Path, dtype: "torch.dtype | None") -> tuple["_Examiner", System]:
+    """What asks every model the same questions, and the constant answer's scores on them."""
+    settings = recipe.evaluation
+    encoder = Encoder(load_tokenizer(base, recipe.trust_remote_code), recipe.data.template)
+    examiner = _Examiner(
+        settings,
+        encoder,
+        load_held_out(output, encoder, settings.turns, settings.limit),
+        output / "evaluation",
+        dtype or inference_dtype(recipe.training.precision),
+        recipe.trust_remote_code,
+    )
+    return examiner, examiner.repeat(best_constant(train_answers(output, encoder, settings.turns)))
+
+
+def _score_models(
+    recipe: Recipe,
+    run: RunFolder,
+    examiner: "_Examiner",
+    constant: System,
+    models: Iterable[tuple[str, Path]],
+    draw: Callable[[Path], object] | None,
+) -> tuple[dict[str, System], dict[str, Any]]:
+    """Every model by name, and results.json, which is written after each; what cannot be scored stands in `failed`."""
     systems: dict[str, System] = {}
     failed: list[dict[str, str]] = []
     results: dict[str, Any] = {}
-    for name, weights in _models(run, model.folder, follow):
+    for name, weights in models:
         try:
             systems[name] = examiner.examine(name, weights)
         except UserError as error:
@@ -103,15 +129,10 @@ def evaluate(
             failed.append({"checkpoint": name, "error": f"{error.what}"})
             warn(f"{name} cannot be scored and is left out: {error.what}")
         results = summarise(systems, constant, recipe.evaluation) | {"failed": failed}
-        write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(examiner.folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         if draw is not None:
-            draw(output)
-    # 3. what changed for the better and the worse, and the summary
-    if (best := results["best"]) is not None:
-        answers = (("base", systems["base"].outputs), (best, systems[best].outputs))
-        write_changes(folder, *answers, held_out.questions)
-    _report(results, folder, as_json)
-    return results
+            draw(run.root)
+    return systems, results
 
 
 def summarise(systems: dict[str, System], constant: System, settings: EvaluationRecipe) -> dict[str, Any]:
@@ -180,13 +201,7 @@ class _Examiner:
         journal = Journal(self.folder / name / "journal.jsonl", self._key(weights))
         missing = [i for i in range(len(self.held_out.questions)) if i not in journal.answers]
         if missing or not journal.has_loss:
-            try:
-                self._compute(name, weights, journal, missing)
-            except UserError:
-                raise
-            except Exception as error:  # a damaged file fails in as many ways as there are libraries
-                first = str(error).strip().split("\n")[0]
-                raise UserError(weights, f"{type(error).__name__}: {first}", "train anew or delete it") from error
+            self._compute(name, self._load(weights), journal, missing)
         return self._write(name, journal)
 
     def _key(self, weights: Path) -> str:
@@ -194,8 +209,7 @@ class _Examiner:
         parts = [VERSION, weights_fingerprint(weights), self._questions_key, stops, new, str(self.dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _compute(self, name: str, weights: Path, journal: Journal, missing: list[int]) -> None:
-        model = self._load(weights)
+    def _compute(self, name: str, model: "PreTrainedModel", journal: Journal, missing: list[int]) -> None:
         _require_room(model, self.settings.max_new_tokens)
         started = time.perf_counter()
         if not journal.has_loss:
@@ -223,8 +237,15 @@ class _Examiner:
 
     def _load(self, weights: Path) -> "PreTrainedModel":
         import torch
+        from safetensors import SafetensorError
 
-        model = load_model(weights, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        try:
+            model = load_model(weights, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if _is_out_of_memory(error):
+                raise
+            first = str(error).strip().split("\n")[0]
+            raise UserError(weights, f"{type(error).__name__}: {first}", "train anew or delete it") from error
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
 
     def _write(self, name: str, journal: Journal) -> System:
@@ -248,47 +269,8 @@ class _Examiner:
         return System(entry, outputs, scores)
 
 
-def _models(run: RunFolder, base: Path, follow: bool) -> Iterator[tuple[str, Path]]:
-    """The base model, then the checkpoints by number; under `follow` also those still to come."""
-    yield "base", base
-    seen: set[Path] = set()
-    began = False
-    while True:
-        goes_on = follow and _is_locked(run)
-        began = began or goes_on
-        # looked at before listing, so that nothing comes after; training that died ends the wait too
-        ended = not follow or run.is_trained() or (began and not goes_on)
-        for checkpoint in _checkpoints(run):
-            if checkpoint not in seen:
-                seen.add(checkpoint)
-                yield checkpoint.name, checkpoint
-        if ended:
-            return
-        time.sleep(_POLL_SECONDS)
-
-
-def _is_locked(run: RunFolder) -> bool:
-    """Whether training is at work in the run folder."""
-    lock = run.root / ".lock"
-    if not lock.exists():
-        return False
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _checkpoints(run: RunFolder) -> list[Path]:
-    folders = [
-        path for path in run.checkpoints.glob("checkpoint-*") if path.is_dir() and path.name.partition("-")[2].isdigit()
-    ]
-    return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
-
-
 def _require_checkpoints(run: RunFolder) -> None:
-    if not _checkpoints(run):
+    if not run.list_checkpoints():
         raise UserError(run.checkpoints, "there are no checkpoints to evaluate", "train first: minisft train")
 
 
@@ -302,12 +284,11 @@ def _require_room(model: "PreTrainedModel", max_new_tokens: int) -> None:
         )
 
 
-def _choose_dtype(recipe: Recipe) -> "torch.dtype":
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine failed, and not the file; torch has no class of its own for that on a CPU."""
     import torch
 
-    if recipe.training.precision == "fp32" or not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _perplexity(loss: float | None) -> float | None:

@@ -82,6 +82,15 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def inference_dtype(precision: str = "auto") -> torch.dtype:
+    """What weights are held in when nothing is trained: fp32 on a CPU or where `precision`, as in the recipe, says
+    so; else bf16 where the GPU has it, and fp16 where not.
+    """
+    if precision == "fp32" or not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+
+
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],

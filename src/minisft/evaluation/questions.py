@@ -12,6 +12,7 @@ import numpy as np
 from minisft.data.conversation import message_from_row
 from minisft.data.encoding import IGNORED, Encoder
 from minisft.data.preparation import load_test, load_train
+from minisft.data.rendering import RefusedError
 from minisft.errors import UserError
 
 
@@ -62,10 +63,9 @@ def load_held_out(output: Path, encoder: Encoder, turns: str, limit: int | None)
         limit: conversations, None for all.
 
     Raises:
-        UserError: there are no held-out rows.
+        UserError: the data is not prepared, there are no held-out rows, or the template refuses a prompt.
     """
-    ledger = json.loads((output / "dataset" / "ledger.json").read_text(encoding="utf-8"))
-    rows = load_test(output)[:limit] if ledger["rows"]["test"] else []
+    rows = load_test(output)[:limit] if _count_test_rows(output) else []
     if not rows:
         raise UserError(
             output / "dataset" / "test",
@@ -86,12 +86,23 @@ def train_answers(output: Path, encoder: Encoder, turns: str) -> list[str]:
     return encoder.decode_answers(answers) if answers else []
 
 
+def _count_test_rows(output: Path) -> int:
+    ledger = output / "dataset" / "ledger.json"
+    if not ledger.is_file():
+        raise UserError(ledger.parent, "there is no prepared data", "train first: minisft train")
+    return int(json.loads(ledger.read_text(encoding="utf-8"))["rows"]["test"])
+
+
 def _questions_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[Question]:
     messages = [message_from_row(fields) for fields in row["messages"]]
     answers = [place for place, message in enumerate(messages) if message.is_answer]
     wanted = [place for place in answers if messages[place].supervised]
     for place in wanted[-1:] if turns == "last" else wanted:
-        ids = encoder.encode_prompt(messages[:place], row.get("tools") or "")
+        try:
+            ids = encoder.encode_prompt(messages[:place], row.get("tools") or "")
+        except RefusedError as refusal:
+            where, mend = f"held-out row {row['id']}", "use another data.template, or take the row out of the data"
+            raise UserError(where, refusal.what, mend) from None
         text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
         yield Question(str(row["id"]), answers.index(place) + 1, ids, str(text), messages[place].text)
 

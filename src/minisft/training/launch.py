@@ -1,6 +1,5 @@
 """One process to many: torch's elastic launcher, or joining a launch that is under way."""
 
-import contextlib
 import ctypes
 import json
 import logging
@@ -10,13 +9,15 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from minisft.errors import UserError
 from minisft.training.hardware import on_cpu, threads_of_a_process
 from minisft.training.strategies import ZERO_STAGES, start_communication
 
+_PATIENCE = timedelta(hours=12)  # the first process may have much data to prepare
 _ERROR_FILE = "MINISFT_ERROR_FILE"
 _LAUNCHER = "MINISFT_LAUNCHER"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -51,17 +52,32 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-@contextlib.contextmanager
-def join(strategy: str) -> Iterator[bool]:
-    """Meet the other processes of a launch; True in the first, whose block is done before theirs go on."""
+def join(strategy: str, first_does: Callable[[], None]) -> None:
+    """Meet the other processes of a launch; the first does something before all of them go on.
+
+    Raises:
+        UserError: in the first process, what `first_does` raised; the others end with the same exit status.
+    """
     import torch
 
+    if not on_cpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if strategy in ZERO_STAGES:
-        start_communication(on_cpu())
+        start_communication(on_cpu(), _PATIENCE)
     else:
-        torch.distributed.init_process_group("gloo" if on_cpu() else "nccl")
-    yield torch.distributed.get_rank() == 0
-    torch.distributed.barrier()
+        torch.distributed.init_process_group("gloo" if on_cpu() else "nccl", timeout=_PATIENCE)
+    error: UserError | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            first_does()
+        except UserError as raised:
+            error = raised
+    failed = [error is not None]
+    torch.distributed.broadcast_object_list(failed, src=0)
+    if error is not None:
+        raise error
+    if failed[0]:
+        sys.exit(2)  # the first process says why
 
 
 def launch(module: str, arguments: list[str], processes: int) -> None:
@@ -71,6 +87,7 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
         UserError: the one that a process raised.
         RuntimeError: a process failed otherwise; its traceback is on stderr.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -89,6 +106,8 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
             if error_file.exists():
                 raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
             raise RuntimeError(f"a training process failed: {error.get_first_failure()[1].message}") from None
+        except SignalException:
+            raise KeyboardInterrupt from None
         finally:
             del os.environ[_ERROR_FILE], os.environ[_LAUNCHER]
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from minisft.console import error_console
+from minisft.files import write_atomically
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "seconds", "peak_memory_mb",
@@ -52,7 +53,7 @@ def keep_steps_up_to(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    write_atomically(path, "".join(kept))
 
 
 class MetricsFile(TrainerCallback):
@@ -99,7 +100,7 @@ class ProgressLine(TrainerCallback):
         if not error_console.is_terminal:
             self._print_line(state, status)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def stop(self) -> None:
         self.progress.stop()
 
     def _print_line(self, state: Any, status: str) -> None:

@@ -6,10 +6,16 @@ This is the one module that knows DeepSpeed.
 """
 
 import fcntl
+import hashlib
 import importlib.util
 import os
 import shutil
+import sys
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from minisft.errors import UserError
 from minisft.files import cache_folder
@@ -49,7 +55,7 @@ def set_deepspeed_environment(on_cpu: bool) -> None:
     """Set what DeepSpeed reads when it is imported; call it before transformers or accelerate import it."""
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("LOG_LEVEL", "error")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_folder()))
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -76,7 +82,7 @@ def require_deepspeed(strategy: str, on_cpu: bool) -> None:
     _compile_communication(where)
 
 
-def start_communication(on_cpu: bool) -> None:
+def start_communication(on_cpu: bool, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Initialise DeepSpeed's communication.
 
     On a CPU it must be there before a model is loaded under ZeRO-3: transformers would otherwise shard for
@@ -84,7 +90,7 @@ def start_communication(on_cpu: bool) -> None:
     """
     import deepspeed
 
-    deepspeed.init_distributed("gloo" if on_cpu else "nccl")
+    deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=timeout)
 
 
 def _compile_communication(where: str) -> None:
@@ -94,7 +100,7 @@ def _compile_communication(where: str) -> None:
     is MiniSFT's own and guarded by a lock that dies with its holder, so such a file is always a left-over.
     """
     set_deepspeed_environment(on_cpu=True)
-    extensions = cache_folder() / "torch_extensions"
+    extensions = _extensions_folder()
     extensions.mkdir(parents=True, exist_ok=True)
     with (extensions / ".minisft.lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
@@ -103,6 +109,12 @@ def _compile_communication(where: str) -> None:
                 left_over.unlink()
         if not list(extensions.glob("**/deepspeed_shm_comm*.so")):
             _build_shared_memory_op(where)
+
+
+def _extensions_folder() -> Path:
+    """One folder for each torch: an extension built with another one would be built again, or not load."""
+    build = hashlib.sha256(f"{torch.__version__} {sys.prefix}".encode()).hexdigest()[:12]
+    return cache_folder() / "torch_extensions" / build
 
 
 def _build_shared_memory_op(where: str) -> None:

@@ -1,6 +1,5 @@
 """Training, from a prepared data set to checkpoints and the final model."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,8 @@ from minisft.data.encoding import Encoder
 from minisft.errors import UserError
 from minisft.models import load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
-from minisft.runs import RunFolder, load_run
+from minisft.runs import RunFolder, load_run, step_of
+from minisft.training.checkpoints import is_last, publish_final_model
 from minisft.training.hardware import choose_precision, keep_freed_memory, on_cpu, require_processes
 from minisft.training.launch import is_joined, launch
 from minisft.training.strategies import (
@@ -28,6 +28,10 @@ _WORKER = "minisft.training.worker"
 # Tokens of a forward. On a CPU larger rows are no faster; on a GPU they fill it.
 _ROW_TOKENS_CPU = 1024
 _ROW_TOKENS_GPU = 16384
+# Those of transformers that need no settings of their own.
+_SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
 _OPTIMIZERS = {"adamw": "adamw_torch_fused"}
 
 
@@ -53,6 +57,9 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> No
     Raises:
         UserError: the model or the data cannot be trained so.
     """
+    if resume_from is not None and is_last(resume_from):
+        publish_final_model(run)  # it ended before this was done
+        return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
         train_in_this_process(recipe, run, resume_from)
@@ -62,13 +69,26 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> No
 
 
 def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> None:
-    """Do this process's part of the training.
+    """Do this process's part of the training, and make `model/` of the last checkpoint."""
+    import torch
 
-    1. communication  2. model and tokenizer  3. trainer  4. steps  5. the final model
+    trainer = run_steps(recipe, run, resume_from)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        publish_final_model(run)
+    trainer.accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run_steps(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> "SupervisedTokenTrainer":
+    """Take the steps of a run and write its checkpoints; return the trainer with the live model.
+
+    1. communication  2. arguments  3. model and tokenizer  4. trainer  5. steps
     """
     import torch
 
-    from minisft.training.metrics import keep_steps_up_to
+    from minisft.training.metrics import ProgressLine, keep_steps_up_to
 
     keep_freed_memory()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
@@ -78,30 +98,33 @@ def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | No
     tokenizer = load_tokenizer(resolved.folder, recipe.trust_remote_code)
     encoder = Encoder(tokenizer, recipe.data.template)
     model = _load_for_training(recipe, resolved.folder)
-    if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     tokenizer.chat_template = encoder.chat_template
-    trainer = _trainer(recipe, run, model, encoder, arguments)
-    if resume_from is not None and trainer.args.should_save:
-        from minisft.training.checkpoints import step_of
-
-        keep_steps_up_to(run.metrics, step_of(resume_from))
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    _save_final(trainer, run)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    begun_at = step_of(resume_from) if resume_from else 0
+    trainer = _trainer(recipe, run, model, encoder, arguments, begun_at)
+    progress = ProgressLine()
+    if trainer.is_world_process_zero():
+        trainer.add_callback(progress)
+    if trainer.args.should_save:
+        keep_steps_up_to(run.metrics, begun_at)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        progress.stop()  # else an error would leave the terminal without its cursor
+    return trainer
 
 
 def _check_names(training: TrainingRecipe) -> None:
-    from transformers import SchedulerType
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
     from transformers.training_args import OptimizerNames
 
     for key, value, known in (
         ("optimizer", training.optimizer, [*_OPTIMIZERS, *(name.value for name in OptimizerNames)]),
-        ("scheduler", training.scheduler, [name.value for name in SchedulerType]),
+        ("scheduler", training.scheduler, _SCHEDULERS),
+        *(("report_to", name, get_available_reporting_integrations()) for name in training.report_to),
     ):
         if value not in known:
-            raise UserError(f"training.{key}", f"there is no {key} {value!r}", f"use one of {', '.join(known)}")
+            mend = f"use one of {', '.join(known)}" if known else "leave it out: none is installed"
+            raise UserError(f"training.{key}", f"there is no {key} {value!r} here", mend)
 
 
 def _arguments(recipe: Recipe, run: RunFolder) -> Any:
@@ -110,7 +133,7 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
 
     training = recipe.training
     precision = choose_precision(training.precision)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
@@ -143,6 +166,9 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
             batch_size=training.batch_size,
         ),
     )
+    arguments.device  # noqa: B018 (it counts the GPUs)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several in one process would mean DataParallel
+    return arguments
 
 
 def _save_options(training: TrainingRecipe) -> dict[str, Any]:
@@ -166,18 +192,22 @@ def _load_for_training(recipe: Recipe, folder: Path) -> Any:
         attention=attention.PADDING_FREE,
         trust_remote_code=recipe.trust_remote_code,
     )
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.max_length > limit:
         say(f"note: the model knows {limit} positions, data.max_length allows {recipe.data.max_length}")
     return model
 
 
-def _trainer(recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any) -> "SupervisedTokenTrainer":
+def _trainer(
+    recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any, begun_at: int
+) -> "SupervisedTokenTrainer":
     from datasets import load_from_disk
     from transformers.integrations import TensorBoardCallback
 
     from minisft.training.batching import StepSampler, measure
-    from minisft.training.metrics import MetricsFile, ProgressLine
+    from minisft.training.metrics import MetricsFile
     from minisft.training.trainer import SupervisedTokenTrainer
 
     training = recipe.training
@@ -196,6 +226,7 @@ def _trainer(recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, argum
         train_dataset=dataset,
         processing_class=encoder.tokenizer,
         sampler=sampler,
+        strategy=training.strategy,
         stop_token_ids=encoder.stop_token_ids,
         describe_rows=_row_describer(dataset),
         callbacks=[MetricsFile(run.metrics)],
@@ -203,8 +234,7 @@ def _trainer(recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, argum
     if trainer.is_world_process_zero():
         from torch.utils.tensorboard import SummaryWriter
 
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
-        trainer.add_callback(ProgressLine())
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.tensorboard), purge_step=begun_at + 1)))
     return trainer
 
 
@@ -213,17 +243,6 @@ def _row_describer(dataset: Any) -> Callable[[tuple[int, ...]], str]:
         return ", ".join(str(dataset[index].get("id", index)) for index in indexes)
 
     return describe
-
-
-def _save_final(trainer: "SupervisedTokenTrainer", run: RunFolder) -> None:
-    """Write `model/`, whole or absent; every process takes part, since ZeRO-3 gathers its weights."""
-    aside = run.root / ".model"
-    trainer.save_model(str(aside))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        shutil.rmtree(run.model, ignore_errors=True)
-        aside.rename(run.model)
-    trainer.accelerator.wait_for_everyone()
 
 
 def train_as_worker(root: Path, resume_from: Path | None) -> None:

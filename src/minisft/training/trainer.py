@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minisft.errors import UserError
 from minisft.training.batching import Row, RowDataset, StepBatch, StepSampler, join_rows
-from minisft.training.checkpoints import drop_optimizer_states, publish
+from minisft.training.checkpoints import drop_optimizer_states, note_origin, publish
 from minisft.training.metrics import StepMetrics, peak_memory_mb
 
 
@@ -36,20 +36,23 @@ class SupervisedTokenTrainer(Trainer):
         self,
         *args: Any,
         sampler: StepSampler,
+        strategy: str,
         stop_token_ids: tuple[int, ...],
         describe_rows: Callable[[tuple[int, ...]], str],
         **kwargs: Any,
     ) -> None:
         self.sampler = sampler
+        self.strategy = strategy
         self.stop_token_ids = stop_token_ids
         self.describe_rows = describe_rows
         self._staging: str | None = None
         super().__init__(*args, **kwargs)
         assert self.args.gradient_accumulation_steps == 1
         self._step = StepMetrics()
+        self._norm: Any = None
         self._step_loss = torch.zeros((), device=self.args.device)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_EpochOfSampler(sampler))
+        self.add_callback(_ResumedState(sampler))
 
     # --- batches
 
@@ -78,16 +81,35 @@ class SupervisedTokenTrainer(Trainer):
         model.train()
         total = torch.zeros((), device=self.args.device)
         for number, row in enumerate(batch.rows, 1):
-            with self._reduction(model, last=number == len(batch.rows)):
+            last = number == len(batch.rows)
+            with self._reduction(model, last):
                 with self.compute_loss_context_manager():
                     loss = row_loss(model, row.to(self.args.device))
                 loss = loss * (self.args.world_size / batch.step_supervised)
+                total += loss.detach()
+                if last:  # DeepSpeed steps inside the last backward
+                    self._require_number(total, batch)
                 self.accelerator.backward(loss, **self._backward_options())
-            total += loss.detach()
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started)
         self._step_loss = total
-        self._step_rows = tuple(index for row in batch.rows for index in row.indexes)
         return total
+
+    def _require_number(self, share: torch.Tensor, batch: StepBatch) -> None:
+        """Stop on every process before a loss that is no number reaches the weights.
+
+        Raises:
+            UserError: naming the step and this process's rows.
+        """
+        loss = self._over_processes(share, "mean")
+        if math.isfinite(loss):
+            return
+        rows = self.describe_rows(tuple(index for row in batch.rows for index in row.indexes))
+        raise UserError(
+            f"step {self.state.global_step + 1}",
+            f"the loss is {loss}; rows of the step: {rows}",
+            "lower training.learning_rate, use precision fp32 or bf16, or look at those rows; the checkpoints "
+            "written before are whole, so --resume goes on from the newest",
+        )
 
     @contextlib.contextmanager
     def _reduction(self, model: Any, last: bool) -> Any:
@@ -105,30 +127,20 @@ class SupervisedTokenTrainer(Trainer):
     # --- what is logged
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to a step's log what `metrics.jsonl` holds; the loss is the step's own, not a mean of several.
-
-        Raises:
-            UserError: the loss is not a number; training on would only spoil the weights.
-        """
+        """Add to a step's log what `metrics.jsonl` holds; the loss is the step's own, not a mean of several."""
         if "loss" in logs:
             logs["loss"] = self._over_processes(self._step_loss, "mean")
             memory = torch.tensor(peak_memory_mb(), device=self.args.device)
             logs.update(self._step.as_logs(), peak_memory_mb=self._over_processes(memory, "max"))
-            if not math.isfinite(logs["loss"]):
-                self._stop_on_bad_loss(logs["loss"])
         super().log(logs, start_time)
 
     def _over_processes(self, value: torch.Tensor, how: str) -> float:
         gathered = self.accelerator.gather(value.reshape(1).float())
         return float(gathered.max() if how == "max" else gathered.mean())
 
-    def _stop_on_bad_loss(self, loss: float) -> None:
-        raise UserError(
-            f"step {self.state.global_step}",
-            f"the loss is {loss}; this process's rows of the step: {self.describe_rows(self._step_rows)}",
-            "lower training.learning_rate, use precision fp32 or bf16, or look at those rows; checkpoints "
-            "written before are whole",
-        )
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._norm
 
     # --- checkpoints: whole or absent
 
@@ -136,7 +148,17 @@ class SupervisedTokenTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write aside, and rename when every process has written its part."""
+        """Write aside, and rename when every process has written its part.
+
+        Raises:
+            UserError: the step's gradient was no number, so the weights are spoiled.
+        """
+        if not (self._norm is None or self.args.fp16 or math.isfinite(float(self._norm))):  # fp16 skips such a step
+            raise UserError(
+                f"step {self.state.global_step}",
+                f"the gradient norm is {float(self._norm)}: these weights are not worth a checkpoint",
+                "lower training.learning_rate; the checkpoints written before are whole",
+            )
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(str(self.args.output_dir))
         staging = folder / ".unfinished"
@@ -147,6 +169,7 @@ class SupervisedTokenTrainer(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            note_origin(staging / name, self.strategy, self.args.world_size)
             publish(staging / name, folder / name)
             drop_optimizer_states(folder, keep=folder / name)
         self.accelerator.wait_for_everyone()
@@ -197,11 +220,14 @@ def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:
     )
 
 
-class _EpochOfSampler(TrainerCallback):
-    """Tell the sampler its epoch, on resume too: the Trainer would tell a sampler of its own kind only."""
+class _ResumedState(TrainerCallback):
+    """Set what the Trainer does not on resume: the sampler's epoch, and the recipe's own log and save steps."""
 
     def __init__(self, sampler: StepSampler) -> None:
         self.sampler = sampler
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.epoch = state.global_step // len(self.sampler)

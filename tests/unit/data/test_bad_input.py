@@ -169,6 +169,9 @@ def test_a_source_of_a_wrong_kind_is_named(tmp_path, chat_bpe):
         ({"path": "x.jsonl", "wieght": 2}, "unknown key 'wieght'"),
         ({"path": "x.jsonl", "weight": -1}, "-1 is no weight"),
         ({"path": "x.jsonl", "limit": 0}, "0 is no number of rows"),
+        ("x" * 300, "cannot be opened"),
+        ("x/" * 3000, "cannot be opened"),
+        ("~nobody-of-that-name/x.jsonl", "cannot be opened"),
     ):
         with pytest.raises(UserError, match=words):
             prepare_source(source, tmp_path / "run", chat_bpe)

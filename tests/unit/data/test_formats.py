@@ -99,6 +99,8 @@ def test_unknown_shapes_have_no_format():
     [
         ((A, U, A), (U, A), ("leading_answers_trimmed",)),
         ((S, A, U, A), (S, U, A), ("leading_answers_trimmed",)),
+        ((A, S, U, A), (S, U, A), ("leading_answers_trimmed",)),
+        ((S, A, Message("system", "Be brief"), U, A), (Message("system", "Be kind\n\nBe brief"), U, A), ("leading_answers_trimmed", "same_role_joined")),
         ((U, A, U), (U, A), ("unanswered_end_trimmed",)),
         ((U, U, A), (Message("user", "Hi\n\nHi"), A), ("same_role_joined",)),
         ((S, S, U, A), (Message("system", "Be kind\n\nBe kind"), U, A), ("same_role_joined",)),
@@ -111,7 +113,7 @@ def test_repair(messages, repaired, done):
     check_order(repaired)
 
 
-@pytest.mark.parametrize("messages", [(U,), (A,), (S,), ()])
+@pytest.mark.parametrize("messages", [(U,), (A,), (S,), (A, S, A), ()])
 def test_what_has_no_exchange_cannot_be_repaired(messages):
     with pytest.raises(RowError):
         check_order(repair(messages)[0])

@@ -7,8 +7,9 @@ import pytest
 
 from minisft.console import console
 from minisft.data.inspect import as_html, choose_rows, inspect, token_texts
-from minisft.data.preparation import load_split
+from minisft.data.preparation import load_split, prepare
 from minisft.errors import UserError
+from minisft.models import load_tokenizer
 from minisft.recipe import DataRecipe, Recipe
 from tests.unit.data.helpers import talk, write_rows
 from tests.unit.data.mistral import fast_tokenizer
@@ -26,6 +27,19 @@ def recipe(tmp_path, chat_bpe):
     source = write_rows(tmp_path / "talks.jsonl", ROWS)
     data = DataRecipe(source=str(source), template="chatml", test_fraction=0, max_length=60)
     return Recipe(model=str(tmp_path / "tokenizer"), output=str(tmp_path / "run"), data=data)
+
+
+def test_what_was_prepared_is_shown_and_not_prepared_anew(recipe, tmp_path):
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    ledger = tmp_path / "run" / "dataset" / "ledger.json"
+    assert not prepare(recipe, tokenizer).cached
+    written = ledger.stat().st_mtime_ns
+    inspect(recipe, count=1)
+    assert ledger.stat().st_mtime_ns == written
+    assert prepare(recipe).cached
+    tokenizer.chat_template = "{{ messages }}"  # as training sets one
+    tokenizer(["Hello", "Hello there"], padding=True, truncation=True, max_length=8)
+    assert prepare(recipe, tokenizer).cached
 
 
 def test_rows_by_number_id_and_measure(recipe):

@@ -13,14 +13,17 @@ import datasets
 import numpy as np
 import pytest
 
+from minisft.data import chunks
 from minisft.data.conversation import Conversation, messages_from_rows
 from minisft.data.encoding import Encoder
+from minisft.data.formats import to_conversation
 from minisft.data.ledger import ledger_lines
 from minisft.data.preparation import load_test, load_train
 from minisft.data.split import choose_test
 from minisft.data.verification import VerificationError
 from minisft.errors import UserError
 from tests.unit.data.helpers import many, prepare_source, talk, write_rows
+from tests.unit.data.toys import bpe_tokenizer
 
 
 def odd_rows(count, seed=0):
@@ -184,6 +187,45 @@ def test_a_changed_template_file_makes_it_new(tmp_path, chat_bpe):
     assert not prepare_source(path, tmp_path / "run", chat_bpe, template=str(template)).cached
 
 
+def test_a_changed_template_in_the_home_folder_makes_it_new(tmp_path, chat_bpe, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_rows(tmp_path / "a.jsonl", many(20))
+    text = Encoder(chat_bpe, "chatml").chat_template.replace("{# minisft: chatml #}", "")
+    (tmp_path / "mine.jinja").write_text(text)
+    assert not prepare_source(path, tmp_path / "run", chat_bpe, template="~/mine.jinja").cached
+    assert prepare_source(path, tmp_path / "run", chat_bpe, template="~/mine.jinja").cached
+    (tmp_path / "mine.jinja").write_text(text + "{# changed #}")
+    assert not prepare_source(path, tmp_path / "run", chat_bpe, template="~/mine.jinja").cached
+
+
+def test_a_template_may_be_a_long_text_and_a_long_name_is_refused(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "a.jsonl", many(20))
+    text = Encoder(chat_bpe, "chatml").chat_template + "{# " + "long " * 2000 + "#}"
+    assert prepare_source(path, tmp_path / "run", chat_bpe, template=text).train_rows == 18
+    for name in ("x" * 300, "~nobody-of-that-name/x.jinja"):
+        with pytest.raises(UserError, match="there is no template"):
+            prepare_source(path, tmp_path / "run", chat_bpe, template=name)
+
+
+def test_the_own_template_counts_where_it_is_in_use(tmp_path):
+    tokenizer = bpe_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    path = write_rows(tmp_path / "a.jsonl", many(20))
+    text = Encoder(tokenizer, "chatml").chat_template
+    for template, cached in ((text, False), (text, True), (text + "{# changed #}", False)):
+        tokenizer.chat_template = template
+        assert prepare_source(path, tmp_path / "run", tokenizer, template="auto").cached is cached
+
+
+def test_what_a_killed_preparation_left_is_removed(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "a.jsonl", many(20))
+    for cached in (False, True):
+        left = tmp_path / "run" / ".dataset.123"
+        left.mkdir(parents=True)
+        (left / "source.arrow").write_bytes(b"staged")
+        assert prepare_source(path, tmp_path / "run", chat_bpe).cached is cached
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".dataset.lock", "dataset"]
+
+
 def test_a_failed_preparation_leaves_the_one_before_as_it_was(tmp_path, chat_bpe):
     path = write_rows(tmp_path / "a.jsonl", many(20))
     prepare_source(path, tmp_path / "run", chat_bpe)
@@ -275,6 +317,45 @@ def test_verification_finds_an_answer_that_reads_otherwise(tmp_path, chat_bpe, m
     path = write_rows(tmp_path / "a.jsonl", many(5))
     with pytest.raises(VerificationError, match="the supervised tokens read"):
         prepare_source(path, tmp_path / "run", chat_bpe)
+
+
+@pytest.mark.parametrize("template", ["chatml", "mistral", "zephyr"])
+def test_cut_rows_are_verified_wherever_the_cut_falls(template, tmp_path, chat_bpe, llama_like):
+    rows = [talk("Hi", "é 你 ☺ \U0001f600 <|im_end|> end", "x", "☺" * 9, system="Be kind")]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    options: dict = {"template": template, "overflow": "cut", "test_fraction": 0, "invalid": "skip"}
+    for tokenizer in (chat_bpe, llama_like):
+        whole = len(Encoder(tokenizer, template).encode(to_conversation(rows[0], "", "sharegpt")).input_ids)
+        for limit in range(whole - 12, whole):
+            ledger = prepare_source(path, tmp_path / "run", tokenizer, max_length=limit, **options).ledger
+            assert ledger["tokens"]["kept"] == limit
+
+
+def test_verification_finds_a_cut_row_that_reads_otherwise(tmp_path, chat_bpe, monkeypatch):
+    whole = chunks.fit
+
+    def wrong(*arguments):
+        fitted = whole(*arguments)
+        fitted.encoded.input_ids[-1] = fitted.encoded.labels[-1] = chat_bpe.eos_token_id
+        return fitted
+
+    monkeypatch.setattr(chunks, "fit", wrong)
+    path = write_rows(tmp_path / "a.jsonl", [talk("Hi", "word " * 100)] * 3)
+    with pytest.raises(VerificationError, match="the supervised tokens read"):
+        prepare_source(path, tmp_path / "run", chat_bpe, max_length=50)
+
+
+def test_a_test_side_without_rows_is_a_data_set(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "a.jsonl", many(5))
+    for options in (
+        {"test_fraction": 0},
+        {"test": str(write_rows(tmp_path / "b.jsonl", [talk("a")])), "invalid": "skip"},
+    ):
+        assert prepare_source(path, tmp_path / "run", chat_bpe, **options).test_rows == 0
+        test = datasets.load_from_disk(str(tmp_path / "run" / "dataset" / "test"))
+        assert (len(test), test.column_names[-2:]) == (0, ["messages", "tools"])
+        assert test.features["input_ids"].feature.dtype == "int32"
+        assert load_test(tmp_path / "run") == []
 
 
 def test_columns_are_plain_lists_of_int32(tmp_path, chat_bpe):
