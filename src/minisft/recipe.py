@@ -356,6 +356,8 @@ def _nearest(key: str, prefix: str, hints: dict[str, Any]) -> str:
 
 def _with_found_sources(recipe: Recipe, folder: Path) -> Recipe:
     data = replace(recipe.data, source=_found(recipe.data.source, folder), test=_found(recipe.data.test, folder))
+    if data.template.endswith((".jinja", ".jinja2", ".j2")):
+        data = replace(data, template=_found(data.template, folder))
     return replace(recipe, data=data, model=_found(recipe.model, folder))
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minisft.models import load_model
 from minisft.runs import RunFolder, load_run
 from minisft.training.batching import StepSampler, measure
+from minisft.training.checkpoints import publish_final_model
+from minisft.training.train import run_steps
 from tests.tiny import minisft
 
 STRATEGIES = [("vanilla", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
@@ -251,11 +254,12 @@ def test_a_state_that_a_strategy_cannot_take_over_is_refused(vanilla, tmp_path):
 
 def test_the_saved_models_equal_the_live_one(vanilla, tmp_path):
     """On a fixed batch: what is in memory after the last step, the last checkpoint, and `model/`."""
-    recipe, alone = vanilla
+    _, alone = vanilla
     settings = replace(load_run(alone.root), output=str(tmp_path / "run"))
     run = RunFolder(tmp_path / "run")
     shutil.copytree(alone.dataset, run.dataset)
-    live = run_steps(settings, run, None).model.eval()
+    live: Any = run_steps(settings, run, None).model
+    live.eval()
     publish_final_model(run)
     ids = torch.arange(4, 64)[None]
     positions = torch.arange(60)[None]
@@ -270,9 +274,9 @@ def test_the_saved_models_equal_the_live_one(vanilla, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(vanilla, tmp_path, tiny_model):
     """The embedding of one token is NaN: the step that first meets it is named with its rows."""
-    recipe, alone = vanilla
+    recipe, _ = vanilla
     spoiled = tmp_path / "spoiled"
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight[AutoTokenizer.from_pretrained(tiny_model).encode("3")[0]] = torch.nan
     model.save_pretrained(spoiled)

@@ -1,5 +1,7 @@
 """Attention over a padding-free row equals attention over each conversation alone."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,8 +14,8 @@ LENGTHS = (5, 1, 9, 3)
 def models():
     from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
 
-    common = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    grouped = dict(num_key_value_heads=2)
+    common: Any = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    grouped: Any = dict(num_key_value_heads=2)
     return {
         "llama": LlamaConfig(**common, **grouped),
         "qwen2": Qwen2Config(**common, **grouped),

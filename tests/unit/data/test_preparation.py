@@ -336,6 +336,7 @@ def test_verification_finds_a_cut_row_that_reads_otherwise(tmp_path, chat_bpe, m
 
     def wrong(*arguments):
         fitted = whole(*arguments)
+        assert fitted.encoded is not None
         fitted.encoded.input_ids[-1] = fitted.encoded.labels[-1] = chat_bpe.eos_token_id
         return fitted
 
