@@ -269,6 +269,7 @@ class Verb:
             prog=f"minisft {name}",
             usage=f"minisft {name} {self.words + ' ' if self.words else ''}[key=value ...] [options]",
             description=self.summary,
+            allow_abbrev=False,  # `--forc` must not delete a run
         )
         nargs = "+" if self.words else "*"
         parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=_WORDS_HELP)

@@ -41,6 +41,7 @@ def test_as_a_process(recipe_file):
 def test_unknown_verb_and_option(capsys):
     assert "did you mean `train`" in refused(capsys, "trian")
     assert "--bogus" in refused(capsys, "train", "x.yaml", "--bogus")
+    assert "--forc" in refused(capsys, "train", "x.yaml", "--forc")
     assert "required" in refused(capsys, "train")
 
 
