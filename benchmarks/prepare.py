@@ -1,6 +1,10 @@
 """How fast data preparation is, against the tokenizer alone and (optionally) against TRL, in one run.
 
     python benchmarks/prepare.py --source bench_mix.sharegpt.jsonl --times 4 --trl
+    python benchmarks/prepare.py --scale 100000 1000000
+
+With `--scale` it is instead measured how time and memory grow: so many short conversations are made up, and each
+number of them is prepared in a process of its own.
 
 Every contender gets the same rows: those of `--source` that `invalid: skip` keeps, `--times` over. Rounds are taken in
 turn, and the best of each is compared, so that other work on the machine touches all alike.
@@ -9,6 +13,7 @@ turn, and the best of each is compared, so that other work on the machine touche
 import argparse
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -53,9 +58,31 @@ seconds = time.perf_counter() - started
 print(json.dumps({"tokens": sum(map(len, trainer.train_dataset["input_ids"])), "seconds": seconds}))
 """
 
+SCALE_PROGRAM = """
+import json, resource, sys, time
+from minisft.data.preparation import prepare
+from minisft.models import load_tokenizer, resolve_model
+from minisft.recipe import DataRecipe, Recipe
+source, output, model = sys.argv[1:]
+tokenizer = load_tokenizer(resolve_model(model, weights=False).folder)
+started = time.perf_counter()
+data = DataRecipe(source=source, template="chatml")
+ledger = prepare(Recipe(model=model, output=output, data=data), tokenizer).ledger
+seconds = time.perf_counter() - started
+peaks = [resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(json.dumps({"tokens": ledger["tokens"]["kept"], "seconds": seconds, "peaks": peaks}))
+"""
+
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.scale:
+        measure_scale(arguments.scale, arguments.model)
+    else:
+        measure_speed(arguments)
+
+
+def measure_speed(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         conversations = usable_conversations(arguments.source) * arguments.times
@@ -83,8 +110,40 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=4, help="how many times over its rows are taken")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer is used")
+    parser.add_argument("--scale", type=int, nargs="+", metavar="ROWS", help="measure time and memory for so many rows")
     parser.add_argument("--trl", action="store_true", help="also measure TRL, installed in an environment of its own")
     return parser.parse_args()
+
+
+def measure_scale(sizes: list[int], model: str) -> None:
+    print(
+        f"{'rows':>10} {'tokens':>12} {'seconds':>8} {'rows/s':>9} {'peak MB, main process':>22} {'largest worker':>15}"
+    )
+    for rows in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            source = Path(name) / "rows.jsonl"
+            write_short_conversations(source, rows)
+            command = [sys.executable, "-c", SCALE_PROGRAM, str(source), f"{name}/run", model]
+            finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        result = json.loads(finished.stdout.strip().splitlines()[-1])
+        main_peak, worker_peak = result["peaks"]
+        print(
+            f"{rows:>10,} {result['tokens']:>12,} {result['seconds']:>8.1f} {rows / result['seconds']:>9,.0f} "
+            f"{main_peak:>22,} {worker_peak:>15,}",
+            flush=True,
+        )
+
+
+def write_short_conversations(path: Path, rows: int) -> None:
+    """Write `rows` conversations of one or two exchanges in made-up sentences."""
+    words = DEMO.read_text(encoding="utf-8").replace('"', " ").replace("\\", " ").split()[:5000]
+    choose = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            texts = [" ".join(choose.choices(words, k=choose.randint(4, 16))) for _ in range(choose.choice((2, 2, 4)))]
+            texts[0] = f"{number}: {texts[0]}"
+            turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+            file.write(json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
 
 
 def usable_conversations(source: str) -> list[Conversation]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,24 @@ def write_conversations(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def write_recipe(folder: Path, model: Path, conversations: Path, training: str) -> Path:
+    """A recipe whose run goes into `folder`; `training` is its section, as YAML in one line."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\noutput: {folder / 'run'}\n"
+        f"data: {{source: {conversations}, template: mistral, max_length: 256}}\n"
+        f"training: {training}\nevaluation: {{max_new_tokens: 8}}\n"
+    )
+    return recipe
+
+
 def _words(choose: random.Random) -> str:
     return " ".join(choose.choices(WORDS, k=choose.randint(1, 6)))
+
+
+def heed_ctrl_c() -> None:
+    """As `preexec_fn`: a test run in a shell's background hands its children an ignored SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def minisft(*words: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft import __version__
-from minisft.errors import UserError
+from minisft.errors import StoppedError, UserError
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"minisft: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("minisft: stopped", file=sys.stderr)
+    except (KeyboardInterrupt, StoppedError) as stop:
+        print(f"minisft: {str(stop) or 'stopped'}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,11 +97,47 @@ def evaluate(arguments: Arguments) -> None:
     _evaluate(_recipe_or_run(arguments), follow=arguments.follow, as_json=arguments.json)
 
 
+def compare(arguments: Arguments) -> int:
+    from minisft.comparison.compare import Wish
+    from minisft.comparison.compare import compare as compare_variants
+
+    path, *overrides = arguments.words
+    return compare_variants(
+        Wish(
+            Path(path),
+            tuple(overrides),
+            strategies=arguments.strategies,
+            varied=tuple(arguments.vary),
+            evaluate=arguments.evaluate,
+            force=arguments.force,
+        )
+    )
+
+
 def report(arguments: Arguments) -> None:
     from minisft.console import say
     from minisft.report.page import write_report
 
     say(f"written: {write_report(Path(_recipe_or_run(arguments).output))}")
+
+
+def export(arguments: Arguments) -> None:
+    from minisft.console import say
+    from minisft.export import export as export_model
+
+    if len(arguments.words) < 2 or "=" in arguments.words[1]:
+        raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
+    folder = Path(arguments.words.pop(1))
+    recipe = _recipe_or_run(arguments)
+    source = export_model(
+        recipe,
+        folder,
+        checkpoint=arguments.checkpoint,
+        merge=arguments.merge,
+        dtype=arguments.dtype,
+        force=arguments.force,
+    )
+    say(f"written: {folder}, from {source}")
 
 
 def chat(arguments: Arguments) -> None:
@@ -166,14 +202,15 @@ def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
     from minisft.console import say
     from minisft.data.ledger import ledger_lines
     from minisft.data.preparation import prepare as prepare_data
-    from minisft.models import load_tokenizer, resolve_model, weights_fingerprint
+    from minisft.models import resolve_model, weights_fingerprint
     from minisft.runs import RunFolder, remember_model
 
+    run = RunFolder(Path(recipe.output))
     resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=with_weights)
     say(f"model {resolved}")
     if with_weights:
-        remember_model(RunFolder(Path(recipe.output)), str(resolved), weights_fingerprint(resolved.folder))
-    prepared = prepare_data(recipe, load_tokenizer(resolved.folder, recipe.trust_remote_code))
+        remember_model(run, str(resolved), weights_fingerprint(resolved.folder))
+    prepared = prepare_data(recipe, model_folder=resolved.folder, begun=run.has_begun())
     say(f"data {prepared.folder}" + (" (prepared before)" if prepared.cached else ""))
     for line in ledger_lines(prepared.ledger):
         say(f"  {line}")
@@ -257,9 +294,9 @@ class Verb:
     """A verb with its help; `options` are small functions that add options to a parser."""
 
     def __init__(
-        self, run: Callable[[Arguments], None], summary: str, words: str, *options: Callable[["_Parser"], None]
+        self, run: Callable[[Arguments], int | None], summary: str, words: str, *options: Callable[["_Parser"], None]
     ) -> None:
-        self.run: Callable[[Arguments], int | None] = run
+        self.run = run
         self.summary = summary
         self.words = words
         self.options = options
@@ -307,6 +344,27 @@ def _evaluate_options(parser: _Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
+def _compare_options(parser: _Parser) -> None:
+    parser.add_argument("--strategies", metavar="A,B", help="of training; default: all, unless --vary is given")
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="KEY=V1,V2", help="a key and its values; repeatable"
+    )
+    parser.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="train only")
+    parser.add_argument("--force", action="store_true", help="delete the variants' runs and begin anew")
+
+
+def _export_options(parser: _Parser) -> None:
+    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-96, or best; default: the final model")
+    parser.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add adapters to the base model's matrices (default), or copy them as they are",
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as trained")
+    parser.add_argument("--force", action="store_true", help="replace the model that the folder holds")
+
+
 def _force(parser: _Parser) -> None:
     parser.add_argument("--force", action="store_true", help="delete the run that the output folder holds")
 
@@ -331,7 +389,19 @@ VERBS = {
         "RUN|RECIPE.yaml",
         _evaluate_options,
     ),
+    "compare": Verb(
+        compare,
+        "the same recipe under several strategies or settings: curves, speed, memory, scores",
+        "RECIPE.yaml",
+        _compare_options,
+    ),
     "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml"),
+    "export": Verb(
+        export,
+        "write a run's model for other tools: a plain folder, adapters merged",
+        "RUN|RECIPE.yaml FOLDER",
+        _export_options,
+    ),
     "chat": Verb(chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", _chat_options),
 }
 

@@ -1,4 +1,4 @@
-"""The one error that a user can mend."""
+"""The error that a user can mend, and the end of a run that was asked to stop."""
 
 
 class UserError(Exception):
@@ -18,3 +18,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}\n  To mend it: {self.mend}"
+
+
+class StoppedError(Exception):
+    """A run was asked to stop and did, with its work saved; the command line says so and exits with status 1."""

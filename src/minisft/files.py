@@ -1,13 +1,16 @@
 """Files that are whole or absent, and fingerprints of their content."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _CHUNK = 1 << 20
+_RETRY = 0.05  # seconds between two tries for a lock
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -42,6 +45,30 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
+    """Hold the lock file `path`, which this makes; the lock ends with its holder, however that dies.
+
+    Args:
+        path: of the file.
+        patience: seconds to try; another process may only look whether the lock is held.
+
+    Raises:
+        BlockingIOError: it is held.
+    """
+    end = time.monotonic() + patience
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(_RETRY)
+        yield
 
 
 def cache_folder() -> Path:

@@ -1,5 +1,7 @@
 """Models by name: a hub id, a local folder, a .gguf file or a built-in name, each to a plain model folder.
 
+A folder may also hold peft adapters; it is loaded with the base model that it names, or with a given one.
+
 Nothing here trusts a model repository: weights come from safetensors, and its code runs only where the
 recipe says `trust_remote_code: true`.
 """
@@ -29,6 +31,9 @@ _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _MODEL_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 _HUB_TIMEOUT = 5.0  # seconds
 _TOKENIZER_MEND = "give a model folder with a tokenizer.json"
+_ADAPTER_CONFIG = "adapter_config.json"
+_FOLDER_FILES = ("config.json", _ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json")  # one of them at least
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,12 @@ class ResolvedModel:
     name: str
     folder: Path
     origin: str
+    hub_id: str | None = None
+
+    @property
+    def loads_as(self) -> str:
+        """Under what name plain `from_pretrained` finds exactly these weights: the hub's id, else the folder."""
+        return self.hub_id or str(self.folder)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.origin}"
@@ -86,24 +97,48 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
 
 def load_model(
-    folder: Path, *, dtype: "torch.dtype", attention: str = "sdpa", trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: "torch.dtype",
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+    base: Path | None = None,
+    merge: bool = False,
+    **options: Any,
 ) -> "PreTrainedModel":
     """Load a causal language model from safetensors, in `dtype`.
 
+    A folder of adapters gives its base model with the adapters, in fp32, beside the matrices, or merged into them.
+
+    Args:
+        folder: of a model or of adapters.
+        dtype: of the weights.
+        attention: transformers' `attn_implementation`.
+        trust_remote_code: let code from the folder run.
+        base: the folder of an adapter's base model; None: the one that the adapter names.
+        merge: add adapters to the matrices that they stand beside.
+        **options: what else `from_pretrained` takes.
+
     Raises:
-        UserError: the folder holds no causal language model that transformers knows.
+        UserError: the folder holds no causal language model that transformers knows, or adapters without their base.
     """
+    options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    if not is_adapter(folder):
+        return _load_plain(folder, options)
+    return _with_adapters(_load_plain(base or _base_of(folder, trust_remote_code), options), folder, merge)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Say whether a folder holds peft adapters, which need a base model."""
+    return (folder / _ADAPTER_CONFIG).is_file()
+
+
+def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
     with _quiet():
         from transformers import AutoModelForCausalLM
 
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            )
+            return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(
                 folder,
@@ -112,9 +147,44 @@ def load_model(
             ) from None
 
 
+def _base_of(adapter: Path, trust_remote_code: bool) -> Path:
+    """Return the folder of the base model that an adapter names."""
+    try:
+        name = json.loads((adapter / _ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return resolve_model(str(name), trust_remote_code).folder
+    except (OSError, ValueError, KeyError) as error:
+        what = f"its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})"
+        raise UserError(adapter, what, "give a folder that peft's save_pretrained wrote") from None
+    except UserError as error:
+        raise UserError(
+            adapter,
+            f"these are adapters, and their base model is not here ({error.where}: {error.what})",
+            "mend base_model_name_or_path in its adapter_config.json, or use the run with model=FOLDER",
+        ) from None
+
+
+def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreTrainedModel":
+    """Put the adapters of a folder beside the matrices of their base model, or into them."""
+    if not (folder / _ADAPTER_WEIGHTS).is_file():
+        raise UserError(folder, f"there is no {_ADAPTER_WEIGHTS}", "give a folder that peft's save_pretrained wrote")
+    with _quiet():
+        from peft import PeftModel
+        from transformers import GenerationConfig
+
+        try:
+            adapted = PeftModel.from_pretrained(model, folder)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            what = f"the adapters do not fit their base model ({_first_line(error)})"
+            raise UserError(folder, what, "give the base model that they were trained on") from None
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        whole = adapted.merge_and_unload(safe_merge=True) if merge else adapted.get_base_model()
+        return cast("PreTrainedModel", whole)
+
+
 def weights_fingerprint(folder: Path) -> str:
     """Return a hash of a model folder's configuration, weights and tokenizer."""
-    patterns = ("*.safetensors", "config.json", "tokenizer.json")
+    patterns = ("*.safetensors", "config.json", _ADAPTER_CONFIG, "tokenizer.json")
     return hash_files(sorted(path for pattern in patterns for path in folder.glob(pattern)))
 
 
@@ -142,7 +212,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _resolve_folder(name: str, path: Path, weights: bool) -> ResolvedModel:
-    if not any((path / file).exists() for file in ("config.json", "tokenizer_config.json", "tokenizer.json")):
+    if not any((path / file).exists() for file in _FOLDER_FILES):
         ggufs = sorted(path.glob("*.gguf"))
         mend = f"give the file {ggufs[0]}" if ggufs else "give a folder that save_pretrained wrote"
         raise UserError(name, "this folder holds no model (no config.json)", mend)
@@ -169,7 +239,7 @@ def _resolve_hub(name: str, trust_remote_code: bool, weights: bool) -> ResolvedM
         raise UserError(name, "there is no such folder, file or hub id", mend) from None
     folder = _hub_snapshot(name, trust_remote_code, weights)
     if isinstance(folder, Path):
-        return ResolvedModel(name, folder, f"the hub's {name}, in {folder}")
+        return ResolvedModel(name, folder, f"the hub's {name}, in {folder}", name)
     raise UserError(name, f"there is no such folder, and the hub did not give it ({folder})", mend)
 
 
@@ -202,7 +272,7 @@ def _hub_snapshot(name: str, trust_remote_code: bool, weights: bool) -> Path | s
 def _resolve_smollm2(name: str, trust_remote_code: bool, weights: bool) -> ResolvedModel:
     folder = _hub_snapshot(SMOLLM2_HUB_ID, trust_remote_code, weights)
     if isinstance(folder, Path):
-        return ResolvedModel(name, folder, f"the hub's {SMOLLM2_HUB_ID}, in {folder}")
+        return ResolvedModel(name, folder, f"the hub's {SMOLLM2_HUB_ID}, in {folder}", SMOLLM2_HUB_ID)
     spec = importlib.util.find_spec(SMOLLM2_WHEEL)
     files = sorted(Path(str(spec.origin)).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:

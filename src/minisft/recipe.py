@@ -54,6 +54,14 @@ class LoraRecipe:
     target_modules: str | list[str] = "all-linear"
     load_in_4bit: bool = False
 
+    def __post_init__(self) -> None:
+        _require_positive("training.lora", self, "rank", "alpha")
+        if not 0 <= self.dropout < 1:
+            where = "training.lora.dropout"
+            raise UserError(where, f"{self.dropout} is no share", "give a number from 0 to below 1")
+        if not self.target_modules:
+            raise UserError("training.lora.target_modules", "there is none", "name some, or use all-linear")
+
 
 @dataclass(frozen=True)
 class TrainingRecipe:
@@ -100,10 +108,19 @@ class EvaluationRecipe:
     examples: int = 3
     limit: int | None = None
     batch_size: int = 64
+    prompts: str | list[str] | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    processes: int | None = None
+    backend: Literal["transformers", "vllm"] = "transformers"
 
     def __post_init__(self) -> None:
-        _require_positive("evaluation", self, "max_new_tokens", "limit", "batch_size")
-        _require_not_negative("evaluation.", self, "examples")
+        _require_positive("evaluation", self, "max_new_tokens", "limit", "batch_size", "processes")
+        _require_not_negative("evaluation.", self, "examples", "temperature")
+        if not 0 < self.top_p <= 1:
+            raise UserError("evaluation.top_p", f"{self.top_p} is no share", "give a number above 0, and at most 1")
+        if self.prompts == [] or (isinstance(self.prompts, list) and not all(text.strip() for text in self.prompts)):
+            raise UserError("evaluation.prompts", "there is an empty one, or none", "give texts, or leave the key out")
         if not self.metrics:
             raise UserError("evaluation.metrics", "there is none", f"name some of {', '.join(METRICS)}")
         for metric in self.metrics:
@@ -183,14 +200,12 @@ def check_combinations(recipe: Recipe) -> None:
     training = recipe.training
     if training.strategy == "auto":
         raise UserError("training.strategy", "'auto' cannot choose yet", f"name one of {', '.join(STRATEGIES)}")
-    if training.packing:
+    if training.strategy == "zero3" and training.lora is not None and training.lora.load_in_4bit:
         raise UserError(
-            "training.packing",
-            "packing to max_length is not supported yet",
-            "leave it false: batches hold no padding without it",
+            "training.lora.load_in_4bit",
+            "ZeRO-3 cannot shard weights of 4 bits",
+            "use strategy vanilla, zero1 or zero2, or leave it false",
         )
-    if training.lora is not None:
-        raise UserError("training.lora", "LoRA is not supported yet", "leave it null to train all weights")
     if recipe.data.test is not None and recipe.data.test == recipe.data.source:
         raise UserError("data.test", "is the training source itself", "name another file, or use test_fraction")
 
@@ -358,7 +373,11 @@ def _with_found_sources(recipe: Recipe, folder: Path) -> Recipe:
     data = replace(recipe.data, source=_found(recipe.data.source, folder), test=_found(recipe.data.test, folder))
     if data.template.endswith((".jinja", ".jinja2", ".j2")):
         data = replace(data, template=_found(data.template, folder))
-    return replace(recipe, data=data, model=_found(recipe.model, folder))
+    prompts = recipe.evaluation.prompts
+    if isinstance(prompts, str):
+        prompts = _found(prompts, folder)
+    evaluation = replace(recipe.evaluation, prompts=prompts)
+    return replace(recipe, data=data, model=_found(recipe.model, folder), evaluation=evaluation)
 
 
 def _found(source: Any, folder: Path) -> Any:

@@ -1,7 +1,6 @@
 """The run folder: where everything of a run lies, and which recipe it belongs to."""
 
 import contextlib
-import fcntl
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import write_atomically
+from minisft.files import hold_lock, write_atomically
 from minisft.recipe import Recipe, dump_recipe, load_recipe
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -22,6 +21,8 @@ _CONTENTS = (
     "report.html",
     "base_model.json",
 )  # fmt: skip
+# What `compare` writes into an output folder, beside a run or without one; no run deletes it.
+_COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html", "comparison.png")
 # Keys that may change on resume, since the trajectory does not depend on them.
 _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
@@ -74,7 +75,7 @@ class RunFolder:
 
     def is_trained(self) -> bool:
         """Say whether training ended: the final model is written last, and whole."""
-        return (self.model / "config.json").exists()
+        return any((self.model / name).exists() for name in ("config.json", "adapter_config.json"))
 
     def has_begun(self) -> bool:
         """Say whether there is anything that training made."""
@@ -141,7 +142,7 @@ def open_run(
     if force and resume:
         raise UserError("--force --resume", "one deletes the run, the other goes on with it", "give one of them")
     run = RunFolder(Path(recipe.output))
-    _refuse_foreign_folder(run)
+    refuse_foreign_folder(run)
     with _locked(run):
         if force:
             _clear(run)
@@ -156,23 +157,28 @@ def open_run(
 
 @contextlib.contextmanager
 def _locked(run: RunFolder) -> Iterator[None]:
-    """Hold the run folder; the lock ends with its holder, however that dies."""
+    """Hold the run folder; `evaluate --follow` takes the lock for a moment to see whether it is held."""
     run.root.mkdir(parents=True, exist_ok=True)
-    with (run.root / ".lock").open("w") as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(hold_lock(run.root / ".lock"))
         except BlockingIOError:
             what = "another process is at work in this run folder"
             raise UserError(run.root, what, "wait for it, or choose another `output`") from None
         yield
 
 
-def _refuse_foreign_folder(run: RunFolder) -> None:
+def refuse_foreign_folder(run: RunFolder) -> None:
+    """Refuse an output folder that holds something else than a run or a comparison.
+
+    Raises:
+        UserError: naming what it holds.
+    """
     if run.root.is_file():
         raise UserError(run.root, "`output` is a file", "name a folder that is new or holds a run")
     if run.is_run() or not run.root.exists():
         return
-    others = [path.name for path in run.root.iterdir() if path.name != ".lock"]
+    others = [path.name for path in run.root.iterdir() if path.name not in (".lock", *_COMPARISON)]
     if others:
         raise UserError(
             run.root,
@@ -213,6 +219,16 @@ def remember_model(run: RunFolder, origin: str, fingerprint: str) -> None:
     now = {"origin": origin, "fingerprint": fingerprint}
     if not run.base_model.exists():
         write_atomically(run.base_model, json.dumps(now, indent=1, ensure_ascii=False))
+    refuse_other_model(run, origin, fingerprint)
+
+
+def refuse_other_model(run: RunFolder, origin: str, fingerprint: str) -> None:
+    """Check that a base model is the one that the run was begun with, where the run remembers it.
+
+    Raises:
+        UserError: it is another.
+    """
+    if not run.base_model.exists():
         return
     before = json.loads(run.base_model.read_text(encoding="utf-8"))
     if before["fingerprint"] != fingerprint:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from minisft.runs import RunFolder, load_run
-from tests.tiny import minisft
+from tests.tiny import minisft, write_recipe
 
 SPLIT = ("training.batch_size=4",)
 
@@ -24,12 +24,8 @@ def losses(output):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, tiny_model, conversations):
     folder = tmp_path_factory.mktemp("launch")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        f"model: {tiny_model}\noutput: {folder / 'run'}\n"
-        f"data: {{source: {conversations}, template: mistral, max_length: 256}}\n"
-        "training: {epochs: 1, learning_rate: 1.0e-3, precision: fp32}\n"
-    )
+    settings = "{epochs: 1, learning_rate: 1.0e-3, precision: fp32}"
+    recipe = write_recipe(folder, tiny_model, conversations, settings)
     assert minisft("train", recipe).returncode == 0
     return recipe, losses(folder / "run")
 

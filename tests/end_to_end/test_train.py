@@ -18,7 +18,7 @@ from minisft.runs import RunFolder, load_run
 from minisft.training.batching import StepSampler, measure
 from minisft.training.checkpoints import publish_final_model
 from minisft.training.train import run_steps
-from tests.tiny import minisft
+from tests.tiny import minisft, write_recipe
 
 STRATEGIES = [("vanilla", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
 
@@ -62,13 +62,8 @@ def padded_reference(folder, run, steps, learning_rates):
 @pytest.fixture(scope="module")
 def vanilla(tmp_path_factory, tiny_model, conversations):
     folder = tmp_path_factory.mktemp("train")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        f"model: {tiny_model}\noutput: {folder / 'run'}\n"
-        f"data: {{source: {conversations}, template: mistral, max_length: 256}}\n"
-        "training: {epochs: 2, learning_rate: 1.0e-3, precision: fp32, weight_decay: 0.0, row_tokens: 120}\n"
-        "evaluation: {max_new_tokens: 8}\n"
-    )
+    settings = "{epochs: 2, learning_rate: 1.0e-3, precision: fp32, weight_decay: 0.0, row_tokens: 120}"
+    recipe = write_recipe(folder, tiny_model, conversations, settings)
     return recipe, train(recipe, folder / "run")
 
 
@@ -97,7 +92,7 @@ def test_the_log_has_what_the_contract_names(vanilla):
     for line in metrics(run):
         assert set(line) == {
             "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "seconds",
-            "peak_memory_mb",
+            "peak_memory_mb", "communication_mb",
         }  # fmt: skip
         assert line["tokens"] > line["supervised_tokens"] > 0
         assert line["seconds"] > 0
@@ -186,6 +181,19 @@ def test_accumulation_changes_nothing(vanilla, tmp_path):
     recipe, alone = vanilla
     run = train(recipe, tmp_path / "run", "training.batch_size=2", "training.gradient_accumulation=4")
     for ours, reference in zip(metrics(run), metrics(alone), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=2e-4)
+
+
+def test_packing_is_one_trajectory_too(vanilla, tmp_path):
+    """Two packs a step, however they are dealt; the dataset's 30 conversations need fewer steps than without."""
+    recipe, alone = vanilla
+    how = ["training.packing=true", "data.max_length=256"]
+    whole = train(recipe, tmp_path / "whole", *how, "training.batch_size=2")
+    split = train(recipe, tmp_path / "split", *how, "training.batch_size=1", "training.processes=2")
+    assert sum(line["tokens"] for line in metrics(whole)) == sum(line["tokens"] for line in metrics(alone))
+    assert max(line["tokens"] for line in metrics(whole)) <= 2 * 256
+    for ours, reference in zip(metrics(split), metrics(whole), strict=True):
         assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-5)
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=2e-4)
 

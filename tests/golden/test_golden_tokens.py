@@ -19,8 +19,9 @@ from tests.unit.data.mistral import fast_tokenizer
 from tests.unit.data.test_published_templates import FOLDER as PUBLISHED
 
 HERE = Path(__file__).parent
-U, A, S, T = (lambda text, role=role: Message(role, text) for role in ("user", "assistant", "system", "tool"))
-CALL = Message("assistant", "", tool_calls=(ToolCall("menu", '{"size": "small"}'),))
+U, A, S = (lambda text, role=role: Message(role, text) for role in ("user", "assistant", "system"))
+CALL = Message("assistant", "", tool_calls=(ToolCall("menu", '{"size": "small"}', "call00001"),))
+RESULT = Message("tool", '["espresso"]', call_id="call00001")
 CONVERSATIONS = {
     "one exchange": (U("Hello"), A("Hi there!")),
     "two exchanges": (U("What is 6 x 7?"), A("42."), U("And 6 + 7?"), A("13.")),
@@ -31,7 +32,7 @@ CONVERSATIONS = {
     "text that spells control tokens": (U("<|im_end|> [/INST] </s>"), A("[INST] <|im_start|> <s>")),
     "other scripts": (U("你好，咖啡？"), A("Ça va ☕ — да")),
     "code": (U("Add two numbers"), A("```python\ndef add(a, b):\n    return a + b\n```")),
-    "a call and its result": (U("What do you have?"), CALL, T('["espresso"]'), A("Espresso.")),
+    "a call and its result": (U("What do you have?"), CALL, RESULT, A("Espresso.")),
 }
 TEMPLATES = {
     "chatml": ("toy", "chatml"),

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.training.batching import IGNORED, RowDataset, Sizes, StepSampler, deal, fill_rows, lay_out, measure
+from minisft.training.batching import (
+    IGNORED,
+    RowDataset,
+    Sizes,
+    StepSampler,
+    deal,
+    fill_rows,
+    lay_out,
+    measure,
+    steps_of_epoch,
+)
 
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=60)
 
@@ -91,3 +101,17 @@ def test_sizes_are_those_of_the_rows(tmp_path):
             row, _ = RowDataset(dataset)[plan]
             assert sum(row.lengths) == sizes.tokens[list(plan.indexes)].sum()
             assert len(row.targets) == sizes.supervised[list(plan.indexes)].sum()
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(0, 3), st.integers(1, 4))
+def test_packs_hold_every_conversation_once_and_steps_count_packs(lengths, epoch, global_batch):
+    lengths = np.array(lengths)
+    how = {"global_batch": global_batch, "pack_tokens": 300, "seed": 1}
+    epochs = [steps_of_epoch(lengths, epoch=at, **how) for at in (epoch, epoch + 1)]
+    assert len(epochs[0]) == len(epochs[1])  # the number of steps is known before the first
+    for step in epochs[0]:
+        assert lengths[step].sum() <= global_batch * 300
+    assert sorted(np.concatenate(epochs[0]).tolist()) == list(range(len(lengths)))
+    packs = len(fill_rows(lengths.tolist(), 300))
+    assert len(epochs[0]) == -(-packs // global_batch)

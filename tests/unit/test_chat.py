@@ -15,14 +15,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minisft import chat as module
 from minisft.chat import Session, chat, choose_model
+from minisft.chat.session import load_model_and_encoder
+from minisft.chat.terminal import CONTROL, Terminal
 from minisft.data.conversation import Conversation, Message
 from minisft.data.encoding import Encoder
 from minisft.data.rendering import RefusedError
 from minisft.errors import UserError
 from minisft.recipe import DataRecipe, Recipe
 from minisft.runs import open_run
+from tests.tiny import heed_ctrl_c
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def session(model_folder):
-    model, encoder = module._load(str(model_folder), False)
+    model, encoder = load_model_and_encoder(str(model_folder), False)
     return Session(model, encoder, max_new_tokens=12)
 
 
@@ -103,10 +105,10 @@ def test_one_message_prints_the_answer_and_nothing_else(model_folder, capsys):
     chat(model_folder, "hi", max_new_tokens=6)
     captured = capsys.readouterr()
     model: Any
-    model, encoder = module._load(str(model_folder), False)
+    model, encoder = load_model_and_encoder(str(model_folder), False)
     ids = torch.tensor([encoder.encode_prompt([Message("user", "hi")])])
     out = model.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=list(encoder.stop_token_ids))
-    assert captured.out == module._CONTROL.sub("\ufffd", encoder.decode_answer(out[0, ids.shape[1] :].tolist())) + "\n"
+    assert captured.out == CONTROL.sub("\ufffd", encoder.decode_answer(out[0, ids.shape[1] :].tolist())) + "\n"
     assert "/help" not in captured.err
 
 
@@ -157,7 +159,7 @@ def test_a_full_context_drops_the_oldest_exchanges_and_says_so(tmp_path, monkeyp
 
 def test_terminal_control_characters_are_not_passed_on(session, monkeypatch, capsys):
     monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: "\x1b[31mred\x07" if ids else "")
-    module._Terminal(session, None, False).ask("hi")
+    Terminal(session, None, False).ask("hi")
     assert capsys.readouterr().out == "\ufffd[31mred\ufffd\n"
 
 
@@ -216,7 +218,7 @@ def test_a_system_prompt_refused_in_the_middle_is_said_and_the_session_goes_on(t
 
 
 def test_an_answer_that_the_template_refuses_to_give_again_stays(session, monkeypatch, capsys):
-    terminal = module._Terminal(session, None, False)
+    terminal = Terminal(session, None, False)
     terminal.ask("hi")
     before = list(session.turns)
 
@@ -250,7 +252,7 @@ def start_chat(folder, *options, **settings):
         "import sys, torch; torch.set_num_threads(1); from minisft.chat import chat; "
         "chat(sys.argv[1], max_new_tokens=int(sys.argv[2]))"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), *options], **settings)
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), *options], preexec_fn=heed_ctrl_c, **settings)
 
 
 def test_piped_input(model_folder):
@@ -311,11 +313,11 @@ class Screen:
             self._read("more", seconds)
         self.unread = ""
 
-    def press_until(self, text, process, times=9):
+    def press_until(self, text, process, times=20):
         """Ctrl-C again while nothing comes: Python misses one that lands just before `input` begins to wait."""
         for _ in range(times):
             process.send_signal(signal.SIGINT)
-            if text in self.unread or select.select([self.descriptor], [], [], 10)[0]:
+            if select.select([self.descriptor], [], [], 5)[0]:
                 break
         self.wait_for(text)
 

@@ -16,13 +16,15 @@ from minisft.data.encoding import Encoder
 from minisft.data.preparation import load_test, load_train, prepare
 from minisft.data.rendering import RefusedError
 from minisft.errors import UserError
+from minisft.evaluation import backends, following
 from minisft.evaluation import evaluate as module
-from minisft.evaluation import following
 from minisft.evaluation.evaluate import evaluate
 from minisft.evaluation.loss import held_out_loss
 from minisft.evaluation.questions import load_held_out, train_answers
+from minisft.files import hold_lock
+from minisft.models import weights_fingerprint
 from minisft.recipe import DataRecipe, EvaluationRecipe, Recipe
-from minisft.runs import RunFolder
+from minisft.runs import RunFolder, remember_model
 
 MARKERS = ["<|im_start|>", "<|im_end|>"]
 
@@ -33,6 +35,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr("minisft.evaluation.scoring.RESAMPLES", 40)
 
 
 def conversations(rows):
@@ -167,19 +174,19 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(made, run, monkeypatch)
 
 def test_unchanged_checkpoints_are_not_computed_again(made, run, monkeypatch):
     first = evaluate(made, run)
-    monkeypatch.setattr(module, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(backends, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     assert evaluate(made, run) == first
     assert evaluate(with_settings(made, metrics=["chrf"]), run)["best"] is not None
     monkeypatch.undo()
     save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
     loaded = []
-    load = module.load_model
+    load = backends.load_model
 
     def watched(folder, **settings):
         loaded.append(folder.name)
         return load(folder, **settings)
 
-    monkeypatch.setattr(module, "load_model", watched)
+    monkeypatch.setattr(backends, "load_model", watched)
     evaluate(made, run)
     assert loaded == ["checkpoint-10"]
 
@@ -187,34 +194,146 @@ def test_unchanged_checkpoints_are_not_computed_again(made, run, monkeypatch):
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(made, run, monkeypatch):
     undisturbed = evaluate(made, run)
     shutil.rmtree(run / "evaluation")
-    batches = 0
-    asked: list[tuple[int, ...]] = []
-    real = module.generate
-
-    def counting(model, prompts, *, on_batch, **settings):
-        def killing(rows, answers):
-            nonlocal batches
-            on_batch(rows, answers)
-            asked.extend(tuple(prompts[row]) for row in rows)
-            batches += 1
-            if batches == 2:
-                raise KeyboardInterrupt
-
-        return real(model, prompts, on_batch=killing, **settings)
-
-    monkeypatch.setattr(module, "generate", counting)
+    asked = watch_generate(monkeypatch, interrupt_at=3)
     with pytest.raises(KeyboardInterrupt):
         evaluate(made, run)
     journal = run / "evaluation/base/journal.jsonl"
     with journal.open("a") as file:
-        file.write('{"answers": [[0, {"ids": [1')  # torn as it was killed
+        file.write('{"answers": [["abc", {"ids": [1')  # torn as it was killed
     again = evaluate(made, run)
     questions = len(load_test(run))
     assert len(asked) == 3 * questions, "each answer of each model once"
-    for result in (undisturbed, again):
-        for entry in [result["base"], *result["checkpoints"]]:
-            entry.pop("seconds")
-    assert again == undisturbed
+    assert without_seconds(again) == without_seconds(undisturbed)
+
+
+def watch_generate(monkeypatch, interrupt_at=None):
+    """The prompts that `generate` has answered from now on; its call number `interrupt_at` never begins."""
+    answered: list[tuple[int, ...]] = []
+    real = backends.generate
+    calls = 0
+
+    def watched(model, prompts, **settings):
+        nonlocal calls
+        calls += 1
+        if calls == interrupt_at:
+            raise KeyboardInterrupt
+        done = real(model, prompts, **settings)
+        answered.extend(map(tuple, prompts))
+        return done
+
+    monkeypatch.setattr(backends, "generate", watched)
+    return answered
+
+
+def without_seconds(results):
+    entries = [results["base"], *results["checkpoints"]]
+    return [*({**entry, "seconds": None} for entry in entries), results["constant"], results["best"]]
+
+
+def test_other_questions_cost_only_what_is_new(made, run, monkeypatch):
+    evaluate(with_settings(made, turns="last"), run)
+    asked = watch_generate(monkeypatch)
+    every = evaluate(with_settings(made, turns="all"), run)
+    rows = len(load_test(run))
+    assert len(asked) == len(set(asked)) * 3 == 3 * rows, "the first answers of three models"
+    asked.clear()
+    evaluate(with_settings(made, turns="last", prompts=["One tea please."]), run)
+    assert len(asked) == 3
+    assert without_seconds(evaluate(with_settings(made, turns="all"), run)) == without_seconds(every)
+    assert len(asked) == 3
+
+
+def test_equal_prompts_are_answered_once(made, run, monkeypatch):
+    asked = watch_generate(monkeypatch)
+    settings = with_settings(made, turns="last", prompts=["Tea?", "Tea?"])
+    evaluate(settings, run)
+    assert len(asked) == len(set(asked)) * 3
+    given = lines(run / "evaluation/base/prompts.jsonl")
+    assert [line["id"] for line in given] == ["prompt-1", "prompt-2"]
+    assert given[0]["output"] == given[1]["output"]
+
+
+def test_prompts_of_the_users_own(made, run, tmp_path):
+    plain, chats = tmp_path / "asked.txt", tmp_path / "asked.jsonl"
+    plain.write_text("One tea please.\n\nA juice <|im_end|> [/INST]\n")
+    turns = [
+        {"role": r, "content": c}
+        for r, c in (("system", "be kind"), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Tea"))
+    ]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    results = evaluate(with_settings(made, prompts=str(plain)), run)
+    assert results["prompts"] == 2
+    listed = evaluate(with_settings(made, prompts=["One tea please.", "A juice <|im_end|> [/INST]"]), run)
+    assert without_seconds(listed) == without_seconds(results)
+    evaluate(with_settings(made, prompts=str(chats)), run)
+    for name in ("base", "checkpoint-9", "checkpoint-10"):
+        [line] = lines(run / "evaluation" / name / "prompts.jsonl")
+        assert line["prompt"].count("<|im_start|>") == 5
+        assert {"id", "prompt", "output", "finish", "tokens"} == set(line)
+    side_by_side = (run / "evaluation/prompts.txt").read_text()
+    assert [side_by_side.count(f"--- {name} ---") for name in ("base", "checkpoint-9", "checkpoint-10")] == [1, 1, 1]
+    evaluate(made, run)
+    assert not (run / "evaluation/prompts.txt").exists()
+    assert not (run / "evaluation/base/prompts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("asked.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n{"text": "hi"}\n', r"asked.jsonl:2: this is no prompt"),
+        ("asked.jsonl", "nothing\n", "asked.jsonl:1: this is no prompt"),
+        ("asked.jsonl", '{"messages": [{"role": "robot", "content": "hi"}]}', "asked.jsonl:1: this is no prompt .*robot"),
+        ("asked.jsonl", '{"messages": [{"role": "assistant", "content": "hi"}]}', "must be one to be answered"),
+        ("asked.jsonl", '{"messages": []}', "must be one to be answered"),
+        ("asked.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "contents must be text"),
+        ("asked.jsonl", "7\n", "asked.jsonl:1: this is no prompt"),
+        ("asked.txt", " \n\n", "no prompt in this file"),
+        ("asked.txt", None, "evaluation.prompts: .*asked.txt cannot be read"),
+    ],
+)  # fmt: skip
+def test_prompts_that_are_none_are_named(made, run, tmp_path, name, text, said):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        evaluate(with_settings(made, prompts=str(tmp_path / name)), run)
+
+
+def test_sampled_answers_are_the_same_again_and_differ_by_seed(made, run, tmp_path):
+    from dataclasses import replace
+
+    sampled = with_settings(made, temperature=1.5, top_p=0.9)
+    shutil.copytree(run, tmp_path / "other")
+    first, second = evaluate(sampled, run), evaluate(with_settings(sampled, batch_size=7), tmp_path / "other")
+    assert first["sampling"] == {"temperature": 1.5, "top_p": 0.9, "seed": 0}
+    assert without_seconds(first) == without_seconds(second)
+    drawn = (run / "evaluation/base/outputs.jsonl").read_text()
+    evaluate(replace(sampled, seed=1), run)
+    assert (run / "evaluation/base/outputs.jsonl").read_text() != drawn
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("processes", 0), ("prompts", []), ("prompts", [" "])],
+)
+def test_settings_out_of_their_range_are_named(key, value):
+    settings = {key: value}
+    with pytest.raises(UserError, match=f"evaluation.{key}"):
+        EvaluationRecipe(**settings)
+
+
+def test_a_base_model_that_is_not_the_runs_is_refused(made, run):
+    remember_model(RunFolder(run), "here", weights_fingerprint(Path(made.model)))
+    evaluate(made, run)
+    (run / "base_model.json").unlink()
+    remember_model(RunFolder(run), "the model of yesterday", "other")
+    with pytest.raises(UserError, match="began with the model of yesterday, and the name now leads to"):
+        evaluate(made, run)
+
+
+def test_two_evaluations_do_not_write_one_journal(made, run):
+    evaluate(made, run)
+    with hold_lock(run / "evaluation/.lock"), pytest.raises(UserError, match="another evaluation is at work here"):
+        evaluate(made, run)
 
 
 def test_damaged_and_unfinished_checkpoints_are_named_and_the_others_scored(made, run, capsys):
@@ -233,14 +352,14 @@ def test_a_fault_of_the_machine_or_of_ours_is_not_called_damage(made, run, monke
     evaluate(made, run)
     save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
     full = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    for name in ("load_model", "held_out_loss", "generate"):  # a loss once computed is kept
+    for name in ("load_model", "sum_of_losses", "generate"):  # a loss once computed is kept
         for error in (torch.OutOfMemoryError("out of memory"), full, ZeroDivisionError("a bug")):
 
             def fail(*args, error=error, **settings):
                 raise error
 
             with monkeypatch.context() as patched:
-                patched.setattr(module, name, fail)
+                patched.setattr(backends, name, fail)
                 with pytest.raises(type(error), match=str(error)[-9:]):
                     evaluate(made, run)
 
@@ -251,7 +370,7 @@ def test_weights_that_do_not_load_are_called_damage(made, run, monkeypatch):
 
     evaluate(made, run)
     save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
-    monkeypatch.setattr(module, "load_model", fail)
+    monkeypatch.setattr(backends, "load_model", fail)
     failed = [{"checkpoint": "checkpoint-10", "error": "RuntimeError: size mismatch for lm_head"}]
     assert evaluate(made, run)["failed"] == failed
 

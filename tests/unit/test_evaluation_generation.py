@@ -7,14 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from minisft.evaluation.generation import (
-    Generated,
-    PromptCache,
-    Sampling,
-    generate,
-    inference_dtype,
-    plan_batches,
-)
+from minisft.evaluation.cache import PromptCache, new_cache
+from minisft.evaluation.generation import Generated, generate, inference_dtype, plan_batches
+from minisft.evaluation.sampling import Draws, Sampling
 
 VOCABULARY = 97
 
@@ -144,18 +139,13 @@ def test_prompts_go_in_by_eights_and_are_decoded_together(model, monkeypatch):
     assert [answer.ids for answer in answers] == expected
 
 
-def test_callbacks_see_every_token_and_batch(model):
-    prompts = prompts_of(5, 2, 9)
+def test_a_callback_sees_every_token(model):
     seen: dict[int, list[int]] = {}
-    batches = []
     answers = generate(
-        model, prompts, stop_token_ids=(2, 5, 11), max_new_tokens=12, batch_size=2,
+        model, prompts_of(5, 2, 9), stop_token_ids=(2, 5, 11), max_new_tokens=12, batch_size=2,
         on_token=lambda row, token: seen.setdefault(row, []).append(token),
-        on_batch=lambda rows, done: batches.append((rows, done)),
     )  # fmt: skip
     assert [seen.get(row, []) for row in range(3)] == [a.ids for a in answers]
-    assert [rows for rows, _ in batches] == [[2, 0], [1]]
-    assert batches[1][1] == [answers[1]]
 
 
 def test_a_callback_ends_its_row(model):
@@ -188,6 +178,36 @@ def test_sampling_is_seeded_and_a_tiny_top_p_is_greedy(model):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_what_is_drawn_does_not_depend_on_the_batch(model):
+    prompts = prompts_of(7, 3, 12, 3, 1, 20, 9, 5)
+    settings: dict[str, Any] = {
+        "stop_token_ids": (2, 5, 11, 40, 41),
+        "max_new_tokens": 16,
+        "sampling": Sampling(1.5, 0.9, 3),
+    }
+    together = generate(model, prompts, **settings)
+    assert generate(model, prompts, batch_size=3, **settings) == together
+    assert [generate(model, [prompt], **settings)[0] for prompt in prompts[::-1]] == together[::-1]
+    assert len({len(answer.ids) for answer in together}) > 2, "rows should end at different steps"
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
+def test_tokens_are_drawn_as_often_as_the_model_says(temperature, top_p):
+    """Against transformers' own temperature and nucleus, over 20,000 draws."""
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    torch.manual_seed(5)
+    logits = 2 * torch.randn(1, 30)
+    warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits))
+    expected = torch.softmax(warped, dim=-1)[0]
+    rows = 500
+    draws = Draws(Sampling(temperature, top_p), {row: [row] for row in range(rows)})
+    picked = torch.cat([draws.pick(logits.expand(rows, -1), range(rows)) for _ in range(40)])
+    drawn = torch.bincount(picked, minlength=30) / len(picked)
+    assert not drawn[expected == 0].any()
+    assert (drawn - expected).abs().max() < 0.012  # over three standard deviations of the likeliest
+
+
 def test_batches_hold_similar_lengths_and_every_prompt_once():
     batches = plan_batches([5, 100, 7, 90, 6], batch_size=2, new_tokens=10)
     assert batches == [[1, 3], [2, 4], [0]]
@@ -195,9 +215,7 @@ def test_batches_hold_similar_lengths_and_every_prompt_once():
 
 
 def test_the_roomy_cache_equals_the_plain_one(model):
-    from minisft.evaluation.generation import _new_cache
-
-    roomy: Any = _new_cache(model)
+    roomy: Any = new_cache(model)
     plain: Any = DynamicCache(config=model.config)
     for ids in prompts_of(5, 1, 1, 70, 1):
         tokens = torch.tensor([ids, ids[::-1]])

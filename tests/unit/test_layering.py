@@ -18,7 +18,9 @@ MAY_IMPORT = {
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},
     "report": LEAVES - {"models"},
+    "comparison": LEAVES | {"report"},
     "demo": LEAVES,
+    "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
 LIGHT = ("cli", "errors", "recipe", "runs", "files", "__init__", "__main__")

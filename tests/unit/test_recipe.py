@@ -62,7 +62,6 @@ def test_overrides_win_and_make_sections(tmp_path):
         (GOOD, ("training.epoch=3",), r"command line: unknown key 'training.epoch'.*'training.epochs'"),
         (GOOD + "training:\n  epochs: many\n", (), r"recipe.yaml:6: training.epochs: 'many' does not fit.*a number"),
         (GOOD + "training:\n  processes: 1.5\n", (), r"recipe.yaml:6: training.processes: 1.5 .*a whole number"),
-        (GOOD + "training:\n  packing: 1\n", (), r"training.packing: 1 does not fit.*true or false"),
         (GOOD + "training:\n  strategy: zero4\n", (), r"training.strategy: 'zero4'.*did you mean"),
         (GOOD + "seed: true\n", (), r"seed: True does not fit.*a whole number"),
         (GOOD + "training: 3\n", (), r"recipe.yaml:5: training: 3 does not fit"),
@@ -82,8 +81,8 @@ def test_overrides_win_and_make_sections(tmp_path):
         ("model: m\noutput: 2024-13-45\ndata: {source: d}\n", (), r"recipe.yaml:2: this value cannot be read.*quotes"),
         (GOOD, ("epochs",), r"epochs: is no override"),
         (GOOD, ("training.strategy=auto",), r"training.strategy: 'auto' cannot choose yet"),
-        (GOOD, ("training.packing=true",), r"training.packing: .*not supported yet"),
-        (GOOD, ("training.lora={rank: 8}",), r"training.lora: LoRA is not supported yet"),
+        (GOOD, ("training.lora={rank: 0}",), r"training.lora.rank: 0 is not above zero"),
+        (GOOD, ("training.lora={load_in_4bit: true}", "training.strategy=zero3"), r"ZeRO-3 cannot shard weights of 4"),
     ],
 )
 def test_mistakes_are_named_with_line_and_mend(tmp_path, text, overrides, expected):

@@ -13,8 +13,8 @@ from minisft.data.encoding import AnswerSpan, Encoded, EncodedBatch, Encoder
 from minisft.data.formats import REPAIRS, RowError, check_order, repair, repair_characters, to_conversation
 from minisft.data.ledger import Problem, Tally
 from minisft.data.overflow import fit
+from minisft.data.readers import Chunk
 from minisft.data.rendering import RefusedError, Rendered
-from minisft.data.sources import Chunk
 from minisft.data.split import identity_key, prompt_key
 from minisft.data.verification import verify
 from minisft.recipe import DataRecipe

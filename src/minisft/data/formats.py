@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from minisft.data.conversation import Conversation, Message, ToolCall, join_runs
-from minisft.data.sources import DUPLICATE
+from minisft.data.readers import DUPLICATE
 
 FORMATS = ("sharegpt", "messages", "alpaca", "prompt_completion")
 _ROLE_NAMES = {

@@ -6,13 +6,12 @@ new run, so the prompt is an id prefix of the training row.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
-from minisft.data.conversation import JOIN, Message, join_runs
-from minisft.data.templates import MistralTemplate, TurnTemplate, with_tools
+from minisft.data.conversation import Message
+from minisft.data.templates import TurnTemplate, with_tools
 
 # How a run stands in the whole text. It matters to tokenizers that put a space before a text.
 START, AFTER_CONTROL, CONTINUE = 0, 1, 2
@@ -238,88 +237,3 @@ class TurnRenderer:
         builder.control(self.terminator, supervised, True)
         builder.close_answer(index, text, supervised)
         builder.template(self.template.after)
-
-
-# --- the Mistral forms ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MistralRenderer:
-    """Renders a Mistral form as mistral-common does: every message encoded on its own.
-
-    The system prompts, joined, go before the first user turn (v1) or the last (v3). v3 strips spaces from the end
-    of answers. Where mistral-common refuses tools (v1), a tool's result stands as a turn of the user's.
-    """
-
-    template: MistralTemplate
-    bos: int | None
-    eos: int
-    begin: int | None = None
-    end: int | None = None
-
-    def __call__(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> Rendered:
-        findings: list[str] = []
-        builder = RunBuilder(_NO_MARKERS)
-        if self.bos is not None:
-            builder.control(self.bos, False)
-        system = _joined_system(messages, tools)
-        places, turns = _turns(messages)
-        system_at = self._system_place([i for i, m in enumerate(turns) if m.role == "user"])
-        for index, (place, message) in enumerate(zip(places, turns, strict=True)):
-            if message.is_answer:
-                self._answer(builder, place, message, findings)
-            else:
-                text = message.text
-                if index == system_at and system:
-                    text = system + JOIN + text
-                self._user(builder, text)
-        builder.flush()
-        return Rendered(builder.runs, builder.answers, findings)
-
-    def _system_place(self, users: Sequence[int]) -> int:
-        return users[-1] if self.template.controls else users[0]
-
-    def _user(self, builder: RunBuilder, text: str) -> None:
-        builder.apart()
-        if self.begin is None or self.end is None:
-            builder.content(f"[INST] {text} [/INST]")
-            return
-        builder.control(self.begin, False)
-        builder.apart()
-        builder.content(text)
-        builder.control(self.end, False)
-
-    def _answer(self, builder: RunBuilder, index: int, message: Message, findings: list[str]) -> None:
-        text = message.text
-        if self.template.controls and text.endswith(" "):
-            findings.append("trimmed")
-            text = text.rstrip(" ")
-        builder.apart()
-        builder.open_answer()
-        builder.content(text)
-        builder.control(self.eos, message.supervised, True)
-        builder.close_answer(index, text, message.supervised)
-
-
-_NO_MARKERS = MarkerSplitter({})
-
-
-def _joined_system(messages: Iterable[Message], tools: Sequence[str]) -> str:
-    prompts = [message.text for message in messages if message.role == "system" and message.text]
-    return with_tools(JOIN.join(prompts), tools)
-
-
-def _turns(messages: Sequence[Message]) -> tuple[list[int], list[Message]]:
-    """The turns without system prompts as mistral-common has them, and each one's place in `messages`.
-
-    Same-role runs are joined (the place is the last one's), and an empty user turn stands first where none does.
-    """
-    places = [i for i, message in enumerate(messages) if message.role != "system"]
-    turns = [messages[i] for i in places]
-    if any(a.role == b.role != "tool" for a, b in pairwise(turns)):
-        last_of_run = [a.role != b.role or a.role == "tool" for a, b in pairwise(turns)] + [True]
-        places = [place for place, is_last in zip(places, last_of_run, strict=True) if is_last]
-        turns = join_runs(turns)
-    if not turns or turns[0].role != "user":
-        return [-1, *places], [Message("user", ""), *turns]
-    return places, turns

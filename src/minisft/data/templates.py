@@ -63,6 +63,7 @@ class MistralTemplate:
     Args:
         name: mistral-v1, mistral-v3 or mistral-text (v1's rule on a tokenizer of another family).
         controls: whether [INST] and [/INST] are control tokens (v3) or text (v1).
+        tools: whether tools, calls and results have control tokens too.
         bos: the BOS token that the template writes, or "".
         eos: the token that ends every answer.
         gap: the space that a joint encoding needs where mistral-common encodes apart, "" or " ".
@@ -71,6 +72,7 @@ class MistralTemplate:
 
     name: str
     controls: bool
+    tools: bool
     bos: str
     eos: str
     gap: str = ""
@@ -107,6 +109,76 @@ _TOOLS_SET = """
 """.replace("@", TOOLS_INTRODUCTION)
 
 
+_CONTENT_MACRO = "{%- macro text(message) -%}{{- message['content'] or '' }}{%- endmacro %}"
+_TOOLS_LIST = """
+{%- set parts = namespace(tools=[], function={}) %}
+{%- for tool in tools or [] %}
+{%- set given = tool['function'] if 'function' in tool else tool %}
+{%- set parts.function = {'name': given['name'], 'description': given['description'] or '',
+                          'parameters': given['parameters'] or {}} %}
+{%- for key, value in given.items() if key not in ('name', 'description', 'parameters', 'strict', 'type') %}
+{%- set parts.function = dict(parts.function, **{key: value}) %}
+{%- endfor %}
+{%- set parts.tools = parts.tools + [{'type': 'function', 'function': parts.function}] %}
+{%- endfor %}
+"""
+_TOOLS_IN_SYSTEM = """
+{%- if parts.tools %}{%- set ns.system = ns.system + (@JOIN if ns.system else '') + parts.tools %}{%- endif %}
+"""
+_TOOLS_BEFORE = """
+{%- if parts.tools and ns.user == @PLACE %}
+{{- '[AVAILABLE_TOOLS]' + @GAP + (parts.tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+{%- endif %}
+"""
+_RESULT_AS_USER = "{{- @OPENER + message['content'] + @CLOSER }}"
+_RESULT = """
+{%- set value = message['content'] or '{}' %}
+{%- set is_json = value[:1] in ('[', '{') or value in ('true', 'false', 'null')
+                  or value | int | string == value or value | float | string == value %}
+{{- '[TOOL_RESULTS]' + @GAP + '{"content": ' + (value if is_json else value | tojson) }}
+{%- if message.get('tool_call_id') %}{{- ', "call_id": ' + (message['tool_call_id'] | tojson) }}{%- endif %}
+{{- '}[/TOOL_RESULTS]' }}
+"""
+_CALLS = """
+{%- for call in message.get('tool_calls') or [] %}
+{%- set arguments = call['function']['arguments'] %}
+{{- '[TOOL_CALLS]' + @GAP + '[' if loop.first else ', ' }}
+{{- '{"name": ' + (call['function']['name'] | tojson) + ', "arguments": ' }}
+{{- arguments if arguments is string else arguments | tojson }}
+{%- if call.get('id') and call['id'] != 'null' %}{{- ', "id": ' + (call['id'] | tojson) }}{%- endif %}
+{{- '}]' if loop.last else '}' }}
+{%- endfor %}
+"""
+_MISTRAL = """{# minisft: @NAME #}
+@TEXT@TOOLS
+{%- set ns = namespace(system='', users=0, user=0) %}
+{%- for message in messages %}
+{%- if message['role'] == 'system' and message['content'] %}
+{%- set ns.system = ns.system + (@JOIN if ns.system else '') + message['content'] %}
+{%- elif message['role'] == 'user' %}{%- set ns.users = ns.users + 1 %}{%- endif %}
+{%- endfor %}
+@IN_SYSTEM
+{{- @BEGIN }}
+{%- for message in messages %}
+{%- if message['role'] == 'user' %}
+{%- set ns.user = ns.user + 1 %}
+@BEFORE_USER
+{{- @OPENER }}
+{%- if ns.system and ns.user == @PLACE %}{{- ns.system + @JOIN }}{%- endif %}
+{{- message['content'] + @CLOSER }}
+{%- elif message['role'] == 'tool' %}
+@RESULT
+{%- elif message['role'] == 'assistant' %}
+{%- set written = text(message)@STRIP %}
+{{- @ANSWER_GAP + written if written else '' }}
+@CALLS
+{{- @EOS }}
+{{- @TURN_GAP if not loop.last else '' }}
+{%- endif %}
+{%- endfor %}
+"""
+
+
 def turn_jinja(template: TurnTemplate, answer_end: str) -> str:
     """The Jinja twin of a turn template; `answer_end` is the token that ends an answer."""
     header, closer = template.open_turn("@").split("@")
@@ -135,38 +207,37 @@ def mistral_jinja(template: MistralTemplate) -> str:
     """The Jinja twin of a Mistral form: the same ids for texts that encode alike apart and in one piece."""
     if template.controls:
         opener, closer = "[INST]" + template.gap_after_control, "[/INST]"
-        answer_gap, place, strip = template.gap_after_control, "last", ".rstrip(' ')"
+        answer_gap, place, strip = template.gap_after_control, "ns.users", ".rstrip(' ')"
     else:
         opener, closer = "[INST] ", " [/INST]"
-        answer_gap, place, strip = template.gap, "first", ""
+        answer_gap, place, strip = template.gap, "1", ""
     turn_gap = "" if template.controls else template.gap_after_control
-    begin = template.bos + (turn_gap if template.bos else "")
-    return (
-        "{# minisft: " + template.name + " #}" + _TEXT_MACRO + _TOOLS_SET + "\n"
-        "{%- set ns = namespace(system='', users=0, user=0) %}\n"
-        "{%- for message in messages %}\n"
-        "{%- if message['role'] == 'system' and message['content'] %}"
-        "{%- set ns.system = ns.system + (" + _quote(JOIN) + " if ns.system else '') + message['content'] %}"
-        "{%- elif message['role'] == 'user' %}{%- set ns.users = ns.users + 1 %}{%- endif %}\n"
-        "{%- endfor %}\n"
-        "{%- if parts.tools %}"
-        "{%- set ns.system = ns.system + (" + _quote(JOIN) + " if ns.system else '') + parts.tools %}{%- endif %}\n"
-        "{{- " + _quote(begin) + " }}\n"
-        "{%- for message in messages %}\n"
-        "{%- if message['role'] == 'user' %}\n"
-        "{%- set ns.user = ns.user + 1 %}\n"
-        "{{- " + _quote(opener) + " }}\n"
-        "{%- if ns.system and ns.user == " + ("1" if place == "first" else "ns.users") + " %}"
-        "{{- ns.system + " + _quote(JOIN) + " }}{%- endif %}\n"
-        "{{- message['content'] + " + _quote(closer) + " }}\n"
-        "{%- elif message['role'] == 'tool' %}\n"
-        "{{- " + _quote(opener) + " + message['content'] + " + _quote(closer) + " }}\n"
-        "{%- elif message['role'] == 'assistant' %}\n"
-        "{{- " + _quote(answer_gap) + " + text(message)" + strip + " + " + _quote(template.eos) + " }}\n"
-        "{{- " + _quote(turn_gap) + " if not loop.last else '' }}\n"
-        "{%- endif %}\n"
-        "{%- endfor %}\n"
-    )
+    parts = {
+        "TEXT": _CONTENT_MACRO if template.tools else _TEXT_MACRO,
+        "TOOLS": _TOOLS_LIST if template.tools else _TOOLS_SET,
+        "IN_SYSTEM": "" if template.tools else _TOOLS_IN_SYSTEM,
+        "BEFORE_USER": _TOOLS_BEFORE if template.tools else "",
+        "RESULT": _RESULT if template.tools else _RESULT_AS_USER,
+        "CALLS": _CALLS if template.tools else "",
+    }
+    values = {
+        "OPENER": _quote(opener),
+        "CLOSER": _quote(closer),
+        "BEGIN": _quote(template.bos + (turn_gap if template.bos else "")),
+        "ANSWER_GAP": _quote(answer_gap),
+        "TURN_GAP": _quote(turn_gap),
+        "GAP": _quote(template.gap_after_control),
+        "EOS": _quote(template.eos),
+        "JOIN": _quote(JOIN),
+        "NAME": template.name,
+        "STRIP": strip,
+        "PLACE": place,
+    }
+    return _fill(_fill(_MISTRAL, parts), values)
+
+
+def _fill(text: str, values: Mapping[str, str]) -> str:
+    return re.sub(f"@({'|'.join(values)})\\b", lambda name: values[name[1]], text)
 
 
 def _quote(text: str) -> str:

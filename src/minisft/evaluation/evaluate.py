@@ -1,51 +1,32 @@
 """Base and every checkpoint of a run, scored on the held-out conversations: which one is best, and by how much."""
 
-import hashlib
+import contextlib
 import json
-import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft.console import console, error_console, say, warn
+from minisft.console import console, say, warn
 from minisft.data.encoding import Encoder
 from minisft.errors import UserError
-from minisft.evaluation.examples import write_changes, write_examples, write_outputs
+from minisft.evaluation.backends import require_vllm
+from minisft.evaluation.examiner import Examiner, System
+from minisft.evaluation.examples import write_changes, write_side_by_side
 from minisft.evaluation.following import models_to_score, wait_for_data
-from minisft.evaluation.generation import context_length, generate, inference_dtype
-from minisft.evaluation.journal import Journal
-from minisft.evaluation.loss import held_out_loss
-from minisft.evaluation.questions import HeldOut, load_held_out, train_answers
-from minisft.evaluation.scoring import CorpusScore, best_constant, exact_match, p_value
+from minisft.evaluation.generation import context_length, inference_dtype
+from minisft.evaluation.questions import load_held_out, load_prompts, train_answers
+from minisft.evaluation.sampling import Sampling
+from minisft.evaluation.scoring import best_constant, p_value
 from minisft.evaluation.table import print_table
-from minisft.files import write_atomically
-from minisft.models import load_model, load_tokenizer, resolve_model, weights_fingerprint
+from minisft.evaluation.workers import ModelSpec, Workers, default_processes
+from minisft.files import hold_lock, write_atomically
+from minisft.models import load_tokenizer, resolve_model, weights_fingerprint
 from minisft.recipe import METRICS, EvaluationRecipe, Recipe
-from minisft.runs import RunFolder
+from minisft.runs import RunFolder, refuse_other_model
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
-
-VERSION = 1  # of the decoding and the loss: raise it where they give other results, and all is computed anew
-
-
-@dataclass(frozen=True)
-class System:
-    """What gives answers to all the questions: the base model, a checkpoint or the constant answer.
-
-    Args:
-        entry: its fields in results.json, its scores not yet among them.
-        outputs: its answers.
-        scores: BLEU and chrF of them, as far as the recipe asks for these.
-    """
-
-    entry: dict[str, Any]
-    outputs: list[str]
-    scores: dict[str, CorpusScore]
 
 
 def evaluate(
@@ -73,45 +54,88 @@ def evaluate(
         The content of results.json.
 
     Raises:
-        UserError: no checkpoints, no held-out rows, or `max_new_tokens` leaves no room for a prompt.
+        UserError: no checkpoints, no held-out rows, a base model that is not the run's, `max_new_tokens` that leave
+            no room for a prompt, or another evaluation at work in the folder.
     """
     run = RunFolder(output)
     if follow:
         wait_for_data(run)
     else:
         _require_checkpoints(run)
-    # 1. the same questions for all
-    base = resolve_model(recipe.model, recipe.trust_remote_code).folder
-    examiner, constant = _set_questions(recipe, output, base, dtype)
-    # 2. a model after the other, the results written after each
-    systems, results = _score_models(recipe, run, examiner, constant, models_to_score(run, base, follow), draw)
-    # 3. what changed for the better and the worse, and the summary
-    if (best := results["best"]) is not None:
-        answers = (("base", systems["base"].outputs), (best, systems[best].outputs))
-        write_changes(examiner.folder, *answers, examiner.held_out.questions)
+    with _alone(output / "evaluation"):
+        # 1. the same questions for all
+        base = _find_base(recipe, run)
+        with Workers(recipe.evaluation.processes or default_processes()) as workers:
+            examiner, constant = _set_questions(recipe, output, base, dtype, workers)
+            # 2. a model after the other, the results written after each
+            systems, results = _score_models(recipe, run, examiner, constant, models_to_score(run, base, follow), draw)
+        # 3. what changed for the better and the worse, the user's own prompts, and the summary
+        _write_readings(examiner, systems, results["best"])
     _report(results, examiner.folder, as_json)
     return results
 
 
-def _set_questions(recipe: Recipe, output: Path, base: Path, dtype: "torch.dtype | None") -> tuple["_Examiner", System]:
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of an evaluation: two would write one journal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(hold_lock(folder / ".lock"))
+        except BlockingIOError:
+            raise UserError(folder, "another evaluation is at work here", "wait for it to end") from None
+        yield
+
+
+def _find_base(recipe: Recipe, run: RunFolder) -> Path:
+    """The folder of the base model, which must be what the run began with and have room for answers."""
+    resolved = resolve_model(recipe.model, recipe.trust_remote_code)
+    refuse_other_model(run, str(resolved), weights_fingerprint(resolved.folder))
+    if recipe.evaluation.backend == "vllm":
+        require_vllm()
+    _require_room(resolved.folder, recipe.evaluation.max_new_tokens, recipe.trust_remote_code)
+    return resolved.folder
+
+
+def _set_questions(
+    recipe: Recipe, output: Path, base: Path, dtype: "torch.dtype | None", workers: Workers
+) -> tuple[Examiner, System]:
     """What asks every model the same questions, and the constant answer's scores on them."""
     settings = recipe.evaluation
     encoder = Encoder(load_tokenizer(base, recipe.trust_remote_code), recipe.data.template)
-    examiner = _Examiner(
+    examiner = Examiner(
         settings,
         encoder,
         load_held_out(output, encoder, settings.turns, settings.limit),
+        load_prompts(settings.prompts, encoder),
         output / "evaluation",
-        dtype or inference_dtype(recipe.training.precision),
-        recipe.trust_remote_code,
+        ModelSpec(
+            base,
+            dtype or inference_dtype(recipe.training.precision),
+            recipe.trust_remote_code,
+            tuple(encoder.stop_token_ids),
+            settings.max_new_tokens,
+            Sampling(settings.temperature, settings.top_p, recipe.seed) if settings.temperature > 0 else None,
+            settings.backend,
+            base,
+        ),
+        workers,
     )
     return examiner, examiner.repeat(best_constant(train_answers(output, encoder, settings.turns)))
+
+
+def _write_readings(examiner: Examiner, systems: dict[str, System], best: str | None) -> None:
+    if best is not None:
+        answers = (("base", systems["base"].outputs), (best, systems[best].outputs))
+        write_changes(examiner.folder, *answers, examiner.held_out.questions)
+    prompted = {name: system.prompted for name, system in systems.items()}
+    write_side_by_side(examiner.folder, examiner.prompts, prompted)
 
 
 def _score_models(
     recipe: Recipe,
     run: RunFolder,
-    examiner: "_Examiner",
+    examiner: Examiner,
     constant: System,
     models: Iterable[tuple[str, Path]],
     draw: Callable[[Path], object] | None,
@@ -128,7 +152,7 @@ def _score_models(
                 raise
             failed.append({"checkpoint": name, "error": f"{error.what}"})
             warn(f"{name} cannot be scored and is left out: {error.what}")
-        results = summarise(systems, constant, recipe.evaluation) | {"failed": failed}
+        results = summarise(systems, constant, recipe.evaluation) | _facts(recipe, examiner, failed)
         write_atomically(examiner.folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         if draw is not None:
             draw(run.root)
@@ -157,9 +181,20 @@ def summarise(systems: dict[str, System], constant: System, settings: Evaluation
         "checkpoints": [entries[name] for name in checkpoints],
         "best": best,
         "constant": entries["constant"],
-        "answers": len(constant.outputs),
+    }
+
+
+def _facts(recipe: Recipe, examiner: Examiner, failed: list[dict[str, str]]) -> dict[str, Any]:
+    """What else results.json says: how the answers came about, and what has none."""
+    settings, sampling = recipe.evaluation, examiner.spec.sampling
+    return {
+        "answers": len(examiner.held_out.questions),
+        "prompts": len(examiner.prompts),
         "turns": settings.turns,
         "max_new_tokens": settings.max_new_tokens,
+        "sampling": None if sampling is None else asdict(sampling),
+        "backend": settings.backend,
+        "failed": failed,
     }
 
 
@@ -169,166 +204,21 @@ def _significance(name: str, metric: str, everyone: dict[str, System], rivals: d
     return {role: p_value(mine, everyone[rival].scores[metric]) for role, rival in rivals.items() if rival != name}
 
 
-@dataclass
-class _Examiner:
-    settings: EvaluationRecipe
-    encoder: Encoder
-    held_out: HeldOut
-    folder: Path
-    dtype: "torch.dtype"
-    trust_remote_code: bool
-
-    def __post_init__(self) -> None:
-        self._questions_key = self.held_out.fingerprint()
-        self._references = [question.reference for question in self.held_out.questions]
-
-    def repeat(self, text: str) -> System:
-        """The system that always says `text`."""
-        outputs = [text] * len(self._references)
-        entry = {"text": text, "exact_match": exact_match(outputs, self._references)}
-        return System(entry, outputs, self._score(outputs))
-
-    def _score(self, outputs: list[str]) -> dict[str, CorpusScore]:
-        wanted = [metric for metric in METRICS if metric in self.settings.metrics]
-        return {metric: CorpusScore(metric, outputs, self._references) for metric in wanted}
-
-    def examine(self, name: str, weights: Path) -> System:
-        """Answers and loss of one model, from its journal as far as they are there.
-
-        Raises:
-            UserError: the model is damaged or unfinished.
-        """
-        journal = Journal(self.folder / name / "journal.jsonl", self._key(weights))
-        missing = [i for i in range(len(self.held_out.questions)) if i not in journal.answers]
-        if missing or not journal.has_loss:
-            self._compute(name, self._load(weights), journal, missing)
-        return self._write(name, journal)
-
-    def _key(self, weights: Path) -> str:
-        stops, new = self.encoder.stop_token_ids, self.settings.max_new_tokens
-        parts = [VERSION, weights_fingerprint(weights), self._questions_key, stops, new, str(self.dtype)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def _compute(self, name: str, model: "PreTrainedModel", journal: Journal, missing: list[int]) -> None:
-        _require_room(model, self.settings.max_new_tokens)
-        started = time.perf_counter()
-        if not journal.has_loss:
-            loss, _ = held_out_loss(model, self.held_out.rows)
-            journal.add_loss(loss if math.isfinite(loss) else None, time.perf_counter() - started)
-        prompts = [self.held_out.questions[index].prompt_ids for index in missing]
-        with _Progress(name, len(prompts)) as advance:
-            clock = time.perf_counter()
-
-            def note(rows: list[int], answers: list[Any]) -> None:
-                nonlocal clock
-                now = time.perf_counter()
-                journal.add_answers([missing[row] for row in rows], answers, now - clock)
-                clock = now
-                advance(len(rows))
-
-            generate(
-                model,
-                prompts,
-                stop_token_ids=self.encoder.stop_token_ids,
-                max_new_tokens=self.settings.max_new_tokens,
-                batch_size=self.settings.batch_size,
-                on_batch=note,
-            )
-
-    def _load(self, weights: Path) -> "PreTrainedModel":
-        import torch
-        from safetensors import SafetensorError
-
-        try:
-            model = load_model(weights, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            if _is_out_of_memory(error):
-                raise
-            first = str(error).strip().split("\n")[0]
-            raise UserError(weights, f"{type(error).__name__}: {first}", "train anew or delete it") from error
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
-
-    def _write(self, name: str, journal: Journal) -> System:
-        answers = [journal.answers[index] for index in range(len(self.held_out.questions))]
-        outputs = [self.encoder.decode_answer(answer.ids) for answer in answers]
-        scores = self._score(outputs)
-        write_outputs(self.folder / name, self.held_out.questions, answers, outputs, scores)
-        write_examples(self.folder / name, self.held_out.questions[: self.settings.examples], outputs)
-        entry: dict[str, Any] = {"checkpoint": name} if name != "base" else {}
-        entry |= {
-            "step": int(name.rpartition("-")[2]) if name != "base" else 0,
-            "loss": journal.loss,
-            "perplexity": _perplexity(journal.loss),
-            "seconds": round(journal.seconds, 3),
-            "finish": dict(Counter(answer.finish for answer in answers)),
-            "empty": sum(not output.strip() for output in outputs),
-            "mean_tokens": sum(len(answer.ids) for answer in answers) / len(answers),
-            "exact_match": exact_match(outputs, self._references),
-        }
-        _mark(name, entry, len(answers))
-        return System(entry, outputs, scores)
-
-
 def _require_checkpoints(run: RunFolder) -> None:
     if not run.list_checkpoints():
         raise UserError(run.checkpoints, "there are no checkpoints to evaluate", "train first: minisft train")
 
 
-def _require_room(model: "PreTrainedModel", max_new_tokens: int) -> None:
-    context = context_length(model)
+def _require_room(base: Path, max_new_tokens: int, trust_remote_code: bool) -> None:
+    from transformers import AutoConfig
+
+    context = context_length(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code))
     if context is not None and max_new_tokens >= context:
         raise UserError(
             "evaluation.max_new_tokens",
             f"{max_new_tokens} tokens leave no room for a prompt in the model's context of {context}",
             "give a smaller number",
         )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the machine failed, and not the file; torch has no class of its own for that on a CPU."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _perplexity(loss: float | None) -> float | None:
-    return math.exp(loss) if loss is not None and loss < 700 else None
-
-
-def _mark(name: str, entry: dict[str, Any], answers: int) -> None:
-    """Says what should not pass unseen."""
-    if entry["loss"] is None:
-        warn(f"{name}: the loss on the held-out rows is not a finite number")
-    if entry["empty"] == answers:
-        warn(f"{name}: every answer is empty, so BLEU is 0")
-    elif cut := entry["finish"].get("context", 0):
-        warn(f"{name}: {cut} of {answers} answers end, or are empty, because the model's context is full")
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line now and then."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done, self.printed = name, total, 0, time.monotonic()
-
-    def __enter__(self) -> Callable[[int], None]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal)
-        self.task = self.bar.add_task(self.name, total=self.total)
-        self.bar.start()
-        return self.advance
-
-    def advance(self, rows: int) -> None:
-        self.done += rows
-        self.bar.update(self.task, advance=rows)
-        if not error_console.is_terminal and (self.done == self.total or time.monotonic() - self.printed > 10):
-            self.printed = time.monotonic()
-            error_console.print(f"{self.name}: {self.done} of {self.total} answers", markup=False)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
 
 
 def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:

@@ -48,6 +48,34 @@ def write_examples(folder: Path, questions: Sequence[Question], outputs: Sequenc
     write_atomically(folder / "examples.txt", "\n\n".join(parts) + "\n")
 
 
+def write_prompts(
+    folder: Path, prompts: Sequence[Question], answers: Sequence[Generated], outputs: Sequence[str]
+) -> None:
+    """Write `prompts.jsonl`: a line for each of the user's own prompts, or no such file where there are none."""
+    path = folder / "prompts.jsonl"
+    if not prompts:
+        path.unlink(missing_ok=True)
+        return
+    lines = [
+        {"id": p.id, "prompt": p.prompt, "output": output, "finish": answer.finish, "tokens": len(answer.ids)}
+        for p, answer, output in zip(prompts, answers, outputs, strict=True)
+    ]
+    write_atomically(path, "".join(_one_line(line) + "\n" for line in lines))
+
+
+def write_side_by_side(folder: Path, prompts: Sequence[Question], outputs: Mapping[str, Sequence[str]]) -> None:
+    """Write `prompts.txt`: each of the user's own prompts with every system's answer beneath, to read."""
+    path = folder / "prompts.txt"
+    if not prompts:
+        path.unlink(missing_ok=True)
+        return
+    parts = []
+    for place, prompt in enumerate(prompts):
+        heading = f"===== {prompt.id} of {len(prompts)} =====\n--- prompt ---\n{prompt.prompt}"
+        parts.append("\n".join([heading, *(f"--- {name} ---\n{given[place]}" for name, given in outputs.items())]))
+    write_atomically(path, "\n\n".join(parts) + "\n")
+
+
 def write_changes(
     folder: Path,
     base: tuple[str, Sequence[str]],

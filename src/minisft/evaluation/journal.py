@@ -1,6 +1,12 @@
-"""What has been computed for one model, written as it comes: a killed evaluation goes on where it stopped."""
+"""What has been computed for one model, written as it comes: a killed evaluation goes on where it stopped.
 
+One process writes it. Answers stand under their prompts and the loss under its rows, so that other questions later
+(more turns, a limit, prompts of the user's own) leave what is there of use.
+"""
+
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,21 +16,19 @@ from minisft.files import write_atomically
 
 
 class Journal:
-    """A file of JSON lines: the key first, then the loss, and the answers of each batch.
+    """A file of JSON lines: the key first, then losses, and the answers of each batch.
 
-    Lines under another key (other weights, prompts or settings) are of no use and go; a torn last line goes too.
+    Lines under another key (other weights or another way of decoding) are of no use and go; a torn last line goes too.
 
     Args:
         path: `<output>/evaluation/NAME/journal.jsonl`.
-        key: what the answers depend on, hashed.
+        key: what every answer depends on besides its prompt, hashed.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        self.loss: float | None = None
-        self.has_loss = False
-        self.seconds = 0.0
-        self.answers: dict[int, Generated] = {}
+        self._losses: dict[str, tuple[float | None, float]] = {}
+        self._answers: dict[str, tuple[Generated, float]] = {}
         lines = _whole_lines(path)
         if not lines or lines[0] != {"key": key}:
             lines = [{"key": key}]
@@ -32,11 +36,29 @@ class Journal:
             self._take(line)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def add_loss(self, loss: float | None, seconds: float) -> None:
-        self._append({"loss": loss, "seconds": seconds})
+    def has_answer(self, prompt: Sequence[int]) -> bool:
+        return prompt_key(prompt) in self._answers
 
-    def add_answers(self, indices: list[int], answers: list[Generated], seconds: float) -> None:
-        given = [[index, asdict(answer)] for index, answer in zip(indices, answers, strict=True)]
+    def answer(self, prompt: Sequence[int]) -> Generated:
+        return self._answers[prompt_key(prompt)][0]
+
+    def has_loss(self, rows: str) -> bool:
+        return rows in self._losses
+
+    def loss(self, rows: str) -> float | None:
+        """The loss on the rows with this fingerprint; None where it is no finite number."""
+        return self._losses[rows][0]
+
+    def seconds(self, rows: str, prompts: Sequence[Sequence[int]]) -> float:
+        """What the loss and these prompts' answers took, added up over processes."""
+        keys = {prompt_key(prompt) for prompt in prompts}
+        return self._losses[rows][1] + sum(self._answers[key][1] for key in keys)
+
+    def add_loss(self, rows: str, loss: float | None, seconds: float) -> None:
+        self._append({"rows": rows, "loss": loss, "seconds": seconds})
+
+    def add_answers(self, prompts: Sequence[Sequence[int]], answers: Sequence[Generated], seconds: float) -> None:
+        given = [[prompt_key(prompt), asdict(answer)] for prompt, answer in zip(prompts, answers, strict=True)]
         self._append({"answers": given, "seconds": seconds})
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -45,11 +67,15 @@ class Journal:
         self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
-        self.seconds += line["seconds"]
         if "loss" in line:
-            self.loss, self.has_loss = line["loss"], True
-        for index, answer in line.get("answers", []):
-            self.answers[index] = Generated(**answer)
+            self._losses[line["rows"]] = line["loss"], line["seconds"]
+        for key, answer in line.get("answers", []):
+            self._answers[key] = Generated(**answer), line["seconds"] / len(line["answers"])
+
+
+def prompt_key(prompt: Sequence[int]) -> str:
+    """What a prompt's answer stands under: a hash of its token ids."""
+    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:24]
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

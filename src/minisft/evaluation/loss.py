@@ -1,6 +1,6 @@
 """Loss on held-out rows: the token-weighted mean over their supervised tokens, teacher forced."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -8,30 +8,32 @@ from transformers import PreTrainedModel
 from minisft.data.encoding import IGNORED
 from minisft.evaluation.generation import forward_arguments
 
+Row = tuple[Sequence[int], Sequence[int]]  # input ids and labels
 # Tokens in a batch, padding included; their logits in fp32 over a vocabulary of 49,152 take 400 MB.
 BATCH_TOKENS = 2048
 
 
-@torch.inference_mode()
-def held_out_loss(model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[float, int]:
+def held_out_loss(model: PreTrainedModel, rows: Sequence[Row]) -> tuple[float, int]:
     """Mean negative log-likelihood, in nats per supervised token, and how many tokens that is.
 
     Args:
         model: a causal language model in eval mode.
         rows: (input ids, labels) of each row; labels are unshifted, -100 where not supervised.
     """
+    return mean_loss([sum_of_losses(model, batch) for batch in loss_batches(rows)])
+
+
+def mean_loss(sums: Iterable[tuple[float, int]]) -> tuple[float, int]:
+    """The mean over all batches, and the number of tokens, from the (sum of losses, tokens) of each batch in order."""
     total, count = 0.0, 0
-    for batch in _batches(rows):
-        loss, tokens = _sum_of_losses(model, batch)
+    for loss, tokens in sums:
         total, count = total + loss, count + tokens
     return (total / count if count else float("nan")), count
 
 
-def _batches(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-) -> list[list[tuple[Sequence[int], Sequence[int]]]]:
+def loss_batches(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows of similar length together, longest first."""
-    batches: list[list[tuple[Sequence[int], Sequence[int]]]] = []
+    batches: list[list[Row]] = []
     room = 0
     for row in sorted(rows, key=lambda row: -len(row[0])):
         if not batches or len(batches[-1]) >= room:
@@ -41,7 +43,9 @@ def _batches(
     return batches
 
 
-def _sum_of_losses(model: PreTrainedModel, rows: list[tuple[Sequence[int], Sequence[int]]]) -> tuple[float, int]:
+@torch.inference_mode()
+def sum_of_losses(model: PreTrainedModel, rows: Sequence[Row]) -> tuple[float, int]:
+    """The summed loss of one batch's supervised tokens, and how many they are; the first row is the longest."""
     longest = len(rows[0][0])
     ids = torch.tensor([[*i, *[0] * (longest - len(i))] for i, _ in rows], device=model.device)
     labels = torch.tensor([[*label, *[IGNORED] * (longest - len(label))] for _, label in rows], device=model.device)

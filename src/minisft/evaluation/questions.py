@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minisft.data.conversation import message_from_row
+from minisft.data.conversation import Message, message_from_row
 from minisft.data.encoding import IGNORED, Encoder
 from minisft.data.preparation import load_test, load_train
 from minisft.data.rendering import RefusedError
@@ -47,10 +48,10 @@ class HeldOut:
     questions: list[Question]
     rows: list[tuple[list[int], list[int]]]
 
-    def fingerprint(self) -> str:
-        """A hash of everything here."""
-        content = json.dumps([[asdict(q) for q in self.questions], self.rows])
-        return hashlib.sha256(content.encode()).hexdigest()
+    @cached_property
+    def rows_fingerprint(self) -> str:
+        """A hash of the rows."""
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()[:24]
 
 
 def load_held_out(output: Path, encoder: Encoder, turns: str, limit: int | None) -> HeldOut:
@@ -74,6 +75,62 @@ def load_held_out(output: Path, encoder: Encoder, turns: str, limit: int | None)
         )
     questions = [question for row in rows for question in _questions_of(row, encoder, turns)]
     return HeldOut(questions, [(list(row["input_ids"]), list(row["labels"])) for row in rows])
+
+
+def load_prompts(given: str | list[str] | None, encoder: Encoder) -> list[Question]:
+    """The user's own prompts, as questions without a reference.
+
+    Args:
+        given: the recipe's `evaluation.prompts`: texts; or a file, of a prompt a line (.txt) or of lines
+            {"messages": [{"role", "content"}, ...]} (.jsonl); or None.
+        encoder: of the run's template.
+
+    Raises:
+        UserError: the file cannot be read, a line holds no conversation that ends in a user's message, or the
+            template refuses one.
+    """
+    if given is None:
+        return []
+    if isinstance(given, str):
+        conversations = _read_prompts(Path(given))
+    else:
+        conversations = [(f"evaluation.prompts, text {n}", [Message("user", t)]) for n, t in enumerate(given, 1)]
+    return [_prompt(n, where, messages, encoder) for n, (where, messages) in enumerate(conversations, 1)]
+
+
+def _prompt(number: int, where: str, messages: list[Message], encoder: Encoder) -> Question:
+    try:
+        ids = encoder.encode_prompt(messages)
+    except RefusedError as refusal:
+        raise UserError(where, refusal.what, "say it otherwise, or use another data.template") from None
+    turn = sum(message.is_answer for message in messages) + 1
+    return Question(f"prompt-{number}", turn, ids, str(encoder.tokenizer.decode(ids, skip_special_tokens=False)), "")
+
+
+def _read_prompts(path: Path) -> list[tuple[str, list[Message]]]:
+    """(place, messages) of each line that is not blank."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        mend = "give a list of texts, or the path of a .txt or .jsonl file"
+        raise UserError("evaluation.prompts", f"{path} cannot be read ({error})", mend) from None
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(path, "there is no prompt in this file", "write one a line")
+    if path.suffix != ".jsonl":
+        return [(where, [Message("user", line.rstrip("\r"))]) for where, line in numbered]
+    return [(where, _messages_of(where, line)) for where, line in numbered]
+
+
+def _messages_of(where: str, line: str) -> list[Message]:
+    mend = 'write {"messages": [{"role": "user", "content": "..."}]} in one line'
+    try:
+        messages = [message_from_row(fields) for fields in json.loads(line)["messages"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(where, f"this is no prompt ({type(error).__name__}: {error})", mend) from None
+    if not messages or messages[-1].is_answer or not all(isinstance(message.content, str) for message in messages):
+        raise UserError(where, "the last message must be one to be answered, and contents must be text", mend)
+    return messages
 
 
 def train_answers(output: Path, encoder: Encoder, turns: str) -> list[str]:

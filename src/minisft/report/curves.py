@@ -7,9 +7,12 @@ from minisft.report.run_files import RunFiles, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SIZE = (7.0, 4.0)  # inches
 _NAMES = {"bleu": "BLEU", "chrf": "chrF"}
+# Told apart with colour blindness too: Okabe and Ito 2008, "Color Universal Design".
+_OVERLAID = ("#56b4e9", "#e69f00", "#009e73", "#1a1a1a", "#cc79a7", "#0072b2", "#d55e00", "#b0a000")
 _TRAIN, _TEST, _MARK = "#4c78a8", "#e45756", "#888888"
 
 
@@ -31,18 +34,48 @@ def draw_curves(output: Path) -> list[Path]:
     return drawn
 
 
+def draw_overlaid(path: Path, variants: dict[str, list[dict[str, Any]]]) -> Path:
+    """Draw loss and gradient norm of several runs over each other; curves that coincide all stay to be seen.
+
+    Args:
+        path: of the PNG.
+        variants: the lines of metrics.jsonl by the name of the run.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
+    for axes, (key, label) in zip(
+        figure.subplots(1, 2), (("loss", "loss per supervised token"), ("grad_norm", "gradient norm")), strict=True
+    ):
+        for place, (name, steps) in enumerate(variants.items()):
+            points = [(line["step"], line[key]) for line in steps if line.get(key) is not None]
+            width = 1.2 + 2.2 * (len(variants) - 1 - place)  # the first is the widest, and lies below
+            color = _OVERLAID[place % len(_OVERLAID)]
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=width, label=name)
+        _finish(axes, label)
+    return _write(figure, path)
+
+
 def _save(path: Path, label: str, draw: Any, run: RunFiles) -> Path:
     from matplotlib.figure import Figure  # without pyplot: no display, no state
 
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     draw(axes, run)
+    _finish(axes, label)
+    return _write(figure, path)
+
+
+def _finish(axes: "Axes", label: str) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
+
+
+def _write(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, dpi=150, format="png")

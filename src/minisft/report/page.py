@@ -1,16 +1,14 @@
 """One self-contained page of a run: opens offline, asks nobody for anything, and shows foreign text as text."""
 
 import json
-import platform
 from collections.abc import Iterable
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from minisft.files import write_atomically
+from minisft.report.html import environment, rounded, table, whole_page
 from minisft.report.run_files import RunFiles, read_lines, read_run
 from minisft.report.verdict import verdict
 
@@ -18,9 +16,6 @@ CURVE_POINTS = 1500
 EXAMPLE_BYTES = 1_500_000  # of example text on the page; all of it lies in outputs.jsonl
 CHANGED = 5  # most improved rows on the page, and as many most worsened
 _NAMES = {"bleu": "BLEU", "chrf": "chrF"}
-_PACKAGES = ("minisft", "torch", "transformers", "deepspeed", "sacrebleu")
-# Nothing is loaded from anywhere, whatever a model may have written.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def write_report(output: Path) -> Path:
@@ -35,25 +30,7 @@ def write_report(output: Path) -> Path:
     run = read_run(output)
     name = output.resolve().name
     sections = [_verdict(run), _curves(run), _scores(run), _examples(run), _ledger(run), _speed(run), _origin(run)]
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(name)}: MiniSFT report</title>
-<style>{_resource("page.css")}</style>
-</head>
-<body>
-<main>
-<h1>{escape(name)}</h1>
-{"".join(sections)}
-</main>
-<script type="application/json" id="data">{_inert_json(_page_data(run))}</script>
-<script>{_resource("page.js")}</script>
-</body>
-</html>
-"""
+    page = whole_page(name, "MiniSFT report", "".join(sections), _page_data(run), "page.js")
     path = output / "report.html"
     write_atomically(path, page)
     return path
@@ -66,8 +43,8 @@ def _page_data(run: RunFiles) -> dict[str, Any]:
     losses = [(line["step"], line["loss"]) for line in run.steps if line.get("loss") is not None]
     stride = max(1, len(losses) // CURVE_POINTS)
     return {
-        "train": [[step, _rounded(loss)] for step, loss in losses[::stride]],
-        "test": [[e["step"], _rounded(e["loss"])] for _, e in run.systems if e.get("loss") is not None],
+        "train": [[step, rounded(loss)] for step, loss in losses[::stride]],
+        "test": [[e["step"], rounded(e["loss"])] for _, e in run.systems if e.get("loss") is not None],
         "scores": _score_points(run),
         "systems": [name for name, _ in run.systems],
         "best": run.results["best"] if run.results else None,
@@ -83,8 +60,8 @@ def _score_points(run: RunFiles) -> dict[str, Any] | None:
     for metric in _metrics(run):
         scores = [(entry["step"], entry[metric]) for _, entry in run.systems]
         points[metric] = {
-            "points": [[step, *(_rounded(s[key]) for key in ("score", "low", "high"))] for step, s in scores],
-            "constant": _rounded(run.results["constant"][metric]["score"]),
+            "points": [[step, *(rounded(s[key]) for key in ("score", "low", "high"))] for step, s in scores],
+            "constant": rounded(run.results["constant"][metric]["score"]),
         }
     return points
 
@@ -177,7 +154,7 @@ def _scores(run: RunFiles) -> str:
     return (
         f'<h2 id="scores">Scores on {run.results.get("answers", "the")} held-out answers</h2>\n'
         f'<div class="pair">{"".join(figures)}</div>\n'
-        f'<div class="scroll" tabindex="0" role="region" aria-labelledby="scores">{_table(heads, rows)}</div>\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-labelledby="scores">{table(heads, rows)}</div>\n'
         f'{"".join(failed)}<p class="soft">constant is the train answer that scores best when it is always given: '
         f"{constant}.</p>\n"
     )
@@ -217,7 +194,7 @@ def _ledger(run: RunFiles) -> str:
     for name in ("rows", "tokens", "turns", "skipped", "repaired", "overflow", "findings"):
         if counts := run.ledger.get(name):
             rows = [([key, f"{value:,}"], False) for key, value in counts.items()]
-            parts.append(f"<div><h3>{escape(name)}</h3>{_table([name, 'number'], rows)}</div>")
+            parts.append(f"<div><h3>{escape(name)}</h3>{table([name, 'number'], rows)}</div>")
     histogram = (run.ledger.get("lengths") or {}).get("histogram") or {}
     bars = f"<h3>Tokens a conversation</h3>{_bars(histogram)}" if histogram else ""
     return f'<h2 id="ledger">Data ledger</h2>\n<div class="pair">{"".join(parts)}</div>{bars}\n'
@@ -250,9 +227,7 @@ def _speed(run: RunFiles) -> str:
         "supervised tokens a second": f"{_rate(timed, 'supervised_tokens'):,.0f}",
         "peak memory": f"{max(memory) / 1000:.2f} GB" if memory else "not recorded",
     }
-    return (
-        f'<h2 id="speed">Speed and memory</h2>\n{_table(["", ""], [(list(item), False) for item in rates.items()])}\n'
-    )
+    return f'<h2 id="speed">Speed and memory</h2>\n{table(["", ""], [(list(item), False) for item in rates.items()])}\n'
 
 
 def _rate(lines: list[dict[str, Any]], key: str) -> float:
@@ -260,12 +235,10 @@ def _rate(lines: list[dict[str, Any]], key: str) -> float:
 
 
 def _origin(run: RunFiles) -> str:
-    versions = ", ".join(f"{name} {found}" for name in _PACKAGES if (found := _version(name)))
-    machine = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}; {versions}"
     return (
         f'<h2 id="recipe">Recipe and environment</h2>\n<details open><summary>recipe.yaml</summary>'
         f'<pre tabindex="0">{escape(run.recipe)}</pre></details>\n'
-        f'<p class="soft">This page was written with {escape(machine)}.</p>\n'
+        f'<p class="soft">This page was written with {escape(environment())}.</p>\n'
     )
 
 
@@ -276,37 +249,7 @@ def _metrics(run: RunFiles) -> list[str]:
     return [metric for metric in _NAMES if run.results is not None and metric in run.results["base"]]
 
 
-def _table(heads: list[str], rows: list[tuple[list[str], bool]]) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(
-        f"<tr{' class=best' if best else ''}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        for cells, best in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
-
-
-def _inert_json(data: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _resource(name: str) -> str:
-    return (files("minisft.report") / name).read_text(encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

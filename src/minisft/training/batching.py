@@ -1,11 +1,13 @@
 """Padding-free batches: which conversations make which optimizer step, on which process, in which forward.
 
 A step is a fixed set of conversations, whatever the number of processes and the split of the batch: the
-epoch's permutation, cut into global batches. Every process computes the same plan from the lengths alone,
-so nothing has to be communicated: the conversations of a step are dealt to the processes by length, and
-each process lays its share end to end in rows of at most `row_tokens` tokens, one forward and backward each.
+epoch's permutation, cut into global batches; with packing, the epoch's packs, cut likewise. Every process
+computes the same plan from the lengths alone, so nothing has to be communicated: the conversations of a step
+are dealt to the processes by length, and each process lays its share end to end in rows of at most
+`row_tokens` tokens, one forward and backward each.
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,20 +120,51 @@ def deal(lengths: Sequence[int], processes: int) -> list[list[int]]:
 def fill_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Put the items of `lengths` into rows of at most `row_tokens`, longest first; a longer item has its own.
 
-    First-fit decreasing (Johnson 1973: at most 11/9 of the fewest rows).
+    Best-fit decreasing: into the row with the least room that is enough (Johnson 1973: at most 11/9 of the
+    fewest rows). How many rows come out depends on the lengths alone, not on their order.
     """
     rows: list[list[int]] = []
-    loads: list[int] = []
+    rooms: list[int] = []  # what is left in some row, ascending
+    rows_with: dict[int, list[int]] = {}
     for position in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
         length = lengths[position]
-        fitting = next((at for at, load in enumerate(loads) if load + length <= row_tokens), None)
-        if fitting is None:
-            rows.append([position])
-            loads.append(length)
+        fitting = bisect.bisect_left(rooms, length)
+        if fitting == len(rooms):
+            row, room = len(rows), row_tokens
+            rows.append([])
         else:
-            rows[fitting].append(position)
-            loads[fitting] += length
+            room = rooms[fitting]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rooms[fitting]
+        rows[row].append(position)
+        left = room - length
+        if left > 0:
+            if not rows_with.setdefault(left, []):
+                bisect.insort(rooms, left)
+            rows_with[left].append(row)
     return rows
+
+
+def steps_of_epoch(
+    lengths: np.ndarray, *, global_batch: int, pack_tokens: int | None, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """Say which conversations make each step of an epoch.
+
+    Args:
+        lengths: (conversations,) tokens of each.
+        global_batch: conversations of a step, or packs where there are some.
+        pack_tokens: tokens of a pack at most; None does not pack.
+        seed: of the order.
+        epoch: counted from 0; each has an order of its own.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    if pack_tokens is None:
+        return [order[start : start + global_batch] for start in range(0, len(order), global_batch)]
+    packs = fill_rows(lengths[order].tolist(), pack_tokens)  # among equals the order decides
+    shuffled = [order[packs[at]] for at in random.permutation(len(packs))]
+    return [np.concatenate(shuffled[at : at + global_batch]) for at in range(0, len(shuffled), global_batch)]
 
 
 class StepSampler:
@@ -142,24 +175,42 @@ class StepSampler:
     """
 
     def __init__(
-        self, sizes: Sizes, *, global_batch: int, row_tokens: int, processes: int, rank: int, seed: int
+        self,
+        sizes: Sizes,
+        *,
+        global_batch: int,
+        row_tokens: int,
+        processes: int,
+        rank: int,
+        seed: int,
+        pack_tokens: int | None = None,
     ) -> None:
         assert 0 <= rank < processes
         self.sizes = sizes
         self.global_batch = global_batch
+        self.pack_tokens = pack_tokens
         self.row_tokens = row_tokens
         self.processes = processes
         self.rank = rank
         self.seed = seed
         self.epoch = 0
+        self._steps = len(self._steps_of_epoch())
 
     def __len__(self) -> int:
-        return -(-len(self.sizes) // self.global_batch)
+        return self._steps
 
     def __iter__(self) -> Iterator[list[RowPlan]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.sizes))
-        for start in range(0, len(order), self.global_batch):
-            yield self.plan(order[start : start + self.global_batch])
+        for step in self._steps_of_epoch():
+            yield self.plan(step)
+
+    def _steps_of_epoch(self) -> list[np.ndarray]:
+        return steps_of_epoch(
+            self.sizes.tokens,
+            global_batch=self.global_batch,
+            pack_tokens=self.pack_tokens,
+            seed=self.seed,
+            epoch=self.epoch,
+        )
 
     def plan(self, step: np.ndarray) -> list[RowPlan]:
         """Return this process's rows of the step that learns from the conversations `step`."""

@@ -73,9 +73,14 @@ def is_last(checkpoint: Path) -> bool:
 
 def publish_final_model(run: RunFolder) -> None:
     """Make `model/` of the last checkpoint, whole or absent: the same model without what resuming needs."""
-    last = run.list_checkpoints()[-1]
     aside = run.root / ".model"
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(last, aside, ignore=shutil.ignore_patterns(*_STATES, _ORIGIN, "trainer_state.json"))
+    copy_model(run.list_checkpoints()[-1], aside)
     shutil.rmtree(run.model, ignore_errors=True)
     aside.rename(run.model)
+
+
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint into a new or empty folder, without what only resuming needs."""
+    unneeded = shutil.ignore_patterns(*_STATES, _ORIGIN, "trainer_state.json")
+    shutil.copytree(checkpoint, folder, ignore=unneeded, dirs_exist_ok=True)

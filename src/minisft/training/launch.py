@@ -13,8 +13,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from minisft.errors import UserError
+from minisft.errors import StoppedError, UserError
 from minisft.training.hardware import on_cpu, threads_of_a_process
+from minisft.training.interruption import STOP_FILE, StopRequest, stop_on_signal
 from minisft.training.strategies import ZERO_STAGES, start_communication
 
 _PATIENCE = timedelta(hours=12)  # the first process may have much data to prepare
@@ -83,6 +84,8 @@ def join(strategy: str, first_does: Callable[[], None]) -> None:
 def launch(module: str, arguments: list[str], processes: int) -> None:
     """Run `python -m module arguments` in several processes of this machine and wait for them.
 
+    SIGINT and SIGTERM are passed on through a file, so that they stop together at the end of a step.
+
     Raises:
         UserError: the one that a process raised.
         RuntimeError: a process failed otherwise; its traceback is on stderr.
@@ -95,13 +98,16 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="minisft", rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0", max_restarts=0, start_method="spawn", monitor_interval=0.2,
+        signals_to_handle="SIGHUP,SIGQUIT",
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
-        error_file = Path(folder) / "error.json"
-        os.environ |= {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid())}
+        error_file, stop = Path(folder) / "error.json", StopRequest(Path(folder) / "stop")
+        added = {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid()), STOP_FILE: str(stop.file)}
+        os.environ |= added
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_process(processes)))
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+            with stop_on_signal(stop):
+                elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
         except ChildFailedError as error:
             if error_file.exists():
                 raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
@@ -109,7 +115,25 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
         except SignalException:
             raise KeyboardInterrupt from None
         finally:
-            del os.environ[_ERROR_FILE], os.environ[_LAUNCHER]
+            for name in added:
+                del os.environ[name]
+
+
+def launch_alone(module: str, arguments: list[str]) -> None:
+    """Run `python -m module arguments` in one process, which joins no others, and wait for it.
+
+    Raises:
+        UserError: the one that the process raised.
+        RuntimeError: it failed otherwise; its traceback is on stderr.
+    """
+    with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
+        error_file = Path(folder) / "error.json"
+        environment = {**os.environ, _ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid())}
+        done = subprocess.run([sys.executable, "-u", "-m", module, *arguments], env=environment)
+        if error_file.exists():
+            raise UserError(*json.loads(error_file.read_text(encoding="utf-8")))
+    if done.returncode:
+        raise RuntimeError(f"a training process failed with status {done.returncode}")
 
 
 def run_worker(work: Callable[[], None]) -> int:
@@ -121,6 +145,8 @@ def run_worker(work: Callable[[], None]) -> int:
     _die_with_launcher()
     try:
         work()
+    except StoppedError:
+        return 0  # the launcher, which passed it on, says so
     except UserError as error:
         _hand_over(error)
         return 2

@@ -14,24 +14,31 @@ from transformers import TrainerCallback
 
 from minisft.console import error_console
 from minisft.files import write_atomically
+from minisft.training.communication import bytes_sent
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "seconds", "peak_memory_mb",
+    "communication_mb",
 )  # fmt: skip
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Tokens of a step, over all processes, and when it began (`time.perf_counter`)."""
+    """Tokens of a step, over all processes; when it began (`time.perf_counter`), and what had been sent by then."""
 
     tokens: int = 0
     supervised_tokens: int = 0
     started: float = 0.0
+    sent_before: float = 0.0
 
     def as_logs(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.started
-        return {"tokens": self.tokens, "supervised_tokens": self.supervised_tokens, "seconds": seconds}
+        return {
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "seconds": time.perf_counter() - self.started,
+            "communication_mb": (bytes_sent() - self.sent_before) / 1e6,
+        }
 
 
 def peak_memory_mb() -> float:

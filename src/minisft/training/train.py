@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from minisft.console import say
 from minisft.data.encoding import Encoder
-from minisft.errors import UserError
-from minisft.models import load_model, load_tokenizer, resolve_model
+from minisft.errors import StoppedError, UserError
+from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
 from minisft.runs import RunFolder, load_run, step_of
 from minisft.training.checkpoints import is_last, publish_final_model
+from minisft.training.communication import start_counting
 from minisft.training.hardware import choose_precision, keep_freed_memory, on_cpu, require_processes
+from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
 from minisft.training.strategies import (
     ZERO_STAGES,
@@ -45,6 +47,7 @@ def refuse_impossible(recipe: Recipe) -> None:
     set_deepspeed_environment(on_cpu())
     _check_names(training)
     choose_precision(training.precision)
+    _check_lora(recipe)
     if not is_joined():
         require_processes(training.processes)
     if training.strategy in ZERO_STAGES:
@@ -56,6 +59,7 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> No
 
     Raises:
         UserError: the model or the data cannot be trained so.
+        StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
     if resume_from is not None and is_last(resume_from):
         publish_final_model(run)  # it ended before this was done
@@ -66,51 +70,82 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> No
         return
     arguments = [str(run.root)] + ([str(resume_from)] if resume_from else [])
     launch(_WORKER, arguments, training.processes)
+    if not run.is_trained():
+        raise _stopped(run)
 
 
 def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> None:
-    """Do this process's part of the training, and make `model/` of the last checkpoint."""
+    """Do this process's part of the training, and make `model/` of the last checkpoint.
+
+    Raises:
+        UserError: the model or the data cannot be trained so.
+        StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
+    """
     import torch
 
     trainer = run_steps(recipe, run, resume_from)
     trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
+    stopped = trainer.state.global_step < trainer.state.max_steps
+    if trainer.args.should_save and not stopped:
         publish_final_model(run)
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if stopped:
+        raise _stopped(run)
+
+
+def _stopped(run: RunFolder) -> StoppedError:
+    return StoppedError(
+        f"stopped as asked; {run.list_checkpoints()[-1]} holds all of it, and --resume goes on from there"
+    )
 
 
 def run_steps(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> "SupervisedTokenTrainer":
-    """Take the steps of a run and write its checkpoints; return the trainer with the live model.
+    """Take the steps of a run and write its checkpoints; return the trainer with the live model."""
+    trainer = make_trainer(recipe, run, resume_from)
+    take_steps(trainer, run, resume_from)
+    return trainer
 
-    1. communication  2. arguments  3. model and tokenizer  4. trainer  5. steps
+
+def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> "SupervisedTokenTrainer":
+    """Load the model and get ready to train it on the data of a run folder.
+
+    1. communication  2. arguments  3. model and tokenizer  4. trainer
     """
     import torch
 
-    from minisft.training.metrics import ProgressLine, keep_steps_up_to
-
     keep_freed_memory()
+    start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
         start_communication(on_cpu())
     arguments = _arguments(recipe, run)
     resolved = resolve_model(recipe.model, recipe.trust_remote_code)
     tokenizer = load_tokenizer(resolved.folder, recipe.trust_remote_code)
     encoder = Encoder(tokenizer, recipe.data.template)
-    model = _load_for_training(recipe, resolved.folder)
+    model = _load_for_training(recipe, resolved, arguments.device)
     tokenizer.chat_template = encoder.chat_template
-    begun_at = step_of(resume_from) if resume_from else 0
-    trainer = _trainer(recipe, run, model, encoder, arguments, begun_at)
+    return _trainer(recipe, run, model, encoder, arguments, _begun_at(resume_from))
+
+
+def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: Path | None = None) -> None:
+    """Train, from the beginning or from a checkpoint, until the last step or until asked to stop."""
+    from minisft.training.metrics import ProgressLine, keep_steps_up_to
+
     progress = ProgressLine()
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
     if trainer.args.should_save:
-        keep_steps_up_to(run.metrics, begun_at)
+        keep_steps_up_to(run.metrics, _begun_at(resume_from))
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with listening() as trainer.stop:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         progress.stop()  # else an error would leave the terminal without its cursor
-    return trainer
+
+
+def _begun_at(resume_from: Path | None) -> int:
+    return step_of(resume_from) if resume_from else 0
 
 
 def _check_names(training: TrainingRecipe) -> None:
@@ -177,27 +212,43 @@ def _save_options(training: TrainingRecipe) -> dict[str, Any]:
     return {"save_strategy": "steps", "save_steps": training.save_every}
 
 
-def _load_for_training(recipe: Recipe, folder: Path) -> Any:
+def _check_lora(recipe: Recipe) -> None:
+    from minisft.training.lora import require_quantisation
+
+    if recipe.training.lora is not None:
+        require_quantisation(recipe.training.lora)
+    if is_adapter(Path(recipe.model)):
+        what = "this folder holds adapters, and training begins from a plain model"
+        raise UserError(recipe.model, what, "merge them with peft (merge_and_unload), and give that folder")
+
+
+def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> Any:
     """Load fp32 weights: half precision is for arithmetic, the weights that are updated stay exact."""
     import torch
     from transformers import set_seed
 
     from minisft.training import attention
+    from minisft.training.lora import add_lora, frozen_dtype, quantised_loading
 
+    lora, precision = recipe.training.lora, choose_precision(recipe.training.precision)
     set_seed(recipe.seed)
     attention.register()
+    dtype, options = torch.float32, {}
+    if lora is not None:
+        dtype, options = frozen_dtype(precision), quantised_loading(lora, precision, device)
     model = load_model(
-        folder,
-        dtype=torch.float32,
+        resolved.folder,
+        dtype=dtype,
         attention=attention.PADDING_FREE,
         trust_remote_code=recipe.trust_remote_code,
+        **options,
     )
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.max_length > limit:
         say(f"note: the model knows {limit} positions, data.max_length allows {recipe.data.max_length}")
-    return model
+    return model if lora is None else add_lora(model, lora, base_name=resolved.loads_as, seed=recipe.seed)
 
 
 def _trainer(
@@ -219,6 +270,7 @@ def _trainer(
         processes=arguments.world_size,
         rank=arguments.process_index,
         seed=recipe.seed,
+        pack_tokens=recipe.data.max_length if training.packing else None,
     )
     trainer = SupervisedTokenTrainer(
         model=model,

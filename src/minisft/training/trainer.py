@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,6 +22,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from minisft.errors import UserError
 from minisft.training.batching import Row, RowDataset, StepBatch, StepSampler, join_rows
 from minisft.training.checkpoints import drop_optimizer_states, note_origin, publish
+from minisft.training.clipping import clip_gradients
+from minisft.training.communication import bytes_sent
+from minisft.training.interruption import StopRequest
+from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.metrics import StepMetrics, peak_memory_mb
 
 
@@ -50,9 +54,12 @@ class SupervisedTokenTrainer(Trainer):
         assert self.args.gradient_accumulation_steps == 1
         self._step = StepMetrics()
         self._norm: Any = None
+        self.stop = StopRequest()
+        self.stops_here = False
         self._step_loss = torch.zeros((), device=self.args.device)
         self.remove_callback(PrinterCallback)
         self.add_callback(_ResumedState(sampler))
+        self.add_callback(_StopAtStepEnd(self))
 
     # --- batches
 
@@ -77,7 +84,7 @@ class SupervisedTokenTrainer(Trainer):
         over them.
         """
         batch: StepBatch = inputs
-        started = time.perf_counter()
+        started, sent_before = time.perf_counter(), bytes_sent()
         model.train()
         total = torch.zeros((), device=self.args.device)
         for number, row in enumerate(batch.rows, 1):
@@ -88,19 +95,22 @@ class SupervisedTokenTrainer(Trainer):
                 loss = loss * (self.args.world_size / batch.step_supervised)
                 total += loss.detach()
                 if last:  # DeepSpeed steps inside the last backward
-                    self._require_number(total, batch)
+                    self._agree(total, batch)
                 self.accelerator.backward(loss, **self._backward_options())
-        self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started)
+        self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
         self._step_loss = total
         return total
 
-    def _require_number(self, share: torch.Tensor, batch: StepBatch) -> None:
-        """Stop on every process before a loss that is no number reaches the weights.
+    def _agree(self, share: torch.Tensor, batch: StepBatch) -> None:
+        """Find out on every process whether one was asked to stop, and whether the step's loss is a number.
 
         Raises:
-            UserError: naming the step and this process's rows.
+            UserError: the loss is none, and has not reached the weights; naming the step and this process's rows.
         """
-        loss = self._over_processes(share, "mean")
+        asked = share.new_tensor(float(self.stop.asked()))
+        everyone = self.accelerator.gather(torch.stack([share, asked])[None].float())  # (processes, 2)
+        self.stops_here = bool(everyone[:, 1].any())
+        loss = float(everyone[:, 0].mean())
         if math.isfinite(loss):
             return
         rows = self.describe_rows(tuple(index for row in batch.rows for index in row.indexes))
@@ -137,6 +147,11 @@ class SupervisedTokenTrainer(Trainer):
     def _over_processes(self, value: torch.Tensor, how: str) -> float:
         gathered = self.accelerator.gather(value.reshape(1).float())
         return float(gathered.max() if how == "max" else gathered.mean())
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.args.device.type == "cpu" and not (self.is_deepspeed_enabled or self.args.fp16):
+            return clip_gradients(model.parameters(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -175,16 +190,27 @@ class SupervisedTokenTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save without a second copy of tied weights, which ZeRO-1 and ZeRO-2 would write."""
-        if state_dict is not None and getattr(self._model().config, "tie_word_embeddings", False):
-            tied = set(getattr(self._model(), "_tied_weights_keys", None) or ())
-            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        """Save a plain folder: the model, or its adapters alone, with tokenizer and the trained terminators."""
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir))
         # The Trainer has set the tokenizer's EOS meanwhile, which need not be what was trained as terminator.
         set_stop_tokens(self._model(), self.stop_token_ids)
         self._model().config.use_cache = True  # likewise: it was switched off for training
-        super()._save(output_dir, state_dict)
+        if has_adapters(self._model()):
+            save_adapters(self._model(), folder, state_dict)
+            cast(Any, self.processing_class).save_pretrained(folder)
+            return
+        super()._save(output_dir, self._without_tied(state_dict))
         # Its pickled arguments name this machine's paths, and nothing reads them.
-        Path(str(output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _without_tied(self, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Leave out the second copy of tied weights, which ZeRO-1 and ZeRO-2 would write."""
+        if state_dict is None or not getattr(self._model().config, "tie_word_embeddings", False):
+            return state_dict
+        tied = set(getattr(self._model(), "_tied_weights_keys", None) or ())
+        return {name: weight for name, weight in state_dict.items() if name not in tied}
 
     def _model(self) -> Any:
         assert self.model is not None
@@ -231,3 +257,18 @@ class _ResumedState(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.epoch = state.global_step // len(self.sampler)
+
+
+class _StopAtStepEnd(TrainerCallback):
+    """Save and end where the processes agreed to stop; the epoch's end, which follows, saves no second time."""
+
+    def __init__(self, trainer: SupervisedTokenTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stops_here:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stops_here:
+            control.should_save = False

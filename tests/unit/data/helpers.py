@@ -23,7 +23,8 @@ def write_rows(path: Path, rows) -> Path:
     return path
 
 
-def prepare_source(source, output, tokenizer, **data) -> Prepared:
+def prepare_source(source, output, tokenizer, begun=False, **data) -> Prepared:
     data = {"template": "chatml", **data}
     source = str(source) if isinstance(source, Path) else source
-    return prepare(Recipe(model="toy", output=str(output), data=DataRecipe(source=source, **data)), tokenizer)
+    recipe = Recipe(model="toy", output=str(output), data=DataRecipe(source=source, **data))
+    return prepare(recipe, tokenizer, begun=begun)

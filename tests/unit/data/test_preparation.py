@@ -13,15 +13,17 @@ import datasets
 import numpy as np
 import pytest
 
-from minisft.data import chunks
+from minisft.data import cache, chunks, preparation, sources
 from minisft.data.conversation import Conversation, messages_from_rows
 from minisft.data.encoding import Encoder
 from minisft.data.formats import to_conversation
 from minisft.data.ledger import ledger_lines
-from minisft.data.preparation import load_test, load_train
+from minisft.data.preparation import load_test, load_train, prepare
+from minisft.data.readers import Chunk
 from minisft.data.split import choose_test
 from minisft.data.verification import VerificationError
 from minisft.errors import UserError
+from minisft.recipe import DataRecipe, Recipe
 from tests.unit.data.helpers import many, prepare_source, talk, write_rows
 from tests.unit.data.toys import bpe_tokenizer
 
@@ -107,9 +109,6 @@ def test_the_split_is_seeded_and_stable_under_reordering(tmp_path, chat_bpe):
     chosen = []
     for name, order, seed in (("a", rows, 0), ("b", shuffled, 0), ("c", rows, 1)):
         path = write_rows(tmp_path / f"{name}.jsonl", order)
-        from minisft.data.preparation import prepare
-        from minisft.recipe import DataRecipe, Recipe
-
         data = DataRecipe(source=str(path), template="chatml")
         prepare(Recipe(model="toy", output=str(tmp_path / name), data=data, seed=seed), chat_bpe)
         chosen.append({row["id"] for row in load_test(tmp_path / name)})
@@ -174,6 +173,75 @@ def test_the_cache_is_found_and_a_changed_byte_makes_it_new(tmp_path, chat_bpe, 
     assert prepare_source(path, run, plain_bpe, max_length=99).cached
     (run / "dataset" / "ledger.json").write_text("{torn")
     assert not prepare_source(path, run, plain_bpe, max_length=99).cached
+
+
+def test_another_program_makes_it_new(tmp_path, chat_bpe, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", many(20))
+    assert not prepare_source(path, tmp_path / "run", chat_bpe).cached
+    monkeypatch.setattr(cache, "__version__", "another")
+    assert prepare_source(path, tmp_path / "run", chat_bpe, begun=True).cached  # a run goes on with its data
+    assert not prepare_source(path, tmp_path / "run", chat_bpe).cached
+
+
+def test_the_data_of_a_run_that_has_begun_must_be_those_that_it_began_with(tmp_path, chat_bpe, plain_bpe):
+    path, run = write_rows(tmp_path / "a.jsonl", many(20)), tmp_path / "run"
+    first = prepare_source(path, run, chat_bpe, begun=True)
+    assert not first.cached
+    assert prepare_source(path, run, chat_bpe, begun=True).cached
+    path.write_bytes(path.read_bytes().replace(b"number 7", b"number 8"))
+    with pytest.raises(UserError) as caught:
+        prepare_source(path, run, chat_bpe, begun=True)
+    assert f"changed since then: {path}" in str(caught.value)
+    assert "--force" in caught.value.mend
+    assert json.loads((run / "dataset" / "ledger.json").read_text()) == first.ledger
+    path.write_bytes(path.read_bytes().replace(b"Question number 8?", b"Question number 7?", 1))
+    with pytest.raises(UserError, match="the tokenizer"):
+        prepare_source(write_rows(path, many(20)), run, plain_bpe, begun=True)
+    assert prepare_source(path, run, chat_bpe, begun=True).cached
+
+
+class Hub:
+    """A hub whose data set changes with its revision; None: it does not answer."""
+
+    def __init__(self, monkeypatch):
+        self.revision: str | None = "a" * 40
+        monkeypatch.setattr(sources, "newest_revision", lambda path, revision: revision or self.revision)
+        monkeypatch.setattr(sources, "read_hub", self.read)
+
+    def read(self, path, split, subset, revision, index):
+        for i, row in enumerate(many(20, start=ord(revision[0]))):
+            yield Chunk(index, path, rows=((f"{split}:{i}", row),))
+
+
+def test_a_data_set_of_the_hub_counts_by_its_revision(tmp_path, chat_bpe, monkeypatch):
+    hub, run = Hub(monkeypatch), tmp_path / "run"
+    first = prepare_source("org/name", run, chat_bpe)
+    assert first.ledger["made_from"]["sources"] == {"org/name": "a" * 40}
+    assert prepare_source("org/name", run, chat_bpe).cached
+    hub.revision = None
+    assert prepare_source("org/name", run, chat_bpe).cached
+    hub.revision = "b" * 40
+    assert prepare_source("org/name", run, chat_bpe, begun=True).cached
+    second = prepare_source("org/name", run, chat_bpe)
+    assert not second.cached
+    assert second.ledger["made_from"]["sources"] == {"org/name": "b" * 40}
+    pinned = [{"path": "org/name", "revision": "a" * 40}]
+    assert prepare_source(pinned, run, chat_bpe).ledger["made_from"]["sources"] == {"org/name": "a" * 40}
+
+
+def test_what_is_cached_is_found_without_the_tokenizer(tmp_path, chat_bpe, monkeypatch):
+    folder, run = tmp_path / "model", tmp_path / "run"
+    chat_bpe.save_pretrained(folder)
+    path = write_rows(tmp_path / "a.jsonl", many(20))
+    recipe = Recipe(model=str(folder), output=str(run), data=DataRecipe(source=str(path), template="chatml"))
+    assert not prepare(recipe).cached
+    monkeypatch.setattr(preparation, "load_tokenizer", lambda *_: pytest.fail("the tokenizer was loaded"))
+    assert prepare(recipe).cached
+    assert prepare(recipe, model_folder=folder).cached
+    monkeypatch.undo()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=7))
+    assert prepare(recipe).cached  # other bytes, the same tokenizer
 
 
 def test_a_changed_template_file_makes_it_new(tmp_path, chat_bpe):
@@ -286,7 +354,7 @@ def test_several_processes_give_the_rows_of_one(tmp_path, chat_bpe):
     path = write_rows(tmp_path / "a.jsonl", odd_rows(4000))
     one = prepare_source(path, tmp_path / "one", chat_bpe, processes=1, invalid="skip")
     two = prepare_source(path, tmp_path / "two", chat_bpe, processes=2, invalid="skip")
-    assert {**one.ledger, "key": ""} == {**two.ledger, "key": ""}
+    assert one.ledger == two.ledger
     assert load_train(tmp_path / "one")[:] == load_train(tmp_path / "two")[:]
 
 

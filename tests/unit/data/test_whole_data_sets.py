@@ -22,9 +22,9 @@ SETS = [
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("template", ["chatml", "mistral", "llama3", "zephyr", "mistral-v3"])
+@pytest.mark.parametrize("template", ["chatml", "mistral", "llama3", "zephyr", "mistral-v1", "mistral-v3"])
 def test_every_row_is_verified_and_in_the_ledger(template, name, test_data, tmp_path, chat_bpe):
-    tokenizer = fast_tokenizer("v3") if template == "mistral-v3" else chat_bpe
+    tokenizer = fast_tokenizer(template[-2:]) if template.startswith("mistral-v") else chat_bpe
     data = DataRecipe(source=str(test_data / name), template=template, invalid="skip", max_length=1024)
     ledger = prepare(Recipe(model="toy", output=str(tmp_path), data=data), tokenizer).ledger
     rows, tokens = ledger["rows"], ledger["tokens"]
@@ -33,6 +33,14 @@ def test_every_row_is_verified_and_in_the_ledger(template, name, test_data, tmp_
     assert rows["kept"] > 0
     allowed = {"unanswered_end", "same_role_twice", "nothing_left_to_learn", "starts_without_user", "empty_answer"}
     assert set(ledger["skipped"]) <= allowed
+
+
+def test_prompts_without_answers_are_no_training_data_and_that_is_said(test_data, tmp_path, chat_bpe):
+    data = DataRecipe(source=str(test_data / "mt_bench_question.jsonl"), template="chatml")
+    with pytest.raises(
+        UserError, match="the format is unknown: its first row has the keys question_id, category, turns"
+    ):
+        prepare(Recipe(model="toy", output=str(tmp_path), data=data), chat_bpe)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,214 @@
+"""The comparison: each variant trained and scored by the ordinary verbs, then measured side by side."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from minisft.comparison.child import Ended, run_verb
+from minisft.comparison.table import print_comparison
+from minisft.comparison.variants import FOLDER, Variant, choose_variants, read_axes, refuse_other_run, trajectory
+from minisft.console import console, say, warn
+from minisft.errors import UserError
+from minisft.files import hold_lock, write_atomically
+from minisft.recipe import load_recipe
+from minisft.report.comparison import Entry, write_comparison
+from minisft.runs import RunFolder, open_run, refuse_foreign_folder
+
+_BASE_JOURNAL = Path("evaluation") / "base" / "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for.
+
+    Args:
+        path: the recipe file.
+        overrides: `key=value` words that hold for all variants.
+        strategies: such as "vanilla,zero2"; None: all four, unless something else is varied.
+        varied: `key=value1,value2` words; every combination is a variant.
+        evaluate: score each variant's checkpoints too.
+        force: run all variants anew.
+    """
+
+    path: Path
+    overrides: tuple[str, ...] = ()
+    strategies: str | None = None
+    varied: tuple[str, ...] = ()
+    evaluate: bool = True
+    force: bool = False
+
+
+def compare(wish: Wish) -> int:
+    """Run every variant that is not done yet, one after the other, and write what they measured.
+
+    Returns:
+        The exit status: 0 where all variants succeeded, 2 where the user can mend every failure, else 1.
+
+    Raises:
+        UserError: the output folder is another's, or a variant's folder holds a run with other settings.
+        StoppedError: SIGINT or SIGTERM came; the variant under way has saved its work.
+    """
+    variants = choose_variants(wish.path, wish.overrides, read_axes(wish.strategies, wish.varied))
+    output = Path(load_recipe(wish.path, wish.overrides).output)
+    refuse_foreign_folder(RunFolder(output))
+    (output / FOLDER).mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        if not wish.force:
+            _refuse_other_runs(variants)
+        _warn_early(variants)
+        entries = [Entry(v.name, f"{FOLDER}/{v.name}", v.overrides, trajectory(v)) for v in variants]
+        statuses = []
+        for place, variant in enumerate(variants):
+            status, entries[place] = _Run(wish, variant, output).go(entries[place], entries[:place])
+            statuses.append(status)
+            found = write_comparison(output, entries)
+        print_comparison(found)
+    say(f"written: {output / 'comparison.html'} (and .json, .md, .png beside it)")
+    return 1 if 1 in statuses else max(statuses)
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(hold_lock(output / FOLDER / ".lock"))
+        except BlockingIOError:
+            raise UserError(output, "another comparison is at work here", "wait for it to end") from None
+        yield
+
+
+def _refuse_other_runs(variants: Sequence[Variant]) -> None:
+    for variant in variants:
+        if variant.recipe is not None:
+            refuse_other_run(variant)
+
+
+def _warn_early(variants: Sequence[Variant]) -> None:
+    """Say before anything is spent what will not run, and what will show nothing."""
+    for variant in variants:
+        if variant.recipe is None:
+            warn(f"{variant.name} cannot be run, and the others go on: {variant.error}")
+    settings = [variant.recipe.training for variant in variants if variant.recipe is not None]
+    if any(training.strategy != "vanilla" and training.processes == 1 for training in settings):
+        say("note: training.processes is 1, so the ZeRO stages have nobody to share with")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One variant on its way: trained, then scored, each by a verb in a process of its own."""
+
+    wish: Wish
+    variant: Variant
+    output: Path
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.output / FOLDER / self.variant.name)
+
+    @property
+    def log(self) -> Path:
+        return self.run.root.with_name(f"{self.variant.name}.log")
+
+    @property
+    def record(self) -> Path:
+        """Holds the evaluation settings of the last whole evaluation."""
+        return self.run.root.with_name(f"{self.variant.name}.json")
+
+    def go(self, entry: Entry, earlier: Sequence[Entry]) -> tuple[int, Entry]:
+        """Do what is left to do; return the exit status of what failed, or 0, and the entry with how it went."""
+        if self.variant.recipe is None:
+            return self._failed(entry, "recipe", 2, self.variant.error or "")
+        try:
+            self._begin(earlier)
+        except UserError as error:
+            return self._failed(entry, "start", 2, str(error))
+        for stage, is_done in (("train", self.run.is_trained), ("evaluate", self._is_evaluated)):
+            if stage == "evaluate" and not self.wish.evaluate:
+                continue
+            if is_done():
+                say(f"{self.variant.name}: {stage} is done already")
+                continue
+            ended = self._run_verb(stage)
+            if ended.status:
+                return self._failed(entry, stage, ended.status, ended.error)
+        if self.wish.evaluate:
+            write_atomically(self.record, self._evaluation_settings())
+        return 0, replace(entry, status="done")
+
+    def _failed(self, entry: Entry, stage: str, status: int, error: str) -> tuple[int, Entry]:
+        warn(f"{self.variant.name}: {stage} failed: {error}")
+        return (2 if status == 2 else 1), replace(entry, status="failed", failed_at=stage, error=error)
+
+    def _begin(self, earlier: Sequence[Entry]) -> None:
+        """Make the run folder, and put into it what an earlier variant computed and this one may need likewise.
+
+        Whether it does, the preparation and the evaluation find out: both check what they find by a hash.
+        """
+        assert self.variant.recipe is not None
+        if self.wish.force:
+            self.record.unlink(missing_ok=True)
+        with open_run(self.variant.recipe, force=self.wish.force, prepares_only=True):
+            for other in reversed([self.output / entry.folder for entry in earlier]):
+                share(other / "dataset", self.run.dataset)
+                share(other / _BASE_JOURNAL, self.run.root / _BASE_JOURNAL)
+
+    def _run_verb(self, verb: str) -> Ended:
+        words = [verb, str(self.wish.path), *self.wish.overrides, *self.variant.overrides]
+        words.append(f"output={json.dumps(str(self.run.root))}")
+        if verb == "train" and self.run.has_begun():
+            words.append("--resume")
+        say(f"{self.variant.name}: {verb}, {self.log} tells more")
+        with _following(self.variant.name) as follow:
+            return run_verb(words, self.log, follow)
+
+    def _evaluation_settings(self) -> str:
+        assert self.variant.recipe is not None
+        return json.dumps(asdict(self.variant.recipe.evaluation), indent=1)
+
+    def _is_evaluated(self) -> bool:
+        results = self.run.root / "evaluation" / "results.json"
+        if not (results.is_file() and self.record.is_file()):
+            return False
+        scored = {entry["checkpoint"] for entry in json.loads(results.read_text(encoding="utf-8"))["checkpoints"]}
+        same = self.record.read_text(encoding="utf-8") == self._evaluation_settings()
+        return same and {path.name for path in self.run.list_checkpoints()} <= scored
+
+
+@contextlib.contextmanager
+def _following(name: str) -> Iterator[Callable[[str], object]]:
+    """Show what a child prints last: in one line of a terminal, else the lines of its progress."""
+    if not console.is_terminal:
+        yield lambda line: say(f"  {name}: {line}") if line.startswith("step ") else None
+        return
+    from rich.text import Text
+
+    with console.status(Text(name)) as status:
+        yield lambda line: status.update(Text(f"{name}: {line}", overflow="ellipsis", no_wrap=True))
+
+
+def share(source: Path, target: Path) -> None:
+    """Give `target` the content of `source` where there is one and no target yet; whole or absent.
+
+    Files are linked where the file system can: neither is ever written in place.
+    """
+    if target.exists() or not source.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    if source.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(source, aside, copy_function=_link_or_copy)
+    else:
+        shutil.copyfile(source, aside)
+    aside.replace(target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)

@@ -1,0 +1,337 @@
+"""Files of rows as chunks, each row with its location, never all in memory at once."""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from minisft.errors import UserError
+
+FILE_TYPES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv")
+COMPRESSIONS = (".gz", ".zst")
+CHUNK_BYTES = 1 << 17
+CHUNK_ROWS = 256
+DUPLICATE = "\0duplicate key"  # under this key a parsed object names a key that it holds twice
+_READ = 1 << 20
+_LARGEST_ELEMENT = 1 << 28  # characters of one element of a JSON array
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a source in order, light enough to hand to another process.
+
+    Args:
+        source: the index of its source.
+        lines: undecoded JSON lines with their line numbers, or
+        rows: parsed rows with their locations (a ValueError in place of a row that could not be parsed).
+        name: what the locations of lines begin with.
+        left_out: how many rows the source's weight left out.
+    """
+
+    source: int
+    name: str
+    lines: tuple[tuple[int, bytes], ...] = ()
+    rows: tuple[tuple[str, Any], ...] = ()
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.lines) + len(self.rows)
+
+    def head(self, count: int) -> "Chunk":
+        return replace(self, lines=self.lines[:count], rows=self.rows[:count])
+
+    def parsed(self) -> Iterator[tuple[str, Any]]:
+        """(location, row) of every row; the row is a ValueError where it is no JSON."""
+        yield from self.rows
+        for number, line in self.lines:
+            yield f"{self.name}:{number}", parse_json(line)
+
+
+def file_type(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in FILE_TYPES:
+        raise UserError(
+            path, "its type is unknown", f"give a file of type {', '.join(FILE_TYPES)} (or .gz, .zst of it)"
+        )
+    return suffixes[-1]
+
+
+def read_files(files: Sequence[tuple[str, Path]], index: int) -> Iterator[Chunk]:
+    """The rows of files, (name, path) each, as chunks of the source `index`.
+
+    Raises:
+        UserError: a file is unreadable, empty, truncated or not what its name says.
+    """
+    for name, path in files:
+        empty = True
+        try:
+            for chunk in _read_file(name, path, index):
+                empty = False
+                yield chunk
+        except UnicodeDecodeError as error:
+            raise _encoding_error(path, error) from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(path, f"the compressed file is damaged ({error})", "download or pack it again") from None
+        except OSError as error:
+            raise UserError(path, f"cannot be read ({error.strerror or error})", "check the file") from None
+        if empty:
+            raise UserError(path, "the file holds no rows", "give a file with one conversation or more")
+
+
+def _encoding_error(path: Path, error: UnicodeDecodeError) -> UserError:
+    return UserError(path, f"not UTF-8 at byte {error.start} ({error.reason})", "save the file as UTF-8")
+
+
+def _read_file(name: str, path: Path, index: int) -> Iterator[Chunk]:
+    kind = file_type(path)
+    if kind in (".parquet", ".arrow"):
+        yield from _read_table(name, path, index, kind)
+        return
+    with _open(path) as file:
+        if kind == ".csv":
+            yield from row_chunks(_csv_rows(name, file), name, index)
+        elif kind == ".json" and not _is_json_lines(path):
+            yield from row_chunks(_json_rows(name, path, file), name, index)
+        else:
+            yield from _line_chunks(file, path, name, index)
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix.lower() == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"))
+    return path.open("rb")
+
+
+def row_chunks(rows: Iterable[tuple[str, Any]], name: str, index: int) -> Iterator[Chunk]:
+    held: list[tuple[str, Any]] = []
+    for row in rows:
+        held.append(row)
+        if len(held) == CHUNK_ROWS:
+            yield Chunk(index, name, rows=tuple(held))
+            held = []
+    if held:
+        yield Chunk(index, name, rows=tuple(held))
+
+
+# --- JSON lines -------------------------------------------------------------------------------------------
+
+
+def _line_chunks(file: IO[bytes], path: Path, name: str, index: int) -> Iterator[Chunk]:
+    number = 0
+    while lines := file.readlines(CHUNK_BYTES):
+        if number == 0:
+            lines[0] = _without_bom(lines[0], path)
+        numbered = [(number + i, line) for i, line in enumerate(lines, 1) if line.strip()]
+        number += len(lines)
+        if numbered:
+            yield Chunk(index, name, lines=tuple(numbered))
+
+
+def _without_bom(first: bytes, path: Path) -> bytes:
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(path, "the file is UTF-16", "save it as UTF-8")
+    return first.removeprefix(codecs.BOM_UTF8)
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; where a key stands in it twice, it says so under DUPLICATE."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        made[DUPLICATE] = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
+
+
+def parse_json(line: bytes) -> Any:
+    """The value of one JSON line, or a ValueError (not raised) that says why there is none."""
+    try:
+        return _DECODER.decode(line.decode("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one too
+        return error
+    except RecursionError:
+        return ValueError("nested too deeply")
+
+
+# --- JSON -------------------------------------------------------------------------------------------------
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a .json file holds one object a line: its first line is a whole object and another follows."""
+    with _open(path) as file:
+        first = file.readline(_READ).removeprefix(codecs.BOM_UTF8)
+        rest = file.read(4096).strip()
+    if not first.lstrip().startswith(b"{") or not rest.startswith(b"{"):
+        return False
+    return isinstance(parse_json(first), dict)
+
+
+class _Text:
+    """A file's text, read as far as needed, with the line number of what was taken from it."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.line, self.ended = "", 1, False
+        self.more(_READ)
+
+    def more(self, size: int) -> None:
+        data = self._file.read(size)
+        if self.line == 1 and not self.text:
+            _without_bom(data, self._path)
+        self.ended = len(data) == 0
+        self.text += self._decode.decode(data, final=self.ended)
+
+    def drop(self, count: int) -> None:
+        self.line += self.text.count("\n", 0, count)
+        self.text = self.text[count:]
+
+    def skip_space(self) -> str:
+        """Drop white space; the next character, or "" at the end."""
+        while True:
+            stripped = self.text.lstrip(" \t\r\n")
+            self.drop(len(self.text) - len(stripped))
+            if self.text or self.ended:
+                return self.text[:1]
+            self.more(_READ)
+
+    def error(self, what: str, offset: int = 0) -> UserError:
+        line = self.line + self.text.count("\n", 0, offset)
+        return UserError(f"{self._path}:{line}", what, "mend the file there; a JSON checker shows the place")
+
+    def value(self) -> Any:
+        """The JSON value that comes next.
+
+        Raises:
+            UserError: there is none.
+        """
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text)
+            except json.JSONDecodeError as error:
+                far = error.pos < len(self.text) - 65536 and not error.msg.startswith("Unterminated")
+                if self.ended or far or len(self.text) > _LARGEST_ELEMENT:
+                    raise self.error(f"not JSON: {error.msg}", error.pos) from None
+            except ValueError as error:
+                raise self.error(f"not JSON: {error}") from None
+            except RecursionError:
+                raise self.error("not JSON that can be read: nested too deeply") from None
+            else:
+                if self.ended or end < len(self.text):
+                    self.drop(end)
+                    return value
+            self.more(max(_READ, len(self.text)))
+
+
+def _json_rows(name: str, path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    text = _Text(file, path)
+    opening = text.skip_space()
+    if opening == "":
+        raise UserError(path, "the file is empty", "give a file with one conversation or more")
+    if opening != "[":
+        line = text.line
+        yield from _rows_of_value(name, line, text.value())
+        if text.skip_space():
+            raise text.error("not JSON: more text after the end of the value")
+        return
+    text.drop(1)
+    if text.skip_space() == "]":
+        return
+    number, previous = 0, 0
+    while True:
+        text.skip_space()
+        line = text.line
+        place = f"{name}:{line}" if line != previous else f"{name}:{line}#{number}"
+        yield place, text.value()
+        number, previous = number + 1, line
+        separator = text.skip_space()
+        if separator == "]":
+            text.drop(1)
+            if text.skip_space():
+                raise text.error("not JSON: more text after the end of the list")
+            return
+        if separator != ",":
+            raise text.error("not JSON: expected ',' or ']' (is the file cut off?)")
+        text.drop(1)
+
+
+def _rows_of_value(name: str, line: int, value: Any) -> Iterator[tuple[str, Any]]:
+    """Rows of a file that is one object: the object itself, or the list of objects that it wraps."""
+    if isinstance(value, dict):
+        for key in ("data", "train", "rows", "examples", "items"):
+            wrapped = value.get(key)
+            if isinstance(wrapped, list) and wrapped and all(isinstance(row, dict) for row in wrapped):
+                yield from ((f"{name}:{key}[{i}]", row) for i, row in enumerate(wrapped))
+                return
+    yield f"{name}:{line}", value
+
+
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def _csv_rows(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(min(sys.maxsize, 1 << 31))
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text, restkey=DUPLICATE)
+    try:
+        for row in reader:
+            yield f"{name}:{reader.line_num}", {key: _cell(value) for key, value in row.items()}
+    except csv.Error as error:
+        raise UserError(f"{name}:{reader.line_num}", f"not CSV: {error}", "mend the file there") from None
+
+
+def _cell(value: Any) -> Any:
+    """A CSV cell; one that spells a JSON list (messages, history) is that list."""
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
+        try:
+            return _DECODER.decode(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _read_table(name: str, path: Path, index: int, kind: str) -> Iterator[Chunk]:
+    import pyarrow as pa
+
+    start = 0
+    try:
+        for batch in _table_batches(path, kind):
+            rows = batch.to_pylist()
+            yield Chunk(index, name, rows=tuple((f"{name}:{start + i}", row) for i, row in enumerate(rows)))
+            start += len(rows)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(path, f"not a whole {kind} file ({error})", "write or download it again") from None
+
+
+def _table_batches(path: Path, kind: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if kind == ".parquet":
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(CHUNK_ROWS)
+        return
+    with pa.memory_map(str(path)) as file:
+        try:
+            reader = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:
+            opened = pa.ipc.open_file(file)
+            reader = (opened.get_batch(i) for i in range(opened.num_record_batches))
+        for batch in reader:
+            for start in range(0, batch.num_rows, CHUNK_ROWS):
+                yield batch.slice(start, CHUNK_ROWS)

@@ -1,0 +1,123 @@
+"""A source's rows, encoded, in one Arrow file: what the split then divides into train and test."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from minisft.data.chunks import Task, schema
+from minisft.data.encoding import Encoder
+from minisft.data.formats import FORMATS, detect_format, not_json
+from minisft.data.ledger import Tally
+from minisft.data.readers import Chunk
+from minisft.data.sources import Source, read_source
+from minisft.data.workers import process_chunks
+from minisft.errors import UserError
+from minisft.recipe import DataRecipe, Recipe
+
+Progress = Callable[[int], None]
+_DETECTED_IN = 4  # chunks of a source, at most
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Encoded rows in an Arrow file, and for each its split key, identity and length."""
+
+    path: Path
+    keys: np.ndarray
+    identities: np.ndarray
+    lengths: np.ndarray
+    formats: dict[str, str]
+
+
+def stage(
+    path: Path,
+    sources: Sequence[Source],
+    recipe: Recipe,
+    encoder: Encoder,
+    tally: Tally,
+    progress: Progress | None = None,
+) -> Staged:
+    """Encode all rows of the sources into one Arrow file, in their order.
+
+    Args:
+        path: of the Arrow file.
+        sources: whose rows are read, one after the other.
+        recipe: how.
+        encoder: in the recipe's template.
+        tally: takes the counts.
+        progress: called with the number of rows read so far.
+
+    Raises:
+        UserError: a source cannot be read, or its format is unknown.
+    """
+    import pyarrow as pa
+
+    streams = [read_source(one, index, recipe.seed) for index, one in enumerate(sources)]
+    chunks, detected = _with_formats(streams, sources, recipe.data)
+    task = Task(recipe.data, tuple(detected), recipe.seed)
+    columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in (np.uint64, np.uint64, np.int32)]
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema()) as writer:
+        for result in process_chunks(_limited(chunks, recipe.data.limit), encoder, task):
+            writer.write_batch(pa.ipc.read_record_batch(pa.py_buffer(result.table), schema()))
+            for column, part in zip(columns, (result.keys, result.identities, result.lengths), strict=True):
+                column.append(part)
+            tally.merge(result.tally)
+            if progress is not None:
+                progress(tally.count("rows", "read"))
+    formats = {one.path: name for one, name in zip(sources, detected, strict=True)}
+    keys, identities, lengths = (np.concatenate(column) for column in columns)
+    return Staged(path, keys, identities, lengths, formats)
+
+
+def _with_formats(
+    streams: Sequence[Iterator[Chunk]], sources: Sequence[Source], data: DataRecipe
+) -> tuple[Iterator[Chunk], list[str]]:
+    """All chunks in order, and each source's format, stated or detected from its first rows."""
+    formats: list[str] = []
+    opened: list[Iterable[Chunk]] = []
+    for stream, source in zip(streams, sources, strict=True):
+        if data.format != "auto":
+            formats.append(data.format)
+            opened.append(stream)
+            continue
+        read: list[Chunk] = []
+        name = None
+        for chunk in stream:
+            read.append(chunk)
+            name = next((found for _, row in chunk.parsed() if (found := detect_format(row))), None)
+            if name is not None or len(read) == _DETECTED_IN:
+                break
+        formats.append(name or _unknown_format(source, read))
+        opened.append(chain(read, stream))
+    return chain.from_iterable(opened), formats
+
+
+def _unknown_format(source: Source, read: Sequence[Chunk]) -> str:
+    """Refuse a source none of whose first rows has a known format."""
+    location, row = next(((loc, row) for chunk in read for loc, row in chunk.parsed()), (source.path, None))
+    if isinstance(row, ValueError):
+        error = not_json(row)
+        raise UserError(location, error.what, "give UTF-8 text with one JSON object a line, or a JSON list")
+    keys = f"its first row has the keys {', '.join(map(str, list(row)[:8]))}" if isinstance(row, dict) else (
+        "its first row is no object"
+    )  # fmt: skip
+    raise UserError(
+        location,
+        f"the format is unknown: {keys}",
+        "bring the rows into one of the formats: `conversations` (ShareGPT), `messages`, `instruction`/`output` "
+        f"(Alpaca), `prompt`/`completion`; data.format: {', '.join(FORMATS)}",
+    )
+
+
+def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
+    left = limit
+    for chunk in chunks:
+        if left is not None:
+            chunk = chunk.head(left)
+            left -= len(chunk)
+        yield chunk
+        if left == 0:
+            return

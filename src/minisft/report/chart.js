@@ -1,0 +1,91 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const NS = "http://www.w3.org/2000/svg";
+
+function element(name, attributes, text) {
+  const node = name.startsWith("svg:")
+    ? document.createElementNS(NS, name.slice(4)) : document.createElement(name);
+  for (const [key, value] of Object.entries(attributes || {})) node.setAttribute(key, value);
+  if (text !== undefined) node.textContent = text;  // never innerHTML: what a model wrote is text
+  return node;
+}
+
+function short(value) {
+  const size = Math.abs(value);
+  return size >= 1e6 ? (value / 1e6).toPrecision(3) + "M" : size >= 100 ? value.toFixed(0)
+    : size >= 1 ? String(+value.toFixed(2)) : String(+value.toPrecision(3));
+}
+
+function ticks(low, high, log) {
+  if (log) {
+    const marks = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
+      for (const digit of [1, 2, 5]) marks.push(digit * 10 ** power);
+    return marks.filter((mark) => mark >= low && mark <= high);
+  }
+  const step = 10 ** Math.floor(Math.log10((high - low) / 4 || 1));
+  const wide = [1, 2, 5, 10].map((times) => times * step).find((width) => (high - low) / width <= 6);
+  const marks = [];
+  for (let mark = Math.ceil(low / wide) * wide; mark <= high + wide / 1e6; mark += wide) marks.push(mark);
+  return marks;
+}
+
+// series: [{name, points: [[x, y, low?, high?]], color, dots, level}]
+function chart(figure, series, options) {
+  const width = 640, height = 320, left = 48, right = 12, top = 12, bottom = 34;
+  const points = series.flatMap((one) => one.points);
+  if (!points.length) { figure.replaceChildren(element("p", {class: "soft"}, "Nothing to draw yet.")); return; }
+  const xs = points.map((point) => point[0]);
+  const ys = [...points.flatMap((point) => point.slice(1)), ...series.filter((one) => one.level !== undefined).map((one) => one.level)];
+  const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
+  let y0 = options.zero ? 0 : Math.min(...ys), y1 = Math.max(...ys);
+  const log = options.log && y0 > 0;
+  if (!log && !options.zero) y0 = Math.max(0, y0 - (y1 - y0) * 0.05);
+  if (y1 <= y0) y1 = y0 + 1;
+  const scale = log ? Math.log : (value) => value;
+  const X = (x) => left + (x - x0) / (x1 - x0) * (width - left - right);
+  const Y = (y) => height - bottom - (scale(y) - scale(y0)) / (scale(y1) - scale(y0)) * (height - top - bottom);
+  const svg = element("svg:svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.label});
+  const add = (name, attributes, text) => { const node = element("svg:" + name, attributes, text); svg.append(node); return node; };
+  for (const mark of ticks(y0, y1, log)) {
+    add("line", {x1: left, x2: width - right, y1: Y(mark), y2: Y(mark), class: "grid"});
+    add("text", {x: left - 6, y: Y(mark) + 4, "text-anchor": "end"}, short(mark));
+  }
+  for (const mark of ticks(x0, x1, false)) add("text", {x: X(mark), y: height - 16, "text-anchor": "middle"}, short(mark));
+  add("text", {x: width - right, y: height - 2, "text-anchor": "end"}, "step");
+  series.forEach((one) => {
+    if (one.level !== undefined)
+      add("line", {x1: left, x2: width - right, y1: Y(one.level), y2: Y(one.level), class: `dash ${one.color}`});
+    if (one.points.length > 1)
+      add("path", {d: "M" + one.points.map((p) => `${X(p[0]).toFixed(1)} ${Y(p[1]).toFixed(1)}`).join("L"), class: one.color});
+    if (!one.dots) return;
+    for (const p of one.points) {
+      if (p.length > 2) add("line", {x1: X(p[0]), x2: X(p[0]), y1: Y(p[2]), y2: Y(p[3]), class: one.color});
+      add("circle", {cx: X(p[0]), cy: Y(p[1]), r: 3.5, class: `dot ${one.color}`});
+    }
+  });
+  const cross = add("line", {y1: top, y2: height - bottom, class: "grid", visibility: "hidden"});
+  const tip = element("div", {class: "tip"});
+  svg.addEventListener("pointerleave", () => { tip.style.display = "none"; cross.setAttribute("visibility", "hidden"); });
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const at = x0 + ((event.clientX - box.left) / box.width * width - left) / (width - left - right) * (x1 - x0);
+    const nearest = series.filter((one) => one.points.length).map((one) => [one, one.points.reduce((best, point) =>
+      Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best)]);
+    const gap = Math.min(...nearest.map(([, point]) => Math.abs(point[0] - at)));
+    const here = nearest.filter(([, point]) => Math.abs(point[0] - at) === gap);
+    const lines = here.map(([one, p]) => `${one.name}: ${p[1].toPrecision(4)}` + (p.length > 2 ? ` [${short(p[2])}, ${short(p[3])}]` : ""));
+    tip.textContent = [`step ${here[0][1][0]}`, ...lines].join("\n");
+    const place = X(here[0][1][0]);
+    cross.setAttribute("x1", place); cross.setAttribute("x2", place); cross.setAttribute("visibility", "visible");
+    tip.style.display = "block"; tip.style.top = "0.5rem";
+    tip.style.left = place < width / 2 ? `${place / width * 100 + 2}%` : "auto";
+    tip.style.right = place < width / 2 ? "auto" : `${102 - place / width * 100}%`;
+  });
+  figure.replaceChildren(svg, tip, figure.querySelector("figcaption") || "");
+}
+
+function smoothed(points, weight) {
+  let value;
+  return points.map(([x, y]) => { value = value === undefined ? y : weight * value + (1 - weight) * y; return [x, value]; });
+}

@@ -1,0 +1,77 @@
+"""SIGTERM and Ctrl-C: a checkpoint at the end of the step, a clean end, and the same bits after --resume."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from minisft.runs import RunFolder
+from tests.tiny import heed_ctrl_c, minisft, write_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_model, conversations):
+    settings = "{epochs: 40, learning_rate: 1.0e-3, precision: fp32, save_every: 1000}"
+    return write_recipe(tmp_path_factory.mktemp("stop"), tiny_model, conversations, settings)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "processes", "number"),
+    [
+        ("vanilla", 1, signal.SIGTERM),
+        pytest.param("vanilla", 2, signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("zero2", 2, signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param("zero3", 2, signal.SIGINT, marks=pytest.mark.long),
+    ],
+)
+def test_a_stopped_run_is_saved_and_resumes_to_the_same_bits(recipe, tmp_path, strategy, processes, number):
+    how = [f"training.strategy={strategy}", f"training.processes={processes}", f"training.batch_size={8 // processes}"]
+    whole = RunFolder(tmp_path / "whole")
+    assert minisft("train", recipe, f"output={whole.root}", *how).returncode == 0
+    run = RunFolder(tmp_path / "run")
+    process = start(recipe, run, how)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "Traceback" not in said
+    [checkpoint] = run.list_checkpoints()
+    assert f"{signal.Signals(number).name}: stopping after this step" in said
+    assert f"minisft: stopped as asked; {checkpoint} holds all of it, and --resume goes on" in said
+    assert not run.is_trained()
+    done = minisft("train", recipe, f"output={run.root}", *how, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from {checkpoint}" in done.stdout
+    assert weights(run) == weights(whole)
+
+
+def test_a_second_signal_stops_at_once(recipe, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    process = start(recipe, run, ["training.epochs=100000"])
+    os.kill(process.pid, signal.SIGSTOP)  # both are there when it goes on
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.strip().endswith("minisft: stopped")
+    assert not run.list_checkpoints()
+
+
+def start(recipe, run, how):
+    """Start a run; return its process once it has taken a step."""
+    words = ["train", recipe, f"output={run.root}", *how]
+    command = [sys.executable, "-m", "minisft", *map(str, words)]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=heed_ctrl_c, **pipes)
+    while not run.metrics.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
+def weights(run):
+    return (run.model / "model.safetensors").read_bytes()
