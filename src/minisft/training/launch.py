@@ -119,23 +119,6 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
                 del os.environ[name]
 
 
-def launch_alone(module: str, arguments: list[str]) -> None:
-    """Run `python -m module arguments` in one process, which joins no others, and wait for it.
-
-    Raises:
-        UserError: the one that the process raised.
-        RuntimeError: it failed otherwise; its traceback is on stderr.
-    """
-    with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
-        error_file = Path(folder) / "error.json"
-        environment = {**os.environ, _ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid())}
-        done = subprocess.run([sys.executable, "-u", "-m", module, *arguments], env=environment)
-        if error_file.exists():
-            raise UserError(*json.loads(error_file.read_text(encoding="utf-8")))
-    if done.returncode:
-        raise RuntimeError(f"a training process failed with status {done.returncode}")
-
-
 def run_worker(work: Callable[[], None]) -> int:
     """Run `work` as a process that `launch` started; return its exit status.
 
