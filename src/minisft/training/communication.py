@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.library import Library
 
 # By operator: which argument holds the whole (of scatter and gather: a process's part), and how often it is sent.
 _COLLECTIVES = {
@@ -32,19 +33,19 @@ _COLLECTIVES = {
     "gather_": (1, 1),
 }
 
-_library: torch.library.Library | None = None  # alive as long as it counts
+_kernels: Library | None = None  # alive as long as it counts
 _sent = 0.0
 
 
 def start_counting() -> None:
     """Count from now on, in this process; a second call changes nothing."""
-    global _library
-    if _library is not None or not torch.distributed.is_available():
+    global _kernels
+    if _kernels is not None or not torch.distributed.is_available():
         return
-    _library = torch.library.Library("c10d", "IMPL")
+    _kernels = Library("c10d", "IMPL")
     for name, (place, times) in _COLLECTIVES.items():
         operator = getattr(torch.ops.c10d, name).default
-        _library.impl(name, _counting(operator, place, times), "Autograd", with_keyset=True)
+        _kernels.impl(name, _counting(operator, place, times), "Autograd", with_keyset=True)
 
 
 def bytes_sent() -> float:
