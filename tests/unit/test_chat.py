@@ -27,14 +27,6 @@ from minisft.runs import open_run
 from tests.tiny import heed_ctrl_c
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def save_tiny(folder, seed=0, context=512):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet]

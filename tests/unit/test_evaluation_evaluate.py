@@ -30,14 +30,6 @@ MARKERS = ["<|im_start|>", "<|im_end|>"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     monkeypatch.setattr("minisft.evaluation.scoring.RESAMPLES", 40)
 

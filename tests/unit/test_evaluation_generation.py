@@ -52,15 +52,6 @@ def reference_answer(model, prompt, stops, new):
     return answer[:-1] if answer and answer[-1] in stops else answer
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products wait for one another on two threads more than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()

@@ -20,14 +20,6 @@ from minisft.evaluation.workers import AnswerTask, LossTask, ModelSpec, Workers,
 from tests.tiny import byte_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def spec_of(folder, **settings):
     return ModelSpec(Path(folder), torch.float32, False, (1,), 12, **settings)
 
