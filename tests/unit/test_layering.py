@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "minisft"
 LEAVES = {"errors", "recipe", "files", "console", "models", "runs", ""}  # "" is the package's version
 MAY_IMPORT = {
     "errors": set(),
+    "options": {"errors"},
     "recipe": {"errors"},
     "files": {"errors"},
     "console": {"errors"},
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "errors", "recipe", "runs", "files", "__init__", "__main__")
+LIGHT = ("cli", "options", "errors", "recipe", "runs", "files", "__init__", "__main__")
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
 

@@ -1,0 +1,94 @@
+"""A verb's parser, and the options of each verb; what they do stands in `cli`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from minisft.errors import UserError
+
+Arguments = argparse.Namespace
+
+_WORDS_HELP = "then keys of the recipe to change, such as training.epochs=3"
+
+
+class Verb:
+    """A verb with its help; `options` are small functions that add options to a parser."""
+
+    def __init__(
+        self, run: Callable[[Arguments], int | None], summary: str, words: str, *options: Callable[["Parser"], None]
+    ) -> None:
+        self.run = run
+        self.summary = summary
+        self.words = words
+        self.options = options
+
+    def parser(self, name: str) -> "Parser":
+        parser = Parser(
+            prog=f"minisft {name}",
+            usage=f"minisft {name} {self.words + ' ' if self.words else ''}[key=value ...] [options]",
+            description=self.summary,
+            allow_abbrev=False,  # `--forc` must not delete a run
+        )
+        nargs = "+" if self.words else "*"
+        parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=_WORDS_HELP)
+        for option in self.options:
+            option(parser)
+        return parser
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(self.prog, message, f"see `{self.prog} --help`")
+
+
+def inspect(parser: Parser) -> None:
+    parser.add_argument("--side", choices=("train", "test"), default="train", help="which side of the split")
+    parser.add_argument("--row", type=int, action="append", default=[], metavar="N", help="a row by number; repeatable")
+    parser.add_argument("--id", action="append", default=[], metavar="ID", help="a conversation by id; repeatable")
+    parser.add_argument("--worst", choices=("length", "cut", "share"), help="the rows worst in this")
+    parser.add_argument("--findings", action="store_true", help="only rows of which something was found")
+    parser.add_argument("--count", type=int, default=3, metavar="N", help="how many rows (default 3)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
+
+
+def chat(parser: Parser) -> None:
+    parser.add_argument("--message", metavar="TEXT", help="print the answer to this message and end")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (default 1.0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
+
+
+def evaluate(parser: Parser) -> None:
+    parser.add_argument("--follow", action="store_true", help="score checkpoints as a training run writes them")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+
+
+def compare(parser: Parser) -> None:
+    parser.add_argument("--strategies", metavar="A,B", help="of training; default: all, unless --vary is given")
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="KEY=V1,V2", help="a key and its values; repeatable"
+    )
+    parser.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="train only")
+    parser.add_argument("--force", action="store_true", help="delete the variants' runs and begin anew")
+
+
+def export(parser: Parser) -> None:
+    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-96, or best; default: the final model")
+    parser.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add adapters to the base model's matrices (default), or copy them as they are",
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as trained")
+    parser.add_argument("--force", action="store_true", help="replace the model that the folder holds")
+
+
+def force(parser: Parser) -> None:
+    parser.add_argument("--force", action="store_true", help="delete the run that the output folder holds")
+
+
+def resume(parser: Parser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
