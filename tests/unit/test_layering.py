@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "minisft"
-LEAVES = {"errors", "recipe", "files", "console", "models", "runs", ""}  # "" is the package's version
+LEAVES = {"errors", "processes", "recipe", "files", "console", "models", "runs", ""}  # "" is the package's version
 MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
+    "processes": set(),
     "recipe": {"errors"},
     "files": {"errors"},
     "console": {"errors"},
@@ -24,7 +25,7 @@ MAY_IMPORT = {
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "options", "errors", "recipe", "runs", "files", "__init__", "__main__")
+LIGHT = ("cli", "options", "processes", "errors", "recipe", "runs", "files", "__init__", "__main__")
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
 

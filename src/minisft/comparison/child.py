@@ -1,19 +1,16 @@
 """A verb in a process of its own: however it ends, this one goes on, and what it printed is in a file."""
 
 import contextlib
-import ctypes
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from minisft.errors import StoppedError
+from minisft.processes import die_with_parent, stop_signals
 
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _LOOK = 0.2  # seconds between two looks at what it printed
 _OWN_MESSAGE = "minisft: "  # how the command line begins an error message
 
@@ -59,14 +56,15 @@ def run_verb(words: Sequence[str], log: Path, follow: Callable[[str], object]) -
     with log.open("ab") as file:
         file.write(f"$ minisft {' '.join(words)}\n".encode())
     begin = log.stat().st_size
-    with log.open("ab") as output, _signals_noted() as asked:
+    asked: list[int] = []
+    with log.open("ab") as output, stop_signals(lambda number, _: asked.append(number)):
         process = subprocess.Popen(
             [sys.executable, "-m", "minisft", *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent,
         )
         try:
             _wait(process, log, begin, follow, asked)
@@ -104,30 +102,3 @@ def _read(log: Path, place: int, whole_lines: bool = False) -> tuple[str, int]:
     if whole_lines:
         found = found[: found.rfind(b"\n") + 1]
     return found.decode("utf-8", errors="replace"), place + len(found)
-
-
-@contextlib.contextmanager
-def _signals_noted() -> Iterator[list[int]]:
-    """While it lasts, SIGINT and SIGTERM are put into a list."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield asked
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this process with its parent, which may be killed itself."""
-    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)

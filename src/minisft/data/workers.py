@@ -1,9 +1,7 @@
 """Chunks to results, by several processes and in order."""
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,8 +11,8 @@ from itertools import chain
 from minisft.data.chunks import ChunkResult, Task, process_chunk
 from minisft.data.encoding import Encoder
 from minisft.data.readers import Chunk
+from minisft.processes import die_with_parent
 
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 _POOL_FROM = 3  # chunks; fewer are done sooner than processes start
 _shared: tuple[Encoder, Task] | None = None  # what forked workers inherit
 
@@ -51,7 +49,7 @@ def _in_pool(chunks: Iterable[Chunk], encoder: Encoder, task: Task, workers: int
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     # A worker whose parent was killed would wait for ever: its siblings hold the pipe open. The kernel ends it.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
 
 
 def _work(chunk: Chunk) -> ChunkResult:

@@ -8,16 +8,15 @@ tells them through a file: elastic sends SIGTERM to the fellows of a dead worker
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from minisft.console import warn
+from minisft.processes import stop_signals
 
 STOP_FILE = "MINISFT_STOP_FILE"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -46,28 +45,12 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal(request: StopRequest) -> Iterator[StopRequest]:
-    """While it lasts, SIGINT and SIGTERM are noted in `request`."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield request
-        return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
-    for number in before:
-        signal.signal(number, request.receive)
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
 def listening() -> Iterator[StopRequest]:
     """What asks this process to stop: its launcher's file where it has one, else the signals."""
     file = os.environ.get(STOP_FILE)
     if file is not None:
         yield StopRequest(Path(file))
         return
-    with stop_on_signal(StopRequest()) as request:
+    request = StopRequest()
+    with stop_signals(request.receive):
         yield request

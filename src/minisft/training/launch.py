@@ -1,10 +1,8 @@
 """One process to many: torch's elastic launcher, or joining a launch that is under way."""
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,14 +12,14 @@ from datetime import timedelta
 from pathlib import Path
 
 from minisft.errors import StoppedError, UserError
+from minisft.processes import die_with_parent, stop_signals
 from minisft.training.hardware import on_cpu, threads_of_a_process
-from minisft.training.interruption import STOP_FILE, StopRequest, stop_on_signal
+from minisft.training.interruption import STOP_FILE, StopRequest
 from minisft.training.strategies import ZERO_STAGES, start_communication
 
 _PATIENCE = timedelta(hours=12)  # the first process may have much data to prepare
 _ERROR_FILE = "MINISFT_ERROR_FILE"
 _LAUNCHER = "MINISFT_LAUNCHER"
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def is_joined() -> bool:
@@ -106,7 +104,7 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
         os.environ |= added
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_process(processes)))
         try:
-            with stop_on_signal(stop):
+            with stop_signals(stop.receive):
                 elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
         except ChildFailedError as error:
             if error_file.exists():
@@ -153,6 +151,6 @@ def _die_with_launcher() -> None:
     launcher = os.environ.get(_LAUNCHER)
     if launcher is None or sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != int(launcher):  # it died before the signal was asked for
         os._exit(1)
