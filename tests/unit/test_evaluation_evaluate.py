@@ -19,7 +19,7 @@ from minisft.errors import UserError
 from minisft.evaluation import backends, following
 from minisft.evaluation import evaluate as module
 from minisft.evaluation.evaluate import evaluate
-from minisft.evaluation.loss import held_out_loss
+from minisft.evaluation.loss import loss_batches, mean_loss, sum_of_losses
 from minisft.evaluation.questions import load_held_out, train_answers
 from minisft.files import hold_lock
 from minisft.models import weights_fingerprint
@@ -159,7 +159,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(made, run, monkeypatch)
         targets = torch.tensor(labels[1:])
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         count += int((targets != -100).sum())
-    loss, tokens = held_out_loss(model, rows)
+    loss, tokens = mean_loss(sum_of_losses(model, batch) for batch in loss_batches(rows))
     assert tokens == count
     assert loss == pytest.approx(total / count, rel=1e-5)
 

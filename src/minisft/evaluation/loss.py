@@ -8,23 +8,17 @@ from transformers import PreTrainedModel
 from minisft.data.encoding import IGNORED
 from minisft.evaluation.generation import forward_arguments
 
-Row = tuple[Sequence[int], Sequence[int]]  # input ids and labels
+Row = tuple[Sequence[int], Sequence[int]]  # input ids, and labels: unshifted, -100 where not supervised
 # Tokens in a batch, padding included; their logits in fp32 over a vocabulary of 49,152 take 400 MB.
 BATCH_TOKENS = 2048
 
 
-def held_out_loss(model: PreTrainedModel, rows: Sequence[Row]) -> tuple[float, int]:
+def mean_loss(sums: Iterable[tuple[float, int]]) -> tuple[float, int]:
     """Mean negative log-likelihood, in nats per supervised token, and how many tokens that is.
 
     Args:
-        model: a causal language model in eval mode.
-        rows: (input ids, labels) of each row; labels are unshifted, -100 where not supervised.
+        sums: (sum of losses, tokens) of each batch, in order.
     """
-    return mean_loss([sum_of_losses(model, batch) for batch in loss_batches(rows)])
-
-
-def mean_loss(sums: Iterable[tuple[float, int]]) -> tuple[float, int]:
-    """The mean over all batches, and the number of tokens, from the (sum of losses, tokens) of each batch in order."""
     total, count = 0.0, 0
     for loss, tokens in sums:
         total, count = total + loss, count + tokens
