@@ -50,9 +50,11 @@ def _run(words: list[str]) -> int:
 
 
 def prepare(arguments: Arguments) -> None:
+    from minisft.data.sources import require_sources
     from minisft.runs import open_run
 
     recipe = _load(arguments)
+    require_sources(recipe.data)  # before --force deletes anything
     with open_run(recipe, force=arguments.force, prepares_only=True):
         _prepare(recipe, with_weights=False)
 
@@ -213,6 +215,7 @@ def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
 
 
 def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
+    from minisft.data.sources import require_sources
     from minisft.models import resolve_model
     from minisft.report.curves import draw_curves
     from minisft.runs import open_run
@@ -221,6 +224,7 @@ def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
 
     refuse_impossible(recipe)
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
+    require_sources(recipe.data)
     with open_run(recipe, force=force, resume=resume) as run:
         _prepare(recipe)
         start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume))
@@ -230,6 +234,7 @@ def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
 
 def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     """Train as one process of a launch under way: the first prepares, the others wait for it."""
+    from minisft.data.sources import require_sources
     from minisft.runs import RunFolder, open_run
     from minisft.training.launch import join, world_size
     from minisft.training.train import refuse_impossible, train_in_this_process
@@ -240,6 +245,7 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     with contextlib.ExitStack() as held:
 
         def begin() -> None:
+            require_sources(recipe.data)
             held.enter_context(open_run(recipe, force=force, resume=resume))
             _prepare(recipe)
 

@@ -51,6 +51,16 @@ def test_a_missing_data_file(capsys, recipe_file, verb):
     assert "nowhere.jsonl" in said
 
 
+@pytest.mark.parametrize("verb", ["prepare", "train"])
+@pytest.mark.parametrize("key", ["data.source", "data.test"])
+def test_force_deletes_nothing_for_a_file_that_is_not_there(capsys, recipe_file, tmp_path, verb, key):
+    assert run(capsys, "prepare", recipe_file)[0] == 0
+    before = sorted((tmp_path / "run").rglob("*"))
+    assert "nowhere.jsonl" in refused(capsys, verb, recipe_file, f"{key}=nowhere.jsonl", "--force")
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    assert (tmp_path / "run" / "dataset" / "ledger.json").exists()
+
+
 def test_an_unreadable_data_file(capsys, recipe_file, tmp_path):
     path = data_file(tmp_path, b"\xff\xfe\x00\x01broken")
     assert path.name in refused(capsys, "prepare", recipe_file, f"data.source={path}")

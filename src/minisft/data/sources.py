@@ -10,6 +10,7 @@ from typing import Any
 from minisft.data.hub import newest_revision, read_hub
 from minisft.data.readers import COMPRESSIONS, FILE_TYPES, Chunk, file_type, read_files
 from minisft.errors import UserError
+from minisft.recipe import DataRecipe
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+$")
 _SOURCE_KEYS = ("path", "split", "subset", "revision", "weight", "limit")
@@ -91,6 +92,17 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
     if _HUB_ID.match(source.path):
         return []
     raise UserError(source.path, "there is no such file", "give the path of an existing file, or a hub id as org/name")
+
+
+def require_sources(data: DataRecipe) -> None:
+    """Find out whether the files that a recipe names are there, before anything is deleted or written.
+
+    Raises:
+        UserError: one is not, or an entry makes no sense.
+    """
+    for key, given in (("data.source", data.source), ("data.test", data.test)):
+        for source in parse_sources(given, key) if given is not None else ():
+            source_files(source)
 
 
 def _folder_files(folder: Path) -> list[tuple[str, Path]]:
