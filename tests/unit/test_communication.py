@@ -56,6 +56,7 @@ def work(rank, folder):
         distributed.barrier()
         counted, seen = bytes_sent(), socket_bytes() if sys.platform == "linux" else 0
         collective()
+        distributed.barrier()  # a sender is done when the kernel has its bytes; a receiver, when they have arrived
         found[name] = (bytes_sent() - counted, (socket_bytes() if sys.platform == "linux" else 0) - seen)
     distributed.destroy_process_group()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
