@@ -79,6 +79,19 @@ def inspect(arguments: Arguments) -> None:
     )
 
 
+def plan(arguments: Arguments) -> None:
+    import json
+
+    from minisft.planning.command import Wish, plan_for
+    from minisft.planning.table import plan_as_json, show_plan
+
+    made = plan_for(_load(arguments), Wish(arguments.gpu, arguments.count, arguments.nodes))
+    if arguments.json:
+        print(json.dumps(plan_as_json(made), indent=1, ensure_ascii=False))
+    else:
+        show_plan(made)
+
+
 def train(arguments: Arguments) -> None:
     from minisft.training.launch import adopt_slurm, is_joined
 
@@ -227,9 +240,25 @@ def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
     require_sources(recipe.data)
     with open_run(recipe, force=force, resume=resume) as run:
         _prepare(recipe)
-        start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume))
+        recipe, checkpoint = _settled(recipe, run, _checkpoint_to_resume(recipe, run, resume))
+        start_training(recipe, run, checkpoint)
     draw_curves(run.root)
     return run
+
+
+def _settled(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tuple["Recipe", Path | None]:
+    """Settle on a strategy where the recipe leaves it open; a checkpoint goes on with its own."""
+    from minisft.planning.auto import settle_strategy
+    from minisft.runs import rewrite_recipe
+    from minisft.training.checkpoints import strategy_of
+
+    if recipe.training.strategy != "auto":
+        return recipe, checkpoint
+    if checkpoint is None:
+        return settle_strategy(recipe, run), None
+    recipe = replace(recipe, training=replace(recipe.training, strategy=strategy_of(checkpoint)))  # type: ignore[arg-type]
+    rewrite_recipe(run, recipe)
+    return recipe, checkpoint
 
 
 def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
@@ -240,6 +269,9 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     from minisft.training.train import refuse_impossible, train_in_this_process
 
     recipe = replace(recipe, training=replace(recipe.training, processes=world_size()))
+    if recipe.training.strategy == "auto":
+        what = "a launch under way cannot try strategies"
+        raise UserError("training.strategy", what, "name the one that `minisft plan RECIPE` chooses")
     refuse_impossible(recipe)
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as held:
@@ -255,13 +287,15 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
 
 def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> Path | None:
     from minisft.console import say
-    from minisft.training.checkpoints import latest_resumable, require_same_layout
+    from minisft.training.checkpoints import latest_resumable, require_same_layout, strategy_of
 
     if not resume:
         return None
     checkpoint = latest_resumable(run.checkpoints)
     if checkpoint is not None:
-        require_same_layout(checkpoint, recipe.training.strategy, recipe.training.processes)
+        asked = recipe.training.strategy
+        strategy = strategy_of(checkpoint) if asked == "auto" else asked
+        require_same_layout(checkpoint, strategy, recipe.training.processes)
     say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: from the beginning")
     return checkpoint
 
@@ -301,6 +335,7 @@ VERBS = {
         "RUN|RECIPE.yaml",
         options.inspect,
     ),
+    "plan": Verb(plan, "memory, time and the strategy to take, before anything is spent", "RECIPE.yaml", options.plan),
     "train": Verb(
         train,
         "train a recipe: vanilla or ZeRO-1/2/3, one process or many",

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},
     "report": LEAVES - {"models"},
+    "planning": LEAVES | {"data", "training"},
     "comparison": LEAVES | {"report"},
     "demo": LEAVES,
     "export": LEAVES | {"training"},

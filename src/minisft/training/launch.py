@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,10 +80,13 @@ def join(strategy: str, first_does: Callable[[], None]) -> None:
         sys.exit(2)  # the first process says why
 
 
-def launch(module: str, arguments: list[str], processes: int) -> None:
+def launch(module: str, arguments: list[str], processes: int) -> bool:
     """Run `python -m module arguments` in several processes of this machine and wait for them.
 
     SIGINT and SIGTERM are passed on through a file, so that they stop together at the end of a step.
+
+    Returns:
+        Whether they were asked to stop.
 
     Raises:
         UserError: the one that a process raised.
@@ -115,6 +119,28 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
         finally:
             for name in added:
                 del os.environ[name]
+    return stop.signalled
+
+
+def launch_alone(module: str, arguments: list[str]) -> None:
+    """Run `python -m module arguments` in one process, which joins no others, and wait for it.
+
+    Raises:
+        UserError: the one that the process raised.
+        RuntimeError: it failed otherwise; its traceback is on stderr.
+    """
+    with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
+        error_file = Path(folder) / "error.json"
+        environment = {**os.environ, _ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid())}
+        done = subprocess.run([sys.executable, "-u", "-m", module, *arguments], env=environment)
+        if error_file.exists():
+            raise UserError(*json.loads(error_file.read_text(encoding="utf-8")))
+    if done.returncode:
+        raise RuntimeError(f"a training process failed: {_how_it_ended(done.returncode)}")
+
+
+def _how_it_ended(status: int) -> str:
+    return f"exit status {status}" if status > 0 else f"Signal {-status} ({signal.Signals(-status).name})"
 
 
 def run_worker(work: Callable[[], None]) -> int:
