@@ -45,7 +45,7 @@ def settle_strategy(recipe: Recipe, run: RunFolder) -> Recipe:
     Raises:
         UserError: nothing fits; naming what would.
     """
-    machine = limited(machine_named(None, recipe.training.processes), recipe)
+    machine = limited(machine_named(None, recipe.training.processes, recipe.training.precision), recipe)
     job = job_of(recipe, machine, sizes=prepared_sizes(recipe))
     predictions = [predict_recipe(recipe, job, strategy) for strategy in STRATEGIES if _is_here(strategy)]
     failed: list[str] = []
@@ -69,7 +69,7 @@ def predicted_strategy(recipe: Recipe) -> Recipe:
     Raises:
         UserError: nothing fits; naming what would.
     """
-    machine = limited(machine_named(None, recipe.training.processes), recipe)
+    machine = limited(machine_named(None, recipe.training.processes, recipe.training.precision), recipe)
     job = job_of(recipe, machine, sizes=prepared_sizes(recipe))
     predictions = [predict_recipe(recipe, job, strategy) for strategy in STRATEGIES if _is_here(strategy)]
     chosen, _ = choose(predictions)

@@ -6,8 +6,8 @@ from pathlib import Path
 from minisft.data.preparation import prepare
 from minisft.errors import UserError
 from minisft.planning.auto import limited
-from minisft.planning.machines import machine_named, require_count
-from minisft.planning.plan import Plan, job_of, make_plan, prepared_sizes
+from minisft.planning.machines import busy_cores, machine_named, require_count
+from minisft.planning.plan import Plan, config_of, job_of, make_plan, prepared_sizes
 from minisft.recipe import Recipe
 from minisft.runs import RunFolder, is_same_run, open_run
 from minisft.training.batching import Sizes
@@ -29,9 +29,14 @@ def plan_for(recipe: Recipe, wish: Wish) -> Plan:
         UserError: no such machine, an impossible count, or a model's configuration that does not do.
     """
     count = recipe.training.processes if wish.count is None else wish.count
-    machine = limited(machine_named(wish.gpu, max(count, 1)), recipe)
+    machine = limited(machine_named(wish.gpu, max(count, 1), recipe.training.precision), recipe)
     require_count(machine, count, wish.nodes)
+    config_of(recipe)  # before anything is prepared
     sizes, notes = _sizes(recipe)
+    if machine.kind == "cpu" and (busy := busy_cores()) > machine.per_node / 2:
+        notes += (
+            f"others keep {busy:.1f} of {machine.per_node} cores busy: the times are too long for an idle machine",
+        )
     job = job_of(recipe, machine, sizes=sizes, count=count, nodes=wish.nodes)
     return make_plan(recipe, job, notes)
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from minisft.errors import UserError
-from minisft.training.hardware import on_cpu
+from minisft.training.hardware import cpu_has_bf16_arithmetic, on_cpu
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MIB = 1 << 20
@@ -81,14 +81,14 @@ GPUS = {
 }  # fmt: skip
 
 
-def machine_named(name: str | None, processes: int) -> Machine:
+def machine_named(name: str | None, processes: int, precision: str = "auto") -> Machine:
     """Return the machine `name` for each of `processes` on a node; None is this one, measured.
 
     Raises:
-        UserError: there is no such machine, or this GPU is not in the table.
+        UserError: there is no such machine, or it does not have the precision.
     """
     if name == "cpu" or (name is None and on_cpu()):
-        return measure_cpu(processes)
+        return measure_cpu(processes, cpu_precision(precision))
     if name is None:
         return _this_gpu()
     if name.lower() not in GPUS:
@@ -118,31 +118,48 @@ def require_count(machine: Machine, count: int, nodes: int) -> None:
 
 def _this_gpu() -> Machine:
     properties = torch.cuda.get_device_properties(0)
+    usable, count = properties.total_memory * _GPU_SHARE_USABLE, torch.cuda.device_count()
     for name, machine in GPUS.items():
         if name in properties.name.lower().replace(" ", ""):
-            usable = properties.total_memory * _GPU_SHARE_USABLE
-            return replace(machine, memory=usable, per_node=torch.cuda.device_count())
-    raise UserError(
-        properties.name, "this GPU is not in the table of `minisft plan`", f"name a like one: --gpu {'|'.join(GPUS)}"
-    )
+            return replace(machine, memory=usable, per_node=count)
+    source = "its speed is not known here, that of an l40s is assumed"
+    return replace(GPUS["l40s"], name=properties.name, memory=usable, per_node=count, source=source)
 
 
 # --- the CPU at hand --------------------------------------------------------------------------------------
 
 
-def measure_cpu(processes: int) -> Machine:
-    """Measure this machine's fp32 matrix products and memory for about two seconds, shared by `processes`."""
+def cpu_precision(asked: str) -> str:
+    """Return fp32 or bf16 for the recipe's `precision` on this machine's CPU, whether or not there is a GPU too.
+
+    Raises:
+        UserError: fp16.
+    """
+    if asked == "fp16":
+        raise UserError("training.precision", "fp16 is for GPUs, and this plan is for a CPU", "use auto, fp32 or bf16")
+    if asked == "auto":
+        return "bf16" if cpu_has_bf16_arithmetic() else "fp32"
+    return asked
+
+
+def measure_cpu(processes: int, precision: str) -> Machine:
+    """Measure this machine's matrix products and memory for about two seconds, shared by `processes`."""
     cores = len(os.sched_getaffinity(0))
     bandwidth = _measure_bandwidth() / processes
-    rates = {name: _measure_products(dtype) / processes for name, dtype in _CPU_FORMATS.items()}
+    rate = _measure_products(getattr(torch, _TORCH_NAMES[precision]))
     return Machine(
-        name="cpu", kind="cpu", memory=memory_of_machine() / processes, flops=rates, utilisation=_CPU_UTILISATION,
-        bandwidth=bandwidth, link=_GLOO, network=_GLOO, host_link=bandwidth, host_bandwidth=bandwidth, per_node=cores,
-        source=f"measured on {cores} cores",
+        name="cpu", kind="cpu", memory=memory_of_machine() / processes, flops={precision: rate / processes},
+        utilisation=_CPU_UTILISATION, bandwidth=bandwidth, link=_GLOO, network=_GLOO, host_link=bandwidth,
+        host_bandwidth=bandwidth, per_node=cores, source=f"{rate / 1e9:.0f} GFLOP/s measured on {cores} cores",
     )  # fmt: skip
 
 
-_CPU_FORMATS = {"fp32": torch.float32}
+_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def busy_cores() -> float:
+    """Cores that were in use over the last minute; measurements and times are then those of a shared machine."""
+    return os.getloadavg()[0]
 
 
 def memory_of_machine() -> float:

@@ -4,19 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minisft.errors import UserError
 from minisft.models import resolve_model
-from minisft.planning.footprint import Footprints, read_config
-from minisft.planning.machines import Machine, machine_named
+from minisft.planning.counting import Footprints
+from minisft.planning.footprint import read_config
+from minisft.planning.machines import Machine, cpu_precision, machine_named
 from minisft.planning.memory import ZERO, logit_bytes
 from minisft.planning.prediction import Job, Prediction, predict
 from minisft.planning.workload import Workload, workload_assumed, workload_of
 from minisft.recipe import STRATEGIES, LoraRecipe, Recipe
 from minisft.training.batching import Sizes
-from minisft.training.hardware import choose_precision, default_row_tokens
+from minisft.training.hardware import default_row_tokens
 
 # A setting that is faster by less than this is not worth being less simple.
 _WORTH = 0.03
+_MOST_PROCESSES = 256  # that a remedy may ask for
 _LORA = LoraRecipe()  # the adapters of the grid, where the recipe has none of its own
 
 
@@ -53,7 +54,9 @@ def predict_here(recipe: Recipe) -> Prediction:
     Raises:
         UserError: the data is not prepared, or the model's configuration does not do.
     """
-    job = job_of(recipe, machine_named(None, recipe.training.processes), sizes=prepared_sizes(recipe))
+    job = job_of(
+        recipe, machine_named(None, recipe.training.processes, recipe.training.precision), sizes=prepared_sizes(recipe)
+    )
     if recipe.training.strategy != "auto":
         return predict_recipe(recipe, job)
     predictions = [predict_recipe(recipe, job, strategy) for strategy in STRATEGIES]
@@ -95,8 +98,7 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
     """
     training = recipe.training
     processes = (count or training.processes) * nodes
-    folder = resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder
-    config = read_config(folder, recipe.trust_remote_code)
+    config = config_of(recipe)
     row_tokens = training.row_tokens or default_row_tokens(machine.kind == "cpu")
     return Job(
         model=Footprints(config),
@@ -107,6 +109,16 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
         workload=_workload(recipe, config, sizes, row_tokens, processes),
         row_tokens=row_tokens,
     )
+
+
+def config_of(recipe: Recipe) -> Any:
+    """Read the configuration of a recipe's model.
+
+    Raises:
+        UserError: there is no such model, or its configuration lacks a field.
+    """
+    folder = resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder
+    return read_config(folder, recipe.trust_remote_code)
 
 
 def _workload(recipe: Recipe, config: Any, sizes: Sizes | None, row_tokens: int, processes: int) -> Workload:
@@ -120,10 +132,7 @@ def _workload(recipe: Recipe, config: Any, sizes: Sizes | None, row_tokens: int,
 
 def _precision(asked: str, machine: Machine) -> str:
     if machine.kind == "cpu":
-        chosen = choose_precision(asked)
-        if chosen not in machine.flops:
-            raise UserError("training.precision", f"{chosen} on a CPU is not planned", "use fp32")
-        return chosen
+        return cpu_precision(asked)
     return "bf16" if asked == "auto" else asked
 
 
@@ -168,7 +177,7 @@ def choose(rows: list[Prediction]) -> tuple[Prediction | None, str]:
     if not fitting:
         least = min(rows, key=lambda row: row.memory.peak)
         needed, usable = gigabytes(needed_bytes(least)), gigabytes(least.usable_bytes)
-        return None, f"nothing fits: {_name(least)} needs least, {needed} of {usable} usable"
+        return None, f"nothing fits: {_name(least)} needs least, {needed}, and {usable} are usable"
     fastest = min(row.step_seconds for row in fitting)
     chosen = next(row for row in fitting if row.step_seconds <= fastest * (1 + _WORTH))
     simpler = rows[: rows.index(chosen)]
@@ -203,21 +212,34 @@ def remedies(recipe: Recipe, job: Job) -> Iterator[str]:
     yield from _more_machines(job, lora, checkpointing)
     for strategy in ZERO if job.machine.kind == "gpu" else ():
         if predict(job, strategy, lora=lora, checkpointing=True, offload=True).fits:
-            yield f"{strategy} with CPU offload and gradient checkpointing, which training here does not do yet"
+            yield f"{strategy} with gradient checkpointing and with CPU offload, which is planned but not trained here"
             break
 
 
 def _more_machines(job: Job, lora: LoraRecipe | None, checkpointing: bool) -> Iterator[str]:
+    """Say how many machines would do, as the recipe is, and how many with checkpointing where those are fewer."""
     if job.machine.kind == "cpu":
         return
-    for processes in (2, 4, 8, 16, 32, 64, 128, 256):
-        if processes <= job.processes:
+    before = _MOST_PROCESSES + 1
+    for tried in dict.fromkeys((checkpointing, True)):
+        processes, name = _fewest_processes(job, lora, tried)
+        if name is None or processes >= before:
             continue
+        before = processes
+        nodes = -(-processes // job.machine.per_node)
+        more = " training.gradient_checkpointing=true" if tried and not checkpointing else ""
+        where = f" on {nodes} nodes" if nodes > 1 else ""
+        yield f"{processes} {job.machine.name}{where} with training.strategy={name}{more}"
+
+
+def _fewest_processes(job: Job, lora: LoraRecipe | None, checkpointing: bool) -> tuple[int, str | None]:
+    processes = job.processes
+    while (processes := 1 << processes.bit_length()) <= _MOST_PROCESSES:  # the next power of two
         nodes = -(-processes // job.machine.per_node)
         larger = replace(job, processes=processes, nodes=nodes)
         if name := _first_fit(larger, lora=lora, checkpointing=checkpointing):
-            yield f"{processes} {job.machine.name} with training.strategy={name}"
-            return
+            return processes, name
+    return processes, None
 
 
 def _first_fit(job: Job, **setting: Any) -> str | None:

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minisft.planning.footprint import Arithmetic, Footprint, Footprints
+from minisft.planning.counting import Arithmetic, Footprints
+from minisft.planning.footprint import Footprint
 from minisft.planning.machines import Machine
 from minisft.planning.memory import Memory, Setting, memory_of
 from minisft.planning.speed import StepTime, step_time, traffic

@@ -65,10 +65,11 @@ def _headline(plan: Plan) -> list[str]:
 def _memory_table(plan: Plan) -> Table:
     table = Table(title="Memory of the largest process, GB", box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("")
-    for head in (*_HEADS, "peak"):
+    on_cpu = plan.job.machine.kind == "cpu"
+    for head in (*_HEADS, *(["python"] if on_cpu else []), "peak"):
         table.add_column(head, justify="right")
     for row in plan.rows:
-        parts = [_gb(getattr(row.memory, part)) for part in _PARTS]
+        parts = [_gb(getattr(row.memory, part)) for part in _PARTS] + ([_gb(row.process_bytes)] if on_cpu else [])
         table.add_row(_label(row), *parts, _peak(row, _needed(row)))
     return table
 
@@ -109,7 +110,7 @@ def _grid_table(plan: Plan) -> Table:
 
 def _say_choice(plan: Plan) -> None:
     work = plan.job.workload
-    say(f"choice: {plan.chosen.setting.strategy if plan.chosen else 'none'}: {plan.reason}", style="bold")
+    say(f"choice: {plan.reason}" if plan.chosen else plan.reason, style="bold")
     for remedy in plan.remedies:
         say(f"  would fit: {remedy}")
     if plan.largest_row:
@@ -138,11 +139,15 @@ def _needed(row: Prediction) -> float:
 
 
 def _gb(size: float) -> str:
+    if size >= 99.95e9:
+        return f"{size / 1e9:.0f}"
     return f"{size / 1e9:.1f}" if size >= 0.95e8 or size == 0 else f"{size / 1e9:.2f}"
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    if value >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def _count(elements: int) -> str:

@@ -29,7 +29,7 @@ def choose_precision(asked: str) -> str:
     if asked != "auto":
         return asked
     if on_cpu():
-        return "bf16" if _cpu_has_bf16_arithmetic() else "fp32"
+        return "bf16" if cpu_has_bf16_arithmetic() else "fp32"
     return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
 
 
@@ -58,7 +58,7 @@ def threads_of_a_process(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def _cpu_has_bf16_arithmetic() -> bool:
+def cpu_has_bf16_arithmetic() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-from minisft.planning.footprint import count_footprint, read_config
+from minisft.planning.counting import count_footprint
+from minisft.planning.footprint import read_config
 from minisft.recipe import LoraRecipe
 from minisft.training import attention
 from minisft.training.lora import add_lora
