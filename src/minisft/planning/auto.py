@@ -11,7 +11,7 @@ from minisft.errors import StoppedError, UserError
 from minisft.planning.machines import Machine, machine_named
 from minisft.planning.plan import choose, gigabytes, job_of, needed_bytes, predict_recipe, prepared_sizes, remedies
 from minisft.planning.prediction import Job, Prediction
-from minisft.planning.trial import OUT_OF_MEMORY
+from minisft.planning.trial import OUT_OF_MEMORY, PROCESS_FILE
 from minisft.recipe import STRATEGIES, Recipe
 from minisft.runs import RunFolder, open_run, rewrite_recipe
 from minisft.training.hardware import on_cpu
@@ -26,11 +26,19 @@ _WHERE = "training.strategy=auto"
 
 @dataclass(frozen=True)
 class Trial:
-    """What a strategy's trial took; `peak` is None where it ran out of memory."""
+    """What a strategy's trial took.
+
+    Attributes:
+        strategy: that was tried.
+        peak: bytes of the largest process at most; None where it ran out of memory.
+        process: bytes of a process before the model.
+        seconds: of the last step.
+    """
 
     strategy: str
     peak: float | None
-    seconds: float
+    process: float = 0.0
+    seconds: float = 0.0
 
 
 def limited(machine: Machine, recipe: Recipe) -> Machine:
@@ -114,8 +122,8 @@ def _nothing_fits(recipe: Recipe, job: Job, predictions: list[Prediction], faile
 # --- the trial --------------------------------------------------------------------------------------------
 
 
-def try_strategy(recipe: Recipe, run: RunFolder, job: Job) -> Trial:
-    """Take the run's heaviest step twice, in processes as the run will have them, without a checkpoint.
+def try_strategy(recipe: Recipe, run: RunFolder, job: Job, steps: int = TRIAL_STEPS) -> Trial:
+    """Take the run's heaviest step a few times, in processes as the run will have them, without a checkpoint.
 
     Raises:
         UserError: a process stopped with one that is not about memory.
@@ -125,7 +133,7 @@ def try_strategy(recipe: Recipe, run: RunFolder, job: Job) -> Trial:
     root = run.root / ".trial"
     shutil.rmtree(root, ignore_errors=True)
     try:
-        folder = _make_trial(recipe, run, job, root)
+        folder = _make_trial(recipe, run, job, root, steps)
         if training.processes == 1 and training.strategy not in ZERO_STAGES:
             launch_alone(_MODULE, [str(root)])
         elif launch(_MODULE, [str(root)], training.processes):
@@ -134,19 +142,19 @@ def try_strategy(recipe: Recipe, run: RunFolder, job: Job) -> Trial:
     except (RuntimeError, UserError) as error:
         if not ((isinstance(error, UserError) and error.where == OUT_OF_MEMORY) or _KILLED in str(error)):
             raise
-        return Trial(training.strategy, None, 0.0)
+        return Trial(training.strategy, None)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _make_trial(recipe: Recipe, run: RunFolder, job: Job, root: Path) -> RunFolder:
+def _make_trial(recipe: Recipe, run: RunFolder, job: Job, root: Path, steps: int) -> RunFolder:
     """Make a run folder whose training data is the heaviest step's conversations, all of them in every step."""
     import datasets
 
     heaviest = job.workload.heaviest_step
     training = replace(
-        recipe.training, max_steps=TRIAL_STEPS, batch_size=-(-len(heaviest) // recipe.training.processes),
-        gradient_accumulation=1, packing=False, log_every=1, save_every=TRIAL_STEPS, report_to=[],
+        recipe.training, max_steps=steps, batch_size=-(-len(heaviest) // recipe.training.processes),
+        gradient_accumulation=1, packing=False, log_every=1, save_every=steps, report_to=[],
     )  # fmt: skip
     with open_run(replace(recipe, output=str(root), training=training)) as trial:
         chosen = datasets.load_from_disk(str(run.dataset / "train")).select(heaviest)
@@ -158,4 +166,5 @@ def _make_trial(recipe: Recipe, run: RunFolder, job: Job, root: Path) -> RunFold
 
 def _read(folder: RunFolder, strategy: str) -> Trial:
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    return Trial(strategy, max(line["peak_memory_mb"] for line in lines) * 1e6, lines[-1]["seconds"])
+    process = float((folder.root / PROCESS_FILE).read_text(encoding="utf-8"))
+    return Trial(strategy, max(line["peak_memory_mb"] for line in lines) * 1e6, process, lines[-1]["seconds"])

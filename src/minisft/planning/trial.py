@@ -1,9 +1,16 @@
 """A process of a trial: `python -m minisft.planning.trial RUN_FOLDER`."""
 
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minisft.errors import UserError
+
+if TYPE_CHECKING:
+    from minisft.recipe import TrainingRecipe
+
+PROCESS_FILE = "process_bytes"  # in the trial's folder
 
 OUT_OF_MEMORY = "out of memory"  # where an error of the trial was, for the process that started it
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory")
@@ -44,8 +51,10 @@ def take_trial(root: Path) -> None:
     set_deepspeed_environment(on_cpu())
     error_console.quiet = True
     run = RunFolder(root)
+    recipe = load_run(root)
+    _note_process(root, recipe.training)
     try:
-        trainer = make_trainer(load_run(root), run)
+        trainer = make_trainer(recipe, run)
         trainer.add_callback(NoCheckpoint())
         take_steps(trainer, run)
     except (RuntimeError, MemoryError) as error:
@@ -54,6 +63,23 @@ def take_trial(root: Path) -> None:
         raise UserError(OUT_OF_MEMORY, str(error), "try another strategy") from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _note_process(root: Path, training: "TrainingRecipe") -> None:
+    """Write down what the process holds before the model: Python and the libraries."""
+    import datasets  # noqa: F401
+    import psutil
+    import torch.utils.tensorboard  # noqa: F401
+
+    import minisft.training.trainer  # noqa: F401
+    from minisft.training.strategies import ZERO_STAGES
+
+    if training.strategy in ZERO_STAGES:
+        import deepspeed  # noqa: F401
+    if training.lora is not None:
+        import peft  # noqa: F401
+    if os.environ.get("RANK", "0") == "0":
+        (root / PROCESS_FILE).write_text(str(psutil.Process().memory_info().rss), encoding="utf-8")
 
 
 if __name__ == "__main__":
