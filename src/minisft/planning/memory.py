@@ -99,7 +99,7 @@ def memory_of(footprint: Footprint, setting: Setting, row: tuple[int, int], most
     weights, gradients, optimizer = model_states(footprint, setting)
     gathered, buffers = _gathered(footprint, setting), _buffers(footprint, setting)
     activations = row[0] * footprint.kept_bytes(setting.checkpointing)
-    logits = row[1] * footprint.vocabulary * logit_bytes(setting.half)
+    logits = row[1] * footprint.vocabulary * logit_bytes(setting)
     workspace = _workspace(footprint, setting)
     host = 0.0
     if setting.offload:
@@ -118,13 +118,13 @@ def memory_of(footprint: Footprint, setting: Setting, row: tuple[int, int], most
     )  # fmt: skip
 
 
-def logit_bytes(half: bool) -> int:
+def logit_bytes(setting: Setting) -> int:
     """Bytes for a logit at the worst moment: log-probabilities and two gradients, in fp32.
 
-    Before it, in half precision: the logit itself, its fp32 copy and the log-probability, 10 bytes.
+    Before it, in half precision: the logit itself, its fp32 copy and the log-probability, 10 bytes. Where freed memory
+    is kept, the logit itself is there too.
     """
-    del half
-    return 12
+    return 16 if _keeps_freed(setting) else 12
 
 
 def _keeps_freed(setting: Setting) -> bool:
@@ -133,8 +133,11 @@ def _keeps_freed(setting: Setting) -> bool:
 
 
 def _gathered(footprint: Footprint, setting: Setting) -> float:
-    """ZeRO-3's whole weights, and the flat buffer in which a group of them arrives before it is laid apart."""
-    if setting.strategy != "zero3":
+    """ZeRO-3's whole weights, and the flat buffer in which a group of them arrives before it is laid apart.
+
+    One process has nothing to gather: DeepSpeed's NoGatherHandle.
+    """
+    if setting.strategy != "zero3" or setting.processes == 1:
         return 0.0
     elements = min(footprint.parameters, LIVE) + min(footprint.parameters, PREFETCH)
     return elements * (2 if setting.half else 4)
@@ -157,18 +160,17 @@ def _step_copy(footprint: Footprint, setting: Setting) -> float:
 
 def _scattered(footprint: Footprint, setting: Setting) -> float:
     """ZeRO-3 scatters a bucket's gradients from a copy of them in the processes' order; gloo clones that once more."""
-    if setting.strategy != "zero3" or setting.processes == 1:
+    if setting.strategy != "zero3":
         return 0.0
     copies = 2 if setting.on_cpu else 1
     return copies * min(BUCKET, footprint.trainable) * (2.0 if setting.half else 4.0)
 
 
-def _workspace(footprint: Footprint, setting: Setting) -> float:
-    """A gradient before it is added to the others; tied embeddings have two, and their sum.
+# glibc keeps 64 MB at its heap's end (mallopt(3): twice the largest M_MMAP_THRESHOLD); the first step imports 35 MB.
+_ON_A_CPU = 0.1e9
 
-    Where freed blocks are kept, the first backward of a step has them in other places than the later ones.
-    """
-    largest = 4.0 * footprint.largest
-    if _keeps_freed(setting):
-        return largest * (5 if footprint.tied else 2)
-    return largest * (3 if footprint.tied else 1)
+
+def _workspace(footprint: Footprint, setting: Setting) -> float:
+    """A gradient before it is added to the others; tied embeddings have two beside their sum."""
+    largest = 4.0 * footprint.largest * (2 if footprint.tied else 1)
+    return largest + (_ON_A_CPU if setting.on_cpu else 0.0)

@@ -273,7 +273,7 @@ def largest_row(job: Job, prediction: Prediction) -> int:
     footprint = job.footprint(setting.strategy, setting.lora)
     share = _supervised_of(job, 1_000_000) / 1_000_000
     per_token = footprint.kept_bytes(setting.checkpointing)
-    per_token += share * footprint.vocabulary * logit_bytes(setting.half)
+    per_token += share * footprint.vocabulary * logit_bytes(setting)
     many = 1 << 24  # where activations decide the peak
     huge = predict(
         job, setting.strategy, checkpointing=setting.checkpointing, lora=setting.lora, row=(many, round(many * share))

@@ -11,9 +11,9 @@ from minisft.planning.speed import StepTime, step_time, traffic
 from minisft.planning.workload import Workload
 from minisft.recipe import LoraRecipe
 
-# Resident on a CPU before the model: Python and the libraries, the data, gloo, TensorBoard; measured with a model of
-# 100,000 parameters (docs/planning.md). A GPU's memory holds none of it.
-_PROCESS_BYTES, _DEEPSPEED_BYTES = 0.52e9, 0.05e9
+# Resident on a CPU after the imports, and more with DeepSpeed: measured (benchmarks/plan.py, `process`). A GPU's memory
+# holds none of it.
+_PROCESS_BYTES, _DEEPSPEED_BYTES = 0.46e9, 0.03e9
 _DISK = 0.5e9  # bytes a second that checkpoints are written at
 
 
