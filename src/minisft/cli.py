@@ -114,9 +114,12 @@ def compare(arguments: Arguments) -> int:
 
 def report(arguments: Arguments) -> None:
     from minisft.console import say
+    from minisft.report.markdown import write_results
     from minisft.report.page import write_report
 
-    say(f"written: {write_report(Path(_recipe_or_run(arguments).output))}")
+    output = Path(_recipe_or_run(arguments).output)
+    say(f"written: {write_report(output)}")
+    say(f"written: {write_results(output)}")
 
 
 def export(arguments: Arguments) -> None:
@@ -200,6 +203,7 @@ def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
     from minisft.console import say
     from minisft.data.ledger import ledger_lines
     from minisft.data.preparation import prepare as prepare_data
+    from minisft.data.preview import write_preview
     from minisft.models import resolve_model, weights_fingerprint
     from minisft.runs import RunFolder, remember_model
 
@@ -209,6 +213,7 @@ def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
     if with_weights:
         remember_model(run, str(resolved), weights_fingerprint(resolved.folder))
     prepared = prepare_data(recipe, model_folder=resolved.folder, begun=run.has_begun())
+    write_preview(run.root, resolved.folder, recipe.trust_remote_code)
     say(f"data {prepared.folder}" + (" (prepared before)" if prepared.cached else ""))
     for line in ledger_lines(prepared.ledger):
         say(f"  {line}")

@@ -18,8 +18,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from, not this file.\n"
 _CONTENTS = (
     "recipe.yaml", "dataset", "checkpoints", "model", "metrics.jsonl", "tensorboard", "evaluation",
-    "report.html",
-    "base_model.json",
+    "report.html", "results.md",
+    "base_model.json", "environment.json",
 )  # fmt: skip
 # What `compare` writes into an output folder, beside a run or without one; no run deletes it.
 _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html", "comparison.png")
@@ -60,6 +60,10 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
 
     @property
     def base_model(self) -> Path:
@@ -208,6 +212,11 @@ def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_tr
         )
     if not may_go_on:
         raise UserError(run.root, "holds an unfinished run", "pass --resume to go on with it, or --force to begin anew")
+
+
+def remember_environment(run: RunFolder, found: dict[str, Any]) -> None:
+    """Keep on what machine and with which versions the run was last trained."""
+    write_atomically(run.environment, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def remember_model(run: RunFolder, origin: str, fingerprint: str) -> None:

@@ -9,9 +9,10 @@ from minisft.data.encoding import Encoder
 from minisft.errors import StoppedError, UserError
 from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
-from minisft.runs import RunFolder, load_run, step_of
+from minisft.runs import RunFolder, load_run, remember_environment, step_of
 from minisft.training.checkpoints import is_last, publish_final_model
 from minisft.training.communication import start_counting
+from minisft.training.environment import describe_environment
 from minisft.training.hardware import choose_precision, keep_freed_memory, on_cpu, require_processes
 from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
@@ -137,6 +138,7 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         trainer.add_callback(progress)
     if trainer.args.should_save:
         keep_steps_up_to(run.metrics, _begun_at(resume_from))
+        remember_environment(run, describe_environment())
     try:
         with listening() as trainer.stop:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
