@@ -12,15 +12,26 @@ import time
 import pytest
 
 from minisft.runs import RunFolder
-from tests.tiny import minisft, write_recipe
+from tests.tiny import minisft, write_conversations, write_recipe
 
 
 def train(folder, model, conversations, *overrides):
-    settings = "{epochs: 2, learning_rate: 1.0e-2, precision: fp32}"
+    settings = "{epochs: 32, save_every: 48, learning_rate: 1.0e-2, precision: fp32}"  # enough to score above 0
     recipe = write_recipe(folder, model, conversations, settings)
     done = minisft("train", recipe, "data.test_fraction=0.3", *overrides)
     assert done.returncode == 0, done.stderr
     return RunFolder(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    """Dialogues that differ in what is said and agree in the answer: soon learned."""
+    path = write_conversations(tmp_path_factory.mktemp("data") / "talks.jsonl", 33)
+    talks = [json.loads(line) for line in path.read_text().splitlines()]
+    for turn in (turn for talk in talks for turn in talk["conversations"] if turn["from"] == "gpt"):
+        turn["value"] = "one tea with milk please"
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +63,16 @@ def sacrebleu_of(folder):
 def check_against_sacrebleu(run):
     results = evaluate(run, "evaluation.max_new_tokens=24", "evaluation.turns=all")
     assert len(results["checkpoints"]) == 2
+    assert all(entry["chrf"]["half_width"] > 0 for entry in results["checkpoints"])
+    assert results["checkpoints"][-1]["bleu"]["mean"] > 0
     for entry in (results["base"], *results["checkpoints"]):
         theirs = sacrebleu_of(run.root / "evaluation" / entry.get("checkpoint", "base"))
         for metric in ("bleu", "chrf"):
             ours = entry[metric]
             assert ours["score"] == pytest.approx(theirs[metric]["score"], abs=1e-6)
-            assert ours["mean"] == pytest.approx(theirs[metric]["confidence_mean"], abs=1e-5)
-            assert ours["half_width"] == pytest.approx(theirs[metric]["confidence_var"], abs=1e-5)
+            # Where every resample scores 0 sacrebleu prints no interval.
+            assert ours["mean"] == pytest.approx(theirs[metric].get("confidence_mean", 0.0), abs=1e-5)
+            assert ours["half_width"] == pytest.approx(theirs[metric].get("confidence_var", 0.0), abs=1e-5)
             assert ours["signature"] == theirs[metric]["signature"]
 
 
@@ -95,15 +109,16 @@ def without_times(results):
     return results
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_in_the_middle_it_goes_on_and_nothing_is_generated_twice(vanilla, undisturbed, tmp_path, processes):
     run = RunFolder(tmp_path / "run")
     shutil.copytree(vanilla.root, run.root, ignore=shutil.ignore_patterns("evaluation"))
     words = [*SLOW, f"evaluation.processes={processes}"]
-    first = run.root / "evaluation/checkpoint-3/journal.jsonl"
+    first = run.root / "evaluation/checkpoint-48/journal.jsonl"
     kill_once(lambda: first.exists() and first.read_text().count('"answers"') >= 3, "evaluate", run.root, *words)
     kept = {path: whole_lines(path) for path in run.root.glob("evaluation/*/journal.jsonl")}
-    assert not (run.root / "evaluation/checkpoint-6").exists()
+    assert not (run.root / "evaluation/checkpoint-96").exists()
     assert without_times(evaluate(run, *words)) == undisturbed
     for path in run.root.glob("evaluation/*/journal.jsonl"):
         lines = whole_lines(path)
@@ -152,6 +167,7 @@ def test_the_preview_shows_what_is_learned_of_the_first_train_row(vanilla, conve
     assert learned == "".join(f"{turn['value']}</s>" for turn in turns if turn["from"] == "gpt")
 
 
+@pytest.mark.long
 def test_bad_settings_of_evaluation_exit_with_2(vanilla):
     for override, said in (
         ("evaluation.backend=vllm", "vllm is "),
