@@ -15,6 +15,7 @@ from minisft.options import Arguments, Verb
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
     from minisft.runs import RunFolder
+    from minisft.training.machines import Machines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,13 +82,19 @@ def inspect(arguments: Arguments) -> None:
 
 def train(arguments: Arguments) -> None:
     from minisft.training.launch import adopt_slurm, is_joined
+    from minisft.training.machines import parse_machines
 
     adopt_slurm()
     recipe = _load(arguments)
+    machines = parse_machines(arguments.nodes, arguments.node_rank, arguments.rendezvous)
     if is_joined():
+        if machines is not None:
+            raise UserError("--nodes", "another launcher started this process", "leave the machines to it")
         _train_joined(recipe, force=arguments.force, resume=arguments.resume)
+    elif machines is not None and machines.rank > 0:
+        _train_along(recipe, machines, resume=arguments.resume)
     else:
-        run = _train(recipe, force=arguments.force, resume=arguments.resume)
+        run = _train(recipe, force=arguments.force, resume=arguments.resume, machines=machines)
         _say_what_next(run)
 
 
@@ -219,7 +226,7 @@ def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
         say(f"  {line}")
 
 
-def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
+def _train(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines | None" = None) -> "RunFolder":
     from minisft.data.sources import require_sources
     from minisft.models import resolve_model
     from minisft.report.curves import draw_curves
@@ -227,14 +234,31 @@ def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
     from minisft.training.train import refuse_impossible
     from minisft.training.train import train as start_training
 
-    refuse_impossible(recipe)
+    refuse_impossible(recipe, machines)
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
     require_sources(recipe.data)
     with open_run(recipe, force=force, resume=resume) as run:
         _prepare(recipe)
-        start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume))
+        start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume), machines)
     draw_curves(run.root)
     return run
+
+
+def _train_along(recipe: "Recipe", machines: "Machines", *, resume: bool) -> None:
+    """Train as one of several machines, once the first has prepared; the run folder is the first's to write."""
+    from minisft.console import say
+    from minisft.models import resolve_model
+    from minisft.runs import RunFolder
+    from minisft.training.machines import wait_for_first
+    from minisft.training.train import refuse_impossible
+    from minisft.training.train import train as start_training
+
+    refuse_impossible(recipe, machines)
+    resolve_model(recipe.model, recipe.trust_remote_code)
+    run = RunFolder(Path(recipe.output))
+    wait_for_first(machines, run)
+    start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume), machines)
+    say(f"machine {machines.rank} of {machines.count}: done; machine 0 has the results")
 
 
 def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
@@ -312,6 +336,7 @@ VERBS = {
         "RECIPE.yaml",
         options.resume,
         options.force,
+        options.machines,
     ),
     "evaluate": Verb(
         evaluate,

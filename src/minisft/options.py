@@ -92,3 +92,9 @@ def force(parser: Parser) -> None:
 
 def resume(parser: Parser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+
+
+def machines(parser: Parser) -> None:
+    parser.add_argument("--nodes", type=int, default=1, metavar="M", help="machines that train together (default 1)")
+    parser.add_argument("--node-rank", type=int, metavar="R", help="which of them this is, from 0")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="of machine 0, where they meet; the same on all")

@@ -10,11 +10,13 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from minisft.errors import StoppedError, UserError
 from minisft.processes import die_with_parent, stop_signals
 from minisft.training.hardware import on_cpu, threads_of_a_process
 from minisft.training.interruption import STOP_FILE, StopRequest
+from minisft.training.machines import Machines
 from minisft.training.strategies import ZERO_STAGES, start_communication
 
 _PATIENCE = timedelta(hours=12)  # the first process may have much data to prepare
@@ -79,8 +81,10 @@ def join(strategy: str, first_does: Callable[[], None]) -> None:
         sys.exit(2)  # the first process says why
 
 
-def launch(module: str, arguments: list[str], processes: int) -> None:
+def launch(module: str, arguments: list[str], processes: int, machines: Machines | None = None) -> None:
     """Run `python -m module arguments` in several processes of this machine and wait for them.
+
+    With `machines` they meet those that the other machines start.
 
     SIGINT and SIGTERM are passed on through a file, so that they stop together at the end of a step.
 
@@ -94,9 +98,8 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it prints every failure again
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="minisft", rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0", max_restarts=0, start_method="spawn", monitor_interval=0.2,
-        signals_to_handle="SIGHUP,SIGQUIT",
+        nproc_per_node=processes, run_id="minisft", max_restarts=0, start_method="spawn", monitor_interval=0.2,
+        signals_to_handle="SIGHUP,SIGQUIT", **_meeting(machines),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
         error_file, stop = Path(folder) / "error.json", StopRequest(Path(folder) / "stop")
@@ -115,6 +118,17 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
         finally:
             for name in added:
                 del os.environ[name]
+
+
+def _meeting(machines: Machines | None) -> dict[str, Any]:
+    """Where the processes meet, as elastic's settings."""
+    if machines is None:
+        return {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
+    return {
+        "min_nodes": machines.count, "max_nodes": machines.count, "rdzv_backend": "static",
+        "rdzv_endpoint": machines.endpoint,
+        "rdzv_configs": {"rank": machines.rank, "timeout": int(_PATIENCE.total_seconds())},
+    }  # fmt: skip
 
 
 def run_worker(work: Callable[[], None]) -> int:

@@ -16,6 +16,7 @@ from minisft.training.environment import describe_environment
 from minisft.training.hardware import choose_precision, keep_freed_memory, on_cpu, require_processes
 from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
+from minisft.training.machines import Machines, processes_here, use_network_of
 from minisft.training.strategies import (
     ZERO_STAGES,
     deepspeed_config,
@@ -38,7 +39,7 @@ _SCHEDULERS = (
 _OPTIMIZERS = {"adamw": "adamw_torch_fused"}
 
 
-def refuse_impossible(recipe: Recipe) -> None:
+def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
     """Find out what cannot work before anything is read or written.
 
     Raises:
@@ -50,12 +51,12 @@ def refuse_impossible(recipe: Recipe) -> None:
     choose_precision(training.precision)
     _check_lora(recipe)
     if not is_joined():
-        require_processes(training.processes)
+        require_processes(processes_here(training.processes, machines))
     if training.strategy in ZERO_STAGES:
         require_deepspeed(training.strategy, on_cpu())
 
 
-def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> None:
+def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machines: Machines | None = None) -> None:
     """Train in this process, or in processes that this one starts.
 
     Raises:
@@ -70,7 +71,9 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> No
         train_in_this_process(recipe, run, resume_from)
         return
     arguments = [str(run.root)] + ([str(resume_from)] if resume_from else [])
-    launch(_WORKER, arguments, training.processes)
+    if machines is not None:
+        use_network_of(machines)
+    launch(_WORKER, arguments, processes_here(training.processes, machines), machines)
     if not run.is_trained():
         raise _stopped(run)
 
