@@ -10,6 +10,7 @@ from typing import Any
 from minisft import __version__
 from minisft.checking import data_checks, learning, loss_checks, serve_checks, spend, strategy_checks
 from minisft.checking.result import Check, Failed, NotRun, Result
+from minisft.checking.steps import quiet_libraries
 from minisft.checking.subject import Subject
 from minisft.errors import StoppedError, UserError
 from minisft.recipe import Recipe, dump_recipe
@@ -21,7 +22,8 @@ _VERSIONS = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "
 
 
 CHECKS = (
-    Check("data.system", "system prompts survive the template", data_checks.system_prompts_survive),
+    Check("data.template", "the template says where answers end", data_checks.template_does),
+    Check("data.system", "system prompts survive the template", data_checks.system_prompts_survive, ("data.template",)),
     Check("data.rows", "the rows are prepared", data_checks.rows_are_prepared, ("data.system",)),
     Check("data.tokens", "no token is lost", data_checks.tokens_are_conserved, ("data.rows",)),
     Check("data.bos", "there is one BOS, or none", data_checks.one_bos, ("data.rows",)),
@@ -117,9 +119,10 @@ def examine(recipe: Recipe, run: RunFolder, *, quick: bool, tell: Callable[[Resu
     subject.clear()  # what a check that was killed left
     results: dict[str, Result] = {}
     try:
-        for check in CHECKS:
-            results[check.name] = _result(check, subject, results, quick)
-            tell(results[check.name])
+        with quiet_libraries():
+            for check in CHECKS:
+                results[check.name] = _result(check, subject, results, quick)
+                tell(results[check.name])
     finally:
         subject.clear()
     return list(results.values())

@@ -12,13 +12,13 @@ from minisft.checking.subject import Example, Subject, flat_columns, shown
 from minisft.data.conversation import Conversation, Message
 from minisft.data.encoding import Encoder
 from minisft.data.rendering import RefusedError
-from minisft.errors import UserError
 
 LEAST_SUPERVISED, MOST_SUPERVISED = 0.01, 0.99
 MOST_CUT = 0.25  # of the tokens
 MOST_SKIPPED = 0.25  # of the rows
 _TEMPLATE = "choose another data.template"
 _FAULT = "this is a fault of MiniSFT or of the prepared data: remove `<output>/dataset` and check again; else report it"
+_LOST_SYSTEMS = ("system_dropped", "system_repeated", "system_unsupported")
 _PROBE = Conversation(
     (
         Message("system", "Be brief."),
@@ -30,39 +30,31 @@ _PROBE = Conversation(
 )
 
 
+def template_does(subject: Subject) -> str:
+    """Load the tokenizer and find out how the template writes conversations, and how it ends an answer."""
+    encoder = subject.encoder
+    ends = ", ".join(map(repr, encoder.tokenizer.convert_ids_to_tokens(list(encoder.stop_token_ids))))
+    return f"{encoder.template_name}; answers end with {ends}"
+
+
 def system_prompts_survive(subject: Subject) -> str:
     """Look for every system prompt in the tokens before its conversation's last answer."""
     _refuse_lost_systems(subject)
-    rows = [row for row in subject.source_rows if row["messages"][0]["role"] == "system"]
+    rows = [row for row in subject.source.rows if row["messages"][0]["role"] == "system"]
     texts = subject.encoder.decode_answers([_context(row) for row in rows])
     for row, text in zip(rows, texts, strict=True):
         system = row["messages"][0]["content"].strip()
         if system not in text and subject.encoder.round_trip(system).strip() not in text:
             raise Failed(f"{row['location']}: its system prompt is not in its tokens", _TEMPLATE)
-    return f"{len(rows):,} of {len(subject.source_rows):,} rows have one" if rows else "no row has one"
+    return f"{len(rows):,} of {len(subject.source.rows):,} rows have one" if rows else "no row has one"
 
 
 def _refuse_lost_systems(subject: Subject) -> None:
     """Find out whether the template refuses rows for their system prompt."""
-    try:
-        skipped = subject.source.ledger["skipped"]
-    except UserError as error:
-        refusal = _refusal(subject.encoder)
-        if refusal is not None:
-            raise Failed(f"{refusal.what} ({error.what})", _TEMPLATE) from None
-        raise
-    lost = {reason: number for reason, number in skipped.items() if reason.startswith("system_")}
+    lost = {reason: number for reason, number in subject.source.skipped.items() if reason in _LOST_SYSTEMS}
     if lost:
         counted = ", ".join(f"{reason} {number:,}" for reason, number in lost.items())
         raise Failed(f"the template loses system prompts, and their rows with them ({counted})", _TEMPLATE)
-
-
-def _refusal(encoder: Encoder) -> RefusedError | None:
-    try:
-        encoder.render(_PROBE)
-    except RefusedError as refusal:
-        return refusal if refusal.reason.startswith("system_") else None
-    return None
 
 
 def _context(row: dict[str, Any]) -> list[int]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from minisft.checking.reference import plain_attention
+from minisft.checking.reference import Conversations, count_learned, padded_loss, plain_attention
 from minisft.checking.result import Failed
 from minisft.checking.steps import Steps, make_scratch, short_rows, step_recipe, switch_off_dropout
 from minisft.checking.subject import Subject, TokenRow
@@ -15,8 +15,9 @@ from minisft.training.batching import measure
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
 
-ROWS = 3
+ROWS, CANDIDATES = 3, 24
 NEAR_ZERO = 0.02  # nats per learned token
+SURELY = 0.6  # nats of all learned tokens together: below ln 2 each of them is likelier than all others
 MOST_STEPS = 150
 # AdamW moves every weight by about the learning rate; what a weight may move falls with the width of the layer.
 _RATE_TIMES_WIDTH = 0.3
@@ -31,13 +32,13 @@ def rows_are_learned_by_heart(subject: Subject) -> str:
     trainer = subject.train_in_scratch(recipe)
     switch_off_dropout(trainer.model)
     trainer.args.save_strategy = "no"
-    watch = _StopNearZero()
+    dataset: Any = trainer.train_dataset
+    watch = _StopWhenLearned([(row["input_ids"], row["labels"]) for row in dataset])
     trainer.add_callback(watch)
     trainer.train()
-    if watch.loss > NEAR_ZERO:
+    if not watch.is_learned:
         what = f"after {MOST_STEPS} steps on {len(rows)} rows their loss is {watch.loss:.3f}, from {watch.first:.3f}"
         raise Failed(what, "this model does not learn as it is loaded here: look at its config, or take another")
-    dataset: Any = trainer.train_dataset
     answers = _recall(subject, trainer.model, [_as_row(row) for row in dataset])
     return (
         f"{len(rows)} rows, {watch.steps} steps: loss {watch.first:.2f} to {watch.loss:.3f}, {answers} answers verbatim"
@@ -45,7 +46,13 @@ def rows_are_learned_by_heart(subject: Subject) -> str:
 
 
 def _shortest_rows(subject: Subject) -> list[int]:
-    return short_rows(measure(subject.sides["train"]).tokens, ROWS)
+    """Short rows of which no two ask the same first: two answers to one question cannot both be learned."""
+    train = subject.sides["train"]
+    chosen: dict[tuple[int, ...], int] = {}
+    for number in short_rows(measure(train).tokens, CANDIDATES):
+        row = _as_row(train[number])
+        chosen.setdefault(tuple(row.ids[: row.answers()[0][0]]), number)
+    return list(chosen.values())[:ROWS]
 
 
 def _recipe(subject: Subject, rows: int) -> "Recipe":
@@ -57,19 +64,30 @@ def _recipe(subject: Subject, rows: int) -> "Recipe":
     )  # fmt: skip
 
 
-class _StopNearZero(TrainerCallback):
-    """End the training when the loss is near zero."""
+class _StopWhenLearned(TrainerCallback):
+    """End the training when the rows are learned: by the weights as they are then, since the last update may spoil it.
 
-    def __init__(self) -> None:
+    Args:
+        rows: (input ids, labels) of each.
+    """
+
+    def __init__(self, rows: Conversations) -> None:
+        self.rows = rows
         self.first = self.loss = float("nan")
         self.steps = 0
+        self.is_learned = False
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
             return
         self.first = logs["loss"] if self.steps == 0 else self.first
         self.loss, self.steps = logs["loss"], state.global_step
-        control.should_training_stop = self.loss <= NEAR_ZERO
+        if self.loss <= NEAR_ZERO:
+            with torch.no_grad(), plain_attention(model):
+                together = float(padded_loss(model, self.rows))
+            self.loss = together / count_learned(self.rows)
+            self.is_learned = self.loss <= NEAR_ZERO and together <= SURELY
+        control.should_training_stop = self.is_learned
 
 
 def _as_row(row: dict[str, Any]) -> TokenRow:

@@ -91,7 +91,7 @@ def padding_changes_nothing(subject: Subject) -> str:
     if not _close(free, padded, tolerance(subject)):
         raise Failed(f"padding-free loss {free:.5f}, padded loss {padded:.5f} ({_name(trainer)})", _REPORT)
     width = max(len(ids) for ids, _ in conversations)
-    return f"{len(conversations)} conversations in {width} columns: {free:.4f} and {padded:.4f}"
+    return f"{len(conversations)} conversations in {width} columns: summed loss {free:.4f} and {padded:.4f}"
 
 
 def rows_keep_conversations_apart(subject: Subject) -> str:
@@ -106,7 +106,7 @@ def rows_keep_conversations_apart(subject: Subject) -> str:
         what = f"{len(conversations)} conversations in one row: {joined:.5f}, each on its own: {alone:.5f}; "
         mend = "train with training.row_tokens=1, which gives every conversation a row of its own, or another model"
         raise Failed(what + _leak(subject, trainer, conversations), mend)
-    return f"{len(conversations)} conversations in a row: {joined:.4f}, each on its own: {alone:.4f}"
+    return f"{len(conversations)} conversations in a row: summed loss {joined:.4f}, each on its own: {alone:.4f}"
 
 
 def _leak(subject: Subject, trainer: "SupervisedTokenTrainer", conversations: list[Conversation]) -> str:

@@ -8,6 +8,7 @@ that loops over them; `transformers chat` and `transformers serve` (`cli/serving
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from minisft.chat import Session
@@ -16,7 +17,6 @@ from minisft.checking.subject import Example, Subject, as_conversation, as_token
 from minisft.data.conversation import Conversation, Message, parsed_or_text
 from minisft.data.templates import NATIVE_TEMPLATES
 from minisft.evaluation.questions import load_held_out
-from minisft.models import load_tokenizer
 
 SAMPLE = 64  # conversations
 _OWN = (*NATIVE_TEMPLATES, "mistral-text")
@@ -117,18 +117,9 @@ def saved_template_renders_alike(subject: Subject) -> str:
 
 def vllm_renders_alike(subject: Subject) -> str:
     """The same in vLLM's way."""
-    saved = _saved_tokenizer(subject)
+    saved = subject.saved_tokenizer
     parts = loops_over_content(str(saved.chat_template))
     return _compare_with(subject, _as_vllm) + ("; contents as parts" if parts else "")
-
-
-def _saved_tokenizer(subject: Subject) -> Any:
-    folder = subject.scratch / "tokenizer"
-    if not folder.exists():
-        own = load_tokenizer(subject.model.folder, subject.recipe.trust_remote_code)
-        own.chat_template = subject.encoder.chat_template
-        own.save_pretrained(folder)
-    return load_tokenizer(folder, subject.recipe.trust_remote_code)
 
 
 def _compare_with(subject: Subject, render: Render) -> str:
@@ -137,7 +128,7 @@ def _compare_with(subject: Subject, render: Render) -> str:
     Where a text spells a control token, or the tokenizer would join the end of a prompt with its answer, other ids
     of the same text are what the documentation of `data` says; the text must be the same.
     """
-    saved = _saved_tokenizer(subject)
+    saved = subject.saved_tokenizer
     same = other = 0
     for example in subject.sample(SAMPLE):
         for messages, ids, prompt in _renderings(subject, example):
@@ -203,6 +194,7 @@ def _as_vllm(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | 
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+@cache
 def loops_over_content(template: str) -> bool:
     """Whether a template loops over a message's content, which then comes as a list of parts (vLLM's rule)."""
     import jinja2.nodes

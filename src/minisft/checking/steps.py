@@ -3,9 +3,12 @@
 They are taken twice: once through, and once from the checkpoint after step RESUME_AT on.
 """
 
+import contextlib
+import gc
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,13 +146,17 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
 
 def take_steps_twice(root: Path) -> None:
     """Take the steps of a scratch run, then those after its checkpoint RESUME_AT again, beside it."""
-    import gc
-
     import torch
 
     set_deepspeed_environment(on_cpu())
-    transformers_logging.set_verbosity_error()
     console.quiet = error_console.quiet = True
+    with quiet_libraries():
+        _take_steps_twice(root)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _take_steps_twice(root: Path) -> None:
     run, recipe = RunFolder(root), load_run(root)
     again = resumed_run(run)
     trainer = make_trainer(recipe, run)
@@ -164,8 +171,6 @@ def take_steps_twice(root: Path) -> None:
         trainer = make_trainer(recipe, again, kept)
         switch_off_dropout(trainer.model)
         take_steps(trainer, again, kept)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class _KeepCheckpoint(TrainerCallback):
@@ -193,3 +198,17 @@ def switch_off_dropout(model: Any) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep what transformers says while it trains and saves out of the table."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,5 +1,6 @@
 """What the checks look at: the recipe's tokenizer, rows and model, each made when a check first asks for it."""
 
+import gc
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
@@ -9,17 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from minisft.checking.result import NotRun
 from minisft.data.conversation import Conversation, Message, messages_from_rows
 from minisft.data.encoding import IGNORED, Encoder
+from minisft.data.ledger import Tally
 from minisft.data.preparation import Prepared, load_split, prepare
+from minisft.data.sources import at_revision, parse_sources
+from minisft.data.staging import stage
 from minisft.data.verification import VerificationError
 from minisft.models import ResolvedModel, load_tokenizer, resolve_model
 from minisft.recipe import Recipe
 from minisft.runs import RunFolder
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from minisft.checking.steps import Steps
     from minisft.training.trainer import SupervisedTokenTrainer
 
@@ -49,6 +56,19 @@ class TokenRow:
         learned = np.concatenate([[False], np.asarray(self.labels) != IGNORED, [False]])
         edges = np.flatnonzero(np.diff(learned.astype(np.int8)))
         return [(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Rows of the source.
+
+    Args:
+        rows: in order, with messages, ids and labels.
+        skipped: how many others were left out, by reason.
+    """
+
+    rows: list[dict[str, Any]]
+    skipped: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -121,25 +141,30 @@ class Subject:
         named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         return {name: id for name, id in {**named, **written}.items() if name.strip()}
 
+    @cached_property
+    def saved_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer as training saves it, with the template, and as others then load it."""
+        own = load_tokenizer(self.model.folder, self.recipe.trust_remote_code)
+        own.chat_template = self.encoder.chat_template
+        own.save_pretrained(self.scratch / "tokenizer")
+        return load_tokenizer(self.scratch / "tokenizer", self.recipe.trust_remote_code)
+
     # --- data
 
     @cached_property
-    def source(self) -> Prepared:
-        """The source, prepared aside with the messages of its rows, which train rows do not keep.
+    def source(self) -> "SourceRows":
+        """Rows of the source beside their tokens, encoded aside: train rows do not keep their messages.
 
         Rows that the template refuses are left out and counted: checks name the reason.
         """
-        data = self.recipe.data
-        invalid = "skip" if data.invalid == "error" else data.invalid
-        limit = min(data.limit or EXAMPLES, EXAMPLES)
-        aside = replace(data, test=data.source, invalid=invalid, limit=limit, verify=False)
-        recipe = replace(self.recipe, output=str(self.scratch / "source"), data=aside)
-        return prepare(recipe, self.encoder.tokenizer)
-
-    @cached_property
-    def source_rows(self) -> list[dict[str, Any]]:
-        """Rows of the source, in order, with messages, ids and labels."""
-        return list(load_split(self.source.folder.parent, "test"))
+        data = replace(self.recipe.data, limit=min(self.recipe.data.limit or EXAMPLES, EXAMPLES), verify=False)
+        tally, path = Tally(), self.scratch / "source.arrow"
+        sources = [at_revision(one, None, keep=False) for one in parse_sources(data.source)]
+        path.parent.mkdir(exist_ok=True)
+        stage(path, sources, replace(self.recipe, data=data), self.encoder, tally)
+        with path.open("rb") as file:
+            rows = pa.ipc.open_stream(file).read_all().to_pylist()
+        return SourceRows(rows, tally.section("skipped"))
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -166,12 +191,12 @@ class Subject:
         """Conversations of the source beside their rows of the prepared data."""
         columns = ["location", "input_ids", "labels", "findings"]
         rows: dict[str, TokenRow] = {}
-        wanted = {row["location"] for row in self.source_rows}
+        wanted = {row["location"] for row in self.source.rows}
         for data in self.sides.values():
             for row in data.select_columns(columns):
                 if row["location"] in wanted:
                     rows[row["location"]] = as_token_row(row)
-        paired = ((as_conversation(row), rows.get(row["location"])) for row in self.source_rows)
+        paired = ((as_conversation(row), rows.get(row["location"])) for row in self.source.rows)
         return [Example(conversation, row) for conversation, row in paired if row is not None]
 
     def sample(self, count: int) -> list[Example]:
@@ -229,10 +254,9 @@ class Subject:
 
     def let_go(self) -> None:
         """Free the live model."""
-        import gc
-
-        self.live = None
-        gc.collect()
+        if self.live is not None:
+            self.live = None
+            gc.collect()
 
     def clear(self) -> None:
         """Remove what the checks wrote."""
