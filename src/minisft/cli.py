@@ -80,6 +80,41 @@ def inspect(arguments: Arguments) -> None:
     )
 
 
+def check(arguments: Arguments) -> None:
+    import json
+
+    from minisft.console import say
+    from minisft.files import write_atomically
+    from minisft.runs import open_run
+    from minisft.training.hardware import on_cpu
+    from minisft.training.strategies import set_deepspeed_environment
+
+    recipe = _load(arguments)
+    set_deepspeed_environment(on_cpu())  # before transformers is imported
+    if not arguments.quick:
+        from minisft.training.train import refuse_impossible
+
+        refuse_impossible(recipe)
+    from minisft.checking.check import as_report, examine
+    from minisft.checking.table import show, summary
+
+    with open_run(recipe, prepares_only=True) as run:
+        results = examine(recipe, run, quick=arguments.quick, tell=(lambda _: None) if arguments.json else show)
+        report = as_report(recipe, results, quick=arguments.quick)
+        write_atomically(run.check, json.dumps(report, indent=1, ensure_ascii=False))
+    if arguments.json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        say(f"{summary(results)}; written: {run.check}")
+    failed = [result for result in results if result.status == "FAILED"]
+    if failed:
+        raise UserError(
+            ", ".join(result.name for result in failed),
+            f"{len(failed)} of {len(results)} checks failed",
+            failed[0].mend,
+        )
+
+
 def train(arguments: Arguments) -> None:
     from minisft.training.launch import adopt_slurm, is_joined
     from minisft.training.machines import parse_machines
@@ -329,6 +364,12 @@ VERBS = {
         "show what the model learns from: tokens coloured by supervised or not",
         "RUN|RECIPE.yaml",
         options.inspect,
+    ),
+    "check": Verb(
+        check,
+        "prove, on this recipe, model and machine, that training does what it promises",
+        "RECIPE.yaml",
+        options.check,
     ),
     "train": Verb(
         train,

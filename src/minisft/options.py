@@ -51,6 +51,11 @@ def inspect(parser: Parser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
 
 
+def check(parser: Parser) -> None:
+    parser.add_argument("--quick", action="store_true", help="only what needs no weights; takes seconds")
+    parser.add_argument("--json", action="store_true", help="print check.json instead of a table")
+
+
 def chat(parser: Parser) -> None:
     parser.add_argument("--message", metavar="TEXT", help="print the answer to this message and end")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt")

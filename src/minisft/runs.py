@@ -19,7 +19,7 @@ _MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from,
 _CONTENTS = (
     "recipe.yaml", "dataset", "checkpoints", "model", "metrics.jsonl", "tensorboard", "evaluation",
     "report.html", "results.md",
-    "base_model.json", "environment.json",
+    "base_model.json", "environment.json", "check.json", ".check",
 )  # fmt: skip
 # What `compare` writes into an output folder, beside a run or without one; no run deletes it.
 _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html", "comparison.png")
@@ -68,6 +68,15 @@ class RunFolder:
     @property
     def base_model(self) -> Path:
         return self.root / "base_model.json"
+
+    @property
+    def check(self) -> Path:
+        return self.root / "check.json"
+
+    @property
+    def scratch(self) -> Path:
+        """Where `check` trains a few steps; it removes the folder at its end."""
+        return self.root / ".check"
 
     def list_checkpoints(self) -> list[Path]:
         """Return the checkpoint folders in the order of their steps."""

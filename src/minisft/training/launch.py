@@ -1,5 +1,6 @@
 """One process to many: torch's elastic launcher, or joining a launch that is under way."""
 
+import contextlib
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -101,20 +102,44 @@ def launch(module: str, arguments: list[str], processes: int, machines: Machines
         nproc_per_node=processes, run_id="minisft", max_restarts=0, start_method="spawn", monitor_interval=0.2,
         signals_to_handle="SIGHUP,SIGQUIT", **_meeting(machines),
     )  # fmt: skip
+    with _workers_environment(processes) as (error_file, stop):
+        try:
+            with stop_signals(stop.receive):
+                elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+        except ChildFailedError as error:
+            _raise_handed_over(error_file)
+            raise RuntimeError(f"a training process failed: {error.get_first_failure()[1].message}") from None
+        except SignalException:
+            raise KeyboardInterrupt from None
+
+
+def launch_alone(module: str, arguments: list[str]) -> None:
+    """Run `python -m module arguments` in one process, which joins no others, and wait for it.
+
+    SIGINT and SIGTERM reach it as they reach the processes of `launch`.
+
+    Raises:
+        UserError: the one that the process raised.
+        RuntimeError: it failed otherwise; its traceback is on stderr.
+    """
+    with _workers_environment(1) as (error_file, stop), stop_signals(stop.receive):
+        command = [sys.executable, "-u", "-m", module, *arguments]
+        done = subprocess.run(command, start_new_session=True)  # a terminal's Ctrl-C is for this process
+        _raise_handed_over(error_file)
+    if done.returncode:
+        raise RuntimeError(f"a training process failed with status {done.returncode}")
+
+
+@contextlib.contextmanager
+def _workers_environment(processes: int) -> Iterator[tuple[Path, StopRequest]]:
+    """Tell the workers to be started who starts them, where to leave an error, and which file asks them to stop."""
     with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
         error_file, stop = Path(folder) / "error.json", StopRequest(Path(folder) / "stop")
         added = {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid()), STOP_FILE: str(stop.file)}
         os.environ |= added
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_process(processes)))
         try:
-            with stop_signals(stop.receive):
-                elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
-        except ChildFailedError as error:
-            if error_file.exists():
-                raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
-            raise RuntimeError(f"a training process failed: {error.get_first_failure()[1].message}") from None
-        except SignalException:
-            raise KeyboardInterrupt from None
+            yield error_file, stop
         finally:
             for name in added:
                 del os.environ[name]
@@ -129,6 +154,11 @@ def _meeting(machines: Machines | None) -> dict[str, Any]:
         "rdzv_endpoint": machines.endpoint,
         "rdzv_configs": {"rank": machines.rank, "timeout": int(_PATIENCE.total_seconds())},
     }  # fmt: skip
+
+
+def _raise_handed_over(error_file: Path) -> None:
+    if error_file.exists():
+        raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
 
 
 def run_worker(work: Callable[[], None]) -> int:
