@@ -115,6 +115,19 @@ def check(arguments: Arguments) -> None:
         )
 
 
+def plan(arguments: Arguments) -> None:
+    import json
+
+    from minisft.planning.command import Wish, plan_for
+    from minisft.planning.table import plan_as_json, show_plan
+
+    made = plan_for(_load(arguments), Wish(arguments.gpu, arguments.count, arguments.nodes))
+    if arguments.json:
+        print(json.dumps(plan_as_json(made), indent=1, ensure_ascii=False))
+    else:
+        show_plan(made)
+
+
 def train(arguments: Arguments) -> None:
     from minisft.training.launch import adopt_slurm, is_joined
     from minisft.training.machines import parse_machines
@@ -122,6 +135,9 @@ def train(arguments: Arguments) -> None:
     adopt_slurm()
     recipe = _load(arguments)
     machines = parse_machines(arguments.nodes, arguments.node_rank, arguments.rendezvous)
+    if machines is not None and recipe.training.strategy == "auto":
+        mend = f"name a strategy; `minisft plan {arguments.words[0]} --nodes {machines.count}` says which"
+        raise UserError("training.strategy", "auto tries strategies on one machine alone", mend)
     if is_joined():
         if machines is not None:
             raise UserError("--nodes", "another launcher started this process", "leave the machines to it")
@@ -274,7 +290,8 @@ def _train(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines |
     require_sources(recipe.data)
     with open_run(recipe, force=force, resume=resume) as run:
         _prepare(recipe)
-        start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume), machines)
+        recipe, checkpoint = _settled(recipe, run, _checkpoint_to_resume(recipe, run, resume))
+        start_training(recipe, run, checkpoint, machines)
     draw_curves(run.root)
     return run
 
@@ -296,6 +313,21 @@ def _train_along(recipe: "Recipe", machines: "Machines", *, resume: bool) -> Non
     say(f"machine {machines.rank} of {machines.count}: done; machine 0 has the results")
 
 
+def _settled(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tuple["Recipe", Path | None]:
+    """Settle on a strategy where the recipe leaves it open; a checkpoint goes on with its own."""
+    from minisft.planning.auto import settle_strategy
+    from minisft.runs import rewrite_recipe
+    from minisft.training.checkpoints import strategy_of
+
+    if recipe.training.strategy != "auto":
+        return recipe, checkpoint
+    if checkpoint is None:
+        return settle_strategy(recipe, run), None
+    recipe = replace(recipe, training=replace(recipe.training, strategy=strategy_of(checkpoint)))  # type: ignore[arg-type]
+    rewrite_recipe(run, recipe)
+    return recipe, checkpoint
+
+
 def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     """Train as one process of a launch under way: the first prepares, the others wait for it."""
     from minisft.data.sources import require_sources
@@ -304,6 +336,9 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     from minisft.training.train import refuse_impossible, train_in_this_process
 
     recipe = replace(recipe, training=replace(recipe.training, processes=world_size()))
+    if recipe.training.strategy == "auto":
+        what = "a launch under way cannot try strategies"
+        raise UserError("training.strategy", what, "name the one that `minisft plan RECIPE` chooses")
     refuse_impossible(recipe)
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as held:
@@ -319,13 +354,15 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
 
 def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> Path | None:
     from minisft.console import say
-    from minisft.training.checkpoints import latest_resumable, require_same_layout
+    from minisft.training.checkpoints import latest_resumable, require_same_layout, strategy_of
 
     if not resume:
         return None
     checkpoint = latest_resumable(run.checkpoints)
     if checkpoint is not None:
-        require_same_layout(checkpoint, recipe.training.strategy, recipe.training.processes)
+        asked = recipe.training.strategy
+        strategy = strategy_of(checkpoint) if asked == "auto" else asked
+        require_same_layout(checkpoint, strategy, recipe.training.processes)
     say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: from the beginning")
     return checkpoint
 
@@ -371,6 +408,7 @@ VERBS = {
         "RECIPE.yaml",
         options.check,
     ),
+    "plan": Verb(plan, "memory, time and the strategy to take, before anything is spent", "RECIPE.yaml", options.plan),
     "train": Verb(
         train,
         "train a recipe: vanilla or ZeRO-1/2/3, one process or many",

@@ -19,7 +19,7 @@ _MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from,
 _CONTENTS = (
     "recipe.yaml", "dataset", "checkpoints", "model", "metrics.jsonl", "tensorboard", "evaluation",
     "report.html", "results.md",
-    "base_model.json", "environment.json", "check.json", ".check",
+    "base_model.json", "environment.json", "check.json", ".check", ".trial",
 )  # fmt: skip
 # What `compare` writes into an output folder, beside a run or without one; no run deletes it.
 _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html", "comparison.png")
@@ -27,7 +27,7 @@ _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html",
 _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
     "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
-    "gradient_checkpointing", "row_tokens", "report_to",
+    "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to",
 )  # fmt: skip
 
 
@@ -164,8 +164,13 @@ def open_run(
         elif resume:
             raise UserError(run.root, "there is no run to resume", "train without --resume")
         if not (prepares_only and run.has_begun()):
-            write_atomically(run.recipe, _MARK + dump_recipe(recipe))
+            rewrite_recipe(run, recipe)
         yield run
+
+
+def rewrite_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Make `recipe` the resolved recipe of a run that this process has opened."""
+    write_atomically(run.recipe, _MARK + dump_recipe(recipe))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ def test_machines_share_the_processes():
     machines = parse_machines(2, 1, "gpu01:29500")
     assert machines == Machines(2, 1, "gpu01", 29500)
     assert machines.endpoint == "gpu01:29500"
-    assert parse_machines(2, 0, "[fe80::1]:80").endpoint == "[fe80::1]:80"
+    assert Machines(2, 0, "fe80::1", 80).endpoint == "[fe80::1]:80"
+    assert parse_machines(2, 0, "[fe80::1]:80") == Machines(2, 0, "fe80::1", 80)
     assert processes_here(16, machines) == 8
 
 

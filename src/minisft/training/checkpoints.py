@@ -44,6 +44,11 @@ def note_origin(checkpoint: Path, strategy: str, processes: int) -> None:
     (checkpoint / _ORIGIN).write_text(json.dumps({"strategy": strategy, "processes": processes}), encoding="utf-8")
 
 
+def strategy_of(checkpoint: Path) -> str:
+    """Return the strategy that wrote a checkpoint's optimizer state."""
+    return str(json.loads((checkpoint / _ORIGIN).read_text(encoding="utf-8"))["strategy"])
+
+
 def require_same_layout(checkpoint: Path, strategy: str, processes: int) -> None:
     """Refuse to resume an optimizer state under a strategy or a number of processes it is not laid out for.
 

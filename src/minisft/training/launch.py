@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,12 +83,15 @@ def join(strategy: str, first_does: Callable[[], None]) -> None:
         sys.exit(2)  # the first process says why
 
 
-def launch(module: str, arguments: list[str], processes: int, machines: Machines | None = None) -> None:
+def launch(module: str, arguments: list[str], processes: int, machines: Machines | None = None) -> bool:
     """Run `python -m module arguments` in several processes of this machine and wait for them.
 
     With `machines` they meet those that the other machines start.
 
     SIGINT and SIGTERM are passed on through a file, so that they stop together at the end of a step.
+
+    Returns:
+        Whether they were asked to stop.
 
     Raises:
         UserError: the one that a process raised.
@@ -111,12 +115,16 @@ def launch(module: str, arguments: list[str], processes: int, machines: Machines
             raise RuntimeError(f"a training process failed: {error.get_first_failure()[1].message}") from None
         except SignalException:
             raise KeyboardInterrupt from None
+    return stop.signalled
 
 
-def launch_alone(module: str, arguments: list[str]) -> None:
+def launch_alone(module: str, arguments: list[str]) -> bool:
     """Run `python -m module arguments` in one process, which joins no others, and wait for it.
 
     SIGINT and SIGTERM reach it as they reach the processes of `launch`.
+
+    Returns:
+        Whether it was asked to stop.
 
     Raises:
         UserError: the one that the process raised.
@@ -127,7 +135,8 @@ def launch_alone(module: str, arguments: list[str]) -> None:
         done = subprocess.run(command, start_new_session=True)  # a terminal's Ctrl-C is for this process
         _raise_handed_over(error_file)
     if done.returncode:
-        raise RuntimeError(f"a training process failed with status {done.returncode}")
+        raise RuntimeError(f"a training process failed: {_how_it_ended(done.returncode)}")
+    return stop.signalled
 
 
 @contextlib.contextmanager
@@ -136,13 +145,18 @@ def _workers_environment(processes: int) -> Iterator[tuple[Path, StopRequest]]:
     with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
         error_file, stop = Path(folder) / "error.json", StopRequest(Path(folder) / "stop")
         added = {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid()), STOP_FILE: str(stop.file)}
+        if "OMP_NUM_THREADS" not in os.environ:
+            added["OMP_NUM_THREADS"] = str(threads_of_a_process(processes))
         os.environ |= added
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_process(processes)))
         try:
             yield error_file, stop
         finally:
             for name in added:
                 del os.environ[name]
+
+
+def _how_it_ended(status: int) -> str:
+    return f"exit status {status}" if status > 0 else f"Signal {-status} ({signal.Signals(-status).name})"
 
 
 def _meeting(machines: Machines | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from minisft.runs import RunFolder, load_run, remember_environment, step_of
 from minisft.training.checkpoints import is_last, publish_final_model
 from minisft.training.communication import start_counting
 from minisft.training.environment import describe_environment
-from minisft.training.hardware import choose_precision, keep_freed_memory, on_cpu, require_processes
+from minisft.training.hardware import choose_precision, default_row_tokens, keep_freed_memory, on_cpu, require_processes
 from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
 from minisft.training.machines import Machines, processes_here, use_network_of
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
 
 _WORKER = "minisft.training.worker"
-# Tokens of a forward. On a CPU larger rows are no faster; on a GPU they fill it.
-_ROW_TOKENS_CPU = 1024
-_ROW_TOKENS_GPU = 16384
 # Those of transformers that need no settings of their own.
 _SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -271,7 +268,7 @@ def _trainer(
     sampler = StepSampler(
         measure(dataset),
         global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
-        row_tokens=training.row_tokens or (_ROW_TOKENS_CPU if on_cpu() else _ROW_TOKENS_GPU),
+        row_tokens=training.row_tokens or default_row_tokens(on_cpu()),
         processes=arguments.world_size,
         rank=arguments.process_index,
         seed=recipe.seed,
