@@ -262,6 +262,7 @@ def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
     from minisft.data.ledger import ledger_lines
     from minisft.data.preparation import prepare as prepare_data
     from minisft.data.preview import write_preview
+    from minisft.data.progress import counting_rows
     from minisft.models import resolve_model, weights_fingerprint
     from minisft.runs import RunFolder, remember_model
 
@@ -270,7 +271,8 @@ def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
     say(f"model {resolved}")
     if with_weights:
         remember_model(run, str(resolved), weights_fingerprint(resolved.folder))
-    prepared = prepare_data(recipe, model_folder=resolved.folder, begun=run.has_begun())
+    with counting_rows() as progress:
+        prepared = prepare_data(recipe, progress=progress, model_folder=resolved.folder, begun=run.has_begun())
     write_preview(run.root, resolved.folder, recipe.trust_remote_code)
     say(f"data {prepared.folder}" + (" (prepared before)" if prepared.cached else ""))
     for line in ledger_lines(prepared.ledger):
