@@ -3,7 +3,7 @@
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -106,7 +106,9 @@ CHECKS = (
 )
 
 
-def examine(recipe: Recipe, run: RunFolder, *, quick: bool, tell: Callable[[Result], None]) -> list[Result]:
+def examine(
+    recipe: Recipe, run: RunFolder, *, quick: bool, tell: Callable[[Result], None], checks: Sequence[Check] = CHECKS
+) -> list[Result]:
     """Run the checks on a recipe.
 
     Args:
@@ -114,13 +116,14 @@ def examine(recipe: Recipe, run: RunFolder, *, quick: bool, tell: Callable[[Resu
         run: its run folder, held by this process.
         quick: leave out what needs the model's weights.
         tell: called with each result as it comes.
+        checks: in an order in which each comes after those that it needs.
     """
     subject = Subject(recipe, run)
     subject.clear()  # what a check that was killed left
     results: dict[str, Result] = {}
     try:
         with quiet_libraries():
-            for check in CHECKS:
+            for check in checks:
                 results[check.name] = _result(check, subject, results, quick)
                 tell(results[check.name])
     finally:

@@ -21,7 +21,6 @@ SURELY = 0.6  # nats of all learned tokens together: below ln 2 each of them is 
 MOST_STEPS = 150
 # AdamW moves every weight by about the learning rate; what a weight may move falls with the width of the layer.
 _RATE_TIMES_WIDTH = 0.3
-_LORA_FACTOR = 10.0  # adapters start from nothing
 
 
 def rows_are_learned_by_heart(subject: Subject) -> str:
@@ -56,7 +55,7 @@ def _shortest_rows(subject: Subject) -> list[int]:
 
 
 def _recipe(subject: Subject, rows: int) -> "Recipe":
-    rate = _RATE_TIMES_WIDTH / subject.width * (_LORA_FACTOR if subject.recipe.training.lora else 1.0)
+    rate = _RATE_TIMES_WIDTH / subject.width
     return step_recipe(
         subject, "learning", Steps(rows, []),
         strategy="vanilla", processes=1, batch_size=rows, max_steps=MOST_STEPS, save_every=MOST_STEPS,

@@ -58,7 +58,7 @@ def with_model(recipe_file, tmp_path):
         torch.manual_seed(0)
         model_class(config).save_pretrained(tmp_path / "model")
         byte_tokenizer().save_pretrained(tmp_path / "model")
-        return examined(recipe_file, f"model={tmp_path / 'model'}")
+        return examined(recipe_file, f"model={tmp_path / 'model'}", only="loss.rows")
 
     return examine
 
@@ -86,7 +86,7 @@ def test_labels_that_are_overwritten_on_the_way_to_the_loss(recipe_file, monkeyp
         return own([(ids, ids) for ids, _ in conversations], indexes)
 
     monkeypatch.setattr(batching, "lay_out", all_learned)
-    assert "the mask is lost" in assert_first_to_fail(examined(recipe_file), "loss.mask")
+    assert "the mask is lost" in assert_first_to_fail(examined(recipe_file, only="loss.mask"), "loss.mask")
 
 
 def test_a_loss_that_does_not_look_at_the_mask(recipe_file, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_loss_that_does_not_look_at_the_mask(recipe_file, monkeypatch):
 
     monkeypatch.setattr(trainer, "row_loss", of_all_tokens)
     monkeypatch.setattr("minisft.checking.loss_checks.row_loss", of_all_tokens)
-    assert "two halves of a mask" in assert_first_to_fail(examined(recipe_file), "loss.mask")
+    assert "two halves of a mask" in assert_first_to_fail(examined(recipe_file, only="loss.mask"), "loss.mask")
 
 
 def test_targets_that_are_off_by_one(recipe_file, monkeypatch):
@@ -109,7 +109,7 @@ def test_targets_that_are_off_by_one(recipe_file, monkeypatch):
 
     monkeypatch.setattr(trainer, "row_loss", shifted)
     monkeypatch.setattr("minisft.checking.loss_checks.row_loss", shifted)
-    assert_first_to_fail(examined(recipe_file), "loss.padding")
+    assert_first_to_fail(examined(recipe_file, only="loss.padding"), "loss.padding")
 
 
 def test_a_loss_that_averages_means(recipe_file, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_loss_that_averages_means(recipe_file, monkeypatch):
         return total
 
     monkeypatch.setattr(SupervisedTokenTrainer, "training_step", mean_of_means)
-    assert "how the batch is split" in assert_first_to_fail(examined(recipe_file), "loss.split")
+    assert "how the batch is split" in assert_first_to_fail(examined(recipe_file, only="loss.split"), "loss.split")
 
 
 def test_gradients_that_are_not_summed_over_the_rows(recipe_file, monkeypatch):
@@ -138,4 +138,4 @@ def test_gradients_that_are_not_summed_over_the_rows(recipe_file, monkeypatch):
         return total
 
     monkeypatch.setattr(SupervisedTokenTrainer, "training_step", of_the_last_row)
-    assert "gradient norm" in assert_first_to_fail(examined(recipe_file), "loss.split")
+    assert "gradient norm" in assert_first_to_fail(examined(recipe_file, only="loss.split"), "loss.split")
