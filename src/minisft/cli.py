@@ -257,7 +257,8 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
     return replace(load_recipe(RunFolder(Path(path)).recipe, overrides), output=path)
 
 
-def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
+def _prepare(recipe: "Recipe", with_weights: bool = True) -> Path:
+    """Prepare the data where that is not done; return the base model's folder."""
     from minisft.console import say
     from minisft.data.ledger import ledger_lines
     from minisft.data.preparation import prepare as prepare_data
@@ -277,6 +278,7 @@ def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
     say(f"data {prepared.folder}" + (" (prepared before)" if prepared.cached else ""))
     for line in ledger_lines(prepared.ledger):
         say(f"  {line}")
+    return resolved.folder
 
 
 def _train(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines | None" = None) -> "RunFolder":
@@ -284,6 +286,7 @@ def _train(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines |
     from minisft.models import resolve_model
     from minisft.report.curves import draw_curves
     from minisft.runs import open_run
+    from minisft.training.disk import require_disk
     from minisft.training.train import refuse_impossible
     from minisft.training.train import train as start_training
 
@@ -291,8 +294,9 @@ def _train(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines |
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
     require_sources(recipe.data)
     with open_run(recipe, force=force, resume=resume) as run:
-        _prepare(recipe)
+        model = _prepare(recipe)
         recipe, checkpoint = _settled(recipe, run, _checkpoint_to_resume(recipe, run, resume))
+        require_disk(recipe, run, model, checkpoint)
         start_training(recipe, run, checkpoint, machines)
     draw_curves(run.root)
     return run
@@ -334,6 +338,8 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     """Train as one process of a launch under way: the first prepares, the others wait for it."""
     from minisft.data.sources import require_sources
     from minisft.runs import RunFolder, open_run
+    from minisft.training.checkpoints import latest_resumable
+    from minisft.training.disk import require_disk
     from minisft.training.launch import join, world_size
     from minisft.training.train import refuse_impossible, train_in_this_process
 
@@ -348,7 +354,8 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
         def begin() -> None:
             require_sources(recipe.data)
             held.enter_context(open_run(recipe, force=force, resume=resume))
-            _prepare(recipe)
+            model = _prepare(recipe)
+            require_disk(recipe, run, model, latest_resumable(run.checkpoints) if resume else None)
 
         join(recipe.training.strategy, begin)
         train_in_this_process(recipe, run, _checkpoint_to_resume(recipe, run, resume))

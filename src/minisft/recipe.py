@@ -80,6 +80,8 @@ class TrainingRecipe:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     packing: bool = False
     save_every: Literal["epoch"] | int = "epoch"
+    keep_optimizer: Literal["newest", "all"] = "newest"
+    keep_checkpoints: int | None = None
     log_every: int = 1
     lora: LoraRecipe | None = None
     gradient_checkpointing: bool = False
@@ -90,7 +92,7 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         _require_positive(
             "training", self, "processes", "epochs", "max_steps", "batch_size", "gradient_accumulation",
-            "learning_rate", "max_grad_norm", "log_every", "row_tokens", "memory_limit_gb",
+            "learning_rate", "max_grad_norm", "log_every", "row_tokens", "memory_limit_gb", "keep_checkpoints",
         )  # fmt: skip
         _require_not_negative("training.", self, "weight_decay")
         if self.save_every != "epoch":

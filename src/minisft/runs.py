@@ -27,7 +27,7 @@ _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html",
 _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
     "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
-    "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to",
+    "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to", "keep_optimizer", "keep_checkpoints",
 )  # fmt: skip
 
 

@@ -10,7 +10,13 @@ from minisft.errors import StoppedError, UserError
 from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
 from minisft.runs import RunFolder, load_run, remember_environment, step_of
-from minisft.training.checkpoints import is_last, publish_final_model
+from minisft.training.checkpoints import (
+    clear_left_overs,
+    drop_optimizer_states,
+    is_last,
+    publish_final_model,
+    retain,
+)
 from minisft.training.communication import start_counting
 from minisft.training.environment import describe_environment
 from minisft.training.hardware import choose_precision, default_row_tokens, keep_freed_memory, on_cpu, require_processes
@@ -24,6 +30,7 @@ from minisft.training.strategies import (
     set_deepspeed_environment,
     start_communication,
 )
+from minisft.training.writing import naming_failed_writes
 
 if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
@@ -61,7 +68,8 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machi
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
     if resume_from is not None and is_last(resume_from):
-        publish_final_model(run)  # it ended before this was done
+        with naming_failed_writes(run.model):
+            publish_final_model(run)  # it ended before this was done
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
@@ -88,7 +96,8 @@ def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | No
     trainer.accelerator.wait_for_everyone()
     stopped = trainer.state.global_step < trainer.state.max_steps
     if trainer.args.should_save and not stopped:
-        publish_final_model(run)
+        with naming_failed_writes(run.model):
+            publish_final_model(run)
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -137,10 +146,11 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
     if trainer.args.should_save:
+        clear_left_overs(run.checkpoints)
         keep_steps_up_to(run.metrics, _begun_at(resume_from))
         remember_environment(run, describe_environment())
     try:
-        with listening() as trainer.stop:
+        with naming_failed_writes(run.root), listening() as trainer.stop:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         progress.stop()  # else an error would leave the terminal without its cursor
@@ -283,6 +293,7 @@ def _trainer(
         strategy=training.strategy,
         stop_token_ids=encoder.stop_token_ids,
         describe_rows=_row_describer(dataset),
+        when_saved=_tidier(training, run),
         callbacks=[MetricsFile(run.metrics)],
     )
     if trainer.is_world_process_zero():
@@ -297,6 +308,17 @@ def _row_describer(dataset: Any) -> Callable[[tuple[int, ...]], str]:
         return ", ".join(str(dataset[index].get("id", index)) for index in indexes)
 
     return describe
+
+
+def _tidier(training: TrainingRecipe, run: RunFolder) -> Callable[[Path], None]:
+    def tidy(newest: Path) -> None:
+        """What older checkpoints lose once a newer one is whole."""
+        if training.keep_optimizer == "newest":
+            drop_optimizer_states(run.checkpoints, keep=newest)
+        if training.keep_checkpoints is not None:
+            retain(run, training.keep_checkpoints)
+
+    return tidy
 
 
 def train_as_worker(root: Path, resume_from: Path | None) -> None:
