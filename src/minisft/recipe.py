@@ -84,6 +84,7 @@ class TrainingRecipe:
     keep_checkpoints: int | None = None
     log_every: int = 1
     lora: LoraRecipe | None = None
+    offload: Literal["optimizer", "parameters"] | None = None
     gradient_checkpointing: bool = False
     row_tokens: int | None = None
     memory_limit_gb: float | None = None
@@ -207,8 +208,22 @@ def check_combinations(recipe: Recipe) -> None:
             "ZeRO-3 cannot shard weights of 4 bits",
             "use strategy vanilla, zero1 or zero2, or leave it false",
         )
+    _check_offload(training)
     if recipe.data.test is not None and recipe.data.test == recipe.data.source:
         raise UserError("data.test", "is the training source itself", "name another file, or use test_fraction")
+
+
+def _check_offload(training: TrainingRecipe) -> None:
+    if training.offload is None or training.strategy == "auto":
+        return
+    if training.strategy == "vanilla":
+        raise UserError("training.offload", "vanilla keeps all on the GPU", "use a ZeRO stage, or leave offload out")
+    if training.offload == "parameters" and training.strategy != "zero3":
+        raise UserError(
+            "training.offload",
+            f"{training.strategy} keeps whole parameters on every GPU",
+            "use strategy zero3, or offload: optimizer",
+        )
 
 
 @dataclass

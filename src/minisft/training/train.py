@@ -211,6 +211,8 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
             precision=precision,
             max_grad_norm=training.max_grad_norm,
             batch_size=training.batch_size,
+            offload=training.offload,
+            on_cpu=on_cpu(),
         ),
     )
     arguments.device  # noqa: B018 (it counts the GPUs)
