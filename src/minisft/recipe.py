@@ -80,16 +80,19 @@ class TrainingRecipe:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     packing: bool = False
     save_every: Literal["epoch"] | int = "epoch"
+    keep_optimizer: Literal["newest", "all"] = "newest"
+    keep_checkpoints: int | None = None
     log_every: int = 1
     lora: LoraRecipe | None = None
     gradient_checkpointing: bool = False
     row_tokens: int | None = None
+    memory_limit_gb: float | None = None
     report_to: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require_positive(
             "training", self, "processes", "epochs", "max_steps", "batch_size", "gradient_accumulation",
-            "learning_rate", "max_grad_norm", "log_every", "row_tokens",
+            "learning_rate", "max_grad_norm", "log_every", "row_tokens", "memory_limit_gb", "keep_checkpoints",
         )  # fmt: skip
         _require_not_negative("training.", self, "weight_decay")
         if self.save_every != "epoch":
@@ -198,8 +201,6 @@ def check_combinations(recipe: Recipe) -> None:
         UserError: naming the key to change.
     """
     training = recipe.training
-    if training.strategy == "auto":
-        raise UserError("training.strategy", "'auto' cannot choose yet", f"name one of {', '.join(STRATEGIES)}")
     if training.strategy == "zero3" and training.lora is not None and training.lora.load_in_4bit:
         raise UserError(
             "training.lora.load_in_4bit",

@@ -18,8 +18,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from, not this file.\n"
 _CONTENTS = (
     "recipe.yaml", "dataset", "checkpoints", "model", "metrics.jsonl", "tensorboard", "evaluation",
-    "report.html",
-    "base_model.json", "check.json", ".check",
+    "report.html", "results.md",
+    "base_model.json", "environment.json", "check.json", ".check", ".trial",
 )  # fmt: skip
 # What `compare` writes into an output folder, beside a run or without one; no run deletes it.
 _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html", "comparison.png")
@@ -27,7 +27,7 @@ _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html",
 _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
     "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
-    "gradient_checkpointing", "row_tokens", "report_to",
+    "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to", "keep_optimizer", "keep_checkpoints",
 )  # fmt: skip
 
 
@@ -60,6 +60,10 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
 
     @property
     def base_model(self) -> Path:
@@ -160,8 +164,13 @@ def open_run(
         elif resume:
             raise UserError(run.root, "there is no run to resume", "train without --resume")
         if not (prepares_only and run.has_begun()):
-            write_atomically(run.recipe, _MARK + dump_recipe(recipe))
+            rewrite_recipe(run, recipe)
         yield run
+
+
+def rewrite_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Make `recipe` the resolved recipe of a run that this process has opened."""
+    write_atomically(run.recipe, _MARK + dump_recipe(recipe))
 
 
 @contextlib.contextmanager
@@ -217,6 +226,11 @@ def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_tr
         )
     if not may_go_on:
         raise UserError(run.root, "holds an unfinished run", "pass --resume to go on with it, or --force to begin anew")
+
+
+def remember_environment(run: RunFolder, found: dict[str, Any]) -> None:
+    """Keep on what machine and with which versions the run was last trained."""
+    write_atomically(run.environment, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def remember_model(run: RunFolder, origin: str, fingerprint: str) -> None:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "evaluation": LEAVES | {"data"},
     "report": LEAVES - {"models"},
     "checking": LEAVES | {"data", "training", "evaluation", "planning", "chat"},
+    "planning": LEAVES | {"data", "training"},
     "comparison": LEAVES | {"report"},
     "demo": LEAVES,
     "export": LEAVES | {"training"},

@@ -80,7 +80,6 @@ def test_overrides_win_and_make_sections(tmp_path):
         ("model: !own x\noutput: o\ndata: {source: d}\n", (), r"recipe.yaml:1: this value cannot be read"),
         ("model: m\noutput: 2024-13-45\ndata: {source: d}\n", (), r"recipe.yaml:2: this value cannot be read.*quotes"),
         (GOOD, ("epochs",), r"epochs: is no override"),
-        (GOOD, ("training.strategy=auto",), r"training.strategy: 'auto' cannot choose yet"),
         (GOOD, ("training.lora={rank: 0}",), r"training.lora.rank: 0 is not above zero"),
         (GOOD, ("training.lora={load_in_4bit: true}", "training.strategy=zero3"), r"ZeRO-3 cannot shard weights of 4"),
     ],

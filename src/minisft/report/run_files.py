@@ -7,6 +7,8 @@ from typing import Any
 
 from minisft.errors import UserError
 
+METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -18,6 +20,8 @@ class RunFiles:
         results: evaluation/results.json, or None.
         ledger: dataset/ledger.json, or None.
         recipe: the text of recipe.yaml, or "".
+        preview: rows of dataset/preview.json.
+        environment: environment.json, or None.
     """
 
     root: Path
@@ -25,6 +29,8 @@ class RunFiles:
     results: dict[str, Any] | None
     ledger: dict[str, Any] | None
     recipe: str
+    preview: list[dict[str, Any]]
+    environment: dict[str, Any] | None
 
     @property
     def systems(self) -> list[tuple[str, dict[str, Any]]]:
@@ -52,7 +58,14 @@ def read_run(root: Path) -> RunFiles:
         _read_json(root / "evaluation" / "results.json"),
         _read_json(root / "dataset" / "ledger.json"),
         recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        (_read_json(root / "dataset" / "preview.json") or {}).get("rows", []),
+        _read_json(root / "environment.json"),
     )
+
+
+def metrics_of(run: RunFiles) -> list[str]:
+    """The metrics that the run was scored by."""
+    return [metric for metric in METRIC_NAMES if run.results is not None and metric in run.results["base"]]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,11 +12,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from minisft.errors import StoppedError, UserError
 from minisft.processes import die_with_parent, stop_signals
 from minisft.training.hardware import on_cpu, threads_of_a_process
 from minisft.training.interruption import STOP_FILE, StopRequest
+from minisft.training.machines import Machines
 from minisft.training.strategies import ZERO_STAGES, start_communication
 
 _PATIENCE = timedelta(hours=12)  # the first process may have much data to prepare
@@ -80,10 +83,15 @@ def join(strategy: str, first_does: Callable[[], None]) -> None:
         sys.exit(2)  # the first process says why
 
 
-def launch(module: str, arguments: list[str], processes: int) -> None:
+def launch(module: str, arguments: list[str], processes: int, machines: Machines | None = None) -> bool:
     """Run `python -m module arguments` in several processes of this machine and wait for them.
 
+    With `machines` they meet those that the other machines start.
+
     SIGINT and SIGTERM are passed on through a file, so that they stop together at the end of a step.
+
+    Returns:
+        Whether they were asked to stop.
 
     Raises:
         UserError: the one that a process raised.
@@ -95,9 +103,8 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it prints every failure again
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="minisft", rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0", max_restarts=0, start_method="spawn", monitor_interval=0.2,
-        signals_to_handle="SIGHUP,SIGQUIT",
+        nproc_per_node=processes, run_id="minisft", max_restarts=0, start_method="spawn", monitor_interval=0.2,
+        signals_to_handle="SIGHUP,SIGQUIT", **_meeting(machines),
     )  # fmt: skip
     with _workers_environment(processes) as (error_file, stop):
         try:
@@ -108,12 +115,16 @@ def launch(module: str, arguments: list[str], processes: int) -> None:
             raise RuntimeError(f"a training process failed: {error.get_first_failure()[1].message}") from None
         except SignalException:
             raise KeyboardInterrupt from None
+    return stop.signalled
 
 
-def launch_alone(module: str, arguments: list[str]) -> None:
+def launch_alone(module: str, arguments: list[str]) -> bool:
     """Run `python -m module arguments` in one process, which joins no others, and wait for it.
 
     SIGINT and SIGTERM reach it as they reach the processes of `launch`.
+
+    Returns:
+        Whether it was asked to stop.
 
     Raises:
         UserError: the one that the process raised.
@@ -124,7 +135,8 @@ def launch_alone(module: str, arguments: list[str]) -> None:
         done = subprocess.run(command, start_new_session=True)  # a terminal's Ctrl-C is for this process
         _raise_handed_over(error_file)
     if done.returncode:
-        raise RuntimeError(f"a training process failed with status {done.returncode}")
+        raise RuntimeError(f"a training process failed: {_how_it_ended(done.returncode)}")
+    return stop.signalled
 
 
 @contextlib.contextmanager
@@ -133,13 +145,29 @@ def _workers_environment(processes: int) -> Iterator[tuple[Path, StopRequest]]:
     with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
         error_file, stop = Path(folder) / "error.json", StopRequest(Path(folder) / "stop")
         added = {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid()), STOP_FILE: str(stop.file)}
+        if "OMP_NUM_THREADS" not in os.environ:
+            added["OMP_NUM_THREADS"] = str(threads_of_a_process(processes))
         os.environ |= added
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_process(processes)))
         try:
             yield error_file, stop
         finally:
             for name in added:
                 del os.environ[name]
+
+
+def _how_it_ended(status: int) -> str:
+    return f"exit status {status}" if status > 0 else f"Signal {-status} ({signal.Signals(-status).name})"
+
+
+def _meeting(machines: Machines | None) -> dict[str, Any]:
+    """Where the processes meet, as elastic's settings."""
+    if machines is None:
+        return {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
+    return {
+        "min_nodes": machines.count, "max_nodes": machines.count, "rdzv_backend": "static",
+        "rdzv_endpoint": machines.endpoint,
+        "rdzv_configs": {"rank": machines.rank, "timeout": int(_PATIENCE.total_seconds())},
+    }  # fmt: skip
 
 
 def _raise_handed_over(error_file: Path) -> None:

@@ -5,12 +5,15 @@ shards the optimizer states, stage 2 the gradients too, stage 3 the parameters t
 This is the one module that knows DeepSpeed.
 """
 
+import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,40 @@ def start_communication(on_cpu: bool, timeout: timedelta = timedelta(minutes=30)
     import deepspeed
 
     deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=timeout)
+
+
+@contextlib.contextmanager
+def zero_writes_through(engine: Any, attempt: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, each file of a DeepSpeed engine's checkpoint is written by `attempt(write, ...)`.
+
+    DeepSpeed's processes meet several times in the middle of saving, so none may leave with an error.
+
+    Args:
+        engine: the engine; None changes nothing.
+        attempt: calls what it is given, and does not raise what a file system refuses.
+    """
+    if engine is None:
+        yield
+        return
+    files, save = engine.checkpoint_engine, engine.save_checkpoint
+
+    @functools.wraps(save)
+    def save_in_parts(folder: str, **options: Any) -> None:
+        save(folder, save_latest=False, **options)
+        if engine.global_rank == 0:
+            attempt(Path(folder, "latest").write_text, f"global_step{engine.global_steps}", encoding="utf-8")
+
+    changed = [(files, "save", files.save), (files, "makedirs", files.makedirs),
+               (engine, "_copy_recovery_script", engine._copy_recovery_script)]  # fmt: skip
+    for part, name, write in changed:
+        setattr(part, name, functools.partial(attempt, write))
+    engine.save_checkpoint = save_in_parts
+    try:
+        yield
+    finally:
+        for part, name, _ in changed:
+            delattr(part, name)  # what the class has is seen again
+        del engine.save_checkpoint
 
 
 def _compile_communication(where: str) -> None:

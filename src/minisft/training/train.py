@@ -9,12 +9,20 @@ from minisft.data.encoding import Encoder
 from minisft.errors import StoppedError, UserError
 from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
-from minisft.runs import RunFolder, load_run, step_of
-from minisft.training.checkpoints import is_last, publish_final_model
+from minisft.runs import RunFolder, load_run, remember_environment, step_of
+from minisft.training.checkpoints import (
+    clear_left_overs,
+    drop_optimizer_states,
+    is_last,
+    publish_final_model,
+    retain,
+)
 from minisft.training.communication import start_counting
-from minisft.training.hardware import choose_precision, keep_freed_memory, on_cpu, require_processes
+from minisft.training.environment import describe_environment
+from minisft.training.hardware import choose_precision, default_row_tokens, keep_freed_memory, on_cpu, require_processes
 from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
+from minisft.training.machines import Machines, processes_here, use_network_of
 from minisft.training.strategies import (
     ZERO_STAGES,
     deepspeed_config,
@@ -22,14 +30,12 @@ from minisft.training.strategies import (
     set_deepspeed_environment,
     start_communication,
 )
+from minisft.training.writing import naming_failed_writes
 
 if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
 
 _WORKER = "minisft.training.worker"
-# Tokens of a forward. On a CPU larger rows are no faster; on a GPU they fill it.
-_ROW_TOKENS_CPU = 1024
-_ROW_TOKENS_GPU = 16384
 # Those of transformers that need no settings of their own.
 _SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -37,7 +43,7 @@ _SCHEDULERS = (
 _OPTIMIZERS = {"adamw": "adamw_torch_fused"}
 
 
-def refuse_impossible(recipe: Recipe) -> None:
+def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
     """Find out what cannot work before anything is read or written.
 
     Raises:
@@ -49,12 +55,12 @@ def refuse_impossible(recipe: Recipe) -> None:
     choose_precision(training.precision)
     _check_lora(recipe)
     if not is_joined():
-        require_processes(training.processes)
+        require_processes(processes_here(training.processes, machines))
     if training.strategy in ZERO_STAGES:
         require_deepspeed(training.strategy, on_cpu())
 
 
-def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> None:
+def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machines: Machines | None = None) -> None:
     """Train in this process, or in processes that this one starts.
 
     Raises:
@@ -62,14 +68,17 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> No
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
     if resume_from is not None and is_last(resume_from):
-        publish_final_model(run)  # it ended before this was done
+        with naming_failed_writes(run.model):
+            publish_final_model(run)  # it ended before this was done
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
         train_in_this_process(recipe, run, resume_from)
         return
     arguments = [str(run.root)] + ([str(resume_from)] if resume_from else [])
-    launch(_WORKER, arguments, training.processes)
+    if machines is not None:
+        use_network_of(machines)
+    launch(_WORKER, arguments, processes_here(training.processes, machines), machines)
     if not run.is_trained():
         raise _stopped(run)
 
@@ -87,7 +96,8 @@ def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | No
     trainer.accelerator.wait_for_everyone()
     stopped = trainer.state.global_step < trainer.state.max_steps
     if trainer.args.should_save and not stopped:
-        publish_final_model(run)
+        with naming_failed_writes(run.model):
+            publish_final_model(run)
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -136,9 +146,11 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
     if trainer.args.should_save:
+        clear_left_overs(run.checkpoints)
         keep_steps_up_to(run.metrics, _begun_at(resume_from))
+        remember_environment(run, describe_environment())
     try:
-        with listening() as trainer.stop:
+        with naming_failed_writes(run.root), listening() as trainer.stop:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         progress.stop()  # else an error would leave the terminal without its cursor
@@ -266,7 +278,7 @@ def _trainer(
     sampler = StepSampler(
         measure(dataset),
         global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
-        row_tokens=training.row_tokens or (_ROW_TOKENS_CPU if on_cpu() else _ROW_TOKENS_GPU),
+        row_tokens=training.row_tokens or default_row_tokens(on_cpu()),
         processes=arguments.world_size,
         rank=arguments.process_index,
         seed=recipe.seed,
@@ -281,6 +293,7 @@ def _trainer(
         strategy=training.strategy,
         stop_token_ids=encoder.stop_token_ids,
         describe_rows=_row_describer(dataset),
+        when_saved=_tidier(training, run),
         callbacks=[MetricsFile(run.metrics)],
     )
     if trainer.is_world_process_zero():
@@ -295,6 +308,17 @@ def _row_describer(dataset: Any) -> Callable[[tuple[int, ...]], str]:
         return ", ".join(str(dataset[index].get("id", index)) for index in indexes)
 
     return describe
+
+
+def _tidier(training: TrainingRecipe, run: RunFolder) -> Callable[[Path], None]:
+    def tidy(newest: Path) -> None:
+        """What older checkpoints lose once a newer one is whole."""
+        if training.keep_optimizer == "newest":
+            drop_optimizer_states(run.checkpoints, keep=newest)
+        if training.keep_checkpoints is not None:
+            retain(run, training.keep_checkpoints)
+
+    return tidy
 
 
 def train_as_worker(root: Path, resume_from: Path | None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback
@@ -21,12 +22,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minisft.errors import UserError
 from minisft.training.batching import Row, RowDataset, StepBatch, StepSampler, join_rows
-from minisft.training.checkpoints import drop_optimizer_states, note_origin, publish
+from minisft.training.checkpoints import clear_left_overs, note_origin, publish, staging_folder, sync_folder
 from minisft.training.clipping import clip_gradients
 from minisft.training.communication import bytes_sent
 from minisft.training.interruption import StopRequest
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.metrics import StepMetrics, peak_memory_mb
+from minisft.training.strategies import zero_writes_through
+from minisft.training.writing import Attempts, failed_write
 
 
 class SupervisedTokenTrainer(Trainer):
@@ -43,13 +46,16 @@ class SupervisedTokenTrainer(Trainer):
         strategy: str,
         stop_token_ids: tuple[int, ...],
         describe_rows: Callable[[tuple[int, ...]], str],
+        when_saved: Callable[[Path], None],
         **kwargs: Any,
     ) -> None:
         self.sampler = sampler
         self.strategy = strategy
         self.stop_token_ids = stop_token_ids
         self.describe_rows = describe_rows
+        self.when_saved = when_saved
         self._staging: str | None = None
+        self._writing = Attempts()
         super().__init__(*args, **kwargs)
         assert self.args.gradient_accumulation_steps == 1
         self._step = StepMetrics()
@@ -166,7 +172,7 @@ class SupervisedTokenTrainer(Trainer):
         """Write aside, and rename when every process has written its part.
 
         Raises:
-            UserError: the step's gradient was no number, so the weights are spoiled.
+            UserError: the step's gradient was no number, so the weights are spoiled; or the file system refused.
         """
         if not (self._norm is None or self.args.fp16 or math.isfinite(float(self._norm))):  # fp16 skips such a step
             raise UserError(
@@ -176,23 +182,49 @@ class SupervisedTokenTrainer(Trainer):
             )
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(str(self.args.output_dir))
-        staging = folder / ".unfinished"
-        self._staging = str(staging)
+        staging = staging_folder(folder)
+        self._staging, self._writing = str(staging), Attempts()
         try:
-            super()._save_checkpoint(model, trial)
+            with self._writing:
+                super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        self.accelerator.wait_for_everyone()
+        self._agree_written(name)  # all of it, by every process
         if self.args.should_save:
-            note_origin(staging / name, self.strategy, self.args.world_size)
-            publish(staging / name, folder / name)
-            drop_optimizer_states(folder, keep=folder / name)
-        self.accelerator.wait_for_everyone()
+            self._writing(note_origin, staging / name, self.strategy, self.args.world_size)
+            self._writing(sync_folder, staging / name)
+            self._writing(publish, staging / name, folder / name)
+        self._agree_written(name)
+        if self.args.should_save:
+            self.when_saved(folder / name)
+
+    def _agree_written(self, name: str) -> None:
+        """Find out on every process whether the file system refused one of them a write.
+
+        Raises:
+            UserError: it did; what was written of the checkpoint is gone.
+        """
+        failed = torch.tensor([float(self._writing.failure is not None)], device=self.args.device)
+        if not self.accelerator.gather(failed).any():
+            return
+        folder = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            clear_left_overs(folder)
+        reasons = gather_object([self._writing.failure])
+        reason = next(str(one) for one in reasons if one is not None)
+        raise failed_write(folder / name, "the checkpoint could not be written", reason)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        with zero_writes_through(engine, self._writing):
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            self._writing(self._save_plain, output_dir, state_dict)
+
+    def _save_plain(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Save a plain folder: the model, or its adapters alone, with tokenizer and the trained terminators."""
-        if not self.args.should_save:
-            return
         folder = Path(str(output_dir))
         # The Trainer has set the tokenizer's EOS meanwhile, which need not be what was trained as terminator.
         set_stop_tokens(self._model(), self.stop_token_ids)

@@ -1,0 +1,169 @@
+"""`training.strategy=auto`: the cheapest strategy that by the plan fits, confirmed by a step before the run starts."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from minisft.console import say
+from minisft.errors import StoppedError, UserError
+from minisft.planning.machines import Machine, machine_named
+from minisft.planning.plan import choose, gigabytes, job_of, needed_bytes, predict_recipe, prepared_sizes, remedies
+from minisft.planning.prediction import Job, Prediction
+from minisft.planning.trial import OUT_OF_MEMORY, PROCESS_FILE
+from minisft.recipe import STRATEGIES, Recipe
+from minisft.runs import RunFolder, open_run, rewrite_recipe
+from minisft.training.hardware import on_cpu
+from minisft.training.launch import launch, launch_alone
+from minisft.training.strategies import ZERO_STAGES, require_deepspeed
+
+TRIAL_STEPS = 2  # the optimizer's states are made at the end of the first
+_MODULE = "minisft.planning.trial"
+_KILLED = "SIGKILL"  # how the kernel takes memory back
+_WHERE = "training.strategy=auto"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a strategy's trial took.
+
+    Attributes:
+        strategy: that was tried.
+        peak: bytes of the largest process at most; None where it ran out of memory.
+        process: bytes of a process before the model.
+        seconds: of the last step.
+    """
+
+    strategy: str
+    peak: float | None
+    process: float = 0.0
+    seconds: float = 0.0
+
+
+def limited(machine: Machine, recipe: Recipe) -> Machine:
+    """Return the machine with no more memory than the recipe allows a process."""
+    limit = recipe.training.memory_limit_gb
+    return machine if limit is None else replace(machine, memory=limit * 1e9)
+
+
+def settle_strategy(recipe: Recipe, run: RunFolder) -> Recipe:
+    """Choose the strategy of a recipe whose data is prepared, try it, and write it into the run's recipe.
+
+    Raises:
+        UserError: nothing fits; naming what would.
+    """
+    machine = limited(machine_named(None, recipe.training.processes, recipe.training.precision), recipe)
+    job = job_of(recipe, machine, sizes=prepared_sizes(recipe))
+    predictions = [predict_recipe(recipe, job, strategy) for strategy in STRATEGIES if _is_here(strategy)]
+    failed: list[str] = []
+    for prediction, reason in _cheapest_first(predictions):
+        strategy = prediction.setting.strategy
+        say(f"strategy auto: {reason}; trying {TRIAL_STEPS} steps")
+        settled = replace(recipe, training=replace(recipe.training, strategy=strategy))  # type: ignore[arg-type]
+        trial = try_strategy(settled, run, job)
+        if trial.peak is not None and trial.peak <= machine.memory:
+            say(f"strategy auto: {strategy}, {gigabytes(trial.peak)} and {trial.seconds:.1f} s a step in its trial")
+            rewrite_recipe(run, settled)
+            return settled
+        failed.append(f"{strategy} took {gigabytes(trial.peak)}" if trial.peak else f"{strategy} ran out of memory")
+        say(f"strategy auto: {failed[-1]} of {gigabytes(machine.memory)} in its trial")
+    raise _nothing_fits(recipe, job, predictions, failed)
+
+
+def predicted_strategy(recipe: Recipe) -> Recipe:
+    """Return the recipe with the strategy that the plan chooses, without a trial.
+
+    Raises:
+        UserError: nothing fits; naming what would.
+    """
+    machine = limited(machine_named(None, recipe.training.processes, recipe.training.precision), recipe)
+    job = job_of(recipe, machine, sizes=prepared_sizes(recipe))
+    predictions = [predict_recipe(recipe, job, strategy) for strategy in STRATEGIES if _is_here(strategy)]
+    chosen, _ = choose(predictions)
+    if chosen is None:
+        raise _nothing_fits(recipe, job, predictions, [])
+    return replace(recipe, training=replace(recipe.training, strategy=chosen.setting.strategy))  # type: ignore[arg-type]
+
+
+def _is_here(strategy: str) -> bool:
+    """Say whether a strategy can start on this machine."""
+    if strategy not in ZERO_STAGES:
+        return True
+    try:
+        require_deepspeed(strategy, on_cpu())
+    except UserError as error:
+        say(f"strategy auto: {strategy} is left out: {error.what}")
+        return False
+    return True
+
+
+def _cheapest_first(predictions: list[Prediction]) -> Iterator[tuple[Prediction, str]]:
+    left = list(predictions)
+    while True:
+        chosen, reason = choose(left)
+        if chosen is None:
+            return
+        yield chosen, reason
+        left.remove(chosen)
+        if not left:
+            return
+
+
+def _nothing_fits(recipe: Recipe, job: Job, predictions: list[Prediction], failed: list[str]) -> UserError:
+    needs = [f"{row.setting.strategy} {gigabytes(needed_bytes(row))}" for row in predictions if not row.fits]
+    what = f"nothing fits in {gigabytes(job.machine.memory)} a process: " + ", ".join(
+        failed + ([f"by the plan {', '.join(needs)}"] if needs else [])
+    )
+    ways = list(remedies(recipe, job))
+    return UserError(_WHERE, what, "; or ".join(ways) if ways else "take a smaller model or a larger machine")
+
+
+# --- the trial --------------------------------------------------------------------------------------------
+
+
+def try_strategy(recipe: Recipe, run: RunFolder, job: Job, steps: int = TRIAL_STEPS) -> Trial:
+    """Take the run's heaviest step a few times, in processes as the run will have them, without a checkpoint.
+
+    Raises:
+        UserError: a process stopped with one that is not about memory.
+        RuntimeError: a process failed otherwise.
+    """
+    training = recipe.training
+    root = run.root / ".trial"
+    shutil.rmtree(root, ignore_errors=True)
+    try:
+        folder = _make_trial(recipe, run, job, root, steps)
+        alone = training.processes == 1 and training.strategy not in ZERO_STAGES
+        if launch_alone(_MODULE, [str(root)]) if alone else launch(_MODULE, [str(root)], training.processes):
+            raise StoppedError("stopped as asked, in a trial")
+        return _read(folder, training.strategy)
+    except (RuntimeError, UserError) as error:
+        if not ((isinstance(error, UserError) and error.where == OUT_OF_MEMORY) or _KILLED in str(error)):
+            raise
+        return Trial(training.strategy, None)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _make_trial(recipe: Recipe, run: RunFolder, job: Job, root: Path, steps: int) -> RunFolder:
+    """Make a run folder whose training data is the heaviest step's conversations, all of them in every step."""
+    import datasets
+
+    heaviest = job.workload.heaviest_step
+    training = replace(
+        recipe.training, max_steps=steps, batch_size=-(-len(heaviest) // recipe.training.processes),
+        gradient_accumulation=1, packing=False, log_every=1, save_every=steps, report_to=[],
+    )  # fmt: skip
+    with open_run(replace(recipe, output=str(root), training=training)) as trial:
+        chosen = datasets.load_from_disk(str(run.dataset / "train")).select(heaviest)
+        datasets.disable_progress_bars()
+        chosen.save_to_disk(str(trial.dataset / "train"))
+        datasets.enable_progress_bars()
+    return trial
+
+
+def _read(folder: RunFolder, strategy: str) -> Trial:
+    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    process = float((folder.root / PROCESS_FILE).read_text(encoding="utf-8"))
+    return Trial(strategy, max(line["peak_memory_mb"] for line in lines) * 1e6, process, lines[-1]["seconds"])

@@ -1,0 +1,227 @@
+"""What a model's forward and backward take, counted on the meta device: from its configuration, without weights.
+
+The model's own code runs on tensors that have shapes and no data; what autograd would keep for the backward is
+added up by torch's saved-tensor hooks, operations by torch's FlopCounterMode. So any architecture that transformers
+knows is counted as it is, LoRA by peft included. For a GPT with dropout this gives the terms of Korthikanti et al.
+2022, "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), equation 2, without the
+attention scores, which flash attention does not keep (Dao 2023, arXiv 2307.08691).
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from minisft.errors import UserError
+from minisft.planning.footprint import MEND, Footprint, first_line
+from minisft.recipe import LoraRecipe
+
+# How numbers are kept: all in fp32, all in half precision (DeepSpeed), or fp32 with products in half (autocast).
+Arithmetic = Literal["fp32", "half", "autocast"]
+
+_TOKENS = 127  # a prime: what a saved tensor's size says of its dependence on the tokens is no accident
+_ATTENTION = "minisft_plan"
+_SHALLOW = (2, 3)  # layers that are counted of a deep model whose layers are alike
+
+
+def count_footprint(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None = None) -> Footprint:
+    """Lay a model out on the meta device and count what a row of it takes.
+
+    Raises:
+        UserError: the configuration does not describe a model that transformers can lay out.
+    """
+    register_attention()
+    try:
+        return _count_shallow(config, arithmetic, lora) or _count(config, arithmetic, lora)
+    except UserError:
+        raise
+    except Exception as error:  # a figure that does not fit the others shows as anything
+        where = getattr(config, "name_or_path", "") or "config.json"
+        raise UserError(where, f"the model cannot be laid out ({first_line(error)})", MEND) from None
+
+
+class Footprints:
+    """The footprints of one model, each counted when it is first asked for."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._counted: dict[str, Footprint] = {}
+
+    def of(self, arithmetic: Arithmetic, lora: LoraRecipe | None = None) -> Footprint:
+        key = f"{arithmetic} {lora}"
+        if key not in self._counted:
+            self._counted[key] = count_footprint(self.config, arithmetic, lora)
+        return self._counted[key]
+
+
+def _lay_out(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from minisft.training.lora import add_lora
+
+    halved = arithmetic == "half" or (arithmetic == "autocast" and lora is not None)  # frozen weights are in half
+    dtype = torch.bfloat16 if halved else torch.float32
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, dtype=dtype)
+        if lora is not None:
+            model = add_lora(model, lora, base_name="", seed=0)
+    return model.to(torch.bfloat16) if arithmetic == "half" else model
+
+
+def _count_shallow(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Footprint | None:
+    """Count two short stacks of layers and go on in a straight line, which is exact where all layers are alike.
+
+    Returns:
+        None where the model is no deeper, or where the line misses the parameters that the whole model has.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    if layers <= 2 * max(_SHALLOW):
+        return None
+    low, high = (_count(_shortened(config, depth), arithmetic, lora) for depth in _SHALLOW)
+    reach = (layers - _SHALLOW[0]) / (_SHALLOW[1] - _SHALLOW[0])
+
+    def at_depth(name: str) -> Any:
+        start, end = getattr(low, name), getattr(high, name)
+        return type(start)(start + reach * (end - start))
+
+    whole = list(_lay_out(config, arithmetic, lora).parameters())
+    names = ("parameters", "trainable", "activation_bytes", "constant_bytes", "forward_flops", "backward_flops",
+             "attention_width")  # fmt: skip
+    footprint = replace(low, layers=layers, **{name: at_depth(name) for name in names})
+    counted = _elements(whole), _elements(weight for weight in whole if weight.requires_grad)
+    return footprint if counted == (footprint.parameters, footprint.trainable) else None
+
+
+def _shortened(config: Any, layers: int) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.__dict__["layer_types"] = list(text.layer_types[:layers])
+    text.num_hidden_layers = layers
+    return config
+
+
+def _elements(weights: Iterable[torch.Tensor]) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+def _count(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Footprint:
+    model = _lay_out(config, arithmetic, lora)
+    parameters = list(model.parameters())
+    trained = [weight for weight in parameters if weight.requires_grad]
+    head = model.get_output_embeddings()
+    saved = _Saved(parameters)
+    ids = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
+    body = getattr(model, "get_base_model", lambda: model)().base_model.train()
+    _Attention.width = 0
+    with _autocast(arithmetic), FlopCounterMode(display=False) as forward, saved.hooks():
+        hidden = body(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
+    with FlopCounterMode(display=False) as backward:
+        hidden.sum().backward()
+    return Footprint(
+        parameters=_elements(parameters),
+        trainable=_elements(trained),
+        largest=max(weight.numel() for weight in trained),
+        tied=head.weight is model.get_input_embeddings().weight,
+        layers=config.get_text_config().num_hidden_layers,
+        hidden_size=hidden.shape[-1],
+        vocabulary=head.weight.shape[0],
+        activation_bytes=saved.per_token() / _TOKENS,
+        constant_bytes=saved.constant(),
+        stream_bytes=hidden.shape[-1] * hidden.element_size(),
+        forward_flops=forward.get_total_flops() / _TOKENS,
+        backward_flops=backward.get_total_flops() / _TOKENS,
+        attention_width=_Attention.width,
+    )
+
+
+@dataclass
+class _Saved:
+    """The storages that autograd keeps beside the model's own weights."""
+
+    weights: list[torch.Tensor]
+    found: dict[int, tuple[Any, int]] = field(default_factory=dict)
+
+    def hooks(self) -> Any:
+        own = {weight.untyped_storage()._cdata for weight in self.weights}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                self.found[storage._cdata] = (storage, tensor.element_size())
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+
+    def per_token(self) -> int:
+        return sum(s.nbytes() for s, size in self.found.values() if s.nbytes() // size % _TOKENS == 0)
+
+    def constant(self) -> int:
+        return sum(s.nbytes() for s, size in self.found.values() if s.nbytes() // size % _TOKENS)
+
+
+@contextlib.contextmanager
+def _autocast(arithmetic: Arithmetic) -> Iterator[None]:
+    with _HalfProducts() if arithmetic == "autocast" else contextlib.nullcontext():
+        yield
+
+
+class _HalfProducts(TorchFunctionMode):
+    """What torch.autocast does to products, which it does not do on the meta device: half precision, casts kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            args = tuple(self._halved(item) for item in args)
+        return func(*args, **(kwargs or {}))
+
+    def _halved(self, item: Any) -> Any:
+        if not isinstance(item, torch.Tensor) or item.dtype == torch.bfloat16:
+            return item
+        if not isinstance(item, torch.nn.Parameter):
+            return item.to(torch.bfloat16)
+        if id(item) not in self.casts:  # autocast casts a weight once for a forward
+            self.casts[id(item)] = item.to(torch.bfloat16)
+        return self.casts[id(item)]
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that keeps what flash attention keeps: queries, keys, values, output, and a number a query."""
+
+    width = 0
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        _Attention.width += query.shape[1] * query.shape[3]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **_: Any) -> tuple[Any, None]:
+    """Take the place of `training.attention`, which lays the conversations' outputs end to end in a copy."""
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} attention heads cannot share {key.shape[1]} key-value heads")
+    if query.dtype != value.dtype:  # autocast takes attention for a product
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    return torch.cat([_Attention.apply(query, key, value)], 2).transpose(1, 2), None
+
+
+def register_attention() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)

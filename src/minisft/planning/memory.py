@@ -1,0 +1,163 @@
+"""Memory of a process, part by part, under each strategy.
+
+What is sharded by which stage: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion
+Parameter Models" (arXiv 1910.02054), section 5 and figure 1: of 16 bytes for a parameter in mixed precision, 2 are
+the weight, 2 its gradient, 12 the optimizer's (fp32 weight and Adam's two moments). EleutherAI's "Transformer Math
+101" (2023) has the same figures. Offload: Ren et al. 2021, "ZeRO-Offload" (arXiv 2101.06840). What this project's
+training adds to the paper is said where it is added. All sizes are bytes of the largest process.
+"""
+
+from dataclasses import dataclass
+
+from minisft.planning.footprint import Footprint
+from minisft.recipe import LoraRecipe
+
+ZERO = ("zero1", "zero2", "zero3")
+# DeepSpeed's default: gradients are reduced in buckets of at most so many elements, allocated whole on a GPU.
+BUCKET = 500_000_000
+# DeepSpeed's stage3_max_live_parameters and stage3_prefetch_bucket_size: gathered weights that are held at once.
+LIVE, PREFETCH = 1_000_000_000, 50_000_000
+_NF4_BYTES = 0.516  # 4 bits and the doubly quantised scales: Dettmers et al. 2023 (arXiv 2305.14314), section 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained, as far as memory depends on it."""
+
+    strategy: str
+    processes: int
+    half: bool
+    on_cpu: bool
+    checkpointing: bool = False
+    offload: bool = False
+    lora: LoraRecipe | None = None
+
+    def __post_init__(self) -> None:
+        assert self.strategy in ("vanilla", *ZERO)
+        assert not (self.offload and self.strategy == "vanilla"), "offload is DeepSpeed's"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the largest process.
+
+    `peak` is less than the sum of the parts where some are never there together.
+
+    Attributes:
+        parameters: weights, and those gathered or cast for a forward.
+        gradients: of the step.
+        optimizer: fp32 weights where they are kept apart, and Adam's moments.
+        activations: kept for the backward, of the heaviest row.
+        logits: of its supervised tokens, with the two copies that cross-entropy's backward makes.
+        buffers: for communication.
+        workspace: temporaries of the backward, and on a CPU blocks that the allocator keeps.
+        host: in the host's memory, with offload.
+        peak: most of all at once, of the device.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    workspace: float
+    host: float
+    peak: float
+
+
+def model_states(footprint: Footprint, setting: Setting) -> tuple[float, float, float]:
+    """Return bytes of weights, gradients and optimizer states, before anything is gathered or offloaded.
+
+    Vanilla keeps fp32 weights whatever the arithmetic, so 4 + 4 + 8; ZeRO in half precision 2 + 2 + 12, sharded by
+    stage; ZeRO in fp32 keeps its fp32 copy all the same, 4 + 4 + 12. Frozen weights are in the arithmetic's format.
+    """
+    trained, frozen = footprint.trainable, footprint.parameters - footprint.trainable
+    zero = setting.strategy in ZERO
+    width = 2 if zero and setting.half else 4
+    frozen_width = _NF4_BYTES if setting.lora and setting.lora.load_in_4bit else (2 if setting.half else 4)
+    weights = width * trained + frozen_width * frozen
+    gradients = width * trained
+    optimizer = (12 if zero else 8) * trained
+    shards = setting.processes
+    return (
+        weights / (shards if setting.strategy == "zero3" else 1),
+        gradients / (shards if setting.strategy in ("zero2", "zero3") else 1),
+        optimizer / (shards if zero else 1),
+    )
+
+
+def memory_of(footprint: Footprint, setting: Setting, row: tuple[int, int], most_rows: int) -> Memory:
+    """Add up the memory of the largest process.
+
+    Args:
+        footprint: of the model, for the setting's arithmetic.
+        setting: strategy, processes and so on.
+        row: tokens and supervised tokens of the heaviest row.
+        most_rows: of a step; from the second on, gradients are there before the backward begins.
+    """
+    weights, gradients, optimizer = model_states(footprint, setting)
+    gathered, buffers = _gathered(footprint, setting), _buffers(footprint, setting)
+    activations = row[0] * footprint.kept_bytes(setting.checkpointing)
+    logits = row[1] * footprint.vocabulary * logit_bytes(setting.half)
+    workspace = _workspace(footprint, setting)
+    host = 0.0
+    if setting.offload:
+        host, optimizer = optimizer + 2 * gradients, 0.0
+        gradients = 0.0
+    forward = activations + logits + footprint.constant_bytes
+    grown = gradients if most_rows > 1 or setting.on_cpu else 0.0
+    at_backward, at_step = grown + forward, gradients + _step_copy(footprint, setting)
+    # A caching allocator reuses what the backward frees; glibc, told to keep it, mostly finds no fitting hole.
+    busiest = grown + forward + workspace if setting.on_cpu else max(at_backward, at_step) + workspace
+    return Memory(
+        parameters=weights + gathered + footprint.constant_bytes, gradients=gradients, optimizer=optimizer,
+        activations=activations, logits=logits, buffers=buffers, workspace=workspace, host=host,
+        peak=weights + gathered + optimizer + buffers + busiest,
+    )  # fmt: skip
+
+
+def logit_bytes(half: bool) -> int:
+    """Bytes for a logit at the worst moment: log-probabilities and two gradients, in fp32.
+
+    Before it, in half precision: the logit itself, its fp32 copy and the log-probability, 10 bytes.
+    """
+    del half
+    return 12
+
+
+def _gathered(footprint: Footprint, setting: Setting) -> float:
+    if setting.strategy != "zero3":
+        return 0.0
+    return min(footprint.parameters, LIVE + PREFETCH) * (2 if setting.half else 4)
+
+
+def _buffers(footprint: Footprint, setting: Setting) -> float:
+    """DDP's buckets hold every gradient a second time; DeepSpeed's one bucket, on a CPU as far as it is filled."""
+    if setting.strategy == "vanilla":
+        return 4.0 * footprint.trainable if setting.processes > 1 else 0.0
+    elements = min(BUCKET, footprint.trainable) if setting.on_cpu else BUCKET
+    return elements * (2 if setting.half else 4)
+
+
+def _step_copy(footprint: Footprint, setting: Setting) -> float:
+    """ZeRO's step has its shard of the gradients a second time, in fp32 and in one piece."""
+    if setting.strategy not in ZERO or setting.offload:
+        return 0.0
+    return 4.0 * footprint.trainable / setting.processes
+
+
+# On a CPU, how often over the gradients' size glibc holds what it cannot reuse: measured with models of 40M and 135M
+# parameters on one and two processes. DeepSpeed's bucket of 2 GB in one piece leaves holes that later blocks miss.
+_HELD = {"vanilla": 0.0, "zero1": 1.7, "zero2": 1.7, "zero3": 6.0}
+
+
+def _workspace(footprint: Footprint, setting: Setting) -> float:
+    """A gradient before it is added to the others; tied embeddings have two, and their sum.
+
+    On a CPU, where freed blocks are kept, the first backward of a step has them in other places than the later ones.
+    """
+    largest = 4.0 * footprint.largest
+    if not setting.on_cpu:
+        return largest * (3 if footprint.tied else 1)
+    return largest * (5 if footprint.tied else 2) + _HELD[setting.strategy] * 4.0 * footprint.trainable

@@ -1,0 +1,150 @@
+"""One prediction: what a recipe needs on a machine under one strategy."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from minisft.planning.counting import Arithmetic, Footprints
+from minisft.planning.footprint import Footprint
+from minisft.planning.machines import Machine
+from minisft.planning.memory import Memory, Setting, memory_of
+from minisft.planning.speed import StepTime, step_time, traffic
+from minisft.planning.workload import Workload
+from minisft.recipe import LoraRecipe
+
+# Resident on a CPU before the model: Python and the libraries, the data, gloo, TensorBoard; measured with a model of
+# 100,000 parameters (docs/planning.md). A GPU's memory holds none of it.
+_PROCESS_BYTES, _DEEPSPEED_BYTES = 0.52e9, 0.05e9
+_DISK = 0.5e9  # bytes a second that checkpoints are written at
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: a model, a machine and the work, whatever the strategy.
+
+    Attributes:
+        model: its footprints.
+        machine: for each process.
+        processes: over all nodes.
+        nodes: of them.
+        precision: fp32, bf16 or fp16.
+        workload: of the run.
+        row_tokens: tokens of a row at most.
+    """
+
+    model: Footprints
+    machine: Machine
+    processes: int
+    nodes: int
+    precision: str
+    workload: Workload
+    row_tokens: int
+
+    def footprint(self, strategy: str, lora: LoraRecipe | None) -> Footprint:
+        arithmetic: Arithmetic = "half" if strategy != "vanilla" else "autocast"
+        return self.model.of("fp32" if self.precision == "fp32" else arithmetic, lora)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a job needs under one setting. Bytes are of the largest process, seconds of the busiest one.
+
+    Attributes:
+        setting: strategy and what else memory depends on.
+        memory: part by part.
+        process_bytes: resident before the model, on a CPU.
+        usable_bytes: that a process may use.
+        step: a mean step's time.
+        traffic_bytes: that a process sends in a step.
+        steps: of the run; None where the data is not known.
+        total_seconds: of all steps and checkpoints; None likewise.
+    """
+
+    setting: Setting
+    memory: Memory
+    process_bytes: float
+    usable_bytes: float
+    step: StepTime
+    traffic_bytes: float
+    steps: int | None
+    total_seconds: float | None
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        return self.memory.peak
+
+    @property
+    def step_seconds(self) -> float:
+        return self.step.total
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak + self.process_bytes <= self.usable_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain numbers."""
+        settings = {key: value for key, value in asdict(self.setting).items() if key not in ("half", "on_cpu")}
+        return {
+            **settings,
+            "fits": self.fits,
+            "memory_bytes": {key: round(value) for key, value in asdict(self.memory).items()},
+            "process_bytes": round(self.process_bytes),
+            "usable_bytes": round(self.usable_bytes),
+            "traffic_bytes_per_step": round(self.traffic_bytes),
+            "step_seconds": {**asdict(self.step), "total": self.step.total},
+            "steps": self.steps,
+            "total_seconds": self.total_seconds,
+        }
+
+
+def predict(
+    job: Job,
+    strategy: str,
+    *,
+    checkpointing: bool = False,
+    offload: bool = False,
+    lora: LoraRecipe | None = None,
+    row: tuple[int, int] | None = None,
+) -> Prediction:
+    """Predict memory and time of a job under one setting.
+
+    Args:
+        job: model, machine and work.
+        strategy: vanilla, zero1, zero2 or zero3.
+        checkpointing: of gradients.
+        offload: of the optimizer to the host.
+        lora: adapters, or None to train all weights.
+        row: tokens and supervised tokens of the heaviest row; None: the workload's.
+    """
+    machine, workload = job.machine, job.workload
+    setting = Setting(
+        strategy=strategy, processes=job.processes, half=job.precision != "fp32", on_cpu=machine.kind == "cpu",
+        checkpointing=checkpointing, offload=offload, lora=lora,
+    )  # fmt: skip
+    footprint = job.footprint(strategy, lora)
+    if row is None:
+        row = workload.heaviest_row(footprint.kept_bytes(checkpointing), 12.0 * footprint.vocabulary)
+    memory = memory_of(footprint, setting, row, workload.most_rows)
+    step = step_time(footprint, setting, machine, workload, nodes=job.nodes, precision=job.precision)
+    return Prediction(
+        setting=setting,
+        memory=memory,
+        process_bytes=_process_bytes(setting),
+        usable_bytes=machine.memory,
+        step=step,
+        traffic_bytes=traffic(footprint, setting, workload.rows),
+        steps=workload.steps,
+        total_seconds=_total_seconds(step.total, workload, footprint),
+    )
+
+
+def _total_seconds(step: float, workload: Workload, footprint: Footprint) -> float | None:
+    if workload.steps is None:
+        return None
+    checkpoint = 4 * footprint.parameters + 8 * footprint.trainable
+    return workload.steps * step + workload.checkpoints * checkpoint / _DISK
+
+
+def _process_bytes(setting: Setting) -> float:
+    if not setting.on_cpu:
+        return 0.0
+    return _PROCESS_BYTES + (_DEEPSPEED_BYTES if setting.strategy != "vanilla" else 0.0)

@@ -1,0 +1,14 @@
+"""The configurations of published models, as files of the tests; each is counted once for all tests."""
+
+import functools
+from pathlib import Path
+
+from minisft.planning.counting import Footprints
+from minisft.planning.footprint import read_config
+
+MODELS = Path(__file__).parent / "models"
+
+
+@functools.cache
+def footprints(name: str) -> Footprints:
+    return Footprints(read_config(MODELS / name))

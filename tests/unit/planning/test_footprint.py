@@ -1,0 +1,102 @@
+"""What is counted on the meta device equals what a real forward keeps, and what the literature says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+
+from minisft.planning.counting import count_footprint
+from minisft.planning.footprint import read_config
+from minisft.recipe import LoraRecipe
+from minisft.training import attention
+from minisft.training.lora import add_lora
+
+MODELS = Path(__file__).parent / "models"
+SMALL: dict[str, Any] = {"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+TOKENS = 96
+
+
+def kept_in_a_real_forward(model, tokens):
+    """Bytes of the distinct storages that autograd keeps, without the weights."""
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = torch.randint(0, 300, (1, tokens))
+    body = getattr(model, "get_base_model", lambda: model)().base_model
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        body(
+            input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False, conversation_lengths=(40, tokens - 40)
+        )  # fmt: skip
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2),
+        Qwen2Config(**SMALL, intermediate_size=96, num_key_value_heads=4),
+        GPTNeoXConfig(**SMALL, intermediate_size=192),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("lora", [None, LoraRecipe(rank=4)], ids=["full", "lora"])
+def test_counts_what_a_real_forward_keeps(config, lora):
+    attention.register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.PADDING_FREE, dtype=torch.float32)
+    if lora is not None:
+        model = add_lora(model, lora, base_name="x", seed=0)
+    kept = kept_in_a_real_forward(model.train(), TOKENS)
+    assert count_footprint(config, "fp32", lora).activation_bytes * TOKENS == pytest.approx(kept, rel=0.02)
+
+
+def test_agrees_with_korthikanti_et_al_2022():
+    """Equation 2 without the attention scores: 34 s b h bytes a layer in half precision, of which 2 are dropout masks.
+
+    Two more for each unit of width: the conversations' attention outputs are laid end to end in a copy.
+    """
+    width, layers = 256, 12
+    config = GPT2Config(
+        vocab_size=320, n_embd=width, n_layer=layers, n_head=8, activation_function="gelu", resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    footprint = count_footprint(config, "half")
+    assert footprint.activation_bytes / layers == pytest.approx((34 - 2 + 2) * width, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("mistral-7b", 7_248_023_552), ("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496)],
+)
+def test_published_models(name, parameters):
+    """The sizes that the safetensors indexes of these models give; 6 operations a weight and token (Kaplan et al.)."""
+    footprint = count_footprint(read_config(MODELS / name), "half")
+    assert footprint.parameters == footprint.trainable == parameters
+    in_products = parameters - 2 * footprint.vocabulary * footprint.hidden_size  # neither embedding nor output layer
+    assert footprint.forward_flops == pytest.approx(2 * in_products, rel=1e-3)
+    assert footprint.step_flops(checkpointing=False) == pytest.approx(6 * in_products, rel=1e-3)
+    assert footprint.step_flops(checkpointing=True) == pytest.approx(8 * in_products, rel=1e-3)
+
+
+def test_half_precision_keeps_half_and_autocast_copies_weights():
+    config = LlamaConfig(**SMALL, intermediate_size=96)
+    exact, half, autocast = (count_footprint(config, name) for name in ("fp32", "half", "autocast"))
+    assert half.activation_bytes < 0.6 * exact.activation_bytes
+    assert half.activation_bytes < autocast.activation_bytes < exact.activation_bytes
+    layers = 3 * (4 * 48 * 48 + 3 * 48 * 96)
+    assert (exact.constant_bytes, half.constant_bytes, autocast.constant_bytes) == (0, 0, 2 * layers)
+
+
+def test_lora_trains_the_adapters_alone_at_two_thirds_of_the_operations():
+    config = LlamaConfig(**SMALL, intermediate_size=96)
+    full, lora = count_footprint(config, "fp32"), count_footprint(config, "fp32", LoraRecipe(rank=1))
+    assert lora.trainable == 3 * (4 * (48 + 48) + 3 * (48 + 96))
+    assert lora.parameters == full.parameters + lora.trainable
+    assert lora.backward_flops < 0.65 * full.backward_flops

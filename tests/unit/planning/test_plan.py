@@ -1,0 +1,174 @@
+"""Which strategy is chosen for published models on GPUs, and why; what would fit where none does."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minisft.planning import predict_run
+from minisft.planning.machines import GPUS
+from minisft.planning.plan import job_of, largest_row, make_plan, needed_bytes, predict_recipe
+from minisft.planning.prediction import Job, predict
+from minisft.planning.workload import workload_assumed, workload_of
+from minisft.recipe import LoraRecipe, load_recipe
+from minisft.training.batching import Sizes
+from tests.unit.planning.models_as_files import footprints
+
+ROW = 16384
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\noutput: o\ndata: {source: d.jsonl}\n", encoding="utf-8")
+    return load_recipe(path)
+
+
+def with_training(recipe, **keys):
+    return replace(recipe, training=replace(recipe.training, **keys))
+
+
+def job_on(name, processes, recipe, machine=GPUS["h100"]):
+    work = workload_assumed(recipe.training, row_tokens=ROW, processes=processes, length=4096)
+    nodes = -(-processes // machine.per_node)
+    return Job(footprints(name), machine, processes, nodes, "bf16", work, ROW)
+
+
+@pytest.mark.parametrize(
+    ("model", "processes", "chosen"),
+    [
+        ("mistral-7b", 1, None),
+        ("mistral-7b", 8, "zero1"),
+        ("mistral-7b", 64, "zero1"),
+        ("llama3-8b", 1, None),
+        ("llama3-8b", 8, "zero1"),
+        ("llama3-8b", 64, "zero1"),
+        ("llama3-70b", 1, None),
+        ("llama3-70b", 8, None),
+        ("llama3-70b", 64, "zero3"),
+    ],
+)
+def test_the_choice_on_h100(recipe, model, processes, chosen):
+    """Full fine-tuning with gradient checkpointing: 16 bytes a parameter decide, 1.1 TB for 70B."""
+    recipe = with_training(recipe, gradient_checkpointing=True)
+    plan = make_plan(recipe, job_on(model, processes, recipe))
+    assert (plan.chosen.setting.strategy if plan.chosen else None) == chosen
+    if plan.chosen is None:
+        assert "nothing fits" in plan.reason
+        assert plan.remedies
+        return
+    assert plan.chosen.fits
+    assert f"{chosen} fits" in plan.reason
+    assert not plan.remedies
+
+
+@pytest.mark.parametrize(
+    ("model", "processes", "remedies"),
+    [
+        (
+            "mistral-7b",
+            1,
+            ["training.lora={rank: 16} with training.strategy=vanilla", "2 h100 with training.strategy=zero3"],
+        ),
+        ("llama3-70b", 1, ["64 h100 on 8 nodes with training.strategy=zero3"]),
+        ("llama3-70b", 8, ["training.lora={rank: 16} with training.strategy=zero3", "64 h100 on 8 nodes"]),
+    ],
+)
+def test_remedies_do_fit(recipe, model, processes, remedies):
+    recipe = with_training(recipe, gradient_checkpointing=True)
+    plan = make_plan(recipe, job_on(model, processes, recipe))
+    for remedy in remedies:
+        assert any(remedy in said for said in plan.remedies), plan.remedies
+    adapters = predict(plan.job, "zero3", checkpointing=True, lora=LoraRecipe())
+    assert adapters.fits == any("lora" in said for said in plan.remedies)
+
+
+def test_a_remedy_in_the_recipe_itself(recipe):
+    """Without checkpointing a row of 16,384 tokens does not fit on eight; each of these changes alone makes it fit."""
+    plan = make_plan(recipe, job_on("mistral-7b", 8, recipe))
+    assert plan.chosen is None
+    assert "training.gradient_checkpointing=true with training.strategy=zero1" in plan.remedies
+    assert "training.row_tokens=8192 with training.strategy=zero3" in plan.remedies
+    assert make_plan(with_training(recipe, gradient_checkpointing=True), plan.job).chosen is not None
+
+
+def test_vanilla_where_it_fits_since_nothing_is_faster(recipe):
+    recipe = with_training(recipe, lora=LoraRecipe(), gradient_checkpointing=True)
+    plan = make_plan(recipe, job_on("mistral-7b", 8, recipe))
+    assert plan.chosen is not None
+    assert plan.chosen.setting.strategy == "vanilla"
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_the_largest_row_fits_and_a_little_more_does_not(recipe, strategy):
+    job = job_on("mistral-7b", 8, recipe)
+    at_hand = predict(job, strategy, checkpointing=True)
+    tokens = largest_row(job, at_hand)
+    fits = [
+        predict(job, strategy, checkpointing=True, row=(size, size // 2)).fits for size in (tokens - 64, tokens + 128)
+    ]
+    assert fits == [True, False]
+
+
+def test_more_processes_never_need_more_memory(recipe):
+    for strategy in ("zero1", "zero2", "zero3"):
+        sizes = [needed_bytes(predict(job_on("llama3-8b", count, recipe), strategy)) for count in (2, 8, 64)]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def test_offload_moves_the_optimizer_to_the_host(recipe):
+    job = job_on("llama3-8b", 8, recipe)
+    plain, offloaded = (predict(job, "zero2", checkpointing=True, offload=offload) for offload in (False, True))
+    assert plain.memory.host == 0 < offloaded.memory.host
+    assert offloaded.memory.peak < plain.memory.peak - 12 * 8.0e9 / 8
+    assert offloaded.step_seconds > plain.step_seconds
+
+
+# --- the work -----------------------------------------------------------------------------------------------
+
+
+def test_the_work_is_that_of_the_sampler(recipe):
+    """Ten conversations in steps of four: three steps an epoch, the last of two; rows of at most 100 tokens."""
+    recipe = with_training(recipe, batch_size=4, epochs=2, save_every=2)
+    sizes = Sizes(np.full(10, 40), np.full(10, 10))
+    work = workload_of(sizes, recipe, row_tokens=100, processes=1)
+    assert (work.steps, work.checkpoints, work.most_rows, work.longest) == (6, 3, 2, 40)
+    assert work.tokens == pytest.approx(400 / 3)
+    assert work.row_tokens.tolist() == [80] * 5
+    assert work.row_supervised.tolist() == [20] * 5
+    shared = workload_of(sizes, with_training(recipe, batch_size=2), row_tokens=100, processes=2)
+    assert (shared.steps, shared.most_rows) == (6, 1)
+    assert shared.busiest_tokens == work.tokens / 2
+
+
+def test_the_heaviest_row_weighs_supervised_tokens(recipe):
+    recipe = with_training(recipe, batch_size=1)
+    work = workload_of(Sizes(np.array([50, 40]), np.array([1, 39])), recipe, row_tokens=64, processes=1)
+    assert work.heaviest_row(1.0, 0.0) == (50, 1)
+    assert work.heaviest_row(1.0, 1.0) == (40, 39)
+
+
+# --- this machine -------------------------------------------------------------------------------------------
+
+
+def test_predict_run_on_this_machine(recipe_file):
+    """What `check` uses: the recipe's own strategy, memory in parts, the whole time."""
+    from minisft.data.preparation import prepare
+
+    recipe = load_recipe(recipe_file)
+    prepare(recipe)
+    prediction = predict_run(recipe)
+    assert prediction.steps == 8
+    assert prediction.total_seconds is not None
+    assert prediction.total_seconds >= prediction.steps * prediction.step_seconds > 0
+    assert 0 < prediction.memory.parameters < prediction.peak_memory_bytes < prediction.process_bytes
+    automatic = predict_run(with_training(recipe, strategy="auto"))
+    assert automatic.setting.strategy == "vanilla"
+
+
+def test_a_recipe_under_another_strategy(recipe_file):
+    recipe = load_recipe(recipe_file)
+    job = job_of(recipe, GPUS["4090"], sizes=None, count=2)
+    assert (job.processes, job.precision, job.workload.steps) == (2, "fp32", None)
+    assert predict_recipe(recipe, job).setting.strategy == "vanilla"
+    assert predict_recipe(recipe, job, "zero2").setting.strategy == "zero2"
