@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
 from typing import Any
 
 from minisft import __version__
@@ -13,6 +14,7 @@ from minisft.checking.result import Check, Failed, NotRun, Result
 from minisft.checking.steps import quiet_libraries
 from minisft.checking.subject import Subject
 from minisft.errors import StoppedError, UserError
+from minisft.processes import stop_signals
 from minisft.recipe import Recipe, dump_recipe
 from minisft.runs import RunFolder
 
@@ -122,13 +124,17 @@ def examine(
     subject.clear()  # what a check that was killed left
     results: dict[str, Result] = {}
     try:
-        with quiet_libraries():
+        with stop_signals(_stop), quiet_libraries():
             for check in checks:
                 results[check.name] = _result(check, subject, results, quick)
                 tell(results[check.name])
     finally:
         subject.clear()
     return list(results.values())
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # so that SIGTERM, too, leaves no scratch folder behind
 
 
 def _result(check: Check, subject: Subject, earlier: Mapping[str, Result], quick: bool) -> Result:
