@@ -129,7 +129,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     batch = training.batch_size * training.processes * training.gradient_accumulation
     keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
     keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
-    keys |= {f"training.{k}": v for k, v in asdict(training).items() if k not in _FREE_TRAINING_KEYS}
+    free = _FREE_TRAINING_KEYS + (("eval_every",) if training.early_stopping is None else ())
+    keys |= {f"training.{k}": v for k, v in asdict(training).items() if k not in free}
     return keys | {"the global batch (batch_size x processes x gradient_accumulation)": batch}
 
 
