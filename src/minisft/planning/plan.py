@@ -15,8 +15,8 @@ from minisft.recipe import STRATEGIES, LoraRecipe, Recipe
 from minisft.training.batching import Sizes
 from minisft.training.hardware import default_row_tokens
 
-# A setting that is faster by less than this is not worth being less simple.
-_WORTH = 0.03
+# A setting that is faster by less than this is not worth being less simple: no prediction is much more exact.
+_WORTH = 0.1
 _MOST_PROCESSES = 256  # that a remedy may ask for
 _LORA = LoraRecipe()  # the adapters of the grid, where the recipe has none of its own
 
@@ -187,8 +187,8 @@ def choose(rows: list[Prediction]) -> tuple[Prediction | None, str]:
     if too_large:
         reason += "; " + ", ".join(f"{_name(row)} would need {gigabytes(needed_bytes(row))}" for row in too_large)
     if slower:
-        more = min(row.step_seconds for row in slower) / chosen.step_seconds - 1
-        reason += f"; what else fits is no faster ({', '.join(_name(row) for row in slower)}: +{max(0, more):.0%})"
+        others = [f"{_name(row)} {row.step_seconds / chosen.step_seconds - 1:+.0%}" for row in slower]
+        reason += f"; of a step's time, by the plan, {', '.join(others)}"
     return chosen, reason
 
 
@@ -210,7 +210,11 @@ def remedies(recipe: Recipe, job: Job) -> Iterator[str]:
                 yield f"training.lora={{rank: {_LORA.rank}}}{more} with training.strategy={name}"
                 break
     yield from _more_machines(job, lora, checkpointing)
-    for strategy in ZERO if job.machine.kind == "gpu" else ():
+    if job.machine.kind == "cpu":
+        least = min((predict_recipe(recipe, job, strategy) for strategy in STRATEGIES), key=needed_bytes)
+        yield f"{gigabytes(needed_bytes(least))} for each process, with training.strategy={least.setting.strategy}"
+        return
+    for strategy in ZERO:
         if predict(job, strategy, lora=lora, checkpointing=True, offload=True).fits:
             yield f"{strategy} with gradient checkpointing and with CPU offload, which is planned but not trained here"
             break

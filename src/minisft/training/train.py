@@ -129,7 +129,8 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     """
     import torch
 
-    keep_freed_memory()
+    if recipe.training.strategy not in ZERO_STAGES:  # DeepSpeed's blocks seldom fit the holes that others left
+        keep_freed_memory()
     start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
         start_communication(on_cpu())
