@@ -224,8 +224,11 @@ def check_combinations(recipe: Recipe) -> None:
 
 
 def _check_offload(training: TrainingRecipe) -> None:
-    if training.offload is None or training.strategy == "auto":
+    if training.offload is None:
         return
+    if training.strategy == "auto":
+        what = "auto chooses among strategies that keep all on the GPU"
+        raise UserError("training.offload", what, "name a ZeRO stage; `minisft plan` shows what each needs")
     if training.strategy == "vanilla":
         raise UserError("training.offload", "vanilla keeps all on the GPU", "use a ZeRO stage, or leave offload out")
     if training.offload == "parameters" and training.strategy != "zero3":
