@@ -157,8 +157,8 @@ def measure_cpu(processes: int, precision: str) -> Machine:
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def busy_cores() -> float:
-    """Cores that were in use over the last minute; measurements and times are then those of a shared machine."""
+def load_of_machine() -> float:
+    """Processes at work over the last minute: with many, what was measured is the speed of a shared machine."""
     return os.getloadavg()[0]
 
 
