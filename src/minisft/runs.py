@@ -28,6 +28,7 @@ _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
     "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
     "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to", "keep_optimizer", "keep_checkpoints",
+    "offload",
 )  # fmt: skip
 
 
@@ -128,7 +129,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     batch = training.batch_size * training.processes * training.gradient_accumulation
     keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
     keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
-    keys |= {f"training.{k}": v for k, v in asdict(training).items() if k not in _FREE_TRAINING_KEYS}
+    free = _FREE_TRAINING_KEYS + (("eval_every",) if training.early_stopping is None else ())
+    keys |= {f"training.{k}": v for k, v in asdict(training).items() if k not in free}
     return keys | {"the global batch (batch_size x processes x gradient_accumulation)": batch}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from minisft.data.preparation import prepare
 from minisft.errors import UserError
 from minisft.planning.auto import limited
-from minisft.planning.machines import busy_cores, machine_named, require_count
+from minisft.planning.machines import load_of_machine, machine_named, require_count
 from minisft.planning.plan import Plan, config_of, job_of, make_plan, prepared_sizes
 from minisft.recipe import Recipe
 from minisft.runs import RunFolder, is_same_run, open_run
@@ -33,10 +33,8 @@ def plan_for(recipe: Recipe, wish: Wish) -> Plan:
     require_count(machine, count, wish.nodes)
     config_of(recipe)  # before anything is prepared
     sizes, notes = _sizes(recipe)
-    if machine.kind == "cpu" and (busy := busy_cores()) > machine.per_node / 2:
-        notes += (
-            f"others keep {busy:.1f} of {machine.per_node} cores busy: the times are too long for an idle machine",
-        )
+    if machine.kind == "cpu" and (busy := load_of_machine()) > machine.per_node / 2:
+        notes += (f"others are at work (load {busy:.1f} on {machine.per_node} cores): an idle machine is faster",)
     job = job_of(recipe, machine, sizes=sizes, count=count, nodes=wish.nodes)
     return make_plan(recipe, job, notes)
 

@@ -33,7 +33,7 @@ class Machine:
     Attributes:
         name: as the user names it.
         kind: cpu or gpu.
-        memory: bytes that a process may use, of the GPU or of the machine.
+        memory: bytes that a process may use: of the GPU, or of what is free on the machine now.
         flops: floating-point operations a second of matrix products, by precision.
         utilisation: the share of `flops` that forward and backward reach.
         bandwidth: bytes a second that reading and writing the process's memory takes.
@@ -148,7 +148,7 @@ def measure_cpu(processes: int, precision: str) -> Machine:
     bandwidth = _measure_bandwidth() / processes
     rate = _measure_products(getattr(torch, _TORCH_NAMES[precision]))
     return Machine(
-        name="cpu", kind="cpu", memory=memory_of_machine() / processes, flops={precision: rate / processes},
+        name="cpu", kind="cpu", memory=free_memory() / processes, flops={precision: rate / processes},
         utilisation=_CPU_UTILISATION, bandwidth=bandwidth, link=_GLOO, network=_GLOO, host_link=bandwidth,
         host_bandwidth=bandwidth, per_node=cores, source=f"{rate / 1e9:.0f} GFLOP/s measured on {cores} cores",
     )  # fmt: skip
@@ -157,14 +157,14 @@ def measure_cpu(processes: int, precision: str) -> Machine:
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def busy_cores() -> float:
-    """Cores that were in use over the last minute; measurements and times are then those of a shared machine."""
+def load_of_machine() -> float:
+    """Processes at work over the last minute: with many, what was measured is the speed of a shared machine."""
     return os.getloadavg()[0]
 
 
-def memory_of_machine() -> float:
-    """Bytes of this machine, or of the control group that the process may not leave."""
-    limits = [float(psutil.virtual_memory().total)]
+def free_memory() -> float:
+    """Bytes that are free on this machine, at most those of the control group that the process may not leave."""
+    limits = [float(psutil.virtual_memory().available)]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             with open(path, encoding="utf-8") as file:  # noqa: PTH123 (a kernel file)

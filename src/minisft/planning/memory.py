@@ -106,14 +106,15 @@ def memory_of(footprint: Footprint, setting: Setting, row: tuple[int, int], most
         host, optimizer = optimizer + 2 * gradients, 0.0
         gradients = 0.0
     forward = activations + logits + footprint.constant_bytes
-    grown = gradients if most_rows > 1 or setting.on_cpu else 0.0
-    at_backward, at_step = grown + forward, gradients + _step_copy(footprint, setting)
-    # A caching allocator reuses what the backward frees; glibc, told to keep it, mostly finds no fitting hole.
-    busiest = grown + forward + workspace if setting.on_cpu else max(at_backward, at_step) + workspace
+    grown = gradients if most_rows > 1 or _keeps_freed(setting) else 0.0
+    at_step = gradients + max(_step_copy(footprint, setting), _scattered(footprint, setting))
+    # Freed blocks are reused, by a GPU's caching allocator, or go back to the kernel. Not so under vanilla on a CPU:
+    # there glibc is told to keep them, and mostly finds no fitting hole.
+    busiest = grown + forward if _keeps_freed(setting) else max(grown + forward, at_step)
     return Memory(
         parameters=weights + gathered + footprint.constant_bytes, gradients=gradients, optimizer=optimizer,
         activations=activations, logits=logits, buffers=buffers, workspace=workspace, host=host,
-        peak=weights + gathered + optimizer + buffers + busiest,
+        peak=weights + gathered + optimizer + buffers + busiest + workspace,
     )  # fmt: skip
 
 
@@ -126,10 +127,17 @@ def logit_bytes(half: bool) -> int:
     return 12
 
 
+def _keeps_freed(setting: Setting) -> bool:
+    """Say whether freed memory stays the process's: `training.hardware.keep_freed_memory`."""
+    return setting.on_cpu and setting.strategy == "vanilla"
+
+
 def _gathered(footprint: Footprint, setting: Setting) -> float:
+    """ZeRO-3's whole weights, and the flat buffer in which a group of them arrives before it is laid apart."""
     if setting.strategy != "zero3":
         return 0.0
-    return min(footprint.parameters, LIVE + PREFETCH) * (2 if setting.half else 4)
+    elements = min(footprint.parameters, LIVE) + min(footprint.parameters, PREFETCH)
+    return elements * (2 if setting.half else 4)
 
 
 def _buffers(footprint: Footprint, setting: Setting) -> float:
@@ -147,17 +155,20 @@ def _step_copy(footprint: Footprint, setting: Setting) -> float:
     return 4.0 * footprint.trainable / setting.processes
 
 
-# On a CPU, how often over the gradients' size glibc holds what it cannot reuse: measured with models of 40M and 135M
-# parameters on one and two processes. DeepSpeed's bucket of 2 GB in one piece leaves holes that later blocks miss.
-_HELD = {"vanilla": 0.0, "zero1": 1.7, "zero2": 1.7, "zero3": 6.0}
+def _scattered(footprint: Footprint, setting: Setting) -> float:
+    """ZeRO-3 scatters a bucket's gradients from a copy of them in the processes' order; gloo clones that once more."""
+    if setting.strategy != "zero3" or setting.processes == 1:
+        return 0.0
+    copies = 2 if setting.on_cpu else 1
+    return copies * min(BUCKET, footprint.trainable) * (2.0 if setting.half else 4.0)
 
 
 def _workspace(footprint: Footprint, setting: Setting) -> float:
     """A gradient before it is added to the others; tied embeddings have two, and their sum.
 
-    On a CPU, where freed blocks are kept, the first backward of a step has them in other places than the later ones.
+    Where freed blocks are kept, the first backward of a step has them in other places than the later ones.
     """
     largest = 4.0 * footprint.largest
-    if not setting.on_cpu:
-        return largest * (3 if footprint.tied else 1)
-    return largest * (5 if footprint.tied else 2) + _HELD[setting.strategy] * 4.0 * footprint.trainable
+    if _keeps_freed(setting):
+        return largest * (5 if footprint.tied else 2)
+    return largest * (3 if footprint.tied else 1)

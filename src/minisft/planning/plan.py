@@ -15,8 +15,8 @@ from minisft.recipe import STRATEGIES, LoraRecipe, Recipe
 from minisft.training.batching import Sizes
 from minisft.training.hardware import default_row_tokens
 
-# A setting that is faster by less than this is not worth being less simple.
-_WORTH = 0.03
+# A setting that is faster by less than this is not worth being less simple: no prediction is much more exact.
+_WORTH = 0.1
 _MOST_PROCESSES = 256  # that a remedy may ask for
 _LORA = LoraRecipe()  # the adapters of the grid, where the recipe has none of its own
 
@@ -66,9 +66,11 @@ def predict_here(recipe: Recipe) -> Prediction:
 def predict_recipe(recipe: Recipe, job: Job, strategy: str | None = None) -> Prediction:
     """Predict a recipe's own setting, under its strategy or another."""
     training = recipe.training
+    strategy = strategy or training.strategy
     return predict(
-        job, strategy or training.strategy, checkpointing=training.gradient_checkpointing, lora=training.lora
-    )
+        job, strategy, checkpointing=training.gradient_checkpointing, lora=training.lora,
+        offload=training.offload is not None and strategy in ZERO,
+    )  # fmt: skip
 
 
 def prepared_sizes(recipe: Recipe) -> Sizes:
@@ -143,7 +145,7 @@ def make_plan(recipe: Recipe, job: Job, notes: tuple[str, ...] = ()) -> Plan:
     """Predict every setting and choose."""
     training = recipe.training
     rows = tuple(_under_every_strategy(job, checkpointing=training.gradient_checkpointing, lora=training.lora))
-    trainable = [row for row in rows if not row.setting.offload]
+    trainable = [row for row in rows if row.setting.offload == (training.offload is not None)]
     chosen, reason = choose(trainable)
     return Plan(
         recipe=recipe,
@@ -187,8 +189,8 @@ def choose(rows: list[Prediction]) -> tuple[Prediction | None, str]:
     if too_large:
         reason += "; " + ", ".join(f"{_name(row)} would need {gigabytes(needed_bytes(row))}" for row in too_large)
     if slower:
-        more = min(row.step_seconds for row in slower) / chosen.step_seconds - 1
-        reason += f"; what else fits is no faster ({', '.join(_name(row) for row in slower)}: +{max(0, more):.0%})"
+        others = [f"{_name(row)} {row.step_seconds / chosen.step_seconds - 1:+.0%}" for row in slower]
+        reason += f"; of a step's time, by the plan, {', '.join(others)}"
     return chosen, reason
 
 
@@ -210,9 +212,13 @@ def remedies(recipe: Recipe, job: Job) -> Iterator[str]:
                 yield f"training.lora={{rank: {_LORA.rank}}}{more} with training.strategy={name}"
                 break
     yield from _more_machines(job, lora, checkpointing)
-    for strategy in ZERO if job.machine.kind == "gpu" else ():
+    if job.machine.kind == "cpu":
+        least = min((predict_recipe(recipe, job, strategy) for strategy in STRATEGIES), key=needed_bytes)
+        yield f"{gigabytes(needed_bytes(least))} for each process, with training.strategy={least.setting.strategy}"
+        return
+    for strategy in ZERO:
         if predict(job, strategy, lora=lora, checkpointing=True, offload=True).fits:
-            yield f"{strategy} with gradient checkpointing and with CPU offload, which is planned but not trained here"
+            yield f"training.strategy={strategy} training.gradient_checkpointing=true training.offload=optimizer"
             break
 
 

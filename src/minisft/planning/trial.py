@@ -72,10 +72,11 @@ def _note_process(root: Path, training: "TrainingRecipe") -> None:
     import torch.utils.tensorboard  # noqa: F401
 
     import minisft.training.trainer  # noqa: F401
-    from minisft.training.strategies import ZERO_STAGES
+    from minisft.training.hardware import on_cpu
+    from minisft.training.strategies import ZERO_STAGES, start_communication
 
     if training.strategy in ZERO_STAGES:
-        import deepspeed  # noqa: F401
+        start_communication(on_cpu())  # which imports DeepSpeed
     if training.lora is not None:
         import peft  # noqa: F401
     if os.environ.get("RANK", "0") == "0":

@@ -18,7 +18,7 @@ def page_data(run: RunFiles) -> dict[str, Any]:
     stride = max(1, len(losses) // CURVE_POINTS)
     return {
         "train": [[step, rounded(loss)] for step, loss in losses[::stride]],
-        "test": [[e["step"], rounded(e["loss"])] for _, e in run.systems if e.get("loss") is not None],
+        "test": [[step, rounded(loss)] for step, loss in run.held_out],
         "scores": _score_points(run),
         "systems": [name for name, _ in run.systems],
         "best": run.results["best"] if run.results else None,

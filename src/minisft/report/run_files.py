@@ -40,6 +40,12 @@ class RunFiles:
         checkpoints = [(entry["checkpoint"], entry) for entry in self.results["checkpoints"]]
         return [("base", self.results["base"]), *checkpoints]
 
+    @property
+    def held_out(self) -> list[tuple[int, float]]:
+        """(step, held-out loss): of every scored model, or as training computed it where none is scored yet."""
+        scored = [(entry["step"], entry["loss"]) for _, entry in self.systems if entry.get("loss") is not None]
+        return scored or [(line["step"], line["eval_loss"]) for line in self.steps if line.get("eval_loss") is not None]
+
 
 def read_run(root: Path) -> RunFiles:
     """Read what there is of a run.

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from minisft.errors import UserError
 from minisft.files import whole_folder
+from minisft.recipe import TrainingRecipe
 from minisft.runs import RunFolder, list_checkpoints
+from minisft.training.held_out import eval_losses, stops_early
 
 _ORIGIN = "written_by.json"
 _STAGING = ".unfinished"
@@ -78,6 +80,14 @@ def drop_optimizer_states(folder: Path, keep: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def tidy(run: RunFolder, training: TrainingRecipe, newest: Path) -> None:
+    """Remove what a recipe does not keep, once the checkpoint `newest` is whole."""
+    if training.keep_optimizer == "newest":
+        drop_optimizer_states(run.checkpoints, keep=newest)
+    if training.keep_checkpoints is not None:
+        retain(run, training.keep_checkpoints)
+
+
 def retain(run: RunFolder, count: int) -> None:
     """Remove all checkpoints but the `count` newest and those that are best as far as the run folder knows."""
     kept = best_checkpoints(run)
@@ -87,15 +97,22 @@ def retain(run: RunFolder, count: int) -> None:
 
 
 def best_checkpoints(run: RunFolder) -> set[str]:
-    """Name the checkpoint of the lowest test loss and the one that the evaluation calls best, where they are known."""
+    """Name the checkpoint of the lowest held-out loss and the one that the evaluation calls best, where known."""
     results = run.root / "evaluation" / "results.json"
-    if not results.is_file():
-        return set()
-    scores = json.loads(results.read_text(encoding="utf-8"))
+    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {"checkpoints": [], "best": None}
+    losses = _losses_in_training(run) or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
     there = {path.name for path in run.list_checkpoints()}
-    losses = {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"] if entry["loss"] is not None}
-    known = [name for name in losses if name in there]
-    return {min(known, key=losses.__getitem__)} | {scores["best"]} if known else {scores["best"]}
+    known = [name for name, loss in losses.items() if name in there and loss is not None]
+    lowest = {min(known, key=losses.__getitem__)} if known else set()
+    return lowest | {scores["best"]}
+
+
+def _losses_in_training(run: RunFolder) -> dict[str, float]:
+    """Held-out losses by the name of the checkpoint that the step has, if it has one."""
+    if not run.metrics.is_file():
+        return {}
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    return {f"checkpoint-{line['step']}": line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
 def has_state(checkpoint: Path) -> bool:
@@ -140,10 +157,12 @@ def require_same_layout(checkpoint: Path, strategy: str, processes: int) -> None
         )
 
 
-def is_last(checkpoint: Path) -> bool:
-    """Say whether training was over with this checkpoint."""
+def is_last(checkpoint: Path, early_stopping: int | None = None) -> bool:
+    """Say whether training was over with this checkpoint: at the last step, or stopped early."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
+    return bool(state["global_step"] >= state["max_steps"]) or stops_early(
+        eval_losses(state["log_history"]), early_stopping
+    )
 
 
 def publish_final_model(run: RunFolder) -> None:

@@ -32,7 +32,14 @@ _STAGE_OPTIONS: dict[int, dict[str, Any]] = {
 }
 
 
-def deepspeed_config(strategy: str, *, precision: str, max_grad_norm: float, batch_size: int) -> dict[str, Any] | None:
+# What goes to the host's memory, by the recipe's `offload`; Ren et al. 2021, "ZeRO-Offload", and Rajbhandari et al.
+# 2021, "ZeRO-Infinity".
+_OFFLOADED = {None: (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+
+
+def deepspeed_config(
+    strategy: str, *, precision: str, max_grad_norm: float, batch_size: int, offload: str | None, on_cpu: bool
+) -> dict[str, Any] | None:
     """Return DeepSpeed's configuration of a strategy, or None for vanilla.
 
     Accumulation is 1 for DeepSpeed: the trainer tells it which backward is the last of a step.
@@ -40,8 +47,9 @@ def deepspeed_config(strategy: str, *, precision: str, max_grad_norm: float, bat
     """
     if strategy not in ZERO_STAGES:
         return None
+    to_host = {name: {"device": "cpu", "pin_memory": not on_cpu} for name in _OFFLOADED[offload]}
     return {
-        "zero_optimization": _STAGE_OPTIONS[ZERO_STAGES[strategy]],
+        "zero_optimization": _STAGE_OPTIONS[ZERO_STAGES[strategy]] | to_host,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
         "gradient_clipping": max_grad_norm,

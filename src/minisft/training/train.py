@@ -1,6 +1,7 @@
 """Training, from a prepared data set to checkpoints and the final model."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,9 @@ from minisft.recipe import Recipe, TrainingRecipe
 from minisft.runs import RunFolder, load_run, remember_environment, step_of
 from minisft.training.checkpoints import (
     clear_left_overs,
-    drop_optimizer_states,
     is_last,
     publish_final_model,
-    retain,
+    tidy,
 )
 from minisft.training.communication import start_counting
 from minisft.training.environment import describe_environment
@@ -33,6 +33,7 @@ from minisft.training.strategies import (
 from minisft.training.writing import naming_failed_writes
 
 if TYPE_CHECKING:
+    from minisft.training.held_out import HeldOutRows
     from minisft.training.trainer import SupervisedTokenTrainer
 
 _WORKER = "minisft.training.worker"
@@ -67,7 +68,7 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machi
         UserError: the model or the data cannot be trained so.
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
-    if resume_from is not None and is_last(resume_from):
+    if resume_from is not None and is_last(resume_from, recipe.training.early_stopping):
         with naming_failed_writes(run.model):
             publish_final_model(run)  # it ended before this was done
         return
@@ -94,7 +95,10 @@ def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | No
 
     trainer = run_steps(recipe, run, resume_from)
     trainer.accelerator.wait_for_everyone()
-    stopped = trainer.state.global_step < trainer.state.max_steps
+    stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.ended_early
+    if trainer.ended_early and trainer.is_world_process_zero():
+        patience = recipe.training.early_stopping
+        say(f"stopped early at step {trainer.state.global_step}: {patience} evaluations without a lower held-out loss")
     if trainer.args.should_save and not stopped:
         with naming_failed_writes(run.model):
             publish_final_model(run)
@@ -125,7 +129,8 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     """
     import torch
 
-    keep_freed_memory()
+    if recipe.training.strategy not in ZERO_STAGES:  # DeepSpeed's blocks seldom fit the holes that others left
+        keep_freed_memory()
     start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
         start_communication(on_cpu())
@@ -211,6 +216,8 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
             precision=precision,
             max_grad_norm=training.max_grad_norm,
             batch_size=training.batch_size,
+            offload=training.offload,
+            on_cpu=on_cpu(),
         ),
     )
     arguments.device  # noqa: B018 (it counts the GPUs)
@@ -293,7 +300,10 @@ def _trainer(
         strategy=training.strategy,
         stop_token_ids=encoder.stop_token_ids,
         describe_rows=_row_describer(dataset),
-        when_saved=_tidier(training, run),
+        when_saved=partial(tidy, run, training),
+        held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
+        eval_every=training.eval_every,
+        early_stopping=training.early_stopping,
         callbacks=[MetricsFile(run.metrics)],
     )
     if trainer.is_world_process_zero():
@@ -303,22 +313,25 @@ def _trainer(
     return trainer
 
 
+def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -> "HeldOutRows | None":
+    from datasets import load_from_disk
+
+    from minisft.training.held_out import HeldOutRows
+
+    if recipe.training.eval_every is None:
+        return None
+    dataset = load_from_disk(str(run.dataset / "test"))
+    if len(dataset) == 0:
+        what = "there are no held-out conversations to compute a loss on"
+        raise UserError("training.eval_every", what, "set data.test_fraction above 0, or data.test, and train anew")
+    return HeldOutRows(dataset, row_tokens=row_tokens, processes=arguments.world_size, rank=arguments.process_index)
+
+
 def _row_describer(dataset: Any) -> Callable[[tuple[int, ...]], str]:
     def describe(indexes: tuple[int, ...]) -> str:
         return ", ".join(str(dataset[index].get("id", index)) for index in indexes)
 
     return describe
-
-
-def _tidier(training: TrainingRecipe, run: RunFolder) -> Callable[[Path], None]:
-    def tidy(newest: Path) -> None:
-        """What older checkpoints lose once a newer one is whole."""
-        if training.keep_optimizer == "newest":
-            drop_optimizer_states(run.checkpoints, keep=newest)
-        if training.keep_checkpoints is not None:
-            retain(run, training.keep_checkpoints)
-
-    return tidy
 
 
 def train_as_worker(root: Path, resume_from: Path | None) -> None:

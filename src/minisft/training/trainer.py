@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback
+from transformers import GenerationConfig, PrinterCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -25,6 +25,8 @@ from minisft.training.batching import Row, RowDataset, StepBatch, StepSampler, j
 from minisft.training.checkpoints import clear_left_overs, note_origin, publish, staging_folder, sync_folder
 from minisft.training.clipping import clip_gradients
 from minisft.training.communication import bytes_sent
+from minisft.training.flow import HeldOutLoss, ResumedState, StopAtStepEnd
+from minisft.training.held_out import EVAL_LOSS, HeldOutRows
 from minisft.training.interruption import StopRequest
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.metrics import StepMetrics, peak_memory_mb
@@ -47,6 +49,9 @@ class SupervisedTokenTrainer(Trainer):
         stop_token_ids: tuple[int, ...],
         describe_rows: Callable[[tuple[int, ...]], str],
         when_saved: Callable[[Path], None],
+        held_out: HeldOutRows | None = None,
+        eval_every: str | int | None = None,
+        early_stopping: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.sampler = sampler
@@ -54,6 +59,7 @@ class SupervisedTokenTrainer(Trainer):
         self.stop_token_ids = stop_token_ids
         self.describe_rows = describe_rows
         self.when_saved = when_saved
+        self.held_out = held_out
         self._staging: str | None = None
         self._writing = Attempts()
         super().__init__(*args, **kwargs)
@@ -62,10 +68,12 @@ class SupervisedTokenTrainer(Trainer):
         self._norm: Any = None
         self.stop = StopRequest()
         self.stops_here = False
+        self.ended_early = False
         self._step_loss = torch.zeros((), device=self.args.device)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_ResumedState(sampler))
-        self.add_callback(_StopAtStepEnd(self))
+        self.add_callback(ResumedState(sampler))
+        self.add_callback(HeldOutLoss(self, eval_every, early_stopping))
+        self.add_callback(StopAtStepEnd(self))
 
     # --- batches
 
@@ -139,6 +147,22 @@ class SupervisedTokenTrainer(Trainer):
 
     def _backward_options(self) -> dict[str, Any]:
         return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+
+    # --- the loss on held-out rows
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log the mean loss over the supervised tokens of the held-out rows, shared among the processes."""
+        assert self.held_out is not None
+        started = time.perf_counter()
+        with self.compute_loss_context_manager():
+            share = self.held_out.sum_of_losses(
+                self.model_wrapped, lambda model, row: row_loss(model, row.to(self.args.device))
+            )
+        total = float(self.accelerator.gather(share.reshape(1).to(self.args.device)).sum())
+        logs = {EVAL_LOSS: total / self.held_out.supervised, "eval_seconds": time.perf_counter() - started}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
 
     # --- what is logged
 
@@ -276,31 +300,3 @@ def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:
         eos_token_id=stop if len(stop) > 1 else stop[0],
         pad_token_id=pad if pad is not None else stop[0],
     )
-
-
-class _ResumedState(TrainerCallback):
-    """Set what the Trainer does not on resume: the sampler's epoch, and the recipe's own log and save steps."""
-
-    def __init__(self, sampler: StepSampler) -> None:
-        self.sampler = sampler
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.compute_steps(args, state.max_steps)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.epoch = state.global_step // len(self.sampler)
-
-
-class _StopAtStepEnd(TrainerCallback):
-    """Save and end where the processes agreed to stop; the epoch's end, which follows, saves no second time."""
-
-    def __init__(self, trainer: SupervisedTokenTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stops_here:
-            control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stops_here:
-            control.should_save = False
