@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import Any
 
+import torch
+
 from minisft import __version__
 from minisft.checking import data_checks, learning, loss_checks, serve_checks, spend, strategy_checks
 from minisft.checking.result import Check, Failed, NotRun, Result
@@ -169,6 +171,12 @@ def _run(check: Check, subject: Subject) -> Result:
         return Result(check.name, check.claim, "FAILED", f"{error.where}: {error.what}", error.mend)
     except StoppedError:
         raise
+    except (
+        torch.OutOfMemoryError,
+        MemoryError,
+    ) as error:  # of this process, which takes all weights without a strategy
+        subject.let_go()
+        return Result(check.name, check.claim, "not run", f"because one process is too small for it ({error})")
     except Exception as error:  # whatever a model, a template or a library raises, the other checks go on
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {str(error).strip() or 'no message'} ({where.name}, line {where.lineno})"

@@ -121,13 +121,9 @@ def run_steps_in_child(recipe: Recipe) -> None:
         StoppedError: it was asked to stop.
     """
     training = recipe.training
-    if training.processes == 1 and training.strategy not in ZERO_STAGES:
-        launch_alone(_WORKER, [recipe.output])
-    else:
-        launch(_WORKER, [recipe.output], training.processes)
-    run = RunFolder(Path(recipe.output))
-    taken = [len(read_metrics(one)) for one in (run, resumed_run(run))]
-    if taken != [STEPS, STEPS - RESUME_AT]:  # a process that failed has raised
+    alone = training.processes == 1 and training.strategy not in ZERO_STAGES
+    arguments = [recipe.output]
+    if launch_alone(_WORKER, arguments) if alone else launch(_WORKER, arguments, training.processes):
         raise StoppedError("stopped as asked")
 
 

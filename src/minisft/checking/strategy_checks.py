@@ -22,7 +22,9 @@ Taken = list[tuple[float, float]]  # (loss, gradient norm) of each step
 
 def strategy_takes_the_same_steps(subject: Subject) -> str:
     """Take steps in processes of their own as `train` does, and the same in this one, and compare."""
-    recipe, training = subject.chosen_recipe, subject.recipe.training
+    recipe = subject.chosen_recipe
+    training = recipe.training
+    subject.let_go()  # the processes need the memory
     run_steps_in_child(recipe)
     logged = read_metrics(subject.chosen_run)
     plain = training.strategy not in ZERO_STAGES and training.processes == 1
@@ -43,7 +45,7 @@ def strategy_takes_the_same_steps(subject: Subject) -> str:
 def _compare_step(subject: Subject, line: dict[str, Any], name: str, here: float, other: str) -> None:
     allowed = tolerance(subject) * (2 if name == "loss" else 20)
     if abs(line[name] - here) > allowed * abs(here):
-        training = subject.recipe.training
+        training = subject.chosen_recipe.training
         raise Failed(
             f"step {line['step']}: {name} {line[name]:.5f} under {training.strategy} on {training.processes} "
             f"process(es), {here:.5f} in {other}",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from minisft.checking.result import NotRun
 from minisft.data.conversation import Conversation, Message, messages_from_rows
 from minisft.data.encoding import IGNORED, Encoder
 from minisft.data.ledger import Tally
@@ -21,6 +21,8 @@ from minisft.data.sources import at_revision, parse_sources
 from minisft.data.staging import stage
 from minisft.data.verification import VerificationError
 from minisft.models import ResolvedModel, load_tokenizer, resolve_model
+from minisft.planning import predict_run
+from minisft.planning.auto import predicted_strategy
 from minisft.recipe import Recipe
 from minisft.runs import RunFolder
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from minisft.checking.steps import Steps
+    from minisft.planning.prediction import Prediction
     from minisft.training.trainer import SupervisedTokenTrainer
 
 EXAMPLES = 4000  # rows of the source whose messages are compared with their tokens
@@ -207,6 +210,16 @@ class Subject:
     # --- steps in scratch runs
 
     @cached_property
+    def strategy(self) -> str:
+        """The strategy of the recipe; where it leaves that open, the one that by the plan fits.
+
+        Raises:
+            UserError: nothing fits; naming what would.
+        """
+        chosen = self.recipe if self.recipe.training.strategy != "auto" else predicted_strategy(self.recipe)
+        return chosen.training.strategy
+
+    @cached_property
     def steps(self) -> "Steps":
         from minisft.checking.steps import choose_steps
 
@@ -217,7 +230,7 @@ class Subject:
         """The scratch run of the steps as the recipe has them."""
         from minisft.checking.steps import make_scratch, step_recipe
 
-        recipe = step_recipe(self, "steps", self.steps)
+        recipe = step_recipe(self, "steps", self.steps, strategy=self.strategy)
         make_scratch(self, recipe, self.steps.rows)
         return recipe
 
@@ -236,13 +249,10 @@ class Subject:
         return recipe
 
     @cached_property
-    def predictions(self) -> tuple[Any, Any]:
+    def predictions(self) -> "tuple[Prediction, Prediction]":
         """What `plan` says of the scratch run and of the whole one."""
-        try:
-            from minisft.planning import predict_run
-        except ModuleNotFoundError:  # to go when `minisft.planning` is there
-            raise NotRun("minisft.planning is not there yet") from None
-        return predict_run(self.chosen_recipe), predict_run(self.recipe)
+        training = replace(self.recipe.training, strategy=self.strategy)  # type: ignore[arg-type]
+        return predict_run(self.chosen_recipe), predict_run(replace(self.recipe, training=training))
 
     def train_in_scratch(self, recipe: Recipe) -> "SupervisedTokenTrainer":
         """A trainer of a scratch recipe in this process; the one before it is let go first."""
@@ -257,6 +267,8 @@ class Subject:
         if self.live is not None:
             self.live = None
             gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def clear(self) -> None:
         """Remove what the checks wrote."""
