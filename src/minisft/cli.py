@@ -15,6 +15,7 @@ from minisft.options import Arguments, Verb
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
     from minisft.runs import RunFolder
+    from minisft.training.machines import Machines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +80,41 @@ def inspect(arguments: Arguments) -> None:
     )
 
 
+def check(arguments: Arguments) -> None:
+    import json
+
+    from minisft.console import say
+    from minisft.files import write_atomically
+    from minisft.runs import open_run
+    from minisft.training.hardware import on_cpu
+    from minisft.training.strategies import set_deepspeed_environment
+
+    recipe = _load(arguments)
+    set_deepspeed_environment(on_cpu())  # before transformers is imported
+    if not arguments.quick:
+        from minisft.training.train import refuse_impossible
+
+        refuse_impossible(recipe)
+    from minisft.checking.check import as_report, examine
+    from minisft.checking.table import show, summary
+
+    with open_run(recipe, prepares_only=True) as run:
+        results = examine(recipe, run, quick=arguments.quick, tell=(lambda _: None) if arguments.json else show)
+        report = as_report(recipe, results, quick=arguments.quick)
+        write_atomically(run.check, json.dumps(report, indent=1, ensure_ascii=False))
+    if arguments.json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        say(f"{summary(results)}; written: {run.check}")
+    failed = [result for result in results if result.status == "FAILED"]
+    if failed:
+        raise UserError(
+            ", ".join(result.name for result in failed),
+            f"{len(failed)} of {len(results)} checks failed",
+            failed[0].mend,
+        )
+
+
 def plan(arguments: Arguments) -> None:
     import json
 
@@ -94,13 +130,22 @@ def plan(arguments: Arguments) -> None:
 
 def train(arguments: Arguments) -> None:
     from minisft.training.launch import adopt_slurm, is_joined
+    from minisft.training.machines import parse_machines
 
     adopt_slurm()
     recipe = _load(arguments)
+    machines = parse_machines(arguments.nodes, arguments.node_rank, arguments.rendezvous)
+    if machines is not None and recipe.training.strategy == "auto":
+        mend = f"name a strategy; `minisft plan {arguments.words[0]} --nodes {machines.count}` says which"
+        raise UserError("training.strategy", "auto tries strategies on one machine alone", mend)
     if is_joined():
+        if machines is not None:
+            raise UserError("--nodes", "another launcher started this process", "leave the machines to it")
         _train_joined(recipe, force=arguments.force, resume=arguments.resume)
+    elif machines is not None and machines.rank > 0:
+        _train_along(recipe, machines, resume=arguments.resume)
     else:
-        run = _train(recipe, force=arguments.force, resume=arguments.resume)
+        run = _train(recipe, force=arguments.force, resume=arguments.resume, machines=machines)
         _say_what_next(run)
 
 
@@ -127,9 +172,12 @@ def compare(arguments: Arguments) -> int:
 
 def report(arguments: Arguments) -> None:
     from minisft.console import say
+    from minisft.report.markdown import write_results
     from minisft.report.page import write_report
 
-    say(f"written: {write_report(Path(_recipe_or_run(arguments).output))}")
+    output = Path(_recipe_or_run(arguments).output)
+    say(f"written: {write_report(output)}")
+    say(f"written: {write_results(output)}")
 
 
 def export(arguments: Arguments) -> None:
@@ -209,10 +257,13 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
     return replace(load_recipe(RunFolder(Path(path)).recipe, overrides), output=path)
 
 
-def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
+def _prepare(recipe: "Recipe", with_weights: bool = True) -> Path:
+    """Prepare the data where that is not done; return the base model's folder."""
     from minisft.console import say
     from minisft.data.ledger import ledger_lines
     from minisft.data.preparation import prepare as prepare_data
+    from minisft.data.preview import write_preview
+    from minisft.data.progress import counting_rows
     from minisft.models import resolve_model, weights_fingerprint
     from minisft.runs import RunFolder, remember_model
 
@@ -221,29 +272,51 @@ def _prepare(recipe: "Recipe", with_weights: bool = True) -> None:
     say(f"model {resolved}")
     if with_weights:
         remember_model(run, str(resolved), weights_fingerprint(resolved.folder))
-    prepared = prepare_data(recipe, model_folder=resolved.folder, begun=run.has_begun())
+    with counting_rows() as progress:
+        prepared = prepare_data(recipe, progress=progress, model_folder=resolved.folder, begun=run.has_begun())
+    write_preview(run.root, resolved.folder, recipe.trust_remote_code)
     say(f"data {prepared.folder}" + (" (prepared before)" if prepared.cached else ""))
     for line in ledger_lines(prepared.ledger):
         say(f"  {line}")
+    return resolved.folder
 
 
-def _train(recipe: "Recipe", *, force: bool, resume: bool) -> "RunFolder":
+def _train(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines | None" = None) -> "RunFolder":
     from minisft.data.sources import require_sources
     from minisft.models import resolve_model
     from minisft.report.curves import draw_curves
     from minisft.runs import open_run
+    from minisft.training.disk import require_disk
     from minisft.training.train import refuse_impossible
     from minisft.training.train import train as start_training
 
-    refuse_impossible(recipe)
+    refuse_impossible(recipe, machines)
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
     require_sources(recipe.data)
     with open_run(recipe, force=force, resume=resume) as run:
-        _prepare(recipe)
+        model = _prepare(recipe)
         recipe, checkpoint = _settled(recipe, run, _checkpoint_to_resume(recipe, run, resume))
-        start_training(recipe, run, checkpoint)
+        require_disk(recipe, run, model, checkpoint)
+        start_training(recipe, run, checkpoint, machines)
     draw_curves(run.root)
     return run
+
+
+def _train_along(recipe: "Recipe", machines: "Machines", *, resume: bool) -> None:
+    """Train as one of several machines, once the first has prepared; the run folder is the first's to write."""
+    from minisft.console import say
+    from minisft.models import resolve_model
+    from minisft.runs import RunFolder
+    from minisft.training.machines import wait_for_first
+    from minisft.training.train import refuse_impossible
+    from minisft.training.train import train as start_training
+
+    refuse_impossible(recipe, machines)
+    resolve_model(recipe.model, recipe.trust_remote_code)
+    run = RunFolder(Path(recipe.output))
+    wait_for_first(machines, run)
+    start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume), machines)
+    say(f"machine {machines.rank} of {machines.count}: done; machine 0 has the results")
 
 
 def _settled(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tuple["Recipe", Path | None]:
@@ -265,6 +338,8 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     """Train as one process of a launch under way: the first prepares, the others wait for it."""
     from minisft.data.sources import require_sources
     from minisft.runs import RunFolder, open_run
+    from minisft.training.checkpoints import latest_resumable
+    from minisft.training.disk import require_disk
     from minisft.training.launch import join, world_size
     from minisft.training.train import refuse_impossible, train_in_this_process
 
@@ -279,7 +354,8 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
         def begin() -> None:
             require_sources(recipe.data)
             held.enter_context(open_run(recipe, force=force, resume=resume))
-            _prepare(recipe)
+            model = _prepare(recipe)
+            require_disk(recipe, run, model, latest_resumable(run.checkpoints) if resume else None)
 
         join(recipe.training.strategy, begin)
         train_in_this_process(recipe, run, _checkpoint_to_resume(recipe, run, resume))
@@ -335,6 +411,12 @@ VERBS = {
         "RUN|RECIPE.yaml",
         options.inspect,
     ),
+    "check": Verb(
+        check,
+        "prove, on this recipe, model and machine, that training does what it promises",
+        "RECIPE.yaml",
+        options.check,
+    ),
     "plan": Verb(plan, "memory, time and the strategy to take, before anything is spent", "RECIPE.yaml", options.plan),
     "train": Verb(
         train,
@@ -342,6 +424,7 @@ VERBS = {
         "RECIPE.yaml",
         options.resume,
         options.force,
+        options.machines,
     ),
     "evaluate": Verb(
         evaluate,

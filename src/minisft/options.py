@@ -51,6 +51,11 @@ def inspect(parser: Parser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
 
 
+def check(parser: Parser) -> None:
+    parser.add_argument("--quick", action="store_true", help="only what needs no weights; takes seconds")
+    parser.add_argument("--json", action="store_true", help="print check.json instead of a table")
+
+
 def plan(parser: Parser) -> None:
     parser.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, 4090 or cpu; default: this machine")
     parser.add_argument("--count", type=int, metavar="N", help="of a node; default: training.processes")
@@ -99,3 +104,9 @@ def force(parser: Parser) -> None:
 
 def resume(parser: Parser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+
+
+def machines(parser: Parser) -> None:
+    parser.add_argument("--nodes", type=int, default=1, metavar="M", help="machines that train together (default 1)")
+    parser.add_argument("--node-rank", type=int, metavar="R", help="which of them this is, from 0")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="of machine 0, where they meet; the same on all")

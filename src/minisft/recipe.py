@@ -80,8 +80,13 @@ class TrainingRecipe:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     packing: bool = False
     save_every: Literal["epoch"] | int = "epoch"
+    keep_optimizer: Literal["newest", "all"] = "newest"
+    keep_checkpoints: int | None = None
     log_every: int = 1
+    eval_every: Literal["epoch"] | int | None = None
+    early_stopping: int | None = None
     lora: LoraRecipe | None = None
+    offload: Literal["optimizer", "parameters"] | None = None
     gradient_checkpointing: bool = False
     row_tokens: int | None = None
     memory_limit_gb: float | None = None
@@ -90,11 +95,16 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         _require_positive(
             "training", self, "processes", "epochs", "max_steps", "batch_size", "gradient_accumulation",
-            "learning_rate", "max_grad_norm", "log_every", "row_tokens", "memory_limit_gb",
+            "learning_rate", "max_grad_norm", "log_every", "row_tokens", "memory_limit_gb", "keep_checkpoints",
+            "early_stopping",
         )  # fmt: skip
         _require_not_negative("training.", self, "weight_decay")
-        if self.save_every != "epoch":
-            _require_positive("training", self, "save_every")
+        for key in ("save_every", "eval_every"):
+            if getattr(self, key) != "epoch":
+                _require_positive("training", self, key)
+        if self.early_stopping is not None and self.eval_every is None:
+            what = "there is no held-out loss to stop on"
+            raise UserError("training.early_stopping", what, "set training.eval_every, such as epoch, too")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(
                 "training.warmup_ratio", f"{self.warmup_ratio} is no share", "give a number from 0 to below 1"
@@ -205,8 +215,28 @@ def check_combinations(recipe: Recipe) -> None:
             "ZeRO-3 cannot shard weights of 4 bits",
             "use strategy vanilla, zero1 or zero2, or leave it false",
         )
+    _check_offload(training)
+    if training.eval_every is not None and recipe.data.test is None and recipe.data.test_fraction == 0:
+        what = "there are no held-out conversations to compute a loss on"
+        raise UserError("training.eval_every", what, "set data.test_fraction above 0, or data.test")
     if recipe.data.test is not None and recipe.data.test == recipe.data.source:
         raise UserError("data.test", "is the training source itself", "name another file, or use test_fraction")
+
+
+def _check_offload(training: TrainingRecipe) -> None:
+    if training.offload is None:
+        return
+    if training.strategy == "auto":
+        what = "auto chooses among strategies that keep all on the GPU"
+        raise UserError("training.offload", what, "name a ZeRO stage; `minisft plan` shows what each needs")
+    if training.strategy == "vanilla":
+        raise UserError("training.offload", "vanilla keeps all on the GPU", "use a ZeRO stage, or leave offload out")
+    if training.offload == "parameters" and training.strategy != "zero3":
+        raise UserError(
+            "training.offload",
+            f"{training.strategy} keeps whole parameters on every GPU",
+            "use strategy zero3, or offload: optimizer",
+        )
 
 
 @dataclass

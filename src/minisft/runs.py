@@ -18,8 +18,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from, not this file.\n"
 _CONTENTS = (
     "recipe.yaml", "dataset", "checkpoints", "model", "metrics.jsonl", "tensorboard", "evaluation",
-    "report.html",
-    "base_model.json", ".trial",
+    "report.html", "results.md",
+    "base_model.json", "environment.json", "check.json", ".check", ".trial",
 )  # fmt: skip
 # What `compare` writes into an output folder, beside a run or without one; no run deletes it.
 _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html", "comparison.png")
@@ -27,7 +27,8 @@ _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html",
 _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
     "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
-    "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to",
+    "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to", "keep_optimizer", "keep_checkpoints",
+    "offload",
 )  # fmt: skip
 
 
@@ -62,8 +63,21 @@ class RunFolder:
         return self.root / "tensorboard"
 
     @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
     def base_model(self) -> Path:
         return self.root / "base_model.json"
+
+    @property
+    def check(self) -> Path:
+        return self.root / "check.json"
+
+    @property
+    def scratch(self) -> Path:
+        """Where `check` trains a few steps; it removes the folder at its end."""
+        return self.root / ".check"
 
     def list_checkpoints(self) -> list[Path]:
         """Return the checkpoint folders in the order of their steps."""
@@ -115,7 +129,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     batch = training.batch_size * training.processes * training.gradient_accumulation
     keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
     keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
-    keys |= {f"training.{k}": v for k, v in asdict(training).items() if k not in _FREE_TRAINING_KEYS}
+    free = _FREE_TRAINING_KEYS + (("eval_every",) if training.early_stopping is None else ())
+    keys |= {f"training.{k}": v for k, v in asdict(training).items() if k not in free}
     return keys | {"the global batch (batch_size x processes x gradient_accumulation)": batch}
 
 
@@ -213,6 +228,11 @@ def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_tr
         )
     if not may_go_on:
         raise UserError(run.root, "holds an unfinished run", "pass --resume to go on with it, or --force to begin anew")
+
+
+def remember_environment(run: RunFolder, found: dict[str, Any]) -> None:
+    """Keep on what machine and with which versions the run was last trained."""
+    write_atomically(run.environment, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def remember_model(run: RunFolder, origin: str, fingerprint: str) -> None:

@@ -177,6 +177,20 @@ def test_one_trajectory_and_whole_checkpoints(vanilla, tmp_path, strategy, proce
         torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("strategy", "offload"), [("zero2", "optimizer"), ("zero3", "parameters")])
+def test_offload_takes_the_same_steps(vanilla, tmp_path, strategy, offload):
+    recipe, alone = vanilla
+    run = train(
+        recipe, tmp_path / "run", f"training.strategy={strategy}", "training.processes=2", "training.batch_size=4",
+        f"training.offload={offload}",
+    )  # fmt: skip
+    for ours, reference in zip(metrics(run), metrics(alone), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=2e-4)
+    check_checkpoints(run)
+
+
 def test_accumulation_changes_nothing(vanilla, tmp_path):
     recipe, alone = vanilla
     run = train(recipe, tmp_path / "run", "training.batch_size=2", "training.gradient_accumulation=4")

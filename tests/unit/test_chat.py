@@ -1,13 +1,17 @@
 """Chat: what it sends, what it prints, its commands, and a pseudo-terminal with Ctrl-C."""
 
+import fcntl
 import json
 import os
 import pty
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ from minisft.data.conversation import Conversation, Message
 from minisft.data.encoding import Encoder
 from minisft.data.rendering import RefusedError
 from minisft.errors import UserError
+from minisft.evaluation.sampling import Sampling
 from minisft.recipe import DataRecipe, Recipe
 from minisft.runs import open_run
 from tests.tiny import heed_ctrl_c
@@ -286,6 +291,68 @@ def test_through_a_pseudo_terminal_ctrl_c_stops_the_answer_and_keeps_the_session
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def test_every_command_through_a_pseudo_terminal(tmp_path, model_folder):
+    run = a_run(tmp_path / "run", save_tiny(tmp_path / "base", seed=0, context=400))
+    save_tiny(run / "model", seed=5, context=400)
+    saved = tmp_path / "saved.jsonl"
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = start_chat(run, "10", stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    screen = Screen(ours)
+
+    def say(line, *shown):
+        screen.wait_for("> ")
+        os.write(ours, line.encode() + b"\n")
+        for text in shown:
+            screen.wait_for(text)
+
+    try:
+        say("/help", "/regen         answer the last message again")
+        say("/regen", "There is nothing to answer again yet.")
+        say("/system be kind", "System prompt: be kind")
+        say("/system", "System prompt: be kind")
+        say("one", "(cut: the answer reached --max-new-tokens)")
+        say("/regen", "(cut: the answer reached --max-new-tokens)")
+        say("/compare", "base", "tuned")
+        screen.wait_for("> ")
+        os.write(ours, b"two\\\n")
+        screen.wait_for("... ")
+        os.write(ours, b"lines\n")
+        screen.wait_for("(cut: the answer reached --max-new-tokens)")
+        say(f"/save {saved}", "Added to ")
+        say("/save", "Say where: /save FILE")
+        say("/nonsense", "There is no command /nonsense")
+        say("third " * 50, "The context is full: the oldest exchange was dropped.")
+        say("x" * 390, "do not fit the model's context of 400")
+        say("/reset", "A new conversation.")
+        say("/compare", "There is nothing to compare yet.")
+        say("//slash", "(cut: the answer reached --max-new-tokens)")
+        say(f"/save {saved}", "Added to ")
+        say("/exit")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    first, second = [json.loads(line)["conversations"] for line in saved.read_text().splitlines()]
+    assert [turn["value"] for turn in first if turn["from"] != "gpt"] == ["be kind", "one", "two\nlines"]
+    assert [turn["value"] for turn in second if turn["from"] != "gpt"] == ["be kind", "/slash"]
+
+
+def test_regen_draws_anew_when_sampling(session):
+    session.sampling = Sampling(2.0, 1.0, 3)
+    answers = []
+    for _ in range(3):
+        session.turns = [Message("user", "hi")]
+        session.answer(lambda piece: None)
+        answers.append(session.turns[-1].content)
+    assert len(set(answers)) == 3
+    again = replace(session, asked=0, cache=None, turns=[Message("user", "hi")])
+    again.answer(lambda piece: None)
+    assert again.turns[-1].content == answers[0]
 
 
 class Screen:

@@ -1,16 +1,14 @@
 """What a comparison says about made-up run folders: figures, coincidence, advice, and text that stays text."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from typing import Any
 
 import pytest
 
 from minisft.report.comparison import Entry, differences, measure, relative_difference, write_comparison
 from minisft.report.run_files import read_run
+from tests.browser import Browser, find_browser
 from tests.unit.test_page import Elements
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/INST] | &amp;"
@@ -100,8 +98,8 @@ def test_curves_that_part_say_where(tmp_path):
     assert found["coincide"] is False
     assert found["variants"][1]["against"]["parts_at"] == 7
     assert found["verdict"][0] == (
-        "zero2 parts from vanilla at step 7: from there on loss or gradient norm differ by more than 2e-4 of their "
-        "size, at most by 3e-3 and 0."
+        "zero2 parts from vanilla at step 7: in 4 of 10 steps loss or gradient norm differ by more than 2e-4 of their "
+        "size; at most the losses by 3e-3, the norms by 0."
     )
 
 
@@ -173,30 +171,33 @@ def test_differences_are_relative_and_of_common_steps():
         {"step": 9, "loss": 7},
     ]
     found = differences(reference, ours)
-    assert found == {"steps": 2, "loss": 0.5, "grad_norm": pytest.approx(0.1), "parts_at": 2}
+    assert found == {"steps": 2, "loss": 0.5, "grad_norm": pytest.approx(0.1), "apart": 2, "parts_at": 2}
     assert relative_difference(None, None) == 0.0
     assert relative_difference(float("nan"), 1.0) == 1.0
     assert relative_difference(0.0, 0.0) == 0.0
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
-BROWSER = os.environ.get("MINISFT_TEST_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no browser; MINISFT_TEST_BROWSER may name a Chromium")
+@pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here; MINISFT_BROWSER names one")
 def test_the_page_in_a_browser(tmp_path):
-    """Its script draws a curve for each variant, complains of nothing, and runs nothing that it was given as text."""
+    """It draws a curve for each variant, says their values, complains of nothing, and runs nothing it got as text."""
     make_run(tmp_path / "compare/vanilla")
     make_run(tmp_path / "compare/zero2", seconds=2.0)
     entries = [entry("vanilla"), entry("zero2"), entry("bad", status="failed", failed_at="train", error=NASTY)]
     write_comparison(tmp_path, entries)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    shown = subprocess.run(
-        [str(BROWSER), *options, (tmp_path / "comparison.html").as_uri()], capture_output=True, text=True, timeout=60
-    )
-    assert shown.returncode == 0
-    assert "CONSOLE" not in shown.stderr
-    for figure in ("loss", "grad_norm"):
-        drawn = shown.stdout.partition(f'<figure id="{figure}">')[2].partition("</figure>")[0]
-        assert drawn.count("<path") == 2
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown.stdout
+    browser = Browser(find_browser())
+    try:
+        browser.open(tmp_path / "comparison.html")
+        for figure in ("loss", "grad_norm"):
+            assert browser.run(f"document.querySelectorAll('#{figure} path').length") == 2
+        assert browser.text("pre") == NASTY
+        shape = "document.querySelector('#loss path').getAttribute('d')"
+        before = browser.run(shape)
+        browser.click("#log")
+        assert browser.run(shape) != before
+        browser.hover("#loss svg", 0.97, 0.5)
+        assert browser.text("#loss .tip") == "step 10\nvanilla: 0.4000\nzero2: 0.4000"
+        browser.open(tmp_path / "comparison.html", width=390, dark=True)
+        assert browser.run("document.documentElement.scrollWidth") <= 390
+        assert browser.problems == []
+    finally:
+        browser.close()

@@ -509,3 +509,29 @@ def test_the_lock_of_a_training_is_seen(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert following.is_locked(run)
     assert not following.is_locked(run)
+
+
+def test_what_was_scored_stays_when_its_checkpoint_is_removed(made, run):
+    before = evaluate(made, run)
+    shutil.rmtree(run / "checkpoints/checkpoint-9")
+    assert evaluate(made, run) == before
+    other = evaluate(with_settings(made, max_new_tokens=5), run)
+    assert [entry["checkpoint"] for entry in other["checkpoints"]] == ["checkpoint-10"]
+    assert other["failed"] == [{"checkpoint": "checkpoint-9", "error": "it was removed before all of it was scored"}]
+    again = evaluate(made, run)
+    assert again["checkpoints"][0] == before["checkpoints"][0], "asking otherwise cost nothing that cannot be had anew"
+
+
+def test_a_checkpoint_that_goes_while_it_is_scored_is_left_out(made, run, monkeypatch):
+    fingerprint = weights_fingerprint
+
+    def removed_first(folder):
+        if folder.name == "checkpoint-9":
+            shutil.rmtree(folder)
+            (folder / "config.json").read_text()
+        return fingerprint(folder)
+
+    monkeypatch.setattr("minisft.evaluation.examiner.weights_fingerprint", removed_first)
+    results = evaluate(made, run)
+    assert [entry["checkpoint"] for entry in results["checkpoints"]] == ["checkpoint-10"]
+    assert results["failed"] == [{"checkpoint": "checkpoint-9", "error": "it was removed meanwhile"}]

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},
     "report": LEAVES - {"models"},
+    "checking": LEAVES | {"data", "training", "evaluation", "planning", "chat"},
     "planning": LEAVES | {"data", "training"},
     "comparison": LEAVES | {"report"},
     "demo": LEAVES,

@@ -2,12 +2,16 @@
 
 import json
 import re
+import runpy
 import shutil
+import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from minisft.errors import UserError
+from minisft.report.markdown import write_results
 from minisft.report.page import write_report
 from minisft.report.run_files import read_run
 from minisft.report.verdict import verdict
@@ -49,6 +53,11 @@ def make_run(folder, best=20.0, rows=4):
     ledger = {"rows": {"read": 50, "kept": 50}, "tokens": {"kept": 900}, "skipped": {}, "turns": {"user": 90},
               "lengths": {"histogram": {"16": 40, "32": 10}}}  # fmt: skip
     (folder / "dataset/ledger.json").write_text(json.dumps(ledger))
+    preview = {"title": "train row 0", "tokens": [["Hi", 0], [NASTY, 0], ["yes\n", 1]], "left_out": 7}
+    (folder / "dataset/preview.json").write_text(json.dumps({"rows": [preview]}))
+    packages = {"torch": "2.99"}
+    found = {"python": "3.99", "system": "Plan 9", "cores": 2, "devices": [], "packages": packages}
+    (folder / "environment.json").write_text(json.dumps(found))
     return folder
 
 
@@ -91,7 +100,10 @@ def test_the_page_asks_nobody_for_anything(tmp_path):
 def test_the_page_holds_every_part(tmp_path):
     page = write_report(make_run(tmp_path)).read_text()
     ids = {attributes["id"] for _, attributes in Elements(page).found if "id" in attributes}
-    assert {"curves", "scores", "examples", "ledger", "speed", "recipe", "loss", "bleu", "chrf"} <= ids
+    assert {"curves", "scores", "examples", "ledger", "preview", "speed", "recipe", "loss", "bleu", "chrf"} <= ids
+    assert "Trained with Python 3.99 on Plan 9, 2 cores, no GPU; torch 2.99." in page
+    assert '<span class="learned">yes⏎\n</span> ... and 7 tokens more' in page
+    assert "p: constant" in page
     assert "minisft chat" in page
     assert "checkpoint-10 could not be scored" in page
     data = json.loads(Elements(page).data)
@@ -135,6 +147,47 @@ def test_a_run_of_which_no_checkpoint_could_be_scored_has_a_page(tmp_path):
     path = make_run(tmp_path) / "evaluation/results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoints": [], "best": None}))
     assert "No checkpoint could be scored." in write_report(tmp_path).read_text()
+
+
+def test_the_prompts_of_the_users_own_come_first(tmp_path):
+    folder = make_run(tmp_path)
+    for name in ("base", "checkpoint-9"):
+        line = {"id": "prompt-1", "prompt": "Mine?", "output": name, "finish": "stop", "tokens": 2}
+        (folder / "evaluation" / name / "prompts.jsonl").write_text(json.dumps(line) + "\n")
+    first, second, *_ = json.loads(Elements(write_report(folder).read_text()).data)["examples"]
+    assert first == {
+        "title": "your prompt-1", "prompt": "Mine?", "reference": None, "texts": ["base", "checkpoint-9"],
+        "outputs": [0, 1], "scores": [None, None],
+    }  # fmt: skip
+    assert second["title"] == "row0, answer 1"
+
+
+def test_the_results_as_markdown(tmp_path):
+    text = write_results(make_run(tmp_path / "my_run")).read_text()
+    assert text.startswith("# my\\_run\n\nTake checkpoint-9: BLEU 20.0")
+    assert "| **checkpoint-9** | 9 | 2 | 7.4 | 20.0 [18.0, 22.0] |" in text
+    assert "![scores](evaluation/scores.png)" in text
+    assert (tmp_path / "my_run/evaluation/scores.png").exists()
+    assert (tmp_path / "my_run/evaluation/loss.png").exists()
+    assert "checkpoint-10 could not be scored" in text
+    assert "\\<script\\>" in text
+    assert "<script>" not in text.replace("\\<", "")
+    assert text.count("| yes |") == 3
+
+
+def test_a_run_that_is_not_evaluated_has_its_verdict_as_markdown(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: tiny\n")
+    assert "Not evaluated yet" in write_results(tmp_path).read_text()
+
+
+def test_fifty_checkpoints_and_a_thousand_rows_make_a_small_page_soon(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "evaluate.py"
+    runpy.run_path(str(script))["make_run"](tmp_path, 50, 1000)
+    started = time.process_time()
+    path = write_report(tmp_path)
+    assert time.process_time() - started < 10
+    assert path.stat().st_size < 3_000_000
+    assert len(json.loads(Elements(path.read_text()).data)["examples"]) > 100
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

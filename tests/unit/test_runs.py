@@ -1,5 +1,7 @@
 """A run folder is one recipe's, one process's at a time, and never overwritten unasked."""
 
+import fcntl
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,3 +147,16 @@ def test_another_base_model_is_noticed(recipe):
         remember_model(run, "the hub's m", "abc")
         with pytest.raises(UserError, match="not the same"):
             remember_model(run, "the folder m", "def")
+
+
+def test_one_that_only_looks_at_the_lock_is_waited_for(recipe, tmp_path):
+    """`evaluate --follow` takes the lock for a moment."""
+    with open_run(recipe) as run:
+        pass
+    with (run.root / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with open_run(recipe):
+            pass
+    with open_run(recipe), pytest.raises(UserError, match="another process is at work"), open_run(recipe):
+        pass

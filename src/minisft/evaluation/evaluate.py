@@ -147,11 +147,12 @@ def _score_models(
     for name, weights in models:
         try:
             systems[name] = examiner.examine(name, weights)
-        except UserError as error:
-            if name == "base":
+        except (UserError, FileNotFoundError) as error:
+            if name == "base" or (isinstance(error, FileNotFoundError) and weights.exists()):
                 raise
-            failed.append({"checkpoint": name, "error": f"{error.what}"})
-            warn(f"{name} cannot be scored and is left out: {error.what}")
+            what = error.what if isinstance(error, UserError) else "it was removed meanwhile"
+            failed.append({"checkpoint": name, "error": what})
+            warn(f"{name} cannot be scored and is left out: {what}")
         results = summarise(systems, constant, recipe.evaluation) | _facts(recipe, examiner, failed)
         write_atomically(examiner.folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         if draw is not None:
@@ -162,7 +163,7 @@ def _score_models(
 def summarise(systems: dict[str, System], constant: System, settings: EvaluationRecipe) -> dict[str, Any]:
     """The content of results.json: scores, intervals and significance of every system."""
     everyone = {**systems, "constant": constant}
-    checkpoints = [name for name in systems if name != "base"]
+    checkpoints = sorted((name for name in systems if name != "base"), key=lambda name: int(name.rpartition("-")[2]))
     judge = next(metric for metric in METRICS if metric in settings.metrics)
     best = max(checkpoints, key=lambda name: systems[name].scores[judge].score, default=None)
     rivals = {"base": "base", "constant": "constant", **({"best": best} if best else {})}

@@ -12,6 +12,7 @@ from typing import Any
 
 from minisft.console import warn
 from minisft.data.encoding import Encoder
+from minisft.errors import UserError
 from minisft.evaluation.examples import write_examples, write_outputs, write_prompts
 from minisft.evaluation.generation import Generated, plan_batches
 from minisft.evaluation.journal import Journal
@@ -80,14 +81,25 @@ class Examiner:
     def examine(self, name: str, weights: Path) -> System:
         """Answers and loss of one model, computed where the journal lacks them, and written.
 
+        Of a checkpoint that is gone, what the journal has.
+
         Raises:
-            UserError: the model is damaged or unfinished.
+            UserError: the model is damaged or unfinished, or went before all was computed.
         """
+        path = self.folder / name / "journal.jsonl"
+        if not weights.exists():
+            return self._recall(name, weights, Journal(path, None, _how(self.spec)))
         spec = replace(self.spec, weights=weights)
-        journal = Journal(self.folder / name / "journal.jsonl", _key(spec))
+        journal = Journal(path, _key(spec), _how(spec))
         self._compute_loss(spec, journal)
         self._compute_answers(name, spec, journal)
         return self._write(name, journal)
+
+    def _recall(self, name: str, weights: Path, journal: Journal) -> System:
+        asked = [question.prompt_ids for question in (*self.held_out.questions, *self.prompts)]
+        if journal.has_loss(self.held_out.rows_fingerprint) and all(journal.has_answer(ids) for ids in asked):
+            return self._write(name, journal)
+        raise UserError(weights, "it was removed before all of it was scored", "keep more: training.keep_checkpoints")
 
     def _compute_loss(self, spec: ModelSpec, journal: Journal) -> None:
         rows = self.held_out.rows_fingerprint
@@ -153,11 +165,24 @@ class Examiner:
 
 def _key(spec: ModelSpec) -> str:
     """A hash of what every answer depends on, the prompt aside."""
-    sampling = (spec.sampling.temperature, spec.sampling.top_p, spec.sampling.seed) if spec.sampling else None
-    how = [spec.stop_token_ids, spec.max_new_tokens, str(spec.dtype), sampling, spec.backend]
+    how = _settings(spec)
     if spec.base is not None and is_adapter(spec.weights):
         how.append(_fingerprint(spec.base))
-    return hashlib.sha256(json.dumps([VERSION, weights_fingerprint(spec.weights), *how]).encode()).hexdigest()
+    return _hash([VERSION, weights_fingerprint(spec.weights), *how])
+
+
+def _how(spec: ModelSpec) -> str:
+    """A hash of the same without the weights."""
+    return _hash([VERSION, *_settings(spec)])
+
+
+def _settings(spec: ModelSpec) -> list[Any]:
+    sampling = (spec.sampling.temperature, spec.sampling.top_p, spec.sampling.seed) if spec.sampling else None
+    return [spec.stop_token_ids, spec.max_new_tokens, str(spec.dtype), sampling, spec.backend]
+
+
+def _hash(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 @functools.cache

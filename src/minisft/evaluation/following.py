@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minisft.console import warn
 from minisft.errors import UserError
-from minisft.runs import RunFolder
+from minisft.runs import RunFolder, list_checkpoints
 
 _POLL_SECONDS = 5.0
 _START_SECONDS = 60.0  # the time that a training started beside the evaluation has to lock its run folder
@@ -50,9 +50,14 @@ def wait_for_data(run: RunFolder) -> None:
 
 
 def models_to_score(run: RunFolder, base: Path, follow: bool) -> Iterator[tuple[str, Path]]:
-    """The base model, then the checkpoints by number; under `follow` also those still to come."""
+    """The base model, then the checkpoints by number; under `follow` also those still to come.
+
+    Those that are gone but were examined come before those that are there.
+    """
     yield "base", base
-    seen: set[Path] = set()
+    gone = [path for path in _examined(run) if not path.exists()]
+    yield from ((path.name, path) for path in gone)
+    seen: set[Path] = set(gone)
     training = _Training(run)
     while True:
         # looked at before listing, so that nothing comes after; training that died ends the wait too
@@ -64,6 +69,12 @@ def models_to_score(run: RunFolder, base: Path, follow: bool) -> Iterator[tuple[
         if not goes_on:
             return
         training.wait()
+
+
+def _examined(run: RunFolder) -> list[Path]:
+    """The checkpoints, by number, that an earlier evaluation has computed something for."""
+    folders = list_checkpoints(run.root / "evaluation")
+    return [run.checkpoints / folder.name for folder in folders if (folder / "journal.jsonl").is_file()]
 
 
 def is_locked(run: RunFolder) -> bool:

@@ -22,19 +22,23 @@ class Journal:
 
     Args:
         path: `<output>/evaluation/NAME/journal.jsonl`.
-        key: what every answer depends on besides its prompt, hashed.
+        key: what every answer depends on besides its prompt, hashed; None: the weights are gone, whatever
+            was computed with them in the way that `how` names holds, and nothing is written.
+        how: the same without the weights.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str | None, how: str) -> None:
         self.path = path
         self._losses: dict[str, tuple[float | None, float]] = {}
         self._answers: dict[str, tuple[Generated, float]] = {}
         lines = _whole_lines(path)
-        if not lines or lines[0] != {"key": key}:
-            lines = [{"key": key}]
-        for line in lines[1:]:
+        known = lines[0] if lines else {}
+        holds = known.get("how") == how if key is None else known.get("key") == key
+        lines = lines[1:] if holds else []
+        for line in lines:
             self._take(line)
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+        if key is not None:
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in ({"key": key, "how": how}, *lines)))
 
     def has_answer(self, prompt: Sequence[int]) -> bool:
         return prompt_key(prompt) in self._answers

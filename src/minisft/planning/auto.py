@@ -134,9 +134,8 @@ def try_strategy(recipe: Recipe, run: RunFolder, job: Job, steps: int = TRIAL_ST
     shutil.rmtree(root, ignore_errors=True)
     try:
         folder = _make_trial(recipe, run, job, root, steps)
-        if training.processes == 1 and training.strategy not in ZERO_STAGES:
-            launch_alone(_MODULE, [str(root)])
-        elif launch(_MODULE, [str(root)], training.processes):
+        alone = training.processes == 1 and training.strategy not in ZERO_STAGES
+        if launch_alone(_MODULE, [str(root)]) if alone else launch(_MODULE, [str(root)], training.processes):
             raise StoppedError("stopped as asked, in a trial")
         return _read(folder, training.strategy)
     except (RuntimeError, UserError) as error:

@@ -66,9 +66,11 @@ def predict_here(recipe: Recipe) -> Prediction:
 def predict_recipe(recipe: Recipe, job: Job, strategy: str | None = None) -> Prediction:
     """Predict a recipe's own setting, under its strategy or another."""
     training = recipe.training
+    strategy = strategy or training.strategy
     return predict(
-        job, strategy or training.strategy, checkpointing=training.gradient_checkpointing, lora=training.lora
-    )
+        job, strategy, checkpointing=training.gradient_checkpointing, lora=training.lora,
+        offload=training.offload is not None and strategy in ZERO,
+    )  # fmt: skip
 
 
 def prepared_sizes(recipe: Recipe) -> Sizes:
@@ -143,7 +145,7 @@ def make_plan(recipe: Recipe, job: Job, notes: tuple[str, ...] = ()) -> Plan:
     """Predict every setting and choose."""
     training = recipe.training
     rows = tuple(_under_every_strategy(job, checkpointing=training.gradient_checkpointing, lora=training.lora))
-    trainable = [row for row in rows if not row.setting.offload]
+    trainable = [row for row in rows if row.setting.offload == (training.offload is not None)]
     chosen, reason = choose(trainable)
     return Plan(
         recipe=recipe,
@@ -216,7 +218,7 @@ def remedies(recipe: Recipe, job: Job) -> Iterator[str]:
         return
     for strategy in ZERO:
         if predict(job, strategy, lora=lora, checkpointing=True, offload=True).fits:
-            yield f"{strategy} with gradient checkpointing and with CPU offload, which is planned but not trained here"
+            yield f"training.strategy={strategy} training.gradient_checkpointing=true training.offload=optimizer"
             break
 
 

@@ -121,7 +121,7 @@ def _say_choice(plan: Plan) -> None:
             "after another."
         )
     if any(row.setting.offload for row in plan.rows):
-        say("Offload is planned only: training here does not do it yet.")
+        say("offload: with training.offload=optimizer; the choice considers it where the recipe asks for it.")
     if not all(row.fits for row in plan.grid):
         say("* does not fit.")
 

@@ -32,7 +32,7 @@ function ticks(low, high, log) {
 
 // series: [{name, points: [[x, y, low?, high?]], color, dots, level}]
 function chart(figure, series, options) {
-  const width = 640, height = 320, left = 48, right = 12, top = 12, bottom = 34;
+  const width = 640, height = 320, left = 48, right = 20, top = 12, bottom = 46;
   const points = series.flatMap((one) => one.points);
   if (!points.length) { figure.replaceChildren(element("p", {class: "soft"}, "Nothing to draw yet.")); return; }
   const xs = points.map((point) => point[0]);
@@ -51,8 +51,8 @@ function chart(figure, series, options) {
     add("line", {x1: left, x2: width - right, y1: Y(mark), y2: Y(mark), class: "grid"});
     add("text", {x: left - 6, y: Y(mark) + 4, "text-anchor": "end"}, short(mark));
   }
-  for (const mark of ticks(x0, x1, false)) add("text", {x: X(mark), y: height - 16, "text-anchor": "middle"}, short(mark));
-  add("text", {x: width - right, y: height - 2, "text-anchor": "end"}, "step");
+  for (const mark of ticks(x0, x1, false)) add("text", {x: X(mark), y: height - 27, "text-anchor": "middle"}, short(mark));
+  add("text", {x: width - right, y: height - 5, "text-anchor": "end"}, "step");
   series.forEach((one) => {
     if (one.level !== undefined)
       add("line", {x1: left, x2: width - right, y1: Y(one.level), y2: Y(one.level), class: `dash ${one.color}`});

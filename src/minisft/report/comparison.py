@@ -129,20 +129,19 @@ def differences(reference: Sequence[dict[str, Any]], steps: Sequence[dict[str, A
     """Return by how much losses and gradient norms differ from a reference's, as a share of the latter.
 
     Returns:
-        steps: how many both have; loss, grad_norm: the largest difference; parts_at: the first step where either
-        is above the tolerance, or None.
+        steps: how many both have; loss, grad_norm: the largest difference; apart: in how many steps either is above
+        the tolerance; parts_at: the first of these, or None.
     """
     before = {line["step"]: line for line in reference}
     common = [(before[line["step"]], line) for line in steps if line["step"] in before]
     largest = dict.fromkeys(_COMPARED, 0.0)
-    parts_at = None
+    apart = []
     for expected, line in common:
-        for key in _COMPARED:
-            off = relative_difference(expected.get(key), line.get(key))
-            largest[key] = max(largest[key], off)
-            if off > TOLERANCE and parts_at is None:
-                parts_at = line["step"]
-    return {"steps": len(common), **largest, "parts_at": parts_at}
+        off = {key: relative_difference(expected.get(key), line.get(key)) for key in _COMPARED}
+        largest = {key: max(largest[key], off[key]) for key in _COMPARED}
+        if max(off.values()) > TOLERANCE:
+            apart.append(line["step"])
+    return {"steps": len(common), **largest, "apart": len(apart), "parts_at": apart[0] if apart else None}
 
 
 def relative_difference(expected: float | None, found: float | None) -> float:

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from minisft.report.comparison_verdict import is_trained
 from minisft.report.html import rounded, table, whole_page
 from minisft.report.tables import comparison_table
 
@@ -90,7 +91,7 @@ def _curves(found: dict[str, Any], steps: dict[str, list[dict[str, Any]]]) -> st
 def _spent(found: dict[str, Any]) -> str:
     charts = []
     for key, title, form, scale in _BARS:
-        bars = [(v["name"], v[key] * scale) for v in found["variants"] if v.get(key) is not None]
+        bars = [(v["name"], v[key] * scale) for v in found["variants"] if v.get(key) is not None and is_trained(v)]
         if bars and max(value for _, value in bars) > 0:
             charts.append(f"<div><h3>{title}</h3>{_bars(bars, title, form)}</div>")
     if not charts:
@@ -100,11 +101,11 @@ def _spent(found: dict[str, Any]) -> str:
 
 def _bars(bars: Sequence[tuple[str, float]], title: str, form: str) -> str:
     """A bar for each variant, its name above it."""
-    most, height = max(value for _, value in bars), 40
+    most, height = max(value for _, value in bars), 46
     lines = [
-        f'<text x="0" y="{place * height + 13}">{escape(name)}</text>'
-        f'<rect class="bar" x="0" y="{place * height + 18}" width="{value / most * 330:.1f}" height="14"/>'
-        f'<text x="{value / most * 330 + 6:.1f}" y="{place * height + 30}">{form.format(value)}</text>'
+        f'<text x="0" y="{place * height + 18}">{escape(name)}</text>'
+        f'<rect class="bar" x="0" y="{place * height + 24}" width="{value / most * 330:.1f}" height="14"/>'
+        f'<text x="{value / most * 330 + 6:.1f}" y="{place * height + 37}">{form.format(value)}</text>'
         for place, (name, value) in enumerate(bars)
     ]
     said = ", ".join(f"{name} {form.format(value)}" for name, value in bars)

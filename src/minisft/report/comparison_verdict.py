@@ -61,9 +61,9 @@ def _coincidence(group: list[dict[str, Any]], tolerance: float) -> str | None:
 def _parting(variant: dict[str, Any], first: str, tolerance: float) -> str:
     against = variant["against"]
     return (
-        f"{variant['name']} parts from {first} at step {against['parts_at']}: from there on loss or gradient norm "
-        f"differ by more than {_power(tolerance)} of their size, at most by {_power(against['loss'])} and "
-        f"{_power(against['grad_norm'])}."
+        f"{variant['name']} parts from {first} at step {against['parts_at']}: in {against['apart']} of "
+        f"{against['steps']} steps loss or gradient norm differ by more than {_power(tolerance)} of their size; at "
+        f"most the losses by {_power(against['loss'])}, the norms by {_power(against['grad_norm'])}."
     )
 
 

@@ -88,9 +88,9 @@ def _draw_loss(axes: "Axes", run: RunFiles) -> None:
     if steps:
         xs, ys = [line["step"] for line in steps], [line["loss"] for line in steps]
         axes.plot(xs, ys, color=_TRAIN, linewidth=1.2, label="training, each step")
-    points = [(entry["step"], entry["loss"]) for _, entry in run.systems if entry.get("loss") is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), "o-", color=_TEST, markersize=4, label="held-out, each checkpoint")
+    if run.held_out:
+        label = "held-out, each checkpoint" if run.systems else "held-out"
+        axes.plot(*zip(*run.held_out, strict=True), "o-", color=_TEST, markersize=4, label=label)
     _mark_best(axes, run)
 
 

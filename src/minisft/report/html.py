@@ -45,7 +45,7 @@ def whole_page(heading: str, kind: str, body: str, data: dict[str, Any], script:
 
 def table(heads: list[str], rows: list[tuple[list[str], bool]]) -> str:
     """Return a table of text cells; the rows marked True are the best ones."""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    head = "".join(f'<th scope="col">{escape(text)}</th>' if text else "<td></td>" for text in heads)
     body = "".join(
         f"<tr{' class=best' if best else ''}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
         for cells, best in rows

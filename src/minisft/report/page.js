@@ -23,7 +23,8 @@ function showExample() {
   document.getElementById("position").textContent = row ? `${current + 1} of ${shown.length}` : "nothing found";
   cards.replaceChildren();
   document.getElementById("asked").textContent = row ? row.prompt : "";
-  document.getElementById("wanted").textContent = row ? row.reference : "";
+  document.getElementById("wanted").textContent = row ? row.reference || "" : "";
+  document.getElementById("known").hidden = Boolean(row) && row.reference === null;  // a prompt of the user's own
   if (!row) return;
   document.getElementById("pick").value = String(current);
   const all = document.getElementById("all").checked;
@@ -39,7 +40,7 @@ function showExample() {
 
 function search() {
   const words = document.getElementById("search").value.toLowerCase();
-  const has = (row) => [row.title, row.prompt, row.reference, ...row.texts].some((text) => text.toLowerCase().includes(words));
+  const has = (row) => [row.title, row.prompt, row.reference || "", ...row.texts].some((text) => text.toLowerCase().includes(words));
   shown = data.examples.map((_, place) => place).filter((place) => has(data.examples[place]));
   current = 0;
   document.getElementById("pick").replaceChildren(...shown.map((place, position) =>

@@ -7,6 +7,8 @@ from typing import Any
 
 from minisft.errors import UserError
 
+METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -18,6 +20,8 @@ class RunFiles:
         results: evaluation/results.json, or None.
         ledger: dataset/ledger.json, or None.
         recipe: the text of recipe.yaml, or "".
+        preview: rows of dataset/preview.json.
+        environment: environment.json, or None.
     """
 
     root: Path
@@ -25,6 +29,8 @@ class RunFiles:
     results: dict[str, Any] | None
     ledger: dict[str, Any] | None
     recipe: str
+    preview: list[dict[str, Any]]
+    environment: dict[str, Any] | None
 
     @property
     def systems(self) -> list[tuple[str, dict[str, Any]]]:
@@ -33,6 +39,12 @@ class RunFiles:
             return []
         checkpoints = [(entry["checkpoint"], entry) for entry in self.results["checkpoints"]]
         return [("base", self.results["base"]), *checkpoints]
+
+    @property
+    def held_out(self) -> list[tuple[int, float]]:
+        """(step, held-out loss): of every scored model, or as training computed it where none is scored yet."""
+        scored = [(entry["step"], entry["loss"]) for _, entry in self.systems if entry.get("loss") is not None]
+        return scored or [(line["step"], line["eval_loss"]) for line in self.steps if line.get("eval_loss") is not None]
 
 
 def read_run(root: Path) -> RunFiles:
@@ -52,7 +64,14 @@ def read_run(root: Path) -> RunFiles:
         _read_json(root / "evaluation" / "results.json"),
         _read_json(root / "dataset" / "ledger.json"),
         recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        (_read_json(root / "dataset" / "preview.json") or {}).get("rows", []),
+        _read_json(root / "environment.json"),
     )
+
+
+def metrics_of(run: RunFiles) -> list[str]:
+    """The metrics that the run was scored by."""
+    return [metric for metric in METRIC_NAMES if run.results is not None and metric in run.results["base"]]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

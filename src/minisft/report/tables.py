@@ -1,8 +1,36 @@
-"""The table of a comparison as text cells, for the terminal, the page and Markdown alike."""
+"""Tables as text cells, for the terminal, the pages and Markdown alike: a run's scores, and a comparison."""
 
 from typing import Any
 
+from minisft.report.run_files import RunFiles, metrics_of
+
 _NAMES = {"bleu": "BLEU", "chrf": "chrF"}
+_RIVALS = ("base", "constant", "best")  # of whom the differences are told
+
+
+def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]:
+    """Return heads and rows of cells, with whether a row is the best: base, checkpoints and the constant answer."""
+    assert run.results is not None
+    metrics = metrics_of(run)
+    names = [_NAMES[metric] for metric in metrics]
+    heads = ["", "step", "loss", "perplexity", *names, *(f"p: {rival}" for rival in _RIVALS), "exact", "seconds"]
+    everyone = [*run.systems, ("constant", run.results["constant"])]
+    return heads, [(_score_cells(name, entry, metrics), name == run.results["best"]) for name, entry in everyone]
+
+
+def _score_cells(name: str, entry: dict[str, Any], metrics: list[str]) -> list[str]:
+    chances = entry[metrics[0]].get("p", {}) if metrics else {}
+    cells = [
+        name, entry.get("step"), entry.get("loss"), entry.get("perplexity"), *(_score(entry[m], True) for m in metrics),
+        *(chances.get(rival) for rival in _RIVALS), f"{100 * entry.get('exact_match', 0):.0f} %", entry.get("seconds"),
+    ]  # fmt: skip
+    return [_cell(cell) for cell in cells]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def comparison_table(found: dict[str, Any], intervals: bool = True) -> tuple[list[str], list[list[str]], list[bool]]:

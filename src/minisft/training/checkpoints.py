@@ -1,24 +1,73 @@
 """Checkpoints of a run: whole or absent, plain model folders, and the newest also fit to resume from."""
 
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 from minisft.errors import UserError
+from minisft.files import whole_folder
+from minisft.recipe import TrainingRecipe
 from minisft.runs import RunFolder, list_checkpoints
+from minisft.training.held_out import eval_losses, stops_early
 
 _ORIGIN = "written_by.json"
+_STAGING = ".unfinished"
+_REMOVED = ".removed-"
 # What only resuming needs; for a 7B model it is several times the size of the model itself.
 _STATES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*", "latest",
            "zero_to_*.py")  # fmt: skip
 
 
+def staging_folder(folder: Path) -> Path:
+    """Return where a checkpoint is written before it gets its name in `folder`."""
+    return folder / _STAGING
+
+
+def clear_left_overs(folder: Path) -> None:
+    """Remove what a killed process was writing or removing."""
+    for path in (folder / _STAGING, *folder.glob(f"{_REMOVED}*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have everything in a folder on the disk, so that it is whole after a power failure too.
+
+    Raises:
+        OSError: the disk refused what it had seemed to take.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    with contextlib.suppress(OSError):  # some file systems do this for files alone
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def publish(staged: Path, final: Path) -> None:
     """Give a completely written checkpoint its name, replacing one of the same step."""
     if final.exists():
-        shutil.rmtree(final)
+        remove_checkpoint(final)
     staged.rename(final)
+    with contextlib.suppress(OSError):
+        _sync(final.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint; it loses its name first, so that none is ever seen half removed."""
+    aside = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
 
 
 def drop_optimizer_states(folder: Path, keep: Path) -> None:
@@ -31,11 +80,49 @@ def drop_optimizer_states(folder: Path, keep: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def tidy(run: RunFolder, training: TrainingRecipe, newest: Path) -> None:
+    """Remove what a recipe does not keep, once the checkpoint `newest` is whole."""
+    if training.keep_optimizer == "newest":
+        drop_optimizer_states(run.checkpoints, keep=newest)
+    if training.keep_checkpoints is not None:
+        retain(run, training.keep_checkpoints)
+
+
+def retain(run: RunFolder, count: int) -> None:
+    """Remove all checkpoints but the `count` newest and those that are best as far as the run folder knows."""
+    kept = best_checkpoints(run)
+    for checkpoint in run.list_checkpoints()[:-count]:
+        if checkpoint.name not in kept:
+            remove_checkpoint(checkpoint)
+
+
+def best_checkpoints(run: RunFolder) -> set[str]:
+    """Name the checkpoint of the lowest held-out loss and the one that the evaluation calls best, where known."""
+    results = run.root / "evaluation" / "results.json"
+    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {"checkpoints": [], "best": None}
+    losses = _losses_in_training(run) or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
+    there = {path.name for path in run.list_checkpoints()}
+    known = [name for name, loss in losses.items() if name in there and loss is not None]
+    lowest = {min(known, key=losses.__getitem__)} if known else set()
+    return lowest | {scores["best"]}
+
+
+def _losses_in_training(run: RunFolder) -> dict[str, float]:
+    """Held-out losses by the name of the checkpoint that the step has, if it has one."""
+    if not run.metrics.is_file():
+        return {}
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    return {f"checkpoint-{line['step']}": line["eval_loss"] for line in lines if "eval_loss" in line}
+
+
+def has_state(checkpoint: Path) -> bool:
+    """Say whether a checkpoint holds what resuming needs."""
+    return (checkpoint / "optimizer.pt").exists() or bool(list(checkpoint.glob("global_step*")))
+
+
 def latest_resumable(folder: Path) -> Path | None:
     """Return the newest checkpoint that still holds its optimizer state, or None."""
-    resumable = [
-        path for path in list_checkpoints(folder) if (path / "optimizer.pt").exists() or list(path.glob("global_step*"))
-    ]
+    resumable = [path for path in list_checkpoints(folder) if has_state(path)]
     return resumable[-1] if resumable else None
 
 
@@ -70,19 +157,25 @@ def require_same_layout(checkpoint: Path, strategy: str, processes: int) -> None
         )
 
 
-def is_last(checkpoint: Path) -> bool:
-    """Say whether training was over with this checkpoint."""
+def is_last(checkpoint: Path, early_stopping: int | None = None) -> bool:
+    """Say whether training was over with this checkpoint: at the last step, or stopped early."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
+    return bool(state["global_step"] >= state["max_steps"]) or stops_early(
+        eval_losses(state["log_history"]), early_stopping
+    )
 
 
 def publish_final_model(run: RunFolder) -> None:
-    """Make `model/` of the last checkpoint, whole or absent: the same model without what resuming needs."""
-    aside = run.root / ".model"
-    shutil.rmtree(aside, ignore_errors=True)
-    copy_model(run.list_checkpoints()[-1], aside)
-    shutil.rmtree(run.model, ignore_errors=True)
-    aside.rename(run.model)
+    """Make `model/` of the last checkpoint, whole or absent: the same model without what resuming needs.
+
+    Raises:
+        OSError: the disk is full, and the like; nothing of it stays.
+    """
+    for left_over in run.root.glob(f".{run.model.name}.*"):
+        shutil.rmtree(left_over)
+    with whole_folder(run.model) as aside:
+        copy_model(run.list_checkpoints()[-1], aside)
+        sync_folder(aside)
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:

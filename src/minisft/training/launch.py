@@ -1,5 +1,6 @@
 """One process to many: torch's elastic launcher, or joining a launch that is under way."""
 
+import contextlib
 import json
 import logging
 import os
@@ -8,14 +9,16 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from minisft.errors import StoppedError, UserError
 from minisft.processes import die_with_parent, stop_signals
 from minisft.training.hardware import on_cpu, threads_of_a_process
 from minisft.training.interruption import STOP_FILE, StopRequest
+from minisft.training.machines import Machines
 from minisft.training.strategies import ZERO_STAGES, start_communication
 
 _PATIENCE = timedelta(hours=12)  # the first process may have much data to prepare
@@ -80,8 +83,10 @@ def join(strategy: str, first_does: Callable[[], None]) -> None:
         sys.exit(2)  # the first process says why
 
 
-def launch(module: str, arguments: list[str], processes: int) -> bool:
+def launch(module: str, arguments: list[str], processes: int, machines: Machines | None = None) -> bool:
     """Run `python -m module arguments` in several processes of this machine and wait for them.
+
+    With `machines` they meet those that the other machines start.
 
     SIGINT and SIGTERM are passed on through a file, so that they stop together at the end of a step.
 
@@ -98,49 +103,76 @@ def launch(module: str, arguments: list[str], processes: int) -> bool:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it prints every failure again
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="minisft", rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0", max_restarts=0, start_method="spawn", monitor_interval=0.2,
-        signals_to_handle="SIGHUP,SIGQUIT",
+        nproc_per_node=processes, run_id="minisft", max_restarts=0, start_method="spawn", monitor_interval=0.2,
+        signals_to_handle="SIGHUP,SIGQUIT", **_meeting(machines),
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
-        error_file, stop = Path(folder) / "error.json", StopRequest(Path(folder) / "stop")
-        added = {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid()), STOP_FILE: str(stop.file)}
-        os.environ |= added
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_process(processes)))
+    with _workers_environment(processes) as (error_file, stop):
         try:
             with stop_signals(stop.receive):
                 elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
         except ChildFailedError as error:
-            if error_file.exists():
-                raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
+            _raise_handed_over(error_file)
             raise RuntimeError(f"a training process failed: {error.get_first_failure()[1].message}") from None
         except SignalException:
             raise KeyboardInterrupt from None
-        finally:
-            for name in added:
-                del os.environ[name]
     return stop.signalled
 
 
-def launch_alone(module: str, arguments: list[str]) -> None:
+def launch_alone(module: str, arguments: list[str]) -> bool:
     """Run `python -m module arguments` in one process, which joins no others, and wait for it.
+
+    SIGINT and SIGTERM reach it as they reach the processes of `launch`.
+
+    Returns:
+        Whether it was asked to stop.
 
     Raises:
         UserError: the one that the process raised.
         RuntimeError: it failed otherwise; its traceback is on stderr.
     """
-    with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
-        error_file = Path(folder) / "error.json"
-        environment = {**os.environ, _ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid())}
-        done = subprocess.run([sys.executable, "-u", "-m", module, *arguments], env=environment)
-        if error_file.exists():
-            raise UserError(*json.loads(error_file.read_text(encoding="utf-8")))
+    with _workers_environment(1) as (error_file, stop), stop_signals(stop.receive):
+        command = [sys.executable, "-u", "-m", module, *arguments]
+        done = subprocess.run(command, start_new_session=True)  # a terminal's Ctrl-C is for this process
+        _raise_handed_over(error_file)
     if done.returncode:
         raise RuntimeError(f"a training process failed: {_how_it_ended(done.returncode)}")
+    return stop.signalled
+
+
+@contextlib.contextmanager
+def _workers_environment(processes: int) -> Iterator[tuple[Path, StopRequest]]:
+    """Tell the workers to be started who starts them, where to leave an error, and which file asks them to stop."""
+    with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
+        error_file, stop = Path(folder) / "error.json", StopRequest(Path(folder) / "stop")
+        added = {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid()), STOP_FILE: str(stop.file)}
+        if "OMP_NUM_THREADS" not in os.environ:
+            added["OMP_NUM_THREADS"] = str(threads_of_a_process(processes))
+        os.environ |= added
+        try:
+            yield error_file, stop
+        finally:
+            for name in added:
+                del os.environ[name]
 
 
 def _how_it_ended(status: int) -> str:
     return f"exit status {status}" if status > 0 else f"Signal {-status} ({signal.Signals(-status).name})"
+
+
+def _meeting(machines: Machines | None) -> dict[str, Any]:
+    """Where the processes meet, as elastic's settings."""
+    if machines is None:
+        return {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
+    return {
+        "min_nodes": machines.count, "max_nodes": machines.count, "rdzv_backend": "static",
+        "rdzv_endpoint": machines.endpoint,
+        "rdzv_configs": {"rank": machines.rank, "timeout": int(_PATIENCE.total_seconds())},
+    }  # fmt: skip
+
+
+def _raise_handed_over(error_file: Path) -> None:
+    if error_file.exists():
+        raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
 
 
 def run_worker(work: Callable[[], None]) -> int:

@@ -64,17 +64,25 @@ def keep_steps_up_to(path: Path, step: int) -> None:
 
 
 class MetricsFile(TrainerCallback):
-    """Append a line to `metrics.jsonl` for every logged step."""
+    """Append a line to `metrics.jsonl` for every logged step; a held-out loss goes into the line of its step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._line: dict[str, Any] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in logs:
+        if not state.is_world_process_zero:
             return
-        line = {"step": state.global_step, "epoch": state.epoch, **{key: logs.get(key) for key in LOGGED}}
+        if "loss" in logs:
+            self._line = {"step": state.global_step, "epoch": state.epoch, **{key: logs.get(key) for key in LOGGED}}
+            if control.should_evaluate:
+                return  # the line waits for it
+        elif "eval_loss" in logs:
+            self._line |= {key: logs[key] for key in ("eval_loss", "eval_seconds")}
+        else:
+            return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(self._line) + "\n")
 
 
 class ProgressLine(TrainerCallback):
@@ -96,6 +104,9 @@ class ProgressLine(TrainerCallback):
             self.progress.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "eval_loss" in logs:
+            told = f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}"
+            error_console.print(told, markup=False, highlight=False)
         if "loss" not in logs:
             return
         status = (

@@ -5,12 +5,15 @@ shards the optimizer states, stage 2 the gradients too, stage 3 the parameters t
 This is the one module that knows DeepSpeed.
 """
 
+import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,14 @@ _STAGE_OPTIONS: dict[int, dict[str, Any]] = {
 }
 
 
-def deepspeed_config(strategy: str, *, precision: str, max_grad_norm: float, batch_size: int) -> dict[str, Any] | None:
+# What goes to the host's memory, by the recipe's `offload`; Ren et al. 2021, "ZeRO-Offload", and Rajbhandari et al.
+# 2021, "ZeRO-Infinity".
+_OFFLOADED = {None: (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+
+
+def deepspeed_config(
+    strategy: str, *, precision: str, max_grad_norm: float, batch_size: int, offload: str | None, on_cpu: bool
+) -> dict[str, Any] | None:
     """Return DeepSpeed's configuration of a strategy, or None for vanilla.
 
     Accumulation is 1 for DeepSpeed: the trainer tells it which backward is the last of a step.
@@ -37,8 +47,9 @@ def deepspeed_config(strategy: str, *, precision: str, max_grad_norm: float, bat
     """
     if strategy not in ZERO_STAGES:
         return None
+    to_host = {name: {"device": "cpu", "pin_memory": not on_cpu} for name in _OFFLOADED[offload]}
     return {
-        "zero_optimization": _STAGE_OPTIONS[ZERO_STAGES[strategy]],
+        "zero_optimization": _STAGE_OPTIONS[ZERO_STAGES[strategy]] | to_host,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
         "gradient_clipping": max_grad_norm,
@@ -91,6 +102,40 @@ def start_communication(on_cpu: bool, timeout: timedelta = timedelta(minutes=30)
     import deepspeed
 
     deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=timeout)
+
+
+@contextlib.contextmanager
+def zero_writes_through(engine: Any, attempt: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, each file of a DeepSpeed engine's checkpoint is written by `attempt(write, ...)`.
+
+    DeepSpeed's processes meet several times in the middle of saving, so none may leave with an error.
+
+    Args:
+        engine: the engine; None changes nothing.
+        attempt: calls what it is given, and does not raise what a file system refuses.
+    """
+    if engine is None:
+        yield
+        return
+    files, save = engine.checkpoint_engine, engine.save_checkpoint
+
+    @functools.wraps(save)
+    def save_in_parts(folder: str, **options: Any) -> None:
+        save(folder, save_latest=False, **options)
+        if engine.global_rank == 0:
+            attempt(Path(folder, "latest").write_text, f"global_step{engine.global_steps}", encoding="utf-8")
+
+    changed = [(files, "save", files.save), (files, "makedirs", files.makedirs),
+               (engine, "_copy_recovery_script", engine._copy_recovery_script)]  # fmt: skip
+    for part, name, write in changed:
+        setattr(part, name, functools.partial(attempt, write))
+    engine.save_checkpoint = save_in_parts
+    try:
+        yield
+    finally:
+        for part, name, _ in changed:
+            delattr(part, name)  # what the class has is seen again
+        del engine.save_checkpoint
 
 
 def _compile_communication(where: str) -> None:

@@ -1,6 +1,7 @@
 """Training, from a prepared data set to checkpoints and the final model."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,19 @@ from minisft.data.encoding import Encoder
 from minisft.errors import StoppedError, UserError
 from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
-from minisft.runs import RunFolder, load_run, step_of
-from minisft.training.checkpoints import is_last, publish_final_model
+from minisft.runs import RunFolder, load_run, remember_environment, step_of
+from minisft.training.checkpoints import (
+    clear_left_overs,
+    is_last,
+    publish_final_model,
+    tidy,
+)
 from minisft.training.communication import start_counting
+from minisft.training.environment import describe_environment
 from minisft.training.hardware import choose_precision, default_row_tokens, keep_freed_memory, on_cpu, require_processes
 from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
+from minisft.training.machines import Machines, processes_here, use_network_of
 from minisft.training.strategies import (
     ZERO_STAGES,
     deepspeed_config,
@@ -22,8 +30,10 @@ from minisft.training.strategies import (
     set_deepspeed_environment,
     start_communication,
 )
+from minisft.training.writing import naming_failed_writes
 
 if TYPE_CHECKING:
+    from minisft.training.held_out import HeldOutRows
     from minisft.training.trainer import SupervisedTokenTrainer
 
 _WORKER = "minisft.training.worker"
@@ -34,7 +44,7 @@ _SCHEDULERS = (
 _OPTIMIZERS = {"adamw": "adamw_torch_fused"}
 
 
-def refuse_impossible(recipe: Recipe) -> None:
+def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
     """Find out what cannot work before anything is read or written.
 
     Raises:
@@ -46,27 +56,30 @@ def refuse_impossible(recipe: Recipe) -> None:
     choose_precision(training.precision)
     _check_lora(recipe)
     if not is_joined():
-        require_processes(training.processes)
+        require_processes(processes_here(training.processes, machines))
     if training.strategy in ZERO_STAGES:
         require_deepspeed(training.strategy, on_cpu())
 
 
-def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> None:
+def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machines: Machines | None = None) -> None:
     """Train in this process, or in processes that this one starts.
 
     Raises:
         UserError: the model or the data cannot be trained so.
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
-    if resume_from is not None and is_last(resume_from):
-        publish_final_model(run)  # it ended before this was done
+    if resume_from is not None and is_last(resume_from, recipe.training.early_stopping):
+        with naming_failed_writes(run.model):
+            publish_final_model(run)  # it ended before this was done
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
         train_in_this_process(recipe, run, resume_from)
         return
     arguments = [str(run.root)] + ([str(resume_from)] if resume_from else [])
-    launch(_WORKER, arguments, training.processes)
+    if machines is not None:
+        use_network_of(machines)
+    launch(_WORKER, arguments, processes_here(training.processes, machines), machines)
     if not run.is_trained():
         raise _stopped(run)
 
@@ -82,9 +95,13 @@ def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | No
 
     trainer = run_steps(recipe, run, resume_from)
     trainer.accelerator.wait_for_everyone()
-    stopped = trainer.state.global_step < trainer.state.max_steps
+    stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.ended_early
+    if trainer.ended_early and trainer.is_world_process_zero():
+        patience = recipe.training.early_stopping
+        say(f"stopped early at step {trainer.state.global_step}: {patience} evaluations without a lower held-out loss")
     if trainer.args.should_save and not stopped:
-        publish_final_model(run)
+        with naming_failed_writes(run.model):
+            publish_final_model(run)
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -134,9 +151,11 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
     if trainer.args.should_save:
+        clear_left_overs(run.checkpoints)
         keep_steps_up_to(run.metrics, _begun_at(resume_from))
+        remember_environment(run, describe_environment())
     try:
-        with listening() as trainer.stop:
+        with naming_failed_writes(run.root), listening() as trainer.stop:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         progress.stop()  # else an error would leave the terminal without its cursor
@@ -197,6 +216,8 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
             precision=precision,
             max_grad_norm=training.max_grad_norm,
             batch_size=training.batch_size,
+            offload=training.offload,
+            on_cpu=on_cpu(),
         ),
     )
     arguments.device  # noqa: B018 (it counts the GPUs)
@@ -279,6 +300,10 @@ def _trainer(
         strategy=training.strategy,
         stop_token_ids=encoder.stop_token_ids,
         describe_rows=_row_describer(dataset),
+        when_saved=partial(tidy, run, training),
+        held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
+        eval_every=training.eval_every,
+        early_stopping=training.early_stopping,
         callbacks=[MetricsFile(run.metrics)],
     )
     if trainer.is_world_process_zero():
@@ -286,6 +311,20 @@ def _trainer(
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.tensorboard), purge_step=begun_at + 1)))
     return trainer
+
+
+def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -> "HeldOutRows | None":
+    from datasets import load_from_disk
+
+    from minisft.training.held_out import HeldOutRows
+
+    if recipe.training.eval_every is None:
+        return None
+    dataset = load_from_disk(str(run.dataset / "test"))
+    if len(dataset) == 0:
+        what = "there are no held-out conversations to compute a loss on"
+        raise UserError("training.eval_every", what, "set data.test_fraction above 0, or data.test, and train anew")
+    return HeldOutRows(dataset, row_tokens=row_tokens, processes=arguments.world_size, rank=arguments.process_index)
 
 
 def _row_describer(dataset: Any) -> Callable[[tuple[int, ...]], str]:

@@ -13,20 +13,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback
+from transformers import GenerationConfig, PrinterCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minisft.errors import UserError
 from minisft.training.batching import Row, RowDataset, StepBatch, StepSampler, join_rows
-from minisft.training.checkpoints import drop_optimizer_states, note_origin, publish
+from minisft.training.checkpoints import clear_left_overs, note_origin, publish, staging_folder, sync_folder
 from minisft.training.clipping import clip_gradients
 from minisft.training.communication import bytes_sent
+from minisft.training.flow import HeldOutLoss, ResumedState, StopAtStepEnd
+from minisft.training.held_out import EVAL_LOSS, HeldOutRows
 from minisft.training.interruption import StopRequest
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.metrics import StepMetrics, peak_memory_mb
+from minisft.training.strategies import zero_writes_through
+from minisft.training.writing import Attempts, failed_write
 
 
 class SupervisedTokenTrainer(Trainer):
@@ -43,23 +48,32 @@ class SupervisedTokenTrainer(Trainer):
         strategy: str,
         stop_token_ids: tuple[int, ...],
         describe_rows: Callable[[tuple[int, ...]], str],
+        when_saved: Callable[[Path], None],
+        held_out: HeldOutRows | None = None,
+        eval_every: str | int | None = None,
+        early_stopping: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.sampler = sampler
         self.strategy = strategy
         self.stop_token_ids = stop_token_ids
         self.describe_rows = describe_rows
+        self.when_saved = when_saved
+        self.held_out = held_out
         self._staging: str | None = None
+        self._writing = Attempts()
         super().__init__(*args, **kwargs)
         assert self.args.gradient_accumulation_steps == 1
         self._step = StepMetrics()
         self._norm: Any = None
         self.stop = StopRequest()
         self.stops_here = False
+        self.ended_early = False
         self._step_loss = torch.zeros((), device=self.args.device)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_ResumedState(sampler))
-        self.add_callback(_StopAtStepEnd(self))
+        self.add_callback(ResumedState(sampler))
+        self.add_callback(HeldOutLoss(self, eval_every, early_stopping))
+        self.add_callback(StopAtStepEnd(self))
 
     # --- batches
 
@@ -134,6 +148,22 @@ class SupervisedTokenTrainer(Trainer):
     def _backward_options(self) -> dict[str, Any]:
         return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
 
+    # --- the loss on held-out rows
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log the mean loss over the supervised tokens of the held-out rows, shared among the processes."""
+        assert self.held_out is not None
+        started = time.perf_counter()
+        with self.compute_loss_context_manager():
+            share = self.held_out.sum_of_losses(
+                self.model_wrapped, lambda model, row: row_loss(model, row.to(self.args.device))
+            )
+        total = float(self.accelerator.gather(share.reshape(1).to(self.args.device)).sum())
+        logs = {EVAL_LOSS: total / self.held_out.supervised, "eval_seconds": time.perf_counter() - started}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
     # --- what is logged
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -166,7 +196,7 @@ class SupervisedTokenTrainer(Trainer):
         """Write aside, and rename when every process has written its part.
 
         Raises:
-            UserError: the step's gradient was no number, so the weights are spoiled.
+            UserError: the step's gradient was no number, so the weights are spoiled; or the file system refused.
         """
         if not (self._norm is None or self.args.fp16 or math.isfinite(float(self._norm))):  # fp16 skips such a step
             raise UserError(
@@ -176,23 +206,49 @@ class SupervisedTokenTrainer(Trainer):
             )
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(str(self.args.output_dir))
-        staging = folder / ".unfinished"
-        self._staging = str(staging)
+        staging = staging_folder(folder)
+        self._staging, self._writing = str(staging), Attempts()
         try:
-            super()._save_checkpoint(model, trial)
+            with self._writing:
+                super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        self.accelerator.wait_for_everyone()
+        self._agree_written(name)  # all of it, by every process
         if self.args.should_save:
-            note_origin(staging / name, self.strategy, self.args.world_size)
-            publish(staging / name, folder / name)
-            drop_optimizer_states(folder, keep=folder / name)
-        self.accelerator.wait_for_everyone()
+            self._writing(note_origin, staging / name, self.strategy, self.args.world_size)
+            self._writing(sync_folder, staging / name)
+            self._writing(publish, staging / name, folder / name)
+        self._agree_written(name)
+        if self.args.should_save:
+            self.when_saved(folder / name)
+
+    def _agree_written(self, name: str) -> None:
+        """Find out on every process whether the file system refused one of them a write.
+
+        Raises:
+            UserError: it did; what was written of the checkpoint is gone.
+        """
+        failed = torch.tensor([float(self._writing.failure is not None)], device=self.args.device)
+        if not self.accelerator.gather(failed).any():
+            return
+        folder = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            clear_left_overs(folder)
+        reasons = gather_object([self._writing.failure])
+        reason = next(str(one) for one in reasons if one is not None)
+        raise failed_write(folder / name, "the checkpoint could not be written", reason)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        with zero_writes_through(engine, self._writing):
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            self._writing(self._save_plain, output_dir, state_dict)
+
+    def _save_plain(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Save a plain folder: the model, or its adapters alone, with tokenizer and the trained terminators."""
-        if not self.args.should_save:
-            return
         folder = Path(str(output_dir))
         # The Trainer has set the tokenizer's EOS meanwhile, which need not be what was trained as terminator.
         set_stop_tokens(self._model(), self.stop_token_ids)
@@ -244,31 +300,3 @@ def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:
         eos_token_id=stop if len(stop) > 1 else stop[0],
         pad_token_id=pad if pad is not None else stop[0],
     )
-
-
-class _ResumedState(TrainerCallback):
-    """Set what the Trainer does not on resume: the sampler's epoch, and the recipe's own log and save steps."""
-
-    def __init__(self, sampler: StepSampler) -> None:
-        self.sampler = sampler
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.compute_steps(args, state.max_steps)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.epoch = state.global_step // len(self.sampler)
-
-
-class _StopAtStepEnd(TrainerCallback):
-    """Save and end where the processes agreed to stop; the epoch's end, which follows, saves no second time."""
-
-    def __init__(self, trainer: SupervisedTokenTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stops_here:
-            control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stops_here:
-            control.should_save = False

@@ -1,0 +1,1 @@
+"""Proofs, on the user's own recipe, model and machine, that training does what it promises."""

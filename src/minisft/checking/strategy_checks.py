@@ -1,0 +1,176 @@
+"""The strategy and its checkpoints: it takes the steps that vanilla takes, and what it saves goes on alike."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisft.checking.loss_checks import live_trainer, tolerance
+from minisft.checking.reference import count_learned, padded_loss, plain_attention, plain_steps
+from minisft.checking.result import Failed
+from minisft.checking.steps import RESUME_AT, STEPS, read_metrics, resumed_run, run_steps_in_child
+from minisft.checking.subject import Subject
+from minisft.data.encoding import Encoder
+from minisft.models import load_model, load_tokenizer
+from minisft.runs import RunFolder
+from minisft.training.batching import StepSampler, measure
+from minisft.training.strategies import ZERO_STAGES
+
+_REPORT = "report it, with the versions in check.json"
+Taken = list[tuple[float, float]]  # (loss, gradient norm) of each step
+
+
+def strategy_takes_the_same_steps(subject: Subject) -> str:
+    """Take steps in processes of their own as `train` does, and the same in this one, and compare."""
+    recipe = subject.chosen_recipe
+    training = recipe.training
+    subject.let_go()  # the processes need the memory
+    run_steps_in_child(recipe)
+    logged = read_metrics(subject.chosen_run)
+    plain = training.strategy not in ZERO_STAGES and training.processes == 1
+    if plain and training.optimizer == "adamw":
+        other, expected = "a plain padded loop", _plain_loop(subject, [line["learning_rate"] for line in logged])
+    else:
+        other, expected = "vanilla on one process", _vanilla(subject, in_pieces=plain)
+    for line, (loss, norm) in zip(logged, expected, strict=True):
+        for name, here in (("loss", loss), ("grad_norm", norm)):
+            _compare_step(subject, line, name, here, other)
+    losses = ", ".join("{loss:.4f}".format(**line) for line in logged)
+    return (
+        f"{STEPS} steps of {subject.steps.conversations} conversations under {training.strategy} on "
+        f"{training.processes} process(es) and in {other}: losses {losses}"
+    )
+
+
+def _compare_step(subject: Subject, line: dict[str, Any], name: str, here: float, other: str) -> None:
+    allowed = tolerance(subject) * (2 if name == "loss" else 20)
+    if abs(line[name] - here) > allowed * abs(here):
+        training = subject.chosen_recipe.training
+        raise Failed(
+            f"step {line['step']}: {name} {line[name]:.5f} under {training.strategy} on {training.processes} "
+            f"process(es), {here:.5f} in {other}",
+            f"use another training.strategy, and {_REPORT}",
+        )
+
+
+def _vanilla(subject: Subject, *, in_pieces: bool) -> Taken:
+    """The steps in this process, through the Trainer; `in_pieces` gives every conversation a forward of its own."""
+    trainer = live_trainer(subject)
+    if in_pieces:
+        trainer.sampler.row_tokens = 1
+    trainer.train()
+    run = RunFolder(Path(subject.reference_recipe.output))
+    return [(line["loss"], line["grad_norm"]) for line in read_metrics(run)]
+
+
+def _plain_loop(subject: Subject, learning_rates: list[float]) -> Taken:
+    """The steps in this process, without the Trainer."""
+    trainer = live_trainer(subject)
+    model: Any = trainer.model
+    with plain_attention(model):
+        return plain_steps(
+            model,
+            [_conversations_of(trainer.train_dataset, step) for step in _order(subject, trainer.train_dataset)],
+            learning_rates,
+            decayed=set(trainer.get_decay_parameter_names(model)),
+            weight_decay=subject.recipe.training.weight_decay,
+            max_grad_norm=subject.recipe.training.max_grad_norm,
+            arithmetic=trainer.compute_loss_context_manager,
+        )
+
+
+def _order(subject: Subject, dataset: Any) -> list[tuple[int, ...]]:
+    """The conversations of each of the steps."""
+    sampler = StepSampler(
+        measure(dataset),
+        global_batch=subject.steps.conversations,
+        row_tokens=1 << 40,
+        processes=1,
+        rank=0,
+        seed=subject.recipe.seed,
+        pack_tokens=subject.recipe.data.max_length if subject.recipe.training.packing else None,
+    )
+    steps: list[tuple[int, ...]] = []
+    while len(steps) < STEPS:
+        steps += [plans[0].indexes for plans in sampler]
+        sampler.epoch += 1
+    return steps[:STEPS]
+
+
+def _conversations_of(dataset: Any, indexes: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    rows = [dataset[index] for index in indexes]
+    return [(row["input_ids"], row["labels"]) for row in rows]
+
+
+def checkpoint_loads_anywhere(subject: Subject) -> str:
+    """Load a checkpoint in plain transformers: it has the loss that the next step had, the template and the ends."""
+    subject.let_go()
+    run = subject.chosen_run
+    folder = run.checkpoints / f"checkpoint-{RESUME_AT}"
+    logged = next(line for line in read_metrics(run) if line["step"] == RESUME_AT + 1)
+    loss = _plain_loss(subject, folder)
+    if abs(loss - logged["loss"]) > 2 * tolerance(subject) * abs(loss):
+        what = f"plain transformers gives {loss:.5f} with {folder.name}, the training went on with {logged['loss']:.5f}"
+        raise Failed(what, f"use another training.strategy, and {_REPORT}")
+    _compare_tokenizer(subject, folder)
+    return f"{folder.name} in plain transformers: loss {loss:.4f}, as logged at step {RESUME_AT + 1}"
+
+
+def _plain_loss(subject: Subject, folder: Path) -> float:
+    """The mean loss, in plain transformers, of the step that follows the checkpoint."""
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(subject.chosen_run.dataset / "train"))
+    conversations = _conversations_of(dataset, _order(subject, dataset)[RESUME_AT])
+    model = load_model(folder, dtype=torch.float32, trust_remote_code=subject.recipe.trust_remote_code)
+    with torch.no_grad():
+        return float(padded_loss(model.eval(), conversations)) / count_learned(conversations)
+
+
+def _compare_tokenizer(subject: Subject, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    encoder = subject.encoder
+    saved = load_tokenizer(folder, subject.recipe.trust_remote_code)
+    if saved.chat_template != encoder.chat_template:
+        raise Failed("the checkpoint's chat template is not the one trained with", _REPORT)
+    if Encoder(saved, "auto").stop_token_ids != encoder.stop_token_ids:
+        raise Failed("the checkpoint's template ends answers with another token than was trained", _REPORT)
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    if set(ends if isinstance(ends, list) else [ends]) != set(encoder.stop_token_ids):
+        raise Failed("the checkpoint's generation config stops at another token than was trained", _REPORT)
+
+
+def resuming_goes_on_alike(subject: Subject) -> str:
+    """Compare the step after a checkpoint, resumed, with the same step undisturbed: log and weights."""
+    run = subject.chosen_run
+    again = resumed_run(run)
+    logged = {line["step"]: line for line in read_metrics(run)}
+    resumed = read_metrics(again)
+    if [line["step"] for line in resumed] != list(range(RESUME_AT + 1, STEPS + 1)):
+        raise Failed(f"resumed after step {RESUME_AT}, it logged {[line['step'] for line in resumed]}", _REPORT)
+    for line in resumed:
+        for name in ("loss", "grad_norm", "learning_rate", "supervised_tokens"):
+            _compare_resumed(line["step"], name, logged[line["step"]][name], line[name], subject)
+    difference = _weights_difference(run, again)
+    if difference > (0.0 if tolerance(subject) < 1e-3 else 1e-3):
+        raise Failed(f"after step {STEPS} a weight differs by {difference:.2e} from the undisturbed run's", _REPORT)
+    return f"step {STEPS} after checkpoint-{RESUME_AT}: the same loss, and weights that differ by {difference:.0e}"
+
+
+def _compare_resumed(step: int, name: str, undisturbed: float, resumed: float, subject: Subject) -> None:
+    if abs(undisturbed - resumed) > tolerance(subject) * abs(undisturbed):
+        what = f"step {step} has {name} {resumed:.6f} when resumed, {undisturbed:.6f} undisturbed"
+        raise Failed(what, f"do not rely on --resume here, and {_REPORT}")
+
+
+def _weights_difference(run: RunFolder, again: RunFolder) -> float:
+    """The largest difference between the weights of the last checkpoints."""
+    from safetensors.torch import load_file
+
+    largest = 0.0
+    for file in sorted((run.checkpoints / f"checkpoint-{STEPS}").glob("*.safetensors")):
+        first, second = load_file(file), load_file(again.checkpoints / f"checkpoint-{STEPS}" / file.name)
+        for name, weight in first.items():
+            largest = max(largest, float((weight.float() - second[name].float()).abs().max()))
+    return largest

@@ -1,0 +1,149 @@
+"""How much disk a run will take, known before it starts.
+
+What is counted are the parts that grow with the model: the weights of every checkpoint and of `model/`, and the state
+that resuming needs (Rajbhandari et al. 2020, section 3.1: AdamW keeps two numbers for each parameter, and ZeRO a third,
+the fp32 weight). The rest is counted as large as the base model's tokenizer and configuration.
+"""
+
+import math
+import shutil
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisft.console import say
+from minisft.errors import UserError
+from minisft.recipe import LoraRecipe, Recipe, TrainingRecipe
+from minisft.runs import RunFolder, step_of
+from minisft.training.batching import measure, steps_of_epoch
+from minisft.training.checkpoints import has_state
+from minisft.training.hardware import choose_precision
+from minisft.training.writing import size_text
+
+_FP32 = 4
+_HALF = 2
+# Bytes an optimizer keeps for each trained parameter, by a part of its name; others are taken for Adam's two moments.
+_MOMENTS = {"4bit": 1, "8bit": 2, "adafactor": 0, "sgd": 0, "lion": 4, "rmsprop": 4, "adagrad": 4}
+_ADAM = 8
+# Random states, headers, the log of the steps and what DeepSpeed adds for tools of its own.
+_SMALL_FILES = 150_000
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class CheckpointSize:
+    """Bytes of a checkpoint: its model, and the state that resuming needs."""
+
+    model: int
+    state: int
+
+
+def require_disk(recipe: Recipe, run: RunFolder, model_folder: Path, resume_from: Path | None) -> None:
+    """Make sure that the checkpoints that a run will write have room.
+
+    Args:
+        recipe: what is to be trained; the data is prepared.
+        run: its folder, which must be there.
+        model_folder: of the base model.
+        resume_from: the checkpoint it goes on from.
+
+    Raises:
+        UserError: they have not; it says how much they need and how much is free.
+    """
+    size = checkpoint_size(recipe, model_folder)
+    begun_at = step_of(resume_from) if resume_from else 0
+    count = checkpoints_to_write(recipe.training, run, begun_at, recipe.data.max_length, recipe.seed)
+    states = [has_state(path) for path in run.list_checkpoints()]
+    needed = most_added(states, count, size, recipe.training)
+    free = shutil.disk_usage(run.root).free
+    model, state = size_text(size.model), size_text(size.state)
+    what = f"{size_text(needed)} for {count} checkpoints of {model}, {state} of state for resuming"
+    if needed > free:
+        raise UserError(
+            run.root,
+            f"the run needs {what} and model/, and {size_text(free)} are free there",
+            "make room, name an `output` on another disk, or keep less: training.keep_checkpoints, training.save_every",
+        )
+    say(f"disk {what}; {size_text(free)} free")
+
+
+def checkpoint_size(recipe: Recipe, model_folder: Path) -> CheckpointSize:
+    """Compute what one checkpoint takes, from the model's parameters and the strategy's way of keeping them.
+
+    Vanilla keeps fp32 weights and the moments. DeepSpeed casts the module to the arithmetic's format; its state holds
+    the moments and an fp32 weight for each trained parameter, under stages 1 and 2 the module once more.
+    """
+    training = recipe.training
+    every, trained = count_parameters(model_folder, training.lora, recipe.trust_remote_code)
+    saved = trained if training.lora else every
+    moments = next((size for name, size in _MOMENTS.items() if name in training.optimizer), _ADAM)
+    small = sum(path.stat().st_size for pattern in _TOKENIZER_FILES for path in model_folder.glob(pattern))
+    if training.strategy == "vanilla":
+        return CheckpointSize(saved * _FP32 + small, trained * moments + _SMALL_FILES)
+    weight = _FP32 if choose_precision(training.precision) == "fp32" else _HALF
+    module = 0 if training.strategy == "zero3" else saved * weight
+    return CheckpointSize(saved * weight + small, trained * (_FP32 + moments) + module + _SMALL_FILES)
+
+
+def count_parameters(folder: Path, lora: LoraRecipe | None, trust_remote_code: bool = False) -> tuple[int, int]:
+    """Return how many parameters a model folder's model has, and how many are trained; tied ones count once."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from minisft.training.lora import add_lora
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):  # no memory is taken
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        if lora is not None:
+            model = add_lora(model, lora, base_name=str(folder), seed=0)
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def checkpoints_to_write(training: TrainingRecipe, run: RunFolder, begun_at: int, max_length: int, seed: int) -> int:
+    """Return how many checkpoints come after the step `begun_at`."""
+    from datasets import load_from_disk
+
+    an_epoch = len(
+        steps_of_epoch(
+            measure(load_from_disk(str(run.dataset / "train"))).tokens,
+            global_batch=training.batch_size * training.processes * training.gradient_accumulation,
+            pack_tokens=max_length if training.packing else None,
+            seed=seed,
+            epoch=0,
+        )
+    )
+    last = training.max_steps or math.ceil(training.epochs * an_epoch)
+    every = an_epoch if training.save_every == "epoch" else training.save_every
+    return last // every - begun_at // every + (last % every != 0)
+
+
+def most_added(states: list[bool], count: int, size: CheckpointSize, training: TrainingRecipe) -> int:
+    """Return by how many bytes a run folder grows at most while `count` checkpoints and `model/` are written.
+
+    A new checkpoint is whole before anything older goes.
+
+    Args:
+        states: of each checkpoint that is there, in the order of steps, whether it holds its state.
+        count: checkpoints to come.
+        size: of one.
+        training: what it keeps.
+    """
+    holders = deque(number for number, holds in enumerate(states) if holds)
+    first, last, added, most = 0, len(states), 0, 0
+    for _ in range(count):
+        holders.append(last)
+        last += 1
+        added += size.model + size.state
+        most = max(most, added)
+        if training.keep_optimizer == "newest":
+            added -= size.state * (len(holders) - 1)
+            holders = deque([holders[-1]])
+        while training.keep_checkpoints is not None and last - first > training.keep_checkpoints + 1:  # and the best
+            added -= size.model
+            if holders[0] == first:
+                holders.popleft()
+                added -= size.state
+            first += 1
+    return max(most, added + size.model)

@@ -1,0 +1,33 @@
+"""With what a run is trained: machine and versions, kept in the run folder."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from minisft.training.hardware import on_cpu
+
+PACKAGES = (
+    "minisft", "torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers", "datasets", "sacrebleu",
+)  # fmt: skip
+
+
+def describe_environment() -> dict[str, Any]:
+    """Python, system, devices and the versions of what takes part; nothing that names a person or a host."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "devices": [] if on_cpu() else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

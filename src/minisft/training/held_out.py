@@ -1,0 +1,71 @@
+"""The loss on the held-out rows while training goes on, and stopping early when it no longer falls."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from minisft.training.batching import Row, RowDataset, StepSampler, measure
+
+EVAL_LOSS = "eval_loss"  # in metrics.jsonl, the Trainer's log history and the trackers
+
+
+class HeldOutRows:
+    """The held-out conversations, laid out for one process of several: as one step of training would lay them.
+
+    Args:
+        dataset: with the columns input_ids and labels.
+        row_tokens: tokens of a forward at most.
+        processes: that share the rows; each runs as many forwards as the others.
+        rank: of this one.
+    """
+
+    def __init__(self, dataset: Any, *, row_tokens: int, processes: int, rank: int) -> None:
+        sizes = measure(dataset)
+        sampler = StepSampler(
+            sizes, global_batch=len(sizes), row_tokens=row_tokens, processes=processes, rank=rank, seed=0
+        )
+        self._plans = sampler.plan(np.arange(len(sizes)))
+        self._rows = RowDataset(dataset)
+        self.supervised = int(sizes.supervised.sum())  # of all processes
+
+    @torch.no_grad()
+    def sum_of_losses(self, model: Any, loss_of: Callable[[Any, Row], torch.Tensor]) -> torch.Tensor:
+        """Return the summed loss of this process's supervised tokens, () in fp64; the model is left in eval mode.
+
+        Args:
+            model: of this process, or its part of one.
+            loss_of: the sum of a row's losses under a model.
+        """
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        for plan in self._plans:
+            row, _ = self._rows[plan]
+            total += loss_of(model, row).double().cpu()
+        return total
+
+
+def is_due(step: int, *, every: str | int | None, epoch_steps: int, last: int) -> bool:
+    """Say whether the held-out loss is computed after a step; after the last one always, if ever."""
+    if every is None:
+        return False
+    return step == last or step % (epoch_steps if every == "epoch" else int(every)) == 0
+
+
+def eval_losses(log_history: Iterable[dict[str, Any]]) -> list[float]:
+    """Return the held-out losses of a Trainer's log history, in order."""
+    return [entry[EVAL_LOSS] for entry in log_history if EVAL_LOSS in entry]
+
+
+def stops_early(losses: Sequence[float], patience: int | None) -> bool:
+    """Say whether the lowest loss is `patience` evaluations old; None never stops.
+
+    It depends on the losses alone, which all processes share and every checkpoint keeps, so that all of them stop at
+    the same step, resumed or not.
+    """
+    if patience is None or not losses:
+        return False
+    ordered = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    return len(losses) - 1 - ordered.index(min(ordered)) >= patience

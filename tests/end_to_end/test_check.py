@@ -1,0 +1,39 @@
+"""`minisft check` as a user starts it, with processes of its own."""
+
+import json
+
+import pytest
+
+from tests.tiny import minisft
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([], id="vanilla"),
+        pytest.param(["training.strategy=zero2", "training.processes=2"], id="zero2"),
+        pytest.param(["training.strategy=zero3", "training.processes=2"], id="zero3"),
+        pytest.param(["training.processes=2", "training.packing=true"], id="vanilla-packed"),
+    ],
+)
+def test_a_sound_recipe_is_ok_under_every_strategy(recipe_file, overrides):
+    done = minisft("check", recipe_file, *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED " not in done.stdout
+    run = recipe_file.parent / "run"
+    written = json.loads((run / "check.json").read_text(encoding="utf-8"))
+    assert {one["status"] for one in written["checks"] if not one["name"].startswith("spend.")} == {"ok"}
+    assert not (run / ".check").exists()
+    assert not (run / "checkpoints").exists()  # nothing of the check's own steps is taken for the run's
+
+
+@pytest.mark.long
+def test_a_process_that_fails_is_a_failure_with_its_own_words(recipe_file):
+    """The loss of the first step is no number, which only the process that trains finds out."""
+    done = minisft("check", recipe_file, "training.learning_rate=1.0e+30", "training.processes=2")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "strategy.steps: " in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "checkpoint.plain" in done.stdout
+    assert "because strategy.steps failed" in done.stdout

@@ -1,0 +1,177 @@
+"""Data and templates that are broken in one way each: the check for it is the first to fail."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from minisft.data.encoding import Encoder
+from tests.unit.checking.examined import assert_first_to_fail, depending_on, examined
+
+TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+
+
+@pytest.fixture
+def with_template(recipe_file, tmp_path):
+    """Return a function that examines the recipe, quickly, under a Jinja template."""
+
+    def examine(text, *overrides):
+        path = tmp_path / "template.jinja"
+        path.write_text(text, encoding="utf-8")
+        return examined(recipe_file, f"data.template={path}", *overrides, quick=True)
+
+    return examine
+
+
+@pytest.fixture
+def with_system(tmp_path):
+    """Return a file of talks that begin with a system prompt."""
+    path = tmp_path / "system.jsonl"
+    turns = [("system", "Be brief."), ("human", "tea?"), ("gpt", "yes"), ("human", "hot?"), ("gpt", "no")]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(20):
+            talk = [{"from": role, "value": f"{text} {number}"} for role, text in turns]
+            file.write(json.dumps({"conversations": talk}) + "\n")
+    return path
+
+
+def test_what_is_sound_is_ok_and_what_needs_weights_is_not_run(with_template):
+    results = with_template(TURNS + PROMPT)
+    assert {result.status for name, result in results.items() if name.startswith(("data.", "serve."))} == {"ok"}
+    others = [result for name, result in results.items() if not name.startswith(("data.", "serve."))]
+    assert {(result.status, result.detail) for result in others} == {("not run", "because --quick loads no weights")}
+
+
+def test_a_template_that_drops_the_system_prompt(with_template, with_system):
+    drops = TURNS.replace("messages %}", "messages if m['role'] != 'system' %}")
+    detail = assert_first_to_fail(with_template(drops + PROMPT, f"data.source={with_system}"), "data.system")
+    assert "system" in detail
+
+
+@pytest.mark.parametrize("invalid", ["skip", "repair"])
+def test_rows_that_are_skipped_for_their_system_prompt_are_no_success(
+    with_template, with_system, conversations, invalid
+):
+    both = with_system.with_name("both.jsonl")
+    both.write_text(with_system.read_text() + conversations.read_text(), encoding="utf-8")
+    drops = TURNS.replace("messages %}", "messages if m['role'] != 'system' %}")
+    detail = assert_first_to_fail(
+        with_template(drops + PROMPT, f"data.source={both}", f"data.invalid={invalid}"), "data.system"
+    )
+    assert "20" in detail
+
+
+def test_a_terminator_that_is_masked_as_padding(recipe_file, monkeypatch):
+    _change_batches(monkeypatch, lambda encoder, batch: np.isin(batch.ids, encoder.stop_token_ids), -100)
+    results = examined(recipe_file, quick=True)
+    assert "learned terminators" in assert_first_to_fail(results, "data.terminators")
+    assert {"data.answers", "serve.prompts", "loss.mask", "learning.recall"} <= depending_on("data.terminators")
+
+
+def test_a_template_that_ends_no_answer(with_template):
+    endless = TURNS.replace(" + eos_token", " + '\\n'")
+    detail = assert_first_to_fail(with_template(endless + PROMPT), "data.template")
+    assert "end" in detail
+
+
+def test_labels_that_are_overwritten_with_the_ids(recipe_file, monkeypatch):
+    def overwrite(self, rendered, conversations, own=Encoder.encode_rendered):
+        batch = own(self, rendered, conversations)
+        batch.labels[:] = batch.ids
+        return batch
+
+    monkeypatch.setattr(Encoder, "encode_rendered", overwrite)
+    results = examined(recipe_file, quick=True)
+    assert_first_to_fail(results, "data.answers")
+    assert not (recipe_file.parent / "run" / "dataset").exists()  # what is wrong does not lie where training looks
+
+
+def test_bos_twice(with_template):
+    assert "twice" in assert_first_to_fail(with_template("{{ bos_token + bos_token }}" + TURNS + PROMPT), "data.bos")
+
+
+def test_text_that_becomes_a_control_token(recipe_file, monkeypatch):
+    from minisft.data import run_encoder
+
+    def careless(tokenizer, markers, own=run_encoder._plain_copy):
+        copy = own(tokenizer, markers)
+        copy.encode_special_tokens = False
+        return copy
+
+    monkeypatch.setattr(run_encoder, "_plain_copy", careless)
+    assert "became a control token" in assert_first_to_fail(examined(recipe_file, quick=True), "data.control")
+
+
+def test_rows_on_disk_that_lost_tokens(recipe_file, tmp_path):
+    import datasets
+
+    examined(recipe_file, quick=True)
+    folder, aside = tmp_path / "run" / "dataset" / "train", tmp_path / "aside"
+    rows = datasets.load_from_disk(str(folder)).map(
+        lambda row: {name: row[name][:-1] for name in ("input_ids", "labels")}
+    )
+    rows.save_to_disk(str(aside))
+    shutil.rmtree(folder)
+    aside.rename(folder)
+    assert "in the ledger" in assert_first_to_fail(examined(recipe_file, quick=True), "data.tokens")
+
+
+def test_test_rows_that_are_train_rows(recipe_file, conversations, tmp_path):
+    copy = tmp_path / "test.jsonl"
+    copy.write_text("".join(conversations.read_text().splitlines(keepends=True)[:3]), encoding="utf-8")
+    results = examined(recipe_file, f"data.test={copy}", quick=True)
+    assert "3 test rows" in assert_first_to_fail(results, "data.split")
+
+
+def test_a_length_that_cuts_most_of_the_data(recipe_file):
+    results = examined(recipe_file, "data.max_length=48", "data.overflow=cut", quick=True)
+    assert "cut" in assert_first_to_fail(results, "data.shares")
+
+
+def test_a_prompt_that_is_not_what_was_trained(recipe_file, monkeypatch):
+    def with_a_space(self, messages, tools="", own=Encoder.encode_prompt):
+        return [*own(self, messages, tools), self.tokenizer.convert_tokens_to_ids("Ġ")]
+
+    monkeypatch.setattr(Encoder, "encode_prompt", with_a_space)
+    assert "differs" in assert_first_to_fail(examined(recipe_file, quick=True), "serve.prompts")
+
+
+def test_a_stop_token_that_was_never_trained(recipe_file, monkeypatch):
+    def stops_at_bos(self, tokenizer, template="auto", own=Encoder.__init__):
+        own(self, tokenizer, template)
+        self.stop_token_ids = (tokenizer.bos_token_id,)
+
+    monkeypatch.setattr(Encoder, "__init__", stops_at_bos)
+    results = examined(recipe_file, "data.verify=false", quick=True)
+    assert "'</s>'" in assert_first_to_fail(results, "serve.stops")
+
+
+def test_a_saved_template_that_differs(recipe_file, monkeypatch):
+    from minisft.data import choice
+
+    def with_a_line(template, own=choice.mistral_jinja):
+        return own(template).replace("' [/INST]'", "' [/INST]\\n'")
+
+    monkeypatch.setattr(choice, "mistral_jinja", with_a_line)
+    assert "[/INST]" in assert_first_to_fail(examined(recipe_file, quick=True), "serve.template")
+
+
+def test_a_template_that_writes_content_in_parts_otherwise(with_template):
+    parts = (
+        "{% for m in messages %}{{ m['role'] + ': ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for part in m['content'] %}{{ '<text>' + part['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endfor %}"
+    )
+    assert "<text>" in assert_first_to_fail(with_template(parts + PROMPT), "serve.vllm")
+
+
+def _change_batches(monkeypatch, where, label):
+    """Let the encoder give other labels at some places of its batches."""
+
+    def changed(self, rendered, conversations, own=Encoder.encode_rendered):
+        batch = own(self, rendered, conversations)
+        batch.labels[where(self, batch)] = label
+        return batch
+
+    monkeypatch.setattr(Encoder, "encode_rendered", changed)

@@ -1,0 +1,141 @@
+"""Losses and models that are broken in one way each: the check for it is the first to fail."""
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from minisft.training import batching, trainer
+from minisft.training.trainer import SupervisedTokenTrainer, row_loss
+from tests.tiny import byte_tokenizer
+from tests.unit.checking.examined import assert_first_to_fail, examined
+
+
+class ForgetfulConfig(GPT2Config):
+    model_type = "forgetful_gpt2"
+
+
+class ForgetfulModel(GPT2LMHeadModel):
+    """Learned positions, counted from the beginning of the row whatever the caller says."""
+
+    config_class = ForgetfulConfig
+
+    def forward(self, *args, position_ids=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class LeakyConfig(LlamaConfig):
+    model_type = "leaky_llama"
+
+
+class LeakyModel(LlamaForCausalLM):
+    """Mixes every token with the one before it, as a convolution does, over the borders of conversations too."""
+
+    config_class = LeakyConfig
+
+    def forward(self, input_ids=None, **kwargs):
+        embedded = self.get_input_embeddings()(input_ids)
+        before = torch.nn.functional.pad(embedded, (0, 0, 1, -1))
+        return super().forward(inputs_embeds=embedded + before, **kwargs)
+
+
+for config, model in ((ForgetfulConfig, ForgetfulModel), (LeakyConfig, LeakyModel)):
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, model)
+
+
+@pytest.fixture
+def with_model(recipe_file, tmp_path):
+    """Return a function that examines the recipe with a model of a class of its own."""
+
+    def examine(model_class, config):
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(tmp_path / "model")
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        return examined(recipe_file, f"model={tmp_path / 'model'}", only="loss.rows")
+
+    return examine
+
+
+def test_a_model_that_ignores_position_ids(with_model):
+    config = ForgetfulConfig(
+        vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.5,
+    )  # fmt: skip
+    detail = assert_first_to_fail(with_model(ForgetfulModel, config), "loss.rows")
+    assert "ForgetfulModel ignores position_ids" in detail
+
+
+def test_a_model_that_lets_conversations_see_each_other(with_model):
+    config = LeakyConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, initializer_range=0.5,
+    )  # fmt: skip
+    detail = assert_first_to_fail(with_model(LeakyModel, config), "loss.rows")
+    assert "LeakyModel lets tokens of one conversation see those of another" in detail
+
+
+def test_labels_that_are_overwritten_on_the_way_to_the_loss(recipe_file, monkeypatch):
+    def all_learned(conversations, indexes=(), own=batching.lay_out):
+        return own([(ids, ids) for ids, _ in conversations], indexes)
+
+    monkeypatch.setattr(batching, "lay_out", all_learned)
+    assert "the mask is lost" in assert_first_to_fail(examined(recipe_file, only="loss.mask"), "loss.mask")
+
+
+def test_a_loss_that_does_not_look_at_the_mask(recipe_file, monkeypatch):
+    def of_all_tokens(model, row):
+        logits = model(input_ids=row.input_ids, position_ids=row.position_ids, conversation_lengths=row.lengths).logits
+        return torch.nn.functional.cross_entropy(logits[0, :-1], row.input_ids[0, 1:], reduction="sum")
+
+    monkeypatch.setattr(trainer, "row_loss", of_all_tokens)
+    monkeypatch.setattr("minisft.checking.loss_checks.row_loss", of_all_tokens)
+    assert "two halves of a mask" in assert_first_to_fail(examined(recipe_file, only="loss.mask"), "loss.mask")
+
+
+def test_targets_that_are_off_by_one(recipe_file, monkeypatch):
+    """The padded reference shifts by itself, so a second shift shows."""
+
+    def shifted(model, row):
+        return row_loss(model, trainer.Row(
+            row.input_ids, row.position_ids, row.lengths, (row.predict_at - 1).clamp(min=0), row.targets, row.indexes
+        ))  # fmt: skip
+
+    monkeypatch.setattr(trainer, "row_loss", shifted)
+    monkeypatch.setattr("minisft.checking.loss_checks.row_loss", shifted)
+    assert_first_to_fail(examined(recipe_file, only="loss.padding"), "loss.padding")
+
+
+def test_a_loss_that_averages_means(recipe_file, monkeypatch):
+    def mean_of_means(self, model, inputs, num_items_in_batch=None):
+        total = torch.zeros(())
+        for row in inputs.rows:
+            loss = row_loss(model, row) / len(row.targets) / len(inputs.rows)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    monkeypatch.setattr(SupervisedTokenTrainer, "training_step", mean_of_means)
+    assert "how the batch is split" in assert_first_to_fail(examined(recipe_file, only="loss.split"), "loss.split")
+
+
+def test_gradients_that_are_not_summed_over_the_rows(recipe_file, monkeypatch):
+    """The loss that is shown is right; only the gradient is that of the last row alone."""
+
+    def of_the_last_row(self, model, inputs, num_items_in_batch=None):
+        total = torch.zeros(())
+        for row in inputs.rows:
+            model.zero_grad()
+            loss = row_loss(model, row) / inputs.step_supervised
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    monkeypatch.setattr(SupervisedTokenTrainer, "training_step", of_the_last_row)
+    assert "gradient norm" in assert_first_to_fail(examined(recipe_file, only="loss.split"), "loss.split")
