@@ -1,10 +1,14 @@
 """`minisft check` as a user starts it, with processes of its own."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from tests.tiny import minisft
+from tests.tiny import heed_ctrl_c, minisft
 
 
 @pytest.mark.long
@@ -37,3 +41,28 @@ def test_a_process_that_fails_is_a_failure_with_its_own_words(recipe_file):
     assert "Traceback" not in done.stdout + done.stderr
     assert "checkpoint.plain" in done.stdout
     assert "because strategy.steps failed" in done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_check_that_is_stopped_in_its_steps_leaves_nothing(recipe_file, number):
+    command = [sys.executable, "-m", "minisft", "check", str(recipe_file)]
+    run = recipe_file.parent / "run"
+    check = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
+    try:
+        _wait_until((run / ".check" / "steps" / "tensorboard").exists)  # its process is there
+        check.send_signal(number)
+        _, errors = check.communicate(timeout=120)
+    finally:
+        check.kill()
+    assert check.returncode == 1, errors
+    assert "stopped as asked" in errors
+    assert not (run / ".check").exists()
+    assert not (run / "check.json").exists()
+
+
+def _wait_until(there):
+    end = time.monotonic() + 180
+    while not there():
+        assert time.monotonic() < end, "the steps did not begin"
+        time.sleep(0.05)

@@ -78,14 +78,18 @@ def row_limit() -> int:
 def step_recipe(subject: "Subject", name: str, steps: Steps, **training: Any) -> Recipe:
     """The recipe for a scratch run of STEPS steps: the recipe's own but for length, batch and where it is written.
 
-    All steps change the weights: there is no warm-up.
+    All steps change the weights: there is no warm-up. What belongs to a long run alone is left out, and what belongs
+    to another strategy.
     """
     own = subject.recipe.training
     changed = {
         "batch_size": steps.conversations // own.processes, "gradient_accumulation": 1, "max_steps": STEPS,
         "save_every": RESUME_AT, "log_every": 1, "warmup_ratio": 0.0, "report_to": [],
+        "keep_checkpoints": None, "eval_every": None, "early_stopping": None, **training,
     }  # fmt: skip
-    return replace(subject.recipe, output=str(subject.scratch / name), training=replace(own, **{**changed, **training}))
+    if changed.get("strategy") == "vanilla":
+        changed["offload"] = None
+    return replace(subject.recipe, output=str(subject.scratch / name), training=replace(own, **changed))
 
 
 def make_scratch(subject: "Subject", recipe: Recipe, rows: list[int]) -> None:
