@@ -1,10 +1,12 @@
 """The strategies as DeepSpeed configurations."""
 
+from typing import Any
+
 import pytest
 
 from minisft.training.strategies import deepspeed_config
 
-SETTINGS = {"precision": "bf16", "max_grad_norm": 1.0, "batch_size": 4}
+SETTINGS: dict[str, Any] = {"precision": "bf16", "max_grad_norm": 1.0, "batch_size": 4}
 
 
 def zero(strategy, offload, on_cpu=False):
