@@ -10,7 +10,9 @@ SETTINGS: dict[str, Any] = {"precision": "bf16", "max_grad_norm": 1.0, "batch_si
 
 
 def zero(strategy, offload, on_cpu=False):
-    return deepspeed_config(strategy, **SETTINGS, offload=offload, on_cpu=on_cpu)["zero_optimization"]
+    config = deepspeed_config(strategy, **SETTINGS, offload=offload, on_cpu=on_cpu)
+    assert config is not None
+    return config["zero_optimization"]
 
 
 def test_vanilla_needs_no_deepspeed():
