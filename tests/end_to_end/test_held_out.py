@@ -16,7 +16,16 @@ from minisft.training.train import train_in_this_process
 from tests.tiny import minisft, write_recipe
 
 SETTINGS = "{epochs: 3, learning_rate: 1.0e-3, precision: fp32, eval_every: epoch, row_tokens: 200}"
-DIVERGING = ["training.epochs=9", "training.learning_rate=0.3", "training.early_stopping=2"]
+STOPPING = ["training.epochs=9", "training.learning_rate=1.0e-2", "training.early_stopping=2"]
+
+
+@pytest.fixture(scope="module")
+def stopping(tmp_path_factory):
+    """Held-out conversations in letters that training never shows: the better it learns, the worse they are told."""
+    path = tmp_path_factory.mktemp("unlike") / "talks.jsonl"
+    turns = [{"from": "human", "value": "tea"}, {"from": "gpt", "value": "QXZJKQXZJK" * 3}]
+    path.write_text("".join(json.dumps({"id": f"odd-{number}", "conversations": turns}) + "\n" for number in range(3)))
+    return [*STOPPING, f"data.test={path}"]
 
 
 @pytest.fixture(scope="module")
@@ -65,33 +74,33 @@ def test_it_is_the_evaluations_loss_and_changes_no_step(recipe, tmp_path):
     assert held_out(often)[12] == held_out(run)[12]
 
 
-def test_a_run_ends_early_and_resumes_to_the_same_end(recipe, tmp_path):
-    run = train(recipe, tmp_path / "run", *DIVERGING, "training.keep_optimizer=all")
+def test_a_run_ends_early_and_resumes_to_the_same_end(recipe, stopping, tmp_path):
+    run = train(recipe, tmp_path / "run", *stopping, "training.keep_optimizer=all")
     losses = list(held_out(run).values())
     last = run.list_checkpoints()[-1]
-    assert len(losses) < 9
-    assert losses.index(min(losses)) == len(losses) - 3
-    assert last.name == f"checkpoint-{4 * len(losses)}"
+    assert losses == sorted(losses), "else the test shows nothing"
+    assert list(held_out(run)) == [5, 10, 15]  # of 45: the first was the lowest
+    assert last.name == "checkpoint-15"
     assert run.is_trained()
     assert is_last(last, early_stopping=2)
-    again = train(recipe, run.root, *DIVERGING, resume_from=run.list_checkpoints()[-2])
+    again = train(recipe, run.root, *stopping, resume_from=run.list_checkpoints()[-2])
     assert list(held_out(again).values()) == losses
     assert run.list_checkpoints()[-1] == last
 
 
-def test_between_the_steps_of_checkpoints_too(recipe, tmp_path):
+def test_between_the_steps_of_checkpoints_too(recipe, stopping, tmp_path):
     """It ends at step 2N or so, where no checkpoint was due: the last step is one all the same."""
-    run = train(recipe, tmp_path / "run", *DIVERGING, "training.eval_every=3", "training.save_every=100")
+    run = train(recipe, tmp_path / "run", *stopping, "training.eval_every=3", "training.save_every=100")
     assert [path.name for path in run.list_checkpoints()] == [f"checkpoint-{max(held_out(run))}"]
-    assert max(held_out(run)) < 36
+    assert list(held_out(run)) == [3, 6, 9]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("strategy", "lora"), [
     ("vanilla", "null"), ("zero1", "null"), ("zero2", "null"), ("zero3", "null"), ("zero3", "{rank: 4}"),
 ])  # fmt: skip
-def test_two_processes_agree(recipe, tmp_path, strategy, lora):
-    stopping = [*DIVERGING, f"training.lora={lora}"]
+def test_two_processes_agree(recipe, stopping, tmp_path, strategy, lora):
+    stopping = [*stopping, f"training.lora={lora}"]
     alone = train(recipe, tmp_path / "alone", *stopping)
     run = RunFolder(tmp_path / "run")
     how = ["training.processes=2", "training.batch_size=4", f"training.strategy={strategy}"]
@@ -99,8 +108,6 @@ def test_two_processes_agree(recipe, tmp_path, strategy, lora):
     assert done.returncode == 0, done.stderr
     assert "stopped early at step" in done.stdout
     assert list(held_out(run)) == list(held_out(alone))
-    first = min(held_out(run))  # later a rate of 0.3 magnifies what rounding does
-    assert held_out(run)[first] == pytest.approx(held_out(alone)[first], rel=1e-4)
+    assert list(held_out(run).values()) == pytest.approx(list(held_out(alone).values()), rel=2e-4)
     last = run.list_checkpoints()[-1]
-    if lora == "null":
-        assert held_out(run)[max(held_out(run))] == pytest.approx(loss_of(last, run), rel=1e-5)
+    assert held_out(run)[max(held_out(run))] == pytest.approx(loss_of(last, run), rel=1e-5)

@@ -5,6 +5,7 @@ import errno
 import json
 import resource
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,19 @@ def test_other_errors_stay_what_they_are(tmp_path, error):
         Attempts()(fail)
     with pytest.raises(type(error)), naming_failed_writes(tmp_path):
         fail()
+
+
+@pytest.mark.parametrize(("error", "told"), [(OSError(errno.ENOSPC, "full"), False), (ValueError("x"), True)])
+def test_a_threads_refused_write_is_told_by_the_main_one_alone(tmp_path, monkeypatch, error, told):
+    died: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+
+    def fail():
+        raise error
+
+    with naming_failed_writes(tmp_path):
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert bool(died) == told
+    assert threading.excepthook == died.append

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,25 @@ class Attempts:
 def naming_failed_writes(folder: Path) -> Iterator[None]:
     """Turn an error of the file system inside the block into one that says what to do.
 
+    TensorBoard writes in a thread, which dies with a traceback; its next write in the main thread raises the error.
+
     Raises:
         UserError: a write was refused.
     """
+    told = threading.excepthook
+    threading.excepthook = lambda died: None if _is_refused(died.exc_value) else told(died)
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_failure(error):
             raise
         raise failed_write(folder, "writing failed", _reason(error)) from None
+    finally:
+        threading.excepthook = told
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    return error is not None and is_write_failure(error)
 
 
 def failed_write(where: Path, what: str, reason: str) -> UserError:

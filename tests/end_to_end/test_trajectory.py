@@ -1,0 +1,186 @@
+"""One trajectory: however the batch is laid out, split and sharded, the steps are those of a plain padded loop."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minisft.runs import RunFolder
+from minisft.training.batching import measure, steps_of_epoch
+from tests.tiny import minisft, write_conversations, write_recipe, write_tiny_model
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory.jsonl"
+SETTINGS = "{learning_rate: 1.0e-3, precision: fp32, weight_decay: 0.0, row_tokens: 120, max_steps: 8}"
+PACK_TOKENS = 256  # data.max_length of the recipe
+LAYOUTS = ("padding-free", "packed")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_model, conversations):
+    return write_recipe(tmp_path_factory.mktemp("trajectory"), tiny_model, conversations, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def reference_of(recipe, tiny_model, tmp_path_factory):
+    """For a layout: losses, gradient norms and weights of the padded loop in fp32, held to the same in fp64."""
+
+    @functools.cache
+    def of(layout):
+        run = train(recipe, tmp_path_factory.mktemp(layout) / "run", layout)
+        steps = conversations_of_steps(run, global_batch=8, pack_tokens=PACK_TOKENS if layout == "packed" else None)
+        rates = [line["learning_rate"] for line in metrics(run)]
+        model, exact = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))
+        expected = padded_loop(model, train_rows(run), steps, rates)
+        checked = padded_loop(exact, train_rows(run), steps, rates, torch.float64)
+        np.testing.assert_allclose(expected, checked, rtol=2e-5)
+        return expected, dict(model.named_parameters())
+
+    return of
+
+
+def train(recipe, output, layout, *, accumulation=1, processes=1, strategy="vanilla"):
+    done = minisft(
+        "train", recipe, f"output={output}", f"training.packing={str(layout == 'packed').lower()}",
+        f"training.strategy={strategy}", f"training.processes={processes}",
+        f"training.batch_size={8 // processes // accumulation}", f"training.gradient_accumulation={accumulation}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return RunFolder(output)
+
+
+def metrics(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def train_rows(run):
+    from datasets import load_from_disk
+
+    return load_from_disk(str(run.dataset / "train"))
+
+
+def conversations_of_steps(run, *, global_batch, pack_tokens=None):
+    """The rows that make each step that the run took."""
+    lengths = measure(train_rows(run)).tokens
+    count, steps = len(metrics(run)), []
+    for epoch in range(count):
+        how = {"global_batch": global_batch, "pack_tokens": pack_tokens, "seed": 0, "epoch": epoch}
+        steps += [step.tolist() for step in steps_of_epoch(lengths, **how)]
+    return steps[:count]
+
+
+def padded_loop(model, dataset, steps, learning_rates, dtype=torch.float32):
+    """A plain loop: padded batches, every logit, torch's AdamW; returns losses and gradient norms."""
+    model = model.to(dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    came_out = []
+    for step, learning_rate in zip(steps, learning_rates, strict=True):
+        rows = [dataset[index] for index in step]
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+        labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows])
+        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows])
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), labels[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        came_out.append((loss.item(), norm.item()))
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return came_out
+
+
+CASES = [
+    (layout, accumulation, processes, strategy)
+    for layout in LAYOUTS
+    for accumulation in (1, 4)
+    for processes in (1, 2)
+    for strategy in ("vanilla", "zero1", "zero2", "zero3")
+]
+FAST = [("packed", 4, 2, "vanilla")]
+
+
+@pytest.mark.parametrize(
+    ("layout", "accumulation", "processes", "strategy"),
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.long) for case in CASES],
+)
+def test_every_way_takes_the_steps_of_the_padded_loop(
+    recipe, reference_of, tmp_path, layout, accumulation, processes, strategy
+):
+    run = train(
+        recipe, tmp_path / "run", layout, accumulation=accumulation, processes=processes, strategy=strategy
+    )  # fmt: skip
+    expected, weights = reference_of(layout)
+    ours = [(line["loss"], line["grad_norm"]) for line in metrics(run)]
+    assert len(ours) == 8
+    np.testing.assert_allclose(ours, expected, rtol=2e-4)
+    final = AutoModelForCausalLM.from_pretrained(run.model)
+    for name, weight in final.named_parameters():
+        torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["vanilla", "zero2"])
+def test_a_short_last_batch(recipe, tmp_path, strategy):
+    """25 rows in steps of 12: the third has one conversation, for one, two and three processes."""
+    logs, rows = [], []
+    for processes in (1, 2, 3):
+        run = RunFolder(tmp_path / str(processes))
+        words = [
+            "-m", "minisft", "train", recipe, f"output={run.root}", f"training.strategy={strategy}",
+            f"training.batch_size={12 // processes}", "training.max_steps=null", "training.epochs=2",
+            "data.limit=25", "data.test_fraction=0",
+        ]  # fmt: skip
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        command = [sys.executable, *map(str, launcher if processes > 1 else []), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        logs.append(metrics(run))
+        rows.append(train_rows(run))
+    assert [len(log) for log in logs] == [6, 6, 6]
+    tokens = [len(ids) for ids in rows[0]["input_ids"]]
+    for log in logs:
+        assert [line["tokens"] for line in log] == [line["tokens"] for line in logs[0]]
+        assert sum(line["tokens"] for line in log[:3]) == sum(line["tokens"] for line in log[3:]) == sum(tokens)
+        assert log[2]["tokens"] in tokens
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose([line[key] for line in log], [line[key] for line in logs[0]], rtol=2e-4)
+
+
+def test_the_recorded_trajectory(tmp_path):
+    """`MINISFT_WRITE_GOLDEN=1 pytest` writes the file anew: a change of it is a change of the trajectory.
+
+    The weights come from numpy, so that they are the same under every version of torch and transformers.
+    """
+    model = write_tiny_model(tmp_path / "model")
+    _draw_weights(model)
+    talks = write_conversations(tmp_path / "talks.jsonl", 33)
+    recipe = write_recipe(tmp_path, model, talks, SETTINGS)
+    run = train(recipe, tmp_path / "run", "padding-free")
+    keys = ("step", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
+    lines = [{key: line[key] for key in keys} for line in metrics(run)]
+    if os.environ.get("MINISFT_WRITE_GOLDEN"):
+        GOLDEN.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recorded = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
+    assert len(lines) == len(recorded) == 8
+    for line, golden in zip(lines, recorded, strict=True):
+        assert line == pytest.approx(golden, rel=1e-5)
+
+
+def _draw_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    path, random = folder / "model.safetensors", np.random.default_rng(0)
+    weights = load_file(path)
+    for name in sorted(weights):
+        if weights[name].ndim > 1:
+            drawn = random.normal(0, 0.05, tuple(weights[name].shape)).astype(np.float32)
+            weights[name] = torch.from_numpy(drawn)
+    save_file(weights, path, metadata={"format": "pt"})
