@@ -43,8 +43,9 @@ if wanted and os.environ.get("RANK", "0") == "0":
 """
 # Each, but the last, in the second checkpoint that a process writes; STEP is its step.
 MID_WRITE = [
-    "open /config.json 2",  # nothing is there but a folder
-    "open /trainer_state.json 2",  # model and states are written
+    "os.mkdir /.unfinished/checkpoint-STEP 1",  # nothing is there
+    "open /tokenizer_config.json 2",  # the model is written
+    "open /trainer_state.json 2",  # the states too
     "os.rename /.unfinished/checkpoint-STEP 1",  # all is written, and has no name
     "shutil.rmtree /.unfinished 3",  # it has its name; one is at the start
     "os.remove /STATE 1",  # the first has its name, and those before lose their states
