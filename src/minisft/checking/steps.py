@@ -5,9 +5,11 @@ They are taken twice: once through, and once from the checkpoint after step RESU
 
 import contextlib
 import gc
+import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +152,8 @@ def take_steps_twice(root: Path) -> None:
 
     set_deepspeed_environment(on_cpu())
     console.quiet = error_console.quiet = True
-    with quiet_libraries():
+    # DeepSpeed prints what it built, and stdout may be JSON.
+    with quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
         _take_steps_twice(root)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -202,12 +205,14 @@ def switch_off_dropout(model: Any) -> None:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep what transformers says while it trains and saves out of the table."""
+    """Keep what libraries say while they train and save out of the table."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what DeepSpeed calls in torch
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
