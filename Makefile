@@ -37,7 +37,7 @@ format: setup
 	$(BIN)/ruff format src tests benchmarks recipes
 
 test: lint
-	$(BIN)/pytest -n 2 -m "not long"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not long"
 
 # What takes minutes: long property tests, every strategy through the command line.
 test-all: test

@@ -21,7 +21,7 @@ def test_a_prediction_that_knows_nothing_of_the_process_itself(recipe_file, monk
     """It is off by more than twice: a tiny model takes little beside Python and its libraries."""
     monkeypatch.setattr(prediction, "_PROCESS_BYTES", 0.0)
     detail = assert_first_to_fail(examined(recipe_file, only="spend.memory"), "spend.memory")
-    assert "the plan says 0.0" in detail
+    assert "GB, the plan says 0." in detail
 
 
 def test_a_run_that_does_not_fit(recipe_file, monkeypatch):
