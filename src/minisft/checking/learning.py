@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROWS, CANDIDATES = 3, 24
 NEAR_ZERO = 0.02  # nats per learned token
 SURELY = 0.6  # nats of all learned tokens together: below ln 2 each of them is likelier than all others
-MOST_STEPS = 150
+MOST_STEPS = 400  # a tiny random model may need 150, a real one 10
 # AdamW moves every weight by about the learning rate; what a weight may move falls with the width of the layer.
 _RATE_TIMES_WIDTH = 0.3
 
