@@ -18,6 +18,7 @@ from minisft.runs import RunFolder, load_run
 from minisft.training.batching import StepSampler, measure
 from minisft.training.checkpoints import publish_final_model
 from minisft.training.train import run_steps
+from tests.padded import padded_loop
 from tests.tiny import minisft, write_recipe
 
 STRATEGIES = [("vanilla", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
@@ -35,28 +36,11 @@ def metrics(run):
 
 
 def padded_reference(folder, run, steps, learning_rates):
-    """A plain loop: padded batches, every logit, torch's AdamW; returns losses and gradient norms."""
     from datasets import load_from_disk
 
-    dataset = load_from_disk(str(run.dataset / "train"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    came_out = []
-    for step, learning_rate in zip(steps, learning_rates, strict=True):
-        rows = [dataset[index] for plan in step for index in plan.indexes]
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
-        labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows])
-        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows])
-        logits = model(ids, attention_mask=mask).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), labels[:, 1:].flatten())
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        came_out.append((loss.item(), norm.item()))
-        optimizer.param_groups[0]["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad()
-    return came_out, model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = [[index for plan in step for index in plan.indexes] for step in steps]
+    return padded_loop(model, load_from_disk(str(run.dataset / "train")), rows, learning_rates), model
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 from minisft.chat import Session
 from minisft.checking.result import Failed, NotRun
 from minisft.checking.subject import Example, Subject, as_conversation, as_token_row
-from minisft.data.conversation import Conversation, Message, parsed_or_text
+from minisft.data.conversation import Conversation, Message, message_as_dict
 from minisft.data.templates import NATIVE_TEMPLATES
 from minisft.evaluation.questions import load_held_out
 
@@ -133,7 +133,7 @@ def _compare_with(subject: Subject, render: Render) -> str:
     for example in subject.sample(SAMPLE):
         for messages, ids, prompt in _renderings(subject, example):
             tools = json.loads(example.conversation.tools) if example.conversation.tools else None
-            rendered = render(saved, [_as_dict(message) for message in messages], tools, prompt)
+            rendered = render(saved, [message_as_dict(message) for message in messages], tools, prompt)
             if rendered == ids:
                 same += 1
             elif saved.decode(rendered) == saved.decode(ids):
@@ -217,20 +217,3 @@ def _is_content(node: Any) -> bool:
     if isinstance(node.arg, jinja2.nodes.Slice):
         return _is_content(node.node)
     return isinstance(node.arg, jinja2.nodes.Const) and node.arg.value == "content"
-
-
-def _as_dict(message: Message) -> dict[str, Any]:
-    """A message as a client sends it."""
-    entry: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        entry["tool_calls"] = [
-            {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": parsed_or_text(c.arguments)}}
-            for c in message.tool_calls
-        ]
-    if message.reasoning:
-        entry["reasoning_content"] = message.reasoning
-    if message.name:
-        entry["name"] = message.name
-    if message.call_id:
-        entry["tool_call_id"] = message.call_id
-    return entry

@@ -156,3 +156,20 @@ def calls_to_text(calls: Sequence[ToolCall]) -> str:
         return ""
     fields = [{"name": call.name, "arguments": call.arguments, "id": call.id, "source": call.source} for call in calls]
     return json.dumps(fields, ensure_ascii=False)
+
+
+def message_as_dict(message: Message) -> dict[str, Any]:
+    """A message as clients send it and templates read it."""
+    entry: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        entry["tool_calls"] = [
+            {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": parsed_or_text(c.arguments)}}
+            for c in message.tool_calls
+        ]
+    if message.reasoning:
+        entry["reasoning_content"] = message.reasoning
+    if message.name:
+        entry["name"] = message.name
+    if message.call_id:
+        entry["tool_call_id"] = message.call_id
+    return entry

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from minisft.data.conversation import Message, parsed_or_text
+from minisft.data.conversation import Message, message_as_dict
 from minisft.data.rendering import MarkerSplitter, RefusedError, Rendered, RunBuilder
 from minisft.data.templates import with_tools
 from minisft.errors import UserError
@@ -87,7 +87,7 @@ class JinjaRenderer:
         messages, passed, shift = self._with_tools(self._flat(messages), tools)
         slots = _slots(messages)
         skeleton = self._skeleton(messages, passed, prompt)
-        text = self._apply([self._as_dict(m) for m in messages], passed, prompt)
+        text = self._apply([message_as_dict(m) for m in messages], passed, prompt)
         filled = _fit(skeleton.literals, slots, text)
         if filled is None:
             raise self._rewritten(messages, passed, prompt)
@@ -142,7 +142,7 @@ class JinjaRenderer:
     def _make_skeleton(
         self, messages: Sequence[Message], tools: Sequence[str], prompt: bool, marks: tuple[str, str]
     ) -> _Skeleton:
-        dicts = [self._as_dict(_marked(m, i, marks)) for i, m in enumerate(messages)]
+        dicts = [message_as_dict(_marked(m, i, marks)) for i, m in enumerate(messages)]
         text = self._apply(dicts, tools, prompt)
         spans = _find_slots(text, marks)
         findings = _check_slots(messages, [slot for slot, _, _ in spans])
@@ -252,27 +252,6 @@ class JinjaRenderer:
             return False
         return True
 
-    def _as_dict(self, message: Message) -> dict[str, Any]:
-        """A message as the template reads it."""
-        entry: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.tool_calls:
-            calls = [
-                {
-                    "type": "function",
-                    "id": call.id,
-                    "function": {"name": call.name, "arguments": parsed_or_text(call.arguments)},
-                }
-                for call in message.tool_calls
-            ]
-            entry["tool_calls"] = calls
-        if message.reasoning:
-            entry["reasoning_content"] = message.reasoning
-        if message.name:
-            entry["name"] = message.name
-        if message.call_id:
-            entry["tool_call_id"] = message.call_id
-        return entry
-
     def _flat(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Calls as text where the template has no form for them, reasoning apart where it has one."""
         flat = messages
@@ -325,7 +304,7 @@ class JinjaRenderer:
         marks = _pick_sentinels(messages)
         for index, message in enumerate(messages):
             marked = [m if i == index else _marked(m, i, marks) for i, m in enumerate(messages)]
-            text = self._apply([self._as_dict(m) for m in marked], tools, prompt)
+            text = self._apply([message_as_dict(m) for m in marked], tools, prompt)
             if not any(trim(message.content) in text for trim in _TRIMS):
                 reason = "thinking_removed" if "</think>" in message.content else "content_rewritten"
                 what = f"the template rewrites the content of message {index + 1} ({message.role})"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.library import Library
+from torch import library
 
 # By operator: which argument holds the whole (of scatter and gather: a process's part), and how often it is sent.
 _COLLECTIVES = {
@@ -33,7 +33,7 @@ _COLLECTIVES = {
     "gather_": (1, 1),
 }
 
-_kernels: Library | None = None  # alive as long as it counts
+_kernels: library.Library | None = None  # alive as long as it counts
 _sent = 0.0
 
 
@@ -42,7 +42,7 @@ def start_counting() -> None:
     global _kernels
     if _kernels is not None or not torch.distributed.is_available():
         return
-    _kernels = Library("c10d", "IMPL")
+    _kernels = library.Library("c10d", "IMPL")
     for name, (place, times) in _COLLECTIVES.items():
         operator = getattr(torch.ops.c10d, name).default
         _kernels.impl(name, _counting(operator, place, times), "Autograd", with_keyset=True)
