@@ -1,9 +1,13 @@
 """The strategies as DeepSpeed configurations."""
 
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minisft.training import strategies
 from minisft.training.strategies import deepspeed_config
 
 SETTINGS: dict[str, Any] = {"precision": "bf16", "max_grad_norm": 1.0, "batch_size": 4}
@@ -30,3 +34,51 @@ def test_what_stays_on_the_gpu_and_what_goes_to_the_host(stage):
 def test_parameters_go_with_the_optimizer_and_a_cpu_pins_nothing():
     found = zero("zero3", "parameters", on_cpu=True)
     assert found["offload_optimizer"] == found["offload_param"] == {"device": "cpu", "pin_memory": False}
+
+
+@pytest.fixture
+def extensions(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(strategies, "_extensions_folder", lambda: tmp_path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    op = tmp_path / "deepspeed_shm_comm"
+    op.mkdir()
+    (op / "deepspeed_shm_comm.so").touch()
+    return tmp_path
+
+
+def test_a_lock_left_by_a_killed_build_is_removed(extensions):
+    left_over = extensions / "deepspeed_shm_comm" / "lock"
+    left_over.touch()
+    strategies._compile_communication("training.strategy=zero2")
+    assert not left_over.exists()
+
+
+def test_nobody_takes_the_lock_of_a_process_that_is_loading(extensions, monkeypatch):
+    """As torch's baton: made before an op is loaded, and removed after it."""
+    lock, lost = extensions / "deepspeed_shm_comm" / "lock", []
+    deepspeed = pytest.importorskip("deepspeed")
+    started = threading.Barrier(3)
+
+    def load() -> None:
+        lock.touch(exist_ok=False)
+        time.sleep(0.01)
+        lost.append(not lock.exists())
+        lock.unlink(missing_ok=True)
+
+    def worker() -> None:
+        started.wait()
+        strategies.start_communication(on_cpu=True)
+
+    def another_job() -> None:
+        started.wait()
+        for _ in range(20):
+            strategies._compile_communication("training.strategy=zero2")
+
+    monkeypatch.setattr(strategies, "_load_shared_memory_op", load)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda *_, **__: None)
+    threads = [threading.Thread(target=target) for target in (worker, worker, another_job)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert lost == [False, False]

@@ -101,6 +101,9 @@ def start_communication(on_cpu: bool, timeout: timedelta = timedelta(minutes=30)
     """
     import deepspeed
 
+    if on_cpu:
+        with _extensions_guarded():
+            _load_shared_memory_op()
     deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=timeout)
 
 
@@ -139,21 +142,28 @@ def zero_writes_through(engine: Any, attempt: Callable[..., Any]) -> Iterator[No
 
 
 def _compile_communication(where: str) -> None:
-    """Build DeepSpeed's shared-memory op once; the first time takes about 40 s.
-
-    A process that was killed while compiling leaves a file `lock` on which torch waits for ever. The folder
-    is MiniSFT's own and guarded by a lock that dies with its holder, so such a file is always a left-over.
-    """
+    """Build DeepSpeed's shared-memory op once; the first time takes about 40 s."""
     set_deepspeed_environment(on_cpu=True)
+    with _extensions_guarded() as extensions:
+        if not list(extensions.glob("**/deepspeed_shm_comm*.so")):
+            _build_shared_memory_op(where)
+
+
+@contextlib.contextmanager
+def _extensions_guarded() -> Iterator[Path]:
+    """Hold the folder of compiled extensions, which every process does that builds or loads one.
+
+    While torch builds or loads, a file `lock` is there, on which other processes wait; one that was killed
+    leaves it for ever. The guard dies with its holder, so who holds it knows such a file for a left-over.
+    """
     extensions = _extensions_folder()
     extensions.mkdir(parents=True, exist_ok=True)
     with (extensions / ".minisft.lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        if os.environ["TORCH_EXTENSIONS_DIR"] == str(extensions):
+        if os.environ.get("TORCH_EXTENSIONS_DIR") == str(extensions):  # else it is not ours alone
             for left_over in extensions.glob("**/lock"):
                 left_over.unlink()
-        if not list(extensions.glob("**/deepspeed_shm_comm*.so")):
-            _build_shared_memory_op(where)
+        yield extensions
 
 
 def _extensions_folder() -> Path:
@@ -163,10 +173,8 @@ def _extensions_folder() -> Path:
 
 
 def _build_shared_memory_op(where: str) -> None:
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
     try:
-        ShareMemCommBuilder().load(verbose=False)
+        _load_shared_memory_op()
     except Exception as error:  # a compiler's or ninja's failure comes as RuntimeError, OSError or worse
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -174,3 +182,10 @@ def _build_shared_memory_op(where: str) -> None:
             f"DeepSpeed's communication does not compile here ({reason})",
             "install a C++ compiler, ninja and the Python headers, or use strategy vanilla",
         ) from None
+
+
+def _load_shared_memory_op() -> None:
+    """Load the op, which DeepSpeed keeps for the process; one that is not built yet is built."""
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load(verbose=False)
