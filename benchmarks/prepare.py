@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peers import trl_python
+
 from minisft.data.conversation import Conversation
 from minisft.data.formats import RowError, check_order, detect_format, to_conversation
 from minisft.data.preparation import prepare
@@ -95,7 +97,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
             "minisft prepare, verify: false": lambda: run_prepare(sharegpt, folder, tokenizer, verify=False),
         }
         if arguments.trl:
-            python = make_trl_venv(folder)
+            python = trl_python(folder)
             for processes in (1, 2):
                 contenders[f"TRL, {processes} processes"] = lambda n=processes: run_trl(  # type: ignore[misc]
                     python, messages, model, folder, n
@@ -191,18 +193,6 @@ def run_prepare(source: Path, folder: Path, tokenizer: Any, verify: bool) -> tup
     started = time.perf_counter()
     prepared = prepare(Recipe(model="benchmark", output=str(output), data=data), tokenizer)
     return prepared.ledger["tokens"]["kept"], time.perf_counter() - started
-
-
-def make_trl_venv(folder: Path) -> Path:
-    """An environment with TRL, which borrows everything else from this one."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "trl")], check=True)
-    python = folder / "trl" / "bin" / "python"
-    ours = next(path for path in sys.path if path.endswith("site-packages"))
-    theirs = next((folder / "trl").glob("lib/python*/site-packages"))
-    (theirs / "borrowed.pth").write_text(ours + "\n")
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed", "trl"]
-    subprocess.run(install, check=True)
-    return python
 
 
 def run_trl(python: Path, source: Path, tokenizer: Path, folder: Path, processes: int) -> tuple[int, float]:
