@@ -1,0 +1,54 @@
+"""The arithmetic of benchmarks/train.py, and what it does with a peer that fails."""
+
+import importlib
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+WRITES = "import json, sys; o = json.loads(sys.argv[1]); open(o['result'], 'w').write(json.dumps(o['measured']))"
+
+
+@pytest.fixture
+def train(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("train")
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [([[5, 3, 2], [4, 4]], 1.0), ([[6, 2]], 1.5), ([[6, 2], [4, 4]], (6 + 4) * 2 / 16)]
+)
+def test_imbalance_is_weighted_by_tokens(train, steps, expected):
+    assert train.imbalance(steps, processes=2) == expected
+
+
+def test_medians_and_shares_are_those_of_all_rounds(train):
+    sizes = {"tokens": 100, "steps": 3, "body_parameters": 10, "head_parameters": 5}
+    ours = [{"seconds": seconds, "peak_mb": 50.0, **sizes} for seconds in (2.0, 4.0, 5.0)]
+    products = [{"flops": flops} for flops in (6000.0, 3000.0, 6000.0)]
+    timed = [one | {"inside_seconds": one["seconds"] * 0.75} for one in ours]
+    found = train.summarise({train.PRODUCT: products, train.OURS: ours, train.INSIDE: timed}, 40, 100)
+    assert found["medians"][train.OURS] == {
+        "rate": 10.0, "lowest": 8.0, "highest": 20.0, "peak_mb": 50.0, "tokens": 100, "steps": 3
+    }  # fmt: skip
+    operations = 6 * (10 * 100 + 5 * 40)
+    assert found["share_of_product"][train.OURS] == operations / 2.0 / 6000  # that of rounds 1 and 2; round 3: less
+    assert found["outside"] == 0.25
+
+
+def test_a_peer_that_fails_is_named_and_the_others_go_on(train, tmp_path, monkeypatch):
+    (tmp_path / "matrix_product.py").write_text("import sys; open(sys.argv[1], 'w').write('{\"flops\": 1}')")
+    monkeypatch.setattr(train, "CONTENDERS", tmp_path)
+    python = (sys.executable, "-c")
+    sizes = {"seconds": 1.0, "peak_mb": 2.0, "tokens": 4, "steps": 1}
+    found = [
+        train.Contender("first", (*python, "raise OSError('no wheel for you')"), {}),
+        train.Contender("silent", (*python, "pass"), {}),
+        train.Contender("last", (*python, WRITES), {"measured": sizes}),
+    ]
+    left_out: dict[str, str] = {}
+    rounds = train.measure_rounds(found, left_out, Namespace(rounds=2, threads=1), tmp_path)
+    assert left_out["first"] == "OSError: no wheel for you"
+    assert "result" in left_out["silent"]
+    assert rounds == {train.PRODUCT: [{"flops": 1}] * 2, "last": [sizes] * 2}
