@@ -210,7 +210,9 @@ def trl_contenders(python: Path, work: Work) -> list[Contender]:
 
 def swift_contenders(python: Path, work: Work) -> list[Contender]:
     command = (str(python), str(CONTENDERS / "with_swift.py"))
-    options = {"model": str(work.model), "messages": str(work.messages), "batch_size": BATCH}
+    options = {
+        "model": str(work.model), "messages": str(work.messages), "batch_size": BATCH, "max_length": 2 * MOST_TOKENS,
+    }  # fmt: skip
     return [Contender(SWIFT, command, options)]
 
 

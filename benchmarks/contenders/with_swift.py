@@ -31,7 +31,8 @@ def main() -> None:
         "model_type": "llama",
         "template": "chatml",
         "dataset": OPTIONS["messages"],
-        "strict": "true",
+        "max_length": str(OPTIONS["max_length"]),
+        "strict": "true",  # a row that is longer is an error, not left out
         "tuner_type": "full",
         "torch_dtype": "float32",
         "fp16": "false",
