@@ -157,17 +157,29 @@ def prepared_sizes(output: Path, model: Path, **data: Any) -> Sizes:
     return measure(load_train(output))
 
 
-def balance_of(arguments: argparse.Namespace, folder: Path, model: Path, processes: int = 2) -> float:
-    """Return how uneven an epoch of the whole source is on several processes, with the recipe's defaults."""
+def balance_of(arguments: argparse.Namespace, folder: Path, model: Path) -> dict[str, float]:
+    """Return how uneven an epoch of the whole source is on two processes, with the recipe's defaults, and at best."""
     sizes = prepared_sizes(folder, model, source=arguments.source, invalid="skip")
     steps = steps_of_epoch(sizes.tokens, global_batch=BATCH, pack_tokens=None, seed=0, epoch=0)
-    return imbalance([sizes.tokens[step].tolist() for step in steps], processes)
+    lengths = [sizes.tokens[step].tolist() for step in steps]
+    return {"dealt": imbalance(lengths, dealt_load), "optimum": imbalance(lengths, least_load)}
 
 
-def imbalance(steps: list[list[int]], processes: int) -> float:
-    """Return largest to mean tokens of a process, as `deal` deals each step's lengths, weighted by tokens."""
-    largest = sum(max(sum(step[at] for at in share) for share in deal(step, processes)) for step in steps)
-    return largest * processes / sum(map(sum, steps))
+def imbalance(steps: list[list[int]], largest_load: Callable[[list[int]], int]) -> float:
+    """Return largest to mean tokens of two processes over steps of such lengths, weighted by tokens."""
+    return 2 * sum(map(largest_load, steps)) / sum(map(sum, steps))
+
+
+def dealt_load(lengths: list[int]) -> int:
+    return max(sum(lengths[at] for at in share) for share in deal(lengths, 2))
+
+
+def least_load(lengths: list[int]) -> int:
+    """Return the smaller of the largest loads that any split in two has."""
+    sums = {0}
+    for length in lengths:
+        sums |= {one + length for one in sums}
+    return min(max(one, sum(lengths) - one) for one in sums)
 
 
 # --- who trains it
@@ -264,7 +276,7 @@ def measured(command: tuple[str, ...], result: Path, threads: int, argument: Cal
     result.unlink(missing_ok=True)
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-        "MODELSCOPE_CACHE": str(result.parent / "modelscope"),
+        "MODELSCOPE_CACHE": str(result.parent / "modelscope"), "TMPDIR": str(result.parent),
     }  # fmt: skip
     subprocess.run(
         [*command, argument(result)], check=True, timeout=PATIENCE, env=environment, cwd=result.parent,
@@ -330,7 +342,11 @@ def report(summary: dict[str, Any]) -> None:
         print(f"  {name}: {share:.3f}")
     if summary["outside"] is not None:
         print(f"of a step, outside forward, backward and optimizer: {summary['outside']:.2%}")
-    print(f"largest to mean tokens of 2 processes, steps of {BATCH}, whole source: {summary['balance']:.4f}")
+    balance = summary["balance"]
+    print(
+        f"largest to mean tokens of 2 processes, steps of {BATCH}, whole source: {balance['dealt']:.4f}; "
+        f"the optimum: {balance['optimum']:.4f}"
+    )
     for name, reason in summary["left_out"].items():
         print(f"left out: {name}: {reason}")
 

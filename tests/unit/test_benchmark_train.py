@@ -17,10 +17,16 @@ def train(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"), [([[5, 3, 2], [4, 4]], 1.0), ([[6, 2]], 1.5), ([[6, 2], [4, 4]], (6 + 4) * 2 / 16)]
+    ("steps", "dealt", "optimum"),
+    [
+        ([[5, 3, 2], [4, 4]], 1.0, 1.0),
+        ([[6, 2], [4, 4]], (6 + 4) * 2 / 16, (6 + 4) * 2 / 16),
+        ([[3, 3, 2, 2, 2]], 7 * 2 / 12, 1.0),  # longest first to the least loaded: 3 + 2 + 2
+    ],
 )
-def test_imbalance_is_weighted_by_tokens(train, steps, expected):
-    assert train.imbalance(steps, processes=2) == expected
+def test_imbalance_is_weighted_by_tokens(train, steps, dealt, optimum):
+    assert train.imbalance(steps, train.least_load) == optimum
+    assert optimum <= train.imbalance(steps, train.dealt_load) <= dealt
 
 
 def test_medians_and_shares_are_those_of_all_rounds(train):
