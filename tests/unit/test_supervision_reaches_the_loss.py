@@ -9,7 +9,7 @@ from minisft.data.encoding import Encoder
 from minisft.models import load_model, load_tokenizer
 from minisft.training import attention
 from minisft.training.batching import IGNORED, lay_out
-from minisft.training.trainer import row_loss
+from minisft.training.loss import row_loss
 
 TALKS = [
     [("user", "a cup of tea"), ("assistant", "with milk?"), ("user", "no"), ("assistant", "here you are")],

@@ -13,7 +13,7 @@ from minisft.checking.steps import switch_off_dropout
 from minisft.checking.subject import Subject
 from minisft.training.batching import IGNORED, Row, RowDataset, StepBatch, StepSampler, join_rows, lay_out, measure
 from minisft.training.hardware import choose_precision
-from minisft.training.trainer import row_loss
+from minisft.training.loss import row_loss
 
 if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minisft.errors import UserError
 from minisft.planning.footprint import MEND, Footprint, first_line
 from minisft.recipe import LoraRecipe
+from minisft.training.head import output_layer, passes_on
 
 # How numbers are kept: all in fp32, all in half precision (DeepSpeed), or fp32 with products in half (autocast).
 Arithmetic = Literal["fp32", "half", "autocast"]
@@ -139,7 +140,18 @@ def _count(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Foot
         forward_flops=forward.get_total_flops() / _TOKENS,
         backward_flops=backward.get_total_flops() / _TOKENS,
         attention_width=_Attention.width,
+        all_logits=not _has_plain_logits(model),
     )
+
+
+def _has_plain_logits(model: Any) -> bool:
+    """Say whether `training.loss` can take a chunk of the logits at a time."""
+    layer = output_layer(model)
+    if layer is None:
+        return False
+    ids = torch.zeros((1, 1), dtype=torch.long, device="meta")
+    with torch.no_grad():
+        return passes_on(layer, lambda: model(input_ids=ids, position_ids=ids, use_cache=False).logits)
 
 
 @dataclass

@@ -29,6 +29,7 @@ class Footprint:
         forward_flops: for each token, without attention scores and output layer.
         backward_flops: likewise.
         attention_width: heads times head size, summed over layers.
+        all_logits: those of a row are there at once, since the model changes them, or has a bias there.
     """
 
     parameters: int
@@ -44,6 +45,7 @@ class Footprint:
     forward_flops: float
     backward_flops: float
     attention_width: int
+    all_logits: bool = False
 
     def kept_bytes(self, checkpointing: bool) -> float:
         """Bytes for each token that are alive when the backward begins, or at most later, with checkpointing.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from minisft.planning.footprint import Footprint
 from minisft.recipe import LoraRecipe
+from minisft.training.head import chunk_length
 
 ZERO = ("zero1", "zero2", "zero3")
 # DeepSpeed's default: gradients are reduced in buckets of at most so many elements, allocated whole on a GPU.
@@ -48,7 +49,7 @@ class Memory:
         gradients: of the step.
         optimizer: fp32 weights where they are kept apart, and Adam's moments.
         activations: kept for the backward, of the heaviest row.
-        logits: of its supervised tokens, with the two copies that cross-entropy's backward makes.
+        logits: of its supervised tokens, and what is made of them.
         buffers: for communication.
         workspace: temporaries of the backward, and on a CPU blocks that the allocator keeps.
         host: in the host's memory, with offload.
@@ -99,7 +100,7 @@ def memory_of(footprint: Footprint, setting: Setting, row: tuple[int, int], most
     weights, gradients, optimizer = model_states(footprint, setting)
     gathered, buffers = _gathered(footprint, setting), _buffers(footprint, setting)
     activations = row[0] * footprint.kept_bytes(setting.checkpointing)
-    logits = row[1] * footprint.vocabulary * logit_bytes(setting)
+    logits = logit_bytes(footprint, setting, row[1])
     workspace = _workspace(footprint, setting)
     host = 0.0
     if setting.offload:
@@ -118,13 +119,27 @@ def memory_of(footprint: Footprint, setting: Setting, row: tuple[int, int], most
     )  # fmt: skip
 
 
-def logit_bytes(setting: Setting) -> int:
-    """Bytes for a logit at the worst moment: log-probabilities and two gradients, in fp32.
+def logit_bytes(footprint: Footprint, setting: Setting, supervised: int) -> float:
+    """Bytes of the logits of a row's supervised tokens, and of what is made of them.
 
-    Before it, in half precision: the logit itself, its fp32 copy and the log-probability, 10 bytes. Where freed memory
-    is kept, the logit itself is there too.
+    `training.head` has those of a chunk at once: in fp32 they turn into their own gradient in place, in half precision
+    that and the products are there besides, 8 bytes. The gradients by the hidden states are kept until the backward.
     """
-    return 16 if _keeps_freed(setting) else 12
+    chunk = min(supervised, chunk_length(footprint.vocabulary, setting.on_cpu))
+    return supervised * kept_logit_bytes(footprint, setting) + (
+        0.0 if footprint.all_logits else chunk * footprint.vocabulary * (8 if setting.half else 4)
+    )
+
+
+def kept_logit_bytes(footprint: Footprint, setting: Setting) -> float:
+    """Bytes that grow with the supervised tokens of a row, for each.
+
+    All logits at the worst moment: log-probabilities and two gradients, in fp32. Before it, in half precision: the
+    logit itself, its fp32 copy and the log-probability, 10 bytes. Where freed memory is kept, the logit is there too.
+    """
+    if footprint.all_logits:
+        return footprint.vocabulary * (16 if _keeps_freed(setting) else 12)
+    return footprint.hidden_size * (2 if setting.half else 4)
 
 
 def _keeps_freed(setting: Setting) -> bool:

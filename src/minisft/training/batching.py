@@ -8,6 +8,7 @@ are dealt to the processes by length, and each process lays its share end to end
 """
 
 import bisect
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,15 +107,21 @@ def measure(dataset: Any) -> Sizes:
 def deal(lengths: Sequence[int], processes: int) -> list[list[int]]:
     """Deal the items of `lengths` to `processes` so that the largest sum is small; return their positions.
 
-    Longest first to the least loaded (Graham 1969: at most 4/3 of the optimum).
+    The differencing method (Karmarkar and Karp 1982, for more than two parts as in Korf 2009): the two partial deals
+    whose sums differ most are joined, the fullest share of one with the emptiest of the other.
     """
-    shares: list[list[int]] = [[] for _ in range(processes)]
-    loads = [0] * processes
-    for position in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(position)
-        loads[lightest] += lengths[position]
-    return [sorted(share) for share in shares]
+    Deal = list[tuple[int, list[int]]]  # load and positions of each share, fullest first
+    heap: list[tuple[int, int, Deal]] = []
+    for position, length in enumerate(lengths):
+        heap.append((-length, position, [(length, [position]), *[(0, [])] * (processes - 1)]))
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        _, number, one = heapq.heappop(heap)
+        _, _, other = heapq.heappop(heap)
+        joined = [(a + b, mine + theirs) for (a, mine), (b, theirs) in zip(one, reversed(other), strict=True)]
+        joined.sort(key=lambda share: -share[0])
+        heapq.heappush(heap, (joined[-1][0] - joined[0][0], number, joined))
+    return [sorted(share) for _, share in heap[0][2]] if heap else [[] for _ in range(processes)]
 
 
 def fill_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -14,14 +14,13 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PrinterCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minisft.errors import UserError
-from minisft.training.batching import Row, RowDataset, StepBatch, StepSampler, join_rows
+from minisft.training.batching import RowDataset, StepBatch, StepSampler, join_rows
 from minisft.training.checkpoints import clear_left_overs, note_origin, publish, staging_folder, sync_folder
 from minisft.training.clipping import clip_gradients
 from minisft.training.communication import bytes_sent
@@ -29,6 +28,7 @@ from minisft.training.flow import HeldOutLoss, ResumedState, StopAtStepEnd
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows
 from minisft.training.interruption import StopRequest
 from minisft.training.lora import has_adapters, save_adapters
+from minisft.training.loss import row_loss
 from minisft.training.metrics import StepMetrics, peak_memory_mb
 from minisft.training.strategies import zero_writes_through
 from minisft.training.writing import Attempts, failed_write
@@ -271,24 +271,6 @@ class SupervisedTokenTrainer(Trainer):
     def _model(self) -> Any:
         assert self.model is not None
         return self.model
-
-
-def row_loss(model: Any, row: Row) -> torch.Tensor:
-    """Return the sum of the cross-entropies of a row's supervised tokens, () in fp32.
-
-    `logits_to_keep` takes the positions to predict at, so logits of shape (1, supervised, vocabulary) are
-    computed for those alone.
-    """
-    logits = model(
-        input_ids=row.input_ids,
-        position_ids=row.position_ids,
-        logits_to_keep=row.predict_at,
-        conversation_lengths=row.lengths,
-        use_cache=False,
-    ).logits[0]
-    if len(row.targets) == 0:  # a row without conversations, there for the collectives of its forward
-        return logits.sum().float() * 0.0
-    return cross_entropy(logits.float(), row.targets, reduction="sum")
 
 
 def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:

@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from minisft.training import batching, trainer
-from minisft.training.trainer import SupervisedTokenTrainer, row_loss
+from minisft.training.loss import row_loss
+from minisft.training.trainer import SupervisedTokenTrainer
 from tests.tiny import byte_tokenizer
 from tests.unit.checking.examined import assert_first_to_fail, examined
 
@@ -103,7 +104,7 @@ def test_targets_that_are_off_by_one(recipe_file, monkeypatch):
     """The padded reference shifts by itself, so a second shift shows."""
 
     def shifted(model, row):
-        return row_loss(model, trainer.Row(
+        return row_loss(model, batching.Row(
             row.input_ids, row.position_ids, row.lengths, (row.predict_at - 1).clamp(min=0), row.targets, row.indexes
         ))  # fmt: skip
 

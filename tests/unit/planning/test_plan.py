@@ -70,8 +70,8 @@ def test_the_choice_on_h100(recipe, model, processes, chosen):
             1,
             ["training.lora={rank: 16} with training.strategy=vanilla", "2 h100 with training.strategy=zero3"],
         ),
-        ("llama3-70b", 1, ["64 h100 on 8 nodes with training.strategy=zero3"]),
-        ("llama3-70b", 8, ["training.lora={rank: 16} with training.strategy=zero3", "64 h100 on 8 nodes"]),
+        ("llama3-70b", 1, ["32 h100 on 4 nodes with training.strategy=zero3"]),
+        ("llama3-70b", 8, ["training.lora={rank: 16} with training.strategy=zero3", "32 h100 on 4 nodes"]),
     ],
 )
 def test_remedies_do_fit(recipe, model, processes, remedies):

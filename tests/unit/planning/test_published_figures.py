@@ -87,7 +87,7 @@ def test_torchtune_lora_llama2_7b():
     lora = LoraRecipe(rank=8)
     config = read_config(MODELS / "mistral-7b")
     config.update({"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32})
-    footprint = count_footprint(config, "half", lora)
+    footprint = replace(count_footprint(config, "half", lora), all_logits=True)  # its loss had no chunks yet
     assert footprint.parameters - footprint.trainable == 6_738_415_616
     memory = memory_of(footprint, on_gpus("vanilla", 1, checkpointing=True, lora=lora), (8192, 8192), 1)
     assert memory.peak / 1e9 == pytest.approx(21.3, rel=0.15)
