@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from minisft import __version__, options
 from minisft.errors import StoppedError, UserError
+from minisft.files import REFUSED
 from minisft.options import Arguments, Verb
 
 if TYPE_CHECKING:
@@ -32,6 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        print(f"minisft: {_refused(error)}", file=sys.stderr)
+        return 2
+
+
+def _refused(error: OSError) -> UserError:
+    """Say what the file system did not let us do: Arrow's errors name no file, but have the reason in their text."""
+    where = error.filename or "writing"
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return UserError(where, f"the file system refused: {reason}", "make room, or see to the permissions; then go on")
 
 
 def _run(words: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Files that are whole or absent, and fingerprints of their content."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -9,6 +10,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+# What a file system refuses: no room, a quota, a limit on a file's size, read-only or forbidden, a broken disk.
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _CHUNK = 1 << 20
 _RETRY = 0.05  # seconds between two tries for a lock
 
@@ -17,8 +20,12 @@ def write_atomically(path: Path, text: str) -> None:
     """Write `text` aside and rename it into place: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def hash_files(paths: Iterable[Path]) -> str:

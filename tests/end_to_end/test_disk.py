@@ -111,6 +111,38 @@ def test_what_was_computed_is_what_is_written(recipe, tiny_model, tmp_path, stra
     assert abs(bytes_of(run.model) - size.model) < 20_000
 
 
+def test_preparing_says_so_too(recipe, tmp_path):
+    refused = with_small_files("prepare", recipe, f"output={tmp_path / 'run'}")
+    check_refused(refused)
+    done = minisft("prepare", recipe, f"output={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_evaluating_says_so_too(recipe, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    done = minisft("train", recipe, f"output={run.root}", "training.max_steps=2", "training.save_every=1")
+    assert done.returncode == 0, done.stderr
+    check_refused(with_small_files("evaluate", run.root))
+    done = minisft("evaluate", run.root)
+    assert done.returncode == 0, done.stderr
+
+
+def with_small_files(*words):
+    """Run the command line where no file may grow above 1,000 bytes."""
+    return subprocess.run(
+        [sys.executable, "-m", "minisft", *map(str, words)], capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY)),
+    )  # fmt: skip
+
+
+def check_refused(done):
+    assert done.returncode == 2, done.stderr
+    assert "File too large" in done.stderr
+    assert "make room" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def bytes_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,43 @@ def test_what_goes_wrong_on_one_host_is_said_there_and_ends_both(tmp_path, tiny_
 
 
 @pytest.mark.long
+def test_one_host_that_is_asked_to_stop_saves_and_ends_both(tmp_path, tiny_model, conversations):
+    """As a scheduler that takes one machine away: both go on together from the checkpoint, to the same weights."""
+    recipes = {}
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        recipes[name] = write_recipe(tmp_path / name, tiny_model, conversations, SETTINGS)
+    more = ("training.epochs=20", "training.save_every=1000")
+    alone = minisft("train", recipes["whole"], *more)
+    assert alone.returncode == 0, alone.stderr
+    meet = ("--nodes", "2", "--rendezvous", f"{ADDRESSES[0]}:29520")
+    with two_hosts() as hosts:
+        second = start_on(hosts[1], "train", recipes["stopped"], *more, *meet, "--node-rank", "1")
+        first = start_on(hosts[0], "train", recipes["stopped"], *more, *meet, "--node-rank", "0")
+        try:
+            wait_for_steps(tmp_path / "stopped/run/metrics.jsonl", 3, first)
+            second.send_signal(signal.SIGTERM)
+            ended = [process.communicate(timeout=60)[0] for process in (first, second)]
+        finally:
+            for process in (first, second):
+                process.kill()
+        assert [first.returncode, second.returncode] == [1, 1], ended
+        assert all("--resume goes on from there" in said for said in ended)
+        for said, status in train_on(hosts, recipes["stopped"], *more, "--resume"):
+            assert status == 0, said
+    whole, stopped = (load_file(tmp_path / name / "run/model/model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.allclose(whole[key], stopped[key], atol=1e-5) for key in whole)
+
+
+def wait_for_steps(metrics, count, process):
+    end = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.long
 def test_a_host_that_is_lost_ends_the_other_with_an_error(tmp_path, tiny_model, conversations):
     recipe = write_recipe(tmp_path, tiny_model, conversations, SETTINGS)
     more = ("training.epochs=500", "--nodes", "2", "--rendezvous", f"{ADDRESSES[0]}:29519")
@@ -122,12 +160,7 @@ def test_a_host_that_is_lost_ends_the_other_with_an_error(tmp_path, tiny_model, 
         lost = start_on(hosts[1], "train", recipe, *more, "--node-rank", "1")
         here = start_on(hosts[0], "train", recipe, *more, "--node-rank", "0")
         try:
-            metrics = tmp_path / "run/metrics.jsonl"
-            end = time.monotonic() + 120
-            while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-                assert here.poll() is None
-                assert time.monotonic() < end
-                time.sleep(0.1)
+            wait_for_steps(tmp_path / "run/metrics.jsonl", 6, here)
             lost.kill()  # the launcher; its workers die with it
             killed_at = time.monotonic()
             said = here.communicate(timeout=120)[0]

@@ -27,7 +27,8 @@ _VERSIONS = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "
 
 CHECKS = (
     Check("data.template", "the template says where answers end", data_checks.template_does),
-    Check("data.system", "system prompts survive the template", data_checks.system_prompts_survive, ("data.template",)),
+    Check("data.source", "the source is conversations", data_checks.source_is_conversations, ("data.template",)),
+    Check("data.system", "system prompts survive the template", data_checks.system_prompts_survive, ("data.source",)),
     Check("data.rows", "the rows are prepared", data_checks.rows_are_prepared, ("data.system",)),
     Check("data.tokens", "no token is lost", data_checks.tokens_are_conserved, ("data.rows",)),
     Check("data.bos", "there is one BOS, or none", data_checks.one_bos, ("data.rows",)),

@@ -37,6 +37,12 @@ def template_does(subject: Subject) -> str:
     return f"{encoder.template_name}; answers end with {ends}"
 
 
+def source_is_conversations(subject: Subject) -> str:
+    """Read the source's first rows as conversations, and encode them."""
+    skipped = sum(subject.source.skipped.values())
+    return f"{len(subject.source.rows):,} rows read to compare with" + (f", {skipped:,} left out" if skipped else "")
+
+
 def system_prompts_survive(subject: Subject) -> str:
     """Look for every system prompt in the tokens before its conversation's last answer."""
     _refuse_lost_systems(subject)

@@ -6,7 +6,6 @@ on, and the processes then agree on whether all of it was written.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 import threading
@@ -17,9 +16,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from minisft.errors import UserError
+from minisft.files import REFUSED
 
-# What a file system refuses: no room, a quota, a limit on a file's size, read-only or forbidden, a broken disk.
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "write(): ")  # in torch.save's RuntimeErrors
 _MEND = "free some room or mend the disk, then go on with --resume"
 
@@ -28,7 +26,7 @@ def is_write_failure(error: BaseException) -> bool:
     """Say whether an error is that of a file system that refused a write."""
     if isinstance(error, OSError):
         many = error.args[0] if error.args and isinstance(error.args[0], list) else []  # shutil.copytree's
-        return error.errno in _REFUSED or any(os.strerror(code) in str(one) for one in many for code in _REFUSED)
+        return error.errno in REFUSED or any(os.strerror(code) in str(one) for one in many for code in REFUSED)
     if isinstance(error, SafetensorError):
         return "I/O error" in str(error) or "IoError" in str(error)
     return isinstance(error, RuntimeError) and any(name in str(error) for name in _TORCH_WRITERS)
@@ -98,7 +96,7 @@ def size_text(size: int) -> str:
 def _reason(error: BaseException) -> str:
     """Return the file system's own words where the error has them."""
     text = str(error)
-    known = next((os.strerror(code) for code in _REFUSED if os.strerror(code) in text), None)
+    known = next((os.strerror(code) for code in REFUSED if os.strerror(code) in text), None)
     if known is None and any(name in text for name in _TORCH_WRITERS):
         return "torch.save could not write all of it"
     return known or (text.strip().splitlines() or [type(error).__name__])[0]

@@ -65,7 +65,7 @@ def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file, 
     def raise_it(subject):
         raise ValueError("no such thing")
 
-    checks = (Check("a.broken", "raises", raise_it), *check.CHECKS[:3], Check("b.after", "", raise_it, ("a.broken",)))
+    checks = (Check("a.broken", "raises", raise_it), *check.CHECKS[:4], Check("b.after", "", raise_it, ("a.broken",)))
     monkeypatch.setattr(check.examine, "__kwdefaults__", {"checks": checks})
     assert main(["check", str(recipe_file), "--quick"]) == 2
     found = {one["name"]: one for one in report()["checks"]}

@@ -44,6 +44,27 @@ def test_what_is_sound_is_ok_and_what_needs_weights_is_not_run(with_template):
     assert {(result.status, result.detail) for result in others} == {("not run", "because --quick loads no weights")}
 
 
+def test_a_source_that_is_no_conversations(recipe_file, tmp_path):
+    source = tmp_path / "prose.jsonl"
+    source.write_text("once upon a time\n", encoding="utf-8")
+    detail = assert_first_to_fail(examined(recipe_file, f"data.source={source}", quick=True), "data.source")
+    assert "prose.jsonl:1" in detail
+
+
+def test_prepared_rows_of_another_source(recipe_file, conversations, tmp_path):
+    """As a dataset folder that was copied from elsewhere, its ledger left in place."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(conversations.read_text().replace("talk-", "walk-"), encoding="utf-8")
+    ours, theirs = f"output={tmp_path / 'ours'}", f"output={tmp_path / 'theirs'}"
+    examined(recipe_file, ours, quick=True)
+    examined(recipe_file, theirs, f"data.source={other}", quick=True)
+    for side in ("train", "test"):
+        shutil.rmtree(tmp_path / "ours/dataset" / side)
+        shutil.copytree(tmp_path / "theirs/dataset" / side, tmp_path / "ours/dataset" / side)
+    detail = assert_first_to_fail(examined(recipe_file, ours, quick=True), "data.rows")
+    assert "no row of the source" in detail
+
+
 def test_a_template_that_drops_the_system_prompt(with_template, with_system):
     drops = TURNS.replace("messages %}", "messages if m['role'] != 'system' %}")
     detail = assert_first_to_fail(with_template(drops + PROMPT, f"data.source={with_system}"), "data.system")
