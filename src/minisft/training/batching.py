@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 
 IGNORED = -100
 
+_Deal = list[tuple[int, list[int]]]  # tokens and positions of each process's share, fullest first
+
 
 @dataclass(frozen=True)
 class Row:
@@ -110,8 +112,7 @@ def deal(lengths: Sequence[int], processes: int) -> list[list[int]]:
     The differencing method (Karmarkar and Karp 1982, for more than two parts as in Korf 2009): the two partial deals
     whose sums differ most are joined, the fullest share of one with the emptiest of the other.
     """
-    Deal = list[tuple[int, list[int]]]  # load and positions of each share, fullest first
-    heap: list[tuple[int, int, Deal]] = []
+    heap: list[tuple[int, int, _Deal]] = []
     for position, length in enumerate(lengths):
         heap.append((-length, position, [(length, [position]), *[(0, [])] * (processes - 1)]))
     heapq.heapify(heap)
