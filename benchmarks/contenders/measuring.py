@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 
 class Timer(TrainerCallback):
-    """Write the seconds from the beginning of training to the end of its last step, and the peak of memory there.
+    """Write the seconds from the beginning of training to the end of each step, and the peak of memory there.
 
     Loading, preparation and what is saved after the last step are no part of either.
 
@@ -23,13 +24,19 @@ class Timer(TrainerCallback):
         self.result = result
         self.facts: dict[str, Any] = facts
         self.started = 0.0
+        self.stamps: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seconds = time.perf_counter() - self.started
-        measured = {"seconds": seconds, "steps": state.global_step, "peak_mb": peak_mb()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.facts["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        self.stamps.append(time.perf_counter() - self.started)
+        measured = {
+            "seconds": self.stamps[-1], "stamps": self.stamps, "steps": state.global_step, "peak_mb": peak_mb()
+        }  # fmt: skip
         self.result.write_text(json.dumps(self.facts | measured))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from measuring import Timer
 
-from minisft.recipe import DataRecipe, Recipe, TrainingRecipe
+from minisft.recipe import DataRecipe, LoraRecipe, Recipe, TrainingRecipe
 from minisft.runs import RunFolder
 from minisft.training import trainer as trainer_module
 from minisft.training.train import make_trainer, take_steps
@@ -47,9 +47,10 @@ class InsideTimer(Timer):
 def main() -> None:
     options = json.loads(sys.argv[1])
     run = RunFolder(Path(options["run"]))
-    training = TrainingRecipe(
-        epochs=1, batch_size=options["batch_size"], row_tokens=options["row_tokens"], precision="fp32"
-    )
+    settings = {"precision": "fp32"} | options.get("settings", {})
+    if "lora" in settings:
+        settings["lora"] = LoraRecipe(**settings["lora"])
+    training = TrainingRecipe(epochs=1, batch_size=options["batch_size"], row_tokens=options["row_tokens"], **settings)
     data = DataRecipe(source=options["source"], template="chatml")
     recipe = Recipe(model=options["model"], output=str(run.root), data=data, seed=options["seed"], training=training)
     trainer = make_trainer(recipe, run)

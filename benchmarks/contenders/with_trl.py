@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 from measuring import Timer
+from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -18,18 +19,18 @@ def main() -> None:
     tokenizer.chat_template = Path(options["template"]).read_text()
     arguments = SFTConfig(
         output_dir=options["output"],
-        model_init_kwargs={"dtype": "float32"},
         assistant_only_loss=True,
         num_train_epochs=1,
         seed=options["seed"],
-        use_cpu=True,
-        bf16=False,
         save_strategy="no",
         report_to=[],
-        **options["settings"],
+        **({"model_init_kwargs": {"dtype": "float32"}, "use_cpu": True, "bf16": False} | options["settings"]),
     )
+    adapters = LoraConfig(task_type="CAUSAL_LM", **options["lora"]) if "lora" in options else None
     data = datasets.load_dataset("json", data_files=options["messages"], split="train", cache_dir=options["output"])
-    trainer = SFTTrainer(options["model"], arguments, train_dataset=data, processing_class=tokenizer)
+    trainer = SFTTrainer(
+        options["model"], arguments, train_dataset=data, processing_class=tokenizer, peft_config=adapters
+    )
     tokens = sum(map(len, trainer.train_dataset["input_ids"]))
     trainer.add_callback(Timer(Path(options["result"]), tokens=tokens))
     trainer.train()

@@ -45,7 +45,7 @@ def test_without_a_best_checkpoint_the_base_models_answers_are_shown(tmp_path, c
     assert "No checkpoint could be scored." in out
 
 
-@pytest.mark.parametrize("name", ["evaluate", "prepare", "train"])
+@pytest.mark.parametrize("name", ["evaluate", "gpu", "prepare", "train"])
 def test_benchmarks_run_without_arguments(name, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))  # as it is when one is run as a script
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
