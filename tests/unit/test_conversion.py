@@ -58,6 +58,14 @@ def test_a_state_of_another_number_of_parameters_is_refused(tmp_path):
         _Whole(tmp_path, ["a", "b"])
 
 
+def test_parameters_of_different_steps_are_refused(tmp_path):
+    """Those of an expert that was not asked at a step, for example: DeepSpeed counts all as one."""
+    state = {0: {"step": torch.tensor(4.0)}, 1: {"step": torch.tensor(3.0)}}
+    torch.save({"state": state, "param_groups": [{"params": [0, 1]}]}, tmp_path / "optimizer.pt")
+    with pytest.raises(UserError, match="different numbers of steps, 3 to 4"):
+        _Whole(tmp_path, ["a", "b"])
+
+
 def test_adapters_are_found_under_the_names_that_peft_saves(tmp_path):
     save_file({"x.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
     torch.save(

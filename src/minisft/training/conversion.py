@@ -164,7 +164,11 @@ class _Whole:
         # A parameter that no loss ever reached has none.
         self._moments = {name: saved["state"].get(number) for name, number in zip(order, numbers, strict=True)}
         self._files = _weight_files(checkpoint)
-        self.steps = max(float(one["step"]) for one in saved["state"].values())
+        steps = {float(one["step"]) for one in saved["state"].values()}
+        if len(steps) != 1:  # DeepSpeed has one count for all
+            what = f"its parameters have taken different numbers of steps, {min(steps):.0f} to {max(steps):.0f}"
+            raise UserError(checkpoint, what, "resume with training.strategy=vanilla")
+        [self.steps] = steps
 
     def names(self) -> set[str]:
         return {name for name in self._moments if _saved_name(name) in self._files}
