@@ -12,7 +12,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -129,11 +129,18 @@ def _fill_optimizer(optimizer: Any, trained: dict[str, Any], state: "_SavedState
 
 
 def _continue_schedule(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
-    """Load the schedule, which is the same for every layout, and its learning rate into the optimizer."""
-    schedule: Any = trainer.lr_scheduler
-    schedule.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
-    optimizer: Any = trainer.optimizer
-    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+    """Load the schedule, and put its learning rate into the optimizer.
+
+    It holds lists of an entry for each group of parameters. Their entries are equal; their number is not the same
+    everywhere, since DeepSpeed leaves out a group that is empty, as that without decay is with LoRA.
+    """
+    schedule, optimizer = cast(Any, trainer.lr_scheduler), cast(Any, trainer.optimizer)
+    groups = optimizer.param_groups
+    saved = torch.load(checkpoint / "scheduler.pt", weights_only=True)
+    schedule.load_state_dict(
+        {key: value[:1] * len(groups) if isinstance(value, list) else value for key, value in saved.items()}
+    )
+    for group, rate in zip(groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
 
 
