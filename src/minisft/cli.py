@@ -336,13 +336,13 @@ def _settled(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tup
     """Settle on a strategy where the recipe leaves it open; a checkpoint goes on with its own."""
     from minisft.planning.auto import settle_strategy
     from minisft.runs import rewrite_recipe
-    from minisft.training.checkpoints import strategy_of
+    from minisft.training.checkpoints import layout_of
 
     if recipe.training.strategy != "auto":
         return recipe, checkpoint
     if checkpoint is None:
         return settle_strategy(recipe, run), None
-    recipe = replace(recipe, training=replace(recipe.training, strategy=strategy_of(checkpoint)))  # type: ignore[arg-type]
+    recipe = replace(recipe, training=replace(recipe.training, strategy=layout_of(checkpoint)[0]))  # type: ignore[arg-type]
     rewrite_recipe(run, recipe)
     return recipe, checkpoint
 
@@ -376,16 +376,18 @@ def _train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
 
 def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> Path | None:
     from minisft.console import say
-    from minisft.training.checkpoints import latest_resumable, require_same_layout, strategy_of
+    from minisft.training.checkpoints import latest_resumable, layout_of
+    from minisft.training.conversion import refuse_inconvertible
 
     if not resume:
         return None
     checkpoint = latest_resumable(run.checkpoints)
-    if checkpoint is not None:
-        asked = recipe.training.strategy
-        strategy = strategy_of(checkpoint) if asked == "auto" else asked
-        require_same_layout(checkpoint, strategy, recipe.training.processes)
-    say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: from the beginning")
+    if checkpoint is None:
+        say("no checkpoint to resume from: from the beginning")
+        return None
+    refuse_inconvertible(checkpoint, recipe.training)
+    strategy, processes = layout_of(checkpoint)
+    say(f"resuming from {checkpoint}, of {strategy} on {processes} process(es)")
     return checkpoint
 
 

@@ -246,14 +246,14 @@ def test_killed_between_the_last_checkpoint_and_the_model(vanilla, tmp_path):
 
 def test_a_state_that_a_strategy_cannot_take_over_is_refused(vanilla, tmp_path):
     recipe, alone = vanilla
+    words = ["train", recipe, f"output={tmp_path / 'run'}", "training.optimizer=sgd"]
     shutil.copytree(alone.root, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
-    words = [
-        "train", recipe, f"output={tmp_path / 'run'}", "training.strategy=zero2", "training.processes=2",
-        "training.batch_size=4", "--resume",
-    ]  # fmt: skip
-    refused = minisft(*words)
+    kept = tmp_path / "run" / "recipe.yaml"
+    kept.write_text(kept.read_text().replace("optimizer: adamw", "optimizer: sgd"))
+    refused = minisft(*words, "training.strategy=zero2", "training.processes=2", "training.batch_size=4", "--resume")
     assert refused.returncode == 2
+    assert "only AdamW's state is converted" in refused.stderr
     assert "training.strategy=vanilla training.processes=1" in refused.stderr
     assert "Traceback" not in refused.stderr
 

@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-from minisft.errors import UserError
 from minisft.files import whole_folder
 from minisft.recipe import TrainingRecipe
 from minisft.runs import RunFolder, list_checkpoints
@@ -131,30 +130,10 @@ def note_origin(checkpoint: Path, strategy: str, processes: int) -> None:
     (checkpoint / _ORIGIN).write_text(json.dumps({"strategy": strategy, "processes": processes}), encoding="utf-8")
 
 
-def strategy_of(checkpoint: Path) -> str:
-    """Return the strategy that wrote a checkpoint's optimizer state."""
-    return str(json.loads((checkpoint / _ORIGIN).read_text(encoding="utf-8"))["strategy"])
-
-
-def require_same_layout(checkpoint: Path, strategy: str, processes: int) -> None:
-    """Refuse to resume an optimizer state under a strategy or a number of processes it is not laid out for.
-
-    Vanilla keeps it whole, so there any number of processes can go on with it; DeepSpeed keeps shards, which its
-    loader takes back as they were written only.
-
-    Raises:
-        UserError: naming what the checkpoint needs.
-    """
+def layout_of(checkpoint: Path) -> tuple[str, int]:
+    """Return the strategy and the number of processes that wrote a checkpoint's optimizer state."""
     origin = json.loads((checkpoint / _ORIGIN).read_text(encoding="utf-8"))
-    same = strategy == origin["strategy"] and (strategy == "vanilla" or processes == origin["processes"])
-    if not same:
-        raise UserError(
-            checkpoint,
-            f"its optimizer state is that of {origin['strategy']} on {origin['processes']} process(es), which "
-            f"{strategy} on {processes} cannot take over",
-            f"resume with training.strategy={origin['strategy']} training.processes={origin['processes']} and the "
-            "batch_size it had",
-        )
+    return str(origin["strategy"]), int(origin["processes"])
 
 
 def is_last(checkpoint: Path, early_stopping: int | None = None) -> bool:

@@ -2,7 +2,7 @@
 
 Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models": stage 1
 shards the optimizer states, stage 2 the gradients too, stage 3 the parameters too.
-This is the one module that knows DeepSpeed.
+This is the one module that knows DeepSpeed, but for its files, which `conversion` reads.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ from minisft.errors import UserError
 from minisft.files import cache_folder
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch names them in AdamW's state
 
 _STAGE_OPTIONS: dict[int, dict[str, Any]] = {
     1: {"stage": 1},
@@ -139,6 +141,72 @@ def zero_writes_through(engine: Any, attempt: Callable[..., Any]) -> Iterator[No
         for part, name, _ in changed:
             delattr(part, name)  # what the class has is seen again
         del engine.save_checkpoint
+
+
+def fill_zero_engine(
+    engine: Any,
+    parameters: dict[str, Any],
+    moment: Callable[[str, str], torch.Tensor],
+    weight: Callable[[str], torch.Tensor],
+    *,
+    adam_steps: float,
+    steps: int,
+) -> None:
+    """Put weights and AdamW's state into an engine that has taken no step; every process calls this.
+
+    Args:
+        engine: of stage 1, 2 or 3, over torch's AdamW.
+        parameters: the trained ones of its module, by name; one after the other is filled.
+        moment: given a parameter's name and one of `MOMENTS`, returns all of it, flat, in fp32 on the CPU.
+        weight: likewise the fp32 weight, which the module gets in its own format too.
+        adam_steps: that AdamW has taken.
+        steps: that the engine has taken.
+    """
+    _make_adam_states(engine.optimizer, adam_steps)
+    fill = _fill_sharded if engine.zero_optimization_partition_weights() else _fill_replicated
+    for name, parameter in parameters.items():
+        fill(parameter, weight(name), {kind: moment(name, kind) for kind in MOMENTS})
+    engine.global_steps = steps
+    engine.global_samples = steps * engine.train_batch_size()
+
+
+def _make_adam_states(optimizer: Any, steps: float) -> None:
+    """Give torch's AdamW inside ZeRO's optimizer the states that it would make itself in its first step."""
+    sharded = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    for flat in optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups:
+        count = torch.tensor(steps, dtype=torch.float32, device=flat.device)
+        moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+        optimizer.optimizer.state[flat] = {"step": count, **moments}
+    if not sharded:
+        optimizer._lazy_init_hp_params_optimizer_state()  # from here on each parameter knows its piece of them
+
+
+def _fill_replicated(parameter: Any, weight: torch.Tensor, moments: dict[str, torch.Tensor]) -> None:
+    """Fill a parameter of stage 1 or 2: each process has all of it, and its own piece of the state."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    parameter.data.copy_(weight.view_as(parameter))
+    safe_set_full_fp32_param(parameter, weight)
+    for kind, moment in moments.items():
+        safe_set_full_optimizer_state(parameter, moment, kind)
+
+
+def _fill_sharded(parameter: Any, weight: torch.Tensor, moments: dict[str, torch.Tensor]) -> None:
+    """Fill a parameter of stage 3; with `safe_set_full_*` DeepSpeed would miss the padding of the last process."""
+    import deepspeed
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(weight.view_as(parameter))
+    safe_set_local_fp32_param(parameter, _part_here(parameter, weight))
+    for kind, moment in moments.items():
+        safe_set_local_optimizer_state(parameter, _part_here(parameter, moment), kind)
+
+
+def _part_here(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+    size = parameter.ds_tensor.numel()
+    piece = whole[torch.distributed.get_rank() * size :][:size]
+    return torch.nn.functional.pad(piece, (0, size - len(piece)))
 
 
 def _compile_communication(where: str) -> None:

@@ -24,6 +24,7 @@ from minisft.training.batching import RowDataset, StepBatch, StepSampler, join_r
 from minisft.training.checkpoints import clear_left_overs, note_origin, publish, staging_folder, sync_folder
 from minisft.training.clipping import clip_gradients
 from minisft.training.communication import bytes_sent
+from minisft.training.conversion import is_laid_out_for, take_over
 from minisft.training.flow import HeldOutLoss, ResumedState, StopAtStepEnd
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows
 from minisft.training.interruption import StopRequest
@@ -74,6 +75,17 @@ class SupervisedTokenTrainer(Trainer):
         self.add_callback(ResumedState(sampler))
         self.add_callback(HeldOutLoss(self, eval_every, early_stopping))
         self.add_callback(StopAtStepEnd(self))
+
+    # --- resuming
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Load a checkpoint's state as the Trainer does, or convert it where another layout wrote it."""
+        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint is None or is_laid_out_for(checkpoint, self.strategy, self.args.world_size):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        ready = super()._prepare_for_training(max_steps, train_dataloader, None)
+        take_over(self, checkpoint)
+        return ready
 
     # --- batches
 
