@@ -94,7 +94,7 @@ def _count_shallow(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None)
 
     whole = list(_lay_out(config, arithmetic, lora).parameters())
     names = ("parameters", "trainable", "activation_bytes", "constant_bytes", "forward_flops", "backward_flops",
-             "attention_width")  # fmt: skip
+             "attention_width", "adapted_width")  # fmt: skip
     footprint = replace(low, layers=layers, **{name: at_depth(name) for name in names})
     counted = _elements(whole), _elements(weight for weight in whole if weight.requires_grad)
     return footprint if counted == (footprint.parameters, footprint.trainable) else None
@@ -141,6 +141,7 @@ def _count(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Foot
         backward_flops=backward.get_total_flops() / _TOKENS,
         attention_width=_Attention.width,
         all_logits=not _has_plain_logits(model),
+        adapted_width=sum(module.out_features for module in model.modules() if hasattr(module, "lora_A")),
     )
 
 

@@ -30,6 +30,7 @@ class Footprint:
         backward_flops: likewise.
         attention_width: heads times head size, summed over layers.
         all_logits: those of a row are there at once, since the model changes them, or has a bias there.
+        adapted_width: elements of the outputs of all layers that have adapters, for each token.
     """
 
     parameters: int
@@ -46,6 +47,7 @@ class Footprint:
     backward_flops: float
     attention_width: int
     all_logits: bool = False
+    adapted_width: int = 0
 
     def kept_bytes(self, checkpointing: bool) -> float:
         """Bytes for each token that are alive when the backward begins, or at most later, with checkpointing.

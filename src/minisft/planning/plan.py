@@ -8,7 +8,7 @@ from minisft.models import resolve_model
 from minisft.planning.counting import Footprints
 from minisft.planning.footprint import read_config
 from minisft.planning.machines import Machine, cpu_precision, machine_named
-from minisft.planning.memory import ZERO, kept_logit_bytes
+from minisft.planning.memory import ZERO, kept_logit_bytes, token_bytes
 from minisft.planning.prediction import Job, Prediction, predict
 from minisft.planning.workload import Workload, workload_assumed, workload_of
 from minisft.recipe import STRATEGIES, LoraRecipe, Recipe
@@ -274,7 +274,7 @@ def largest_row(job: Job, prediction: Prediction) -> int:
     setting = prediction.setting
     footprint = job.footprint(setting.strategy, setting.lora)
     share = _supervised_of(job, 1_000_000) / 1_000_000
-    per_token = footprint.kept_bytes(setting.checkpointing)
+    per_token = token_bytes(footprint, setting)
     per_token += share * kept_logit_bytes(footprint, setting)
     many = 1 << 24  # where activations decide the peak
     huge = predict(

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PhiConfig,
+    Qwen2Config,
+)
 
 from minisft.planning.counting import count_footprint
 from minisft.planning.footprint import read_config
@@ -100,3 +108,26 @@ def test_lora_trains_the_adapters_alone_at_two_thirds_of_the_operations():
     assert lora.trainable == 3 * (4 * (48 + 48) + 3 * (48 + 96))
     assert lora.parameters == full.parameters + lora.trainable
     assert lora.backward_flops < 0.65 * full.backward_flops
+
+
+@pytest.mark.parametrize("layers", [3, 12])  # counted as it is, and from two short stacks
+def test_the_width_of_what_has_adapters(layers):
+    config = LlamaConfig(**SMALL | {"num_hidden_layers": layers}, intermediate_size=96, num_key_value_heads=2)
+    assert count_footprint(config, "fp32", LoraRecipe(rank=4)).adapted_width == layers * (
+        48 + 2 * 24 + 48 + 2 * 96 + 48
+    )
+    assert count_footprint(config, "fp32").adapted_width == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "at_once"),
+    [
+        (LlamaConfig(**SMALL, intermediate_size=96), False),
+        (CohereConfig(**SMALL, intermediate_size=96), True),
+        (PhiConfig(**SMALL, intermediate_size=96), True),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_which_models_have_all_logits_at_once(config, at_once):
+    """A scale after the output layer, and a bias in it."""
+    assert count_footprint(config, "fp32").all_logits is at_once
