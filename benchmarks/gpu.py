@@ -18,14 +18,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers import trl_python
 from prepare import CHATML, DEMO
-from train import CONTENDERS, PATIENCE, Contender, last_line
+from train import CONTENDERS, PATIENCE, Contender, Work, last_line
 
 from minisft.data.preparation import load_train, prepare
 from minisft.models import load_tokenizer
@@ -44,19 +43,6 @@ TINY = SHAPE | {
     "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every contender trains: a model, a run folder, conversations in two forms, and what they add up to."""
-
-    model: Path
-    run: Path
-    sharegpt: Path
-    messages: Path
-    template: Path
-    tokens: int
-    supervised: int
 
 
 def main() -> None:
