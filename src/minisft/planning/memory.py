@@ -164,13 +164,14 @@ def _keeps_freed(setting: Setting) -> bool:
 def _gathered(footprint: Footprint, setting: Setting) -> float:
     """ZeRO-3's whole weights, and the flat buffer in which a group of them arrives before it is laid apart.
 
-    One process has nothing to gather (DeepSpeed's NoGatherHandle), but on a CPU a second copy was measured there too,
-    for 40M and 135M parameters, trained whole and with LoRA.
+    One process has nothing to gather (DeepSpeed's NoGatherHandle), but on a CPU it was measured to hold what it trains
+    once more, for 40M, 135M and 360M parameters, and nothing more with LoRA.
     """
-    if setting.strategy != "zero3" or (setting.processes == 1 and not setting.on_cpu):
+    if setting.strategy != "zero3":
         return 0.0
-    flat = min(footprint.parameters, PREFETCH) if setting.processes > 1 else 0
-    elements = min(footprint.parameters, LIVE) + flat
+    if setting.processes == 1:
+        return 4.0 * min(footprint.trainable, LIVE) if setting.on_cpu else 0.0
+    elements = min(footprint.parameters, LIVE) + min(footprint.parameters, PREFETCH)
     return elements * (2 if setting.half else 4)
 
 
