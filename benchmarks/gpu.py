@@ -5,14 +5,15 @@
 The model is made here with random weights, in the shape of Llama-3.2-1B, and so is its tokenizer; the conversations
 are the demo's, several of them joined to about 1,000 tokens. Full fine-tuning and LoRA; no model hub and no data are
 needed. The first steps warm up and do not count. MFU is model FLOP utilisation (Chowdhery et al. 2022, arXiv
-2204.02311, appendix B): 6 operations for each weight and token, 4 for frozen ones, over the dense bf16 rate of the
-GPU's data sheet.
+2204.02311, appendix B): the operations that `minisft plan` counts, without attention scores, over the dense bf16 rate
+of the GPU's data sheet.
 
 Without a GPU nothing can be measured; `--trial` then runs a tiny model on the CPU to see that everything works.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,18 +25,20 @@ from typing import Any
 import torch
 from peers import trl_python
 from prepare import CHATML, DEMO
-from train import CONTENDERS, PATIENCE, Contender, Work, last_line
+from train import CONTENDERS, Contender, Work, reason_of, train_once
+from transformers import LlamaConfig
 
 from minisft.data.preparation import load_train, prepare
 from minisft.models import load_tokenizer
-from minisft.planning.machines import GPUS
-from minisft.recipe import DataRecipe, Recipe
+from minisft.planning.counting import count_footprint
+from minisft.planning.machines import machine_named
+from minisft.recipe import DataRecipe, LoraRecipe, Recipe
 from minisft.training.batching import measure
 
 BATCH = 16
 LENGTH = 1024
-LORA = {"rank": 16, "alpha": 32}
-SHAPE = {
+LORA: dict[str, Any] = {"rank": 16, "alpha": 32}
+SHAPE: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -52,7 +55,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        work = make_work(folder, TINY if arguments.trial else SHAPE, BATCH * arguments.steps)
+        work = make_work(arguments, folder, TINY if arguments.trial else SHAPE)
         found = [*ours(work, arguments.trial), *theirs(work, arguments)]
         measured = measure_rounds(found, arguments.rounds, folder)
     summary = {name: summarise(runs, work, arguments) for name, runs in measured.items()}
@@ -76,10 +79,11 @@ def parse_arguments() -> argparse.Namespace:
 # --- what is trained
 
 
-def make_work(folder: Path, shape: dict[str, Any], conversations: int) -> Work:
+def make_work(arguments: argparse.Namespace, folder: Path, shape: dict[str, Any]) -> Work:
     model = make_model(folder / "model", shape)
     tokenizer = load_tokenizer(model)
-    sharegpt, messages = write_conversations(folder, tokenizer, conversations)
+    source = Path(arguments.source)
+    sharegpt, messages = write_conversations(source, folder, tokenizer, BATCH * arguments.steps)
     template = folder / "chatml.jinja"
     template.write_text(CHATML)
     data = DataRecipe(source=str(sharegpt), template="chatml", test_fraction=0, max_length=2 * LENGTH, overflow="error")
@@ -93,7 +97,7 @@ def make_work(folder: Path, shape: dict[str, Any], conversations: int) -> Work:
 def make_model(folder: Path, shape: dict[str, Any]) -> Path:
     """Save a random Llama in bf16, and a byte-level BPE that was trained on the demo's texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,9 +116,9 @@ def make_model(folder: Path, shape: dict[str, Any]) -> Path:
     return folder
 
 
-def write_conversations(folder: Path, tokenizer: Any, count: int) -> tuple[Path, Path]:
-    """Join the demo's dialogues to conversations of nearly `LENGTH` tokens; write ShareGPT and messages."""
-    dialogues = [json.loads(line)["conversations"] for line in DEMO.read_text(encoding="utf-8").splitlines()]
+def write_conversations(source: Path, folder: Path, tokenizer: Any, count: int) -> tuple[Path, Path]:
+    """Join dialogues, over and over, to conversations of nearly `LENGTH` tokens; write ShareGPT and messages."""
+    dialogues = [json.loads(line)["conversations"] for line in source.read_text(encoding="utf-8").splitlines()]
     sizes = [sum(len(tokenizer.encode(turn["value"])) + 6 for turn in dialogue) for dialogue in dialogues]
     sharegpt, messages = folder / "rows.sharegpt.jsonl", folder / "rows.messages.jsonl"
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -187,25 +191,12 @@ def measure_rounds(found: list[Contender], rounds: int, folder: Path) -> dict[st
     for number in range(rounds):
         for one in found:
             try:
-                measured[one.name].append(train_once(one, number, folder))
+                measured[one.name].append(train_once(one, number, dict(os.environ), folder))
             except (subprocess.SubprocessError, OSError) as error:
-                said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
-                print(f"round {number + 1}: {one.name}: failed: {last_line(said) or error}", flush=True)
+                print(f"round {number + 1}: {one.name}: failed: {reason_of(error)}", flush=True)
                 continue
             print(f"round {number + 1}: {one.name}: {measured[one.name][-1]['seconds']:.1f} s", flush=True)
     return {name: runs for name, runs in measured.items() if runs}
-
-
-def train_once(contender: Contender, number: int, folder: Path) -> dict[str, Any]:
-    result = folder / "result"
-    result.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as output:
-        options = contender.options | {"seed": number, "output": output, "result": str(result)}
-        subprocess.run(
-            [*contender.command, json.dumps(options)], check=True, timeout=PATIENCE, cwd=folder, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
-    return dict(json.loads(result.read_text()))
 
 
 def summarise(runs: list[dict[str, Any]], work: Work, arguments: argparse.Namespace) -> dict[str, float]:
@@ -228,27 +219,21 @@ def report(summary: dict[str, dict[str, float]]) -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: the figures mean nothing"
     print(f"\n{gpu}\n\n| | tokens/s | supervised tokens/s | MFU | peak GB | steps |\n|---|---|---|---|---|---|")
     for name, one in summary.items():
-        utilisation = flop_utilisation(one["tokens_per_second"], one["supervised_per_second"], "LoRA" in name)
+        utilisation = "-"
+        if torch.cuda.is_available():
+            rate = machine_named(None, 1, "bf16").flops["bf16"]
+            operations = operations_a_second(one["tokens_per_second"], one["supervised_per_second"], "LoRA" in name)
+            utilisation = f"{operations / rate:.2f}"
         print(
             f"| {name} | {one['tokens_per_second']:,.0f} | {one['supervised_per_second']:,.0f} | {utilisation} "
             f"| {one['peak_gb']:.1f} | {one['steps']:.0f} |"
         )
 
 
-def flop_utilisation(rate: float, supervised: float, frozen: bool) -> str:
-    """MFU as text; the output layer counts for supervised tokens alone, attention scores not at all."""
-    if not torch.cuda.is_available():
-        return "-"
-    name = torch.cuda.get_device_name().lower()
-    gpu = next((one for key, one in GPUS.items() if key in name), None)
-    if gpu is None:
-        return "?"
-    layer = SHAPE["hidden_size"] * (
-        2 * SHAPE["hidden_size"] + 2 * SHAPE["hidden_size"] * SHAPE["num_key_value_heads"]
-        // SHAPE["num_attention_heads"] + 3 * SHAPE["intermediate_size"]
-    )  # fmt: skip
-    body, head = SHAPE["num_hidden_layers"] * layer, SHAPE["hidden_size"] * SHAPE["vocab_size"]
-    return f"{(4 if frozen else 6) * (body * rate + head * supervised) / gpu.flops['bf16']:.2f}"
+def operations_a_second(tokens: float, supervised: float, lora: bool) -> float:
+    """Return those that a rate of tokens takes; logits are counted for supervised tokens alone, for TRL's too."""
+    footprint = count_footprint(LlamaConfig(**SHAPE), "half", LoraRecipe(**LORA) if lora else None)
+    return footprint.step_flops(checkpointing=False) * tokens + footprint.head_flops(supervised)
 
 
 if __name__ == "__main__":

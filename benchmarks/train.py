@@ -240,16 +240,16 @@ def measure_rounds(
         by name, what was measured in each round; under `PRODUCT` the rate of the matrix product in the same rounds.
     """
     rounds: dict[str, list[dict[str, Any]]] = {PRODUCT: []}
+    environment = on_the_cpu(arguments.threads, folder)
     for number in range(arguments.rounds):
         product = (sys.executable, str(CONTENDERS / "matrix_product.py"))
-        rounds[PRODUCT].append(measured(product, folder / "result", arguments.threads, lambda result: str(result)))
+        rounds[PRODUCT].append(measured(product, folder / "result", environment, lambda result: str(result)))
         print(f"round {number + 1}: {PRODUCT}: {rounds[PRODUCT][-1]['flops'] / 1e9:.1f} GFLOP/s", flush=True)
         for one in [one for one in found if one.name not in left_out]:
             try:
-                result = train_once(one, number, arguments.threads, folder)
+                result = train_once(one, number, environment, folder)
             except (subprocess.SubprocessError, OSError) as error:
-                said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
-                left_out[one.name] = last_line(said) or str(error)
+                left_out[one.name] = reason_of(error)
                 print(f"round {number + 1}: {one.name}: left out: {left_out[one.name]}", flush=True)
                 continue
             rounds.setdefault(one.name, []).append(result)
@@ -257,16 +257,21 @@ def measure_rounds(
     return {name: results for name, results in rounds.items() if name not in left_out}
 
 
-def train_once(contender: Contender, number: int, threads: int, folder: Path) -> dict[str, Any]:
+def train_once(contender: Contender, number: int, environment: dict[str, str], folder: Path) -> dict[str, Any]:
     """Train in a new process; the order of the conversations is that of the round's seed, so each round has another."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         options = contender.options | {"seed": number, "output": output}
         return measured(
-            contender.command, folder / "result", threads, lambda result: json.dumps(options | {"result": str(result)})
+            contender.command,
+            folder / "result",
+            environment,
+            lambda result: json.dumps(options | {"result": str(result)}),
         )
 
 
-def measured(command: tuple[str, ...], result: Path, threads: int, argument: Callable[[Path], str]) -> dict[str, Any]:
+def measured(
+    command: tuple[str, ...], result: Path, environment: dict[str, str], argument: Callable[[Path], str]
+) -> dict[str, Any]:
     """Run a command with the argument made of `result`, and return what it wrote into that file.
 
     Raises:
@@ -274,15 +279,25 @@ def measured(command: tuple[str, ...], result: Path, threads: int, argument: Cal
         OSError: it wrote nothing.
     """
     result.unlink(missing_ok=True)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-        "MODELSCOPE_CACHE": str(result.parent / "modelscope"), "TMPDIR": str(result.parent),
-    }  # fmt: skip
     subprocess.run(
         [*command, argument(result)], check=True, timeout=PATIENCE, env=environment, cwd=result.parent,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     return dict(json.loads(result.read_text()))
+
+
+def on_the_cpu(threads: int, folder: Path) -> dict[str, str]:
+    """Return the environment in which nobody sees a GPU or a hub, and what peers leave behind goes with `folder`."""
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+        "MODELSCOPE_CACHE": str(folder / "modelscope"), "TMPDIR": str(folder),
+    }  # fmt: skip
+
+
+def reason_of(error: Exception) -> str:
+    """Return what a contender that failed said last."""
+    said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+    return last_line(said) or str(error)
 
 
 def last_line(text: str) -> str:

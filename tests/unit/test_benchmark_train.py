@@ -58,3 +58,21 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on(train, tmp_path, monkey
     assert left_out["first"] == "OSError: no wheel for you"
     assert "result" in left_out["silent"]
     assert rounds == {train.PRODUCT: [{"flops": 1}] * 2, "last": [sizes] * 2}
+
+
+def test_the_operations_of_the_gpu_benchmark(train):
+    """6 for each weight of a Llama-3.2-1B and token; what LoRA leaves frozen, 4; the head for supervised tokens alone."""
+    gpu = importlib.import_module("gpu")
+    body, head = 973_078_528, 2048 * 128256
+    assert gpu.operations_a_second(10, 0, lora=False) == pytest.approx(6 * body * 10, rel=0.001)
+    assert gpu.operations_a_second(0, 7, lora=False) == 6 * head * 7
+    adapted = gpu.operations_a_second(10, 0, lora=True)
+    assert 4 * body * 10 < adapted < 4.2 * body * 10
+
+
+def test_the_first_steps_of_the_gpu_benchmark_do_not_count(train):
+    gpu = importlib.import_module("gpu")
+    work = train.Work(*[Path()] * 5, tokens=400, supervised=100)
+    run = {"stamps": [50.0, 60.0, 61.0, 62.0], "peak_mb": 2000.0}
+    found = gpu.summarise([run], work, Namespace(warm_up=2))
+    assert found == {"tokens_per_second": 100.0, "supervised_per_second": 25.0, "peak_gb": 2.0, "steps": 4}
