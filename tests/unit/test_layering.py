@@ -24,10 +24,11 @@ MAY_IMPORT = {
     "planning": LEAVES | {"data", "training"},
     "comparison": LEAVES | {"report"},
     "demo": LEAVES,
+    "runner": LEAVES | {"data", "training", "planning", "report"},
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "options", "processes", "errors", "recipe", "runs", "files", "__init__", "__main__")
+LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "files", "__init__", "__main__")
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
 

@@ -1,0 +1,143 @@
+"""From a recipe to a prepared and a trained run folder, as several verbs need it.
+
+What is heavy is imported inside the functions, so that `minisft --help` is instant.
+"""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minisft.errors import UserError
+
+if TYPE_CHECKING:
+    from minisft.recipe import Recipe
+    from minisft.runs import RunFolder
+    from minisft.training.machines import Machines
+
+
+def prepare_run(recipe: "Recipe", with_weights: bool = True) -> Path:
+    """Prepare the data where that is not done; return the base model's folder."""
+    from minisft.console import say
+    from minisft.data.ledger import ledger_lines
+    from minisft.data.preparation import prepare as prepare_data
+    from minisft.data.preview import write_preview
+    from minisft.data.progress import counting_rows
+    from minisft.models import resolve_model, weights_fingerprint
+    from minisft.runs import RunFolder, remember_model
+
+    run = RunFolder(Path(recipe.output))
+    resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=with_weights)
+    say(f"model {resolved}")
+    if with_weights:
+        remember_model(run, str(resolved), weights_fingerprint(resolved.folder))
+    with counting_rows() as progress:
+        prepared = prepare_data(recipe, progress=progress, model_folder=resolved.folder, begun=run.has_begun())
+    write_preview(run.root, resolved.folder, recipe.trust_remote_code)
+    say(f"data {prepared.folder}" + (" (prepared before)" if prepared.cached else ""))
+    for line in ledger_lines(prepared.ledger):
+        say(f"  {line}")
+    return resolved.folder
+
+
+def train_run(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines | None" = None) -> "RunFolder":
+    """Prepare and train, on this machine or as the first of several; return the run folder.
+
+    Raises:
+        UserError: what is asked for cannot be done.
+        StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
+    """
+    from minisft.data.sources import require_sources
+    from minisft.models import resolve_model
+    from minisft.report.curves import draw_curves
+    from minisft.runs import open_run
+    from minisft.training.disk import require_disk
+    from minisft.training.train import refuse_impossible
+    from minisft.training.train import train as start_training
+
+    refuse_impossible(recipe, machines)
+    resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
+    require_sources(recipe.data)
+    with open_run(recipe, force=force, resume=resume) as run:
+        model = prepare_run(recipe)
+        recipe, checkpoint = _settled(recipe, run, _checkpoint_to_resume(recipe, run, resume))
+        require_disk(recipe, run, model, checkpoint)
+        start_training(recipe, run, checkpoint, machines)
+    draw_curves(run.root)
+    return run
+
+
+def train_along(recipe: "Recipe", machines: "Machines", *, resume: bool) -> None:
+    """Train as one of several machines, once the first has prepared; the run folder is the first's to write."""
+    from minisft.console import say
+    from minisft.models import resolve_model
+    from minisft.runs import RunFolder
+    from minisft.training.machines import wait_for_first
+    from minisft.training.train import refuse_impossible
+    from minisft.training.train import train as start_training
+
+    refuse_impossible(recipe, machines)
+    resolve_model(recipe.model, recipe.trust_remote_code)
+    run = RunFolder(Path(recipe.output))
+    wait_for_first(machines, run)
+    start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume), machines)
+    say(f"machine {machines.rank} of {machines.count}: done; machine 0 has the results")
+
+
+def _settled(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tuple["Recipe", Path | None]:
+    """Settle on a strategy where the recipe leaves it open; a checkpoint goes on with its own."""
+    from minisft.planning.auto import settle_strategy
+    from minisft.runs import rewrite_recipe
+    from minisft.training.checkpoints import layout_of
+
+    if recipe.training.strategy != "auto":
+        return recipe, checkpoint
+    if checkpoint is None:
+        return settle_strategy(recipe, run), None
+    recipe = replace(recipe, training=replace(recipe.training, strategy=layout_of(checkpoint)[0]))  # type: ignore[arg-type]
+    rewrite_recipe(run, recipe)
+    return recipe, checkpoint
+
+
+def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
+    """Train as one process of a launch under way: the first prepares, the others wait for it."""
+    from minisft.data.sources import require_sources
+    from minisft.runs import RunFolder, open_run
+    from minisft.training.checkpoints import latest_resumable
+    from minisft.training.disk import require_disk
+    from minisft.training.launch import join, world_size
+    from minisft.training.train import refuse_impossible, train_in_this_process
+
+    recipe = replace(recipe, training=replace(recipe.training, processes=world_size()))
+    if recipe.training.strategy == "auto":
+        what = "a launch under way cannot try strategies"
+        raise UserError("training.strategy", what, "name the one that `minisft plan RECIPE` chooses")
+    refuse_impossible(recipe)
+    run = RunFolder(Path(recipe.output))
+    with contextlib.ExitStack() as held:
+
+        def begin() -> None:
+            require_sources(recipe.data)
+            held.enter_context(open_run(recipe, force=force, resume=resume))
+            model = prepare_run(recipe)
+            require_disk(recipe, run, model, latest_resumable(run.checkpoints) if resume else None)
+
+        join(recipe.training.strategy, begin)
+        train_in_this_process(recipe, run, _checkpoint_to_resume(recipe, run, resume))
+
+
+def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> Path | None:
+    from minisft.console import say
+    from minisft.training.checkpoints import latest_resumable, layout_of
+    from minisft.training.conversion import refuse_inconvertible
+
+    if not resume:
+        return None
+    checkpoint = latest_resumable(run.checkpoints)
+    if checkpoint is None:
+        say("no checkpoint to resume from: from the beginning")
+        return None
+    refuse_inconvertible(checkpoint, recipe.training)
+    strategy, processes = layout_of(checkpoint)
+    say(f"resuming from {checkpoint}, of {strategy} on {processes} process(es)")
+    return checkpoint
