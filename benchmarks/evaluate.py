@@ -22,6 +22,7 @@ from minisft.data.conversation import Message
 from minisft.data.encoding import Encoder
 from minisft.evaluation.generation import generate
 from minisft.models import load_model, load_tokenizer, resolve_model
+from minisft.recipe import EvaluationRecipe
 
 DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.sharegpt.jsonl"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -46,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--one-by-one", type=int, default=24, help="how many of them go one at a time too")
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=EvaluationRecipe().batch_size)
     return parser.parse_args()
 
 
