@@ -100,7 +100,7 @@ class _SumOfLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, products: torch.dtype, learning: bool) -> Any:
         needs_hidden, needs_weight = (learning and needed for needed in ctx.needs_input_grad[:2])
         by_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        by_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        by_weight: torch.Tensor | None = None
         losses = torch.zeros(len(targets), device=hidden.device)
         length = chunk_length(len(weight), hidden.device.type == "cpu")
         with torch.autocast(hidden.device.type, enabled=False):
@@ -111,8 +111,10 @@ class _SumOfLosses(torch.autograd.Function):
                 gradient = gradient.to(products)
                 if by_hidden is not None:
                     by_hidden[part] = gradient @ factors
-                if by_weight is not None:
-                    _add_product(by_weight, gradient.T, states[part])
+                if needs_weight:
+                    by_weight = _with_product(by_weight, gradient.T, states[part])
+        if needs_weight and by_weight is None:  # no position at all
+            by_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(by_hidden, by_weight)
         ctx.dtype = weight.dtype
         return losses.sum()
@@ -140,8 +142,10 @@ def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[t
     return losses[:, 0], logits
 
 
-def _add_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    if left.dtype == target.dtype:
-        target.addmm_(left, right)
-    else:
-        target += left @ right
+def _with_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return `total`, in fp32 and in its own memory, with a product added; None is nothing yet, and is not zeroed."""
+    if total is None:
+        return (left @ right).float()
+    if left.dtype == total.dtype:
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
