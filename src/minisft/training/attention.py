@@ -1,15 +1,16 @@
 """Attention over a padding-free row: causal, within each conversation alone.
 
 Without a mask, transformers would build a dense block-diagonal one of (tokens, tokens) for a row of several
-conversations. The function here runs causal scaled-dot-product attention on each conversation instead.
+conversations. The function here runs causal attention on each conversation instead: by a kernel of the GPU for rows of
+several conversations, or by scaled-dot-product attention on one conversation after the other.
 """
 
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from minisft.errors import UserError
+from minisft.training.kernels import Shape, plain, usable
 
 PADDING_FREE = "minisft_padding_free"
 
@@ -57,14 +58,14 @@ def padding_free_attention(
         UserError: the model needs something of its attention that this function does not do.
     """
     _refuse(module, attention_mask, conversation_lengths, kwargs)
-    lengths = list(conversation_lengths or ())
-    grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        mask = _window_mask(q, sliding_window)
-        causal = mask is None
-        outputs.append(scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=grouped))
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    lengths = tuple(conversation_lengths or ())
+    window = sliding_window if sliding_window is not None and max(lengths) > sliding_window else None
+    shape = Shape(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device, scaling, window)
+    rows = [one[0].transpose(0, 1) for one in (query, key, value)]  # (tokens, heads, head size)
+    kernel = usable(shape, dropout) if value.shape == key.shape else None
+    if kernel is None:
+        return plain(rows[0], rows[1], rows[2], lengths, shape, dropout)[None], None
+    return kernel(rows[0], rows[1], rows[2], lengths, shape)[None], None
 
 
 def _refuse(
@@ -86,13 +87,3 @@ def _refuse(
     ):
         if kwargs.get(option) is not None:
             raise UserError(name, f"this model needs {meaning} its attention scores", mend)
-
-
-def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """Return the (tokens, tokens) mask of a sliding window, or None where causal attention is the same."""
-    tokens = query.shape[2]
-    if window is None or tokens <= window:
-        return None
-    at = torch.arange(tokens, device=query.device)
-    back = at[:, None] - at[None, :]
-    return (back >= 0) & (back < window)
