@@ -41,7 +41,7 @@ test: lint
 
 # What takes minutes: long property tests, every strategy through the command line.
 test-all: test
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -n 2 --dist worksteal -m long
 
 bench: setup
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -34,6 +34,7 @@ CONTENDERS = Path(__file__).resolve().parent / "contenders"
 BATCH = 8
 MOST_TOKENS = 1024  # of a conversation
 PATIENCE = 3600  # seconds that a contender may take
+TWO, IN_ORDER = "minisft, 2 processes", "minisft, 2 processes, shares in order"
 OURS, INSIDE, PRODUCT = "minisft", "minisft, with timers inside", "matrix product"
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "TRL, default": {"per_device_train_batch_size": BATCH},
@@ -112,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--row-tokens", type=int, nargs="+", default=[], help="measure training.row_tokens, too")
     parser.add_argument("--peers", type=Path, metavar="FOLDER", help="measure TRL and ms-swift, installed there")
     parser.add_argument("--overhead", action="store_true", help="also measure what a step spends on our own code")
+    parser.add_argument("--balance", action="store_true", help="also measure two processes, dealt evenly and in order")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there")
     return parser.parse_args()
 
@@ -158,11 +160,16 @@ def prepared_sizes(output: Path, model: Path, **data: Any) -> Sizes:
 
 
 def balance_of(arguments: argparse.Namespace, folder: Path, model: Path) -> dict[str, float]:
-    """Return how uneven an epoch of the whole source is on two processes, with the recipe's defaults, and at best."""
+    """Return how uneven an epoch of the whole source is on two processes, as a recipe's defaults prepare it.
+
+    Returns:
+        for our deal, the best there is, and shares in order: largest to mean tokens of a process, weighted by tokens.
+    """
     sizes = prepared_sizes(folder, model, source=arguments.source, invalid="skip")
     steps = steps_of_epoch(sizes.tokens, global_batch=BATCH, pack_tokens=None, seed=0, epoch=0)
     lengths = [sizes.tokens[step].tolist() for step in steps]
-    return {"dealt": imbalance(lengths, dealt_load), "optimum": imbalance(lengths, least_load)}
+    loads = {"dealt": dealt_load, "optimum": least_load, "in_order": load_in_order}
+    return {name: imbalance(lengths, largest_load) for name, largest_load in loads.items()}
 
 
 def imbalance(steps: list[list[int]], largest_load: Callable[[list[int]], int]) -> float:
@@ -172,6 +179,12 @@ def imbalance(steps: list[list[int]], largest_load: Callable[[list[int]], int]) 
 
 def dealt_load(lengths: list[int]) -> int:
     return max(sum(lengths[at] for at in share) for share in deal(lengths, 2))
+
+
+def load_in_order(lengths: list[int]) -> int:
+    """Return the larger of two shares of as many conversations, as a sampler without lengths makes them."""
+    half = -(-len(lengths) // 2)
+    return max(sum(lengths[:half]), sum(lengths[half:]))
 
 
 def least_load(lengths: list[int]) -> int:
@@ -212,6 +225,11 @@ def ours(arguments: argparse.Namespace, work: Work) -> Iterator[Contender]:
         yield Contender(f"{OURS}, row_tokens {row_tokens}", command, options | {"row_tokens": row_tokens})
     if arguments.overhead:
         yield Contender(INSIDE, command, options | {"inside": True})
+    if arguments.balance:
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        options |= {"batch_size": BATCH // 2, "threads": max(1, arguments.threads // 2)}
+        yield Contender(TWO, (*launcher, command[1]), options)
+        yield Contender(IN_ORDER, (*launcher, command[1]), options | {"in_order": True})
 
 
 def trl_contenders(python: Path, work: Work) -> list[Contender]:
@@ -360,7 +378,7 @@ def report(summary: dict[str, Any]) -> None:
     balance = summary["balance"]
     print(
         f"largest to mean tokens of 2 processes, steps of {BATCH}, whole source: {balance['dealt']:.4f}; "
-        f"the optimum: {balance['optimum']:.4f}"
+        f"the optimum: {balance['optimum']:.4f}; shares in order: {balance['in_order']:.4f}"
     )
     for name, reason in summary["left_out"].items():
         print(f"left out: {name}: {reason}")

@@ -1,16 +1,20 @@
 """Train a prepared run folder with MiniSFT, and measure it: python with_minisft.py OPTIONS, a JSON object."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from measuring import Timer
 
 from minisft.recipe import DataRecipe, LoraRecipe, Recipe, TrainingRecipe
 from minisft.runs import RunFolder
+from minisft.training import batching
 from minisft.training import trainer as trainer_module
 from minisft.training.train import make_trainer, take_steps
 
@@ -46,6 +50,10 @@ class InsideTimer(Timer):
 
 def main() -> None:
     options = json.loads(sys.argv[1])
+    if "threads" in options:
+        torch.set_num_threads(options["threads"])
+    if options.get("in_order"):
+        batching.deal = in_order
     run = RunFolder(Path(options["run"]))
     settings = {"precision": "fp32"} | options.get("settings", {})
     if "lora" in settings:
@@ -58,8 +66,14 @@ def main() -> None:
     facts = parameters(trainer.model) | {"tokens": sum(map(len, trainer.train_dataset["input_ids"]))}  # type: ignore
     result = Path(options["result"])
     timer = InsideTimer(result, trainer, **facts) if options["inside"] else Timer(result, **facts)
-    trainer.add_callback(timer)
+    if os.environ.get("RANK", "0") == "0":
+        trainer.add_callback(timer)
     take_steps(trainer, run)
+
+
+def in_order(lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Deal as many conversations to each process, whatever their lengths, as a sampler does that knows none."""
+    return [part.tolist() for part in np.array_split(np.arange(len(lengths)), processes)]
 
 
 def parameters(model: Any) -> dict[str, int]:

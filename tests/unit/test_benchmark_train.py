@@ -29,6 +29,10 @@ def test_imbalance_is_weighted_by_tokens(train, steps, dealt, optimum):
     assert optimum <= train.imbalance(steps, train.dealt_load) <= dealt
 
 
+def test_shares_in_order_have_as_many_conversations(train):
+    assert train.imbalance([[5, 3, 2], [4, 4]], train.load_in_order) == (8 + 4) * 2 / 18
+
+
 def test_medians_and_shares_are_those_of_all_rounds(train):
     sizes = {"tokens": 100, "steps": 3, "body_parameters": 10, "head_parameters": 5}
     ours = [{"seconds": seconds, "peak_mb": 50.0, **sizes} for seconds in (2.0, 4.0, 5.0)]
