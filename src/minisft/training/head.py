@@ -21,10 +21,15 @@ _CHUNK_ON_CPU, _CHUNK = 1 << 24, 1 << 27
 
 def output_layer(model: Any) -> nn.Linear | None:
     """Return the layer that makes logits of hidden states; None where it is not a plain linear one without a bias."""
-    while hasattr(model, "module"):  # as DDP and DeepSpeed wrap it
-        model = model.module
-    layer = model.get_output_embeddings()
+    layer = unwrapped(model).get_output_embeddings()
     return layer if type(layer) is nn.Linear and layer.bias is None else None
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside what DDP and DeepSpeed wrap around it."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def chunk_length(vocabulary: int, on_cpu: bool) -> int:

@@ -25,6 +25,7 @@ from minisft.training.checkpoints import clear_left_overs, note_origin, publish,
 from minisft.training.clipping import clip_gradients
 from minisft.training.communication import bytes_sent
 from minisft.training.conversion import is_laid_out_for, take_over
+from minisft.training.embedding import Lookups, one_gradient
 from minisft.training.flow import HeldOutLoss, ResumedState, StopAtStepEnd
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows
 from minisft.training.interruption import StopRequest
@@ -113,16 +114,17 @@ class SupervisedTokenTrainer(Trainer):
         started, sent_before = time.perf_counter(), bytes_sent()
         model.train()
         total = torch.zeros((), device=self.args.device)
-        for number, row in enumerate(batch.rows, 1):
-            last = number == len(batch.rows)
-            with self._reduction(model, last):
-                with self.compute_loss_context_manager():
-                    loss = row_loss(model, row.to(self.args.device))
-                loss = loss * (self.args.world_size / batch.step_supervised)
-                total += loss.detach()
-                if last:  # DeepSpeed steps inside the last backward
-                    self._agree(total, batch)
-                self.accelerator.backward(loss, **self._backward_options())
+        with self._large_gradients(model) as lookups:
+            for number, row in enumerate(batch.rows, 1):
+                lookups.last = last = number == len(batch.rows)
+                with self._reduction(model, last):
+                    with self.compute_loss_context_manager():
+                        loss = row_loss(model, row.to(self.args.device))
+                    loss = loss * (self.args.world_size / batch.step_supervised)
+                    total += loss.detach()
+                    if last:  # DeepSpeed steps inside the last backward
+                        self._agree(total, batch)
+                    self.accelerator.backward(loss, **self._backward_options())
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
         self._step_loss = total
         return total
@@ -156,6 +158,10 @@ class SupervisedTokenTrainer(Trainer):
         else:
             with self.accelerator.no_sync(model):
                 yield
+
+    def _large_gradients(self, model: Any) -> contextlib.AbstractContextManager[Lookups]:
+        """Let a step make one gradient of the embedding; DeepSpeed takes those of every backward itself."""
+        return contextlib.nullcontext(Lookups()) if self.is_deepspeed_enabled else one_gradient(model)
 
     def _backward_options(self) -> dict[str, Any]:
         return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
