@@ -227,7 +227,7 @@ def ours(arguments: argparse.Namespace, work: Work) -> Iterator[Contender]:
         yield Contender(INSIDE, command, options | {"inside": True})
     if arguments.balance:
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        options |= {"batch_size": BATCH // 2, "threads": max(1, arguments.threads // 2)}
+        options = options | {"batch_size": BATCH // 2, "threads": max(1, arguments.threads // 2)}
         yield Contender(TWO, (*launcher, command[1]), options)
         yield Contender(IN_ORDER, (*launcher, command[1]), options | {"in_order": True})
 

@@ -33,6 +33,14 @@ def test_shares_in_order_have_as_many_conversations(train):
     assert train.imbalance([[5, 3, 2], [4, 4]], train.load_in_order) == (8 + 4) * 2 / 18
 
 
+def test_two_processes_share_the_batch_and_the_cores_that_one_has(train, tmp_path):
+    arguments = Namespace(row_tokens=[], overhead=True, balance=True, threads=2)
+    work = train.Work(tmp_path, tmp_path, tmp_path, tmp_path, tmp_path, tokens=1, supervised=1)
+    options = {one.name: one.options for one in train.ours(arguments, work)}
+    assert [options[name]["batch_size"] for name in (train.OURS, train.INSIDE, train.TWO, train.IN_ORDER)] == [8, 8, 4, 4]
+    assert [options[name].get("threads") for name in (train.OURS, train.TWO)] == [None, 1]
+
+
 def test_medians_and_shares_are_those_of_all_rounds(train):
     sizes = {"tokens": 100, "steps": 3, "body_parameters": 10, "head_parameters": 5}
     ours = [{"seconds": seconds, "peak_mb": 50.0, **sizes} for seconds in (2.0, 4.0, 5.0)]
