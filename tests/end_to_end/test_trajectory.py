@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from minisft.runs import RunFolder
 from minisft.training.batching import measure, steps_of_epoch
+from minisft.training.conversion import _Shards
 from tests.padded import padded_loop
 from tests.tiny import minisft, write_conversations, write_recipe, write_tiny_model
 
@@ -131,6 +132,26 @@ def test_a_short_last_batch(recipe, tmp_path, strategy):
         assert log[2]["tokens"] in tokens
         for key in ("loss", "grad_norm"):
             np.testing.assert_allclose([line[key] for line in log], [line[key] for line in logs[0]], rtol=2e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_half_precision_begins_with_the_weights_of_the_model_and_not_with_rounded_ones(
+    recipe, tiny_model, tmp_path, strategy
+):
+    """A step of next to nothing, and what the optimizer then holds is what was in the model's folder."""
+    done = minisft(
+        "train", recipe, f"output={tmp_path / 'run'}", f"training.strategy={strategy}", "training.processes=2",
+        "training.precision=bf16", "training.learning_rate=1e-12", "training.max_steps=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [checkpoint] = (RunFolder(tmp_path / "run").checkpoints).iterdir()
+    state = _Shards(checkpoint, int(strategy[-1]), 2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert state.names() == {name for name, _ in model.named_parameters()}
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(state.weight(name), weight.flatten().detach(), atol=1e-9, rtol=0)
+        assert weight.ndim == 1 or not torch.equal(weight, weight.bfloat16().float())
 
 
 def test_the_recorded_trajectory(tmp_path):

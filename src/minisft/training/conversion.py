@@ -21,7 +21,7 @@ from minisft.recipe import TrainingRecipe
 from minisft.runs import step_of
 from minisft.training.checkpoints import layout_of
 from minisft.training.hardware import choose_precision
-from minisft.training.strategies import MOMENTS, ZERO_STAGES, fill_zero_engine
+from minisft.training.strategies import MOMENTS, ZERO_STAGES, fill_zero_engine, restore_exact_weights
 
 if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
@@ -100,6 +100,36 @@ def take_over(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
     else:
         _fill_optimizer(trainer.optimizer, trained, state)
     _continue_schedule(trainer, checkpoint)
+
+
+def keep_exact_weights(trainer: "SupervisedTokenTrainer", folder: Path) -> None:
+    """Let a new run under ZeRO in half precision begin with the fp32 weights of its model folder, as vanilla does.
+
+    Args:
+        trainer: its engine is made and has taken no step; every process calls this.
+        folder: the model's. Weights that are not in fp32 there, or have another name, stay as DeepSpeed rounded them.
+    """
+    model: Any = trainer.model
+    rounded = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and weight.dtype != torch.float32
+    }
+    if rounded:
+        files = _weight_files(folder)
+        restore_exact_weights(trainer.model_wrapped, rounded, lambda name: _weight_in_fp32(files, name))
+
+
+def _weight_in_fp32(files: dict[str, Path], name: str) -> torch.Tensor | None:
+    from safetensors import safe_open
+
+    if name not in files:
+        return None
+    with safe_open(files[name], "pt") as file:
+        if file.get_slice(name).get_dtype() != "F32":
+            return None
+        weight: torch.Tensor = file.get_tensor(name)
+    return weight.flatten()
 
 
 def _in_order_of_optimizer(trainer: "SupervisedTokenTrainer", trained: dict[str, Any]) -> list[str]:

@@ -170,6 +170,46 @@ def fill_zero_engine(
     engine.global_samples = steps * engine.train_batch_size()
 
 
+def restore_exact_weights(engine: Any, parameters: dict[str, Any], exact: Callable[[str], torch.Tensor | None]) -> None:
+    """Give the optimizer of a half-precision engine the fp32 weights that its module was rounded from.
+
+    DeepSpeed makes its own fp32 weights after it has rounded the module. They would begin exactly on rounded numbers,
+    from where a step below half a unit in the last place does not show in the module, however many weights take it,
+    and the first steps would hardly learn: with SmolLM2-135M in bf16 at 2e-5 losses were 4 % to 11 % above vanilla's.
+
+    Args:
+        engine: of stage 1, 2 or 3; it has taken no step.
+        parameters: the trained ones of its module, by name.
+        exact: given a parameter's name, returns all of its fp32 weight, flat, on the CPU, or None where there is none.
+    """
+    restore = _restore_sharded if engine.zero_optimization_partition_weights() else _restore_replicated
+    for name, parameter in parameters.items():
+        weight = exact(name)
+        if weight is not None:
+            restore(parameter, weight)
+
+
+def _restore_replicated(parameter: Any, weight: torch.Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    if _is_rounding(parameter.data, weight):
+        safe_set_full_fp32_param(parameter, weight.view_as(parameter))
+
+
+def _restore_sharded(parameter: Any, weight: torch.Tensor) -> None:
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    held = parameter.ds_tensor
+    here = weight[torch.distributed.get_rank() * held.numel() :][: held.numel()]  # without what pads the last shard
+    if weight.numel() == parameter.ds_numel and _is_rounding(held.flatten()[: len(here)], here):
+        safe_set_local_fp32_param(parameter, _part_here(parameter, weight))
+
+
+def _is_rounding(held: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Say whether weights are others rounded to their format; those of another tensor of that name are not."""
+    return held.numel() == exact.numel() and torch.equal(exact.to(held.dtype), held.flatten().to(exact.device))
+
+
 def _make_adam_states(optimizer: Any, steps: float) -> None:
     """Give torch's AdamW inside ZeRO's optimizer the states that it would make itself in its first step."""
     sharded = hasattr(optimizer, "fp32_partitioned_groups_flat")

@@ -140,7 +140,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     encoder = Encoder(tokenizer, recipe.data.template)
     model = _load_for_training(recipe, resolved, arguments.device)
     tokenizer.chat_template = encoder.chat_template
-    return _trainer(recipe, run, model, encoder, arguments, _begun_at(resume_from))
+    return _trainer(recipe, run, model, encoder, arguments, _begun_at(resume_from), resolved.folder)
 
 
 def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: Path | None = None) -> None:
@@ -271,7 +271,7 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
 
 
 def _trainer(
-    recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any, begun_at: int
+    recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any, begun_at: int, begins_with: Path
 ) -> "SupervisedTokenTrainer":
     from datasets import load_from_disk
     from transformers.integrations import TensorBoardCallback
@@ -301,6 +301,7 @@ def _trainer(
         stop_token_ids=encoder.stop_token_ids,
         describe_rows=_row_describer(dataset),
         when_saved=partial(tidy, run, training),
+        begins_with=begins_with,
         held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
         eval_every=training.eval_every,
         early_stopping=training.early_stopping,

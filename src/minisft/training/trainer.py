@@ -24,7 +24,7 @@ from minisft.training.batching import RowDataset, StepBatch, StepSampler, join_r
 from minisft.training.checkpoints import clear_left_overs, note_origin, publish, staging_folder, sync_folder
 from minisft.training.clipping import clip_gradients
 from minisft.training.communication import bytes_sent
-from minisft.training.conversion import is_laid_out_for, take_over
+from minisft.training.conversion import is_laid_out_for, keep_exact_weights, take_over
 from minisft.training.embedding import Lookups, one_gradient
 from minisft.training.flow import HeldOutLoss, ResumedState, StopAtStepEnd
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows
@@ -51,6 +51,7 @@ class SupervisedTokenTrainer(Trainer):
         stop_token_ids: tuple[int, ...],
         describe_rows: Callable[[tuple[int, ...]], str],
         when_saved: Callable[[Path], None],
+        begins_with: Path | None = None,
         held_out: HeldOutRows | None = None,
         eval_every: str | int | None = None,
         early_stopping: int | None = None,
@@ -61,6 +62,7 @@ class SupervisedTokenTrainer(Trainer):
         self.stop_token_ids = stop_token_ids
         self.describe_rows = describe_rows
         self.when_saved = when_saved
+        self.begins_with = begins_with
         self.held_out = held_out
         self._staging: str | None = None
         self._writing = Attempts()
@@ -82,7 +84,12 @@ class SupervisedTokenTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Load a checkpoint's state as the Trainer does, or convert it where another layout wrote it."""
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        if checkpoint is None or is_laid_out_for(checkpoint, self.strategy, self.args.world_size):
+        if checkpoint is None:
+            ready = super()._prepare_for_training(max_steps, train_dataloader, None)
+            if self.is_deepspeed_enabled and self.begins_with is not None:
+                keep_exact_weights(self, self.begins_with)
+            return ready
+        if is_laid_out_for(checkpoint, self.strategy, self.args.world_size):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         ready = super()._prepare_for_training(max_steps, train_dataloader, None)
         take_over(self, checkpoint)
