@@ -85,7 +85,7 @@ def _count_shallow(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None)
     layers = config.get_text_config().num_hidden_layers
     if layers <= 2 * max(_SHALLOW):
         return None
-    low, high = (_count(_shortened(config, depth), arithmetic, lora) for depth in _SHALLOW)
+    low, high = (_count(shortened(config, depth), arithmetic, lora) for depth in _SHALLOW)
     reach = (layers - _SHALLOW[0]) / (_SHALLOW[1] - _SHALLOW[0])
 
     def at_depth(name: str) -> Any:
@@ -100,7 +100,8 @@ def _count_shallow(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None)
     return footprint if counted == (footprint.parameters, footprint.trainable) else None
 
 
-def _shortened(config: Any, layers: int) -> Any:
+def shortened(config: Any, layers: int) -> Any:
+    """Return a model's configuration with so many layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     if getattr(text, "layer_types", None):

@@ -43,6 +43,7 @@ class Machine:
         host_bandwidth: of the host's memory, for the update there.
         per_node: processes of a node at most.
         source: where the figures come from.
+        measured: whether they were measured here, so that more can be.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Machine:
     host_bandwidth: float
     per_node: int
     source: str
+    measured: bool = False
 
 
 def _gpu(
@@ -151,6 +153,7 @@ def measure_cpu(processes: int, precision: str) -> Machine:
         name="cpu", kind="cpu", memory=free_memory() / processes, flops={precision: rate / processes},
         utilisation=_CPU_UTILISATION, bandwidth=bandwidth, link=_GLOO, network=_GLOO, host_link=bandwidth,
         host_bandwidth=bandwidth, per_node=cores, source=f"{rate / 1e9:.0f} GFLOP/s measured on {cores} cores",
+        measured=True,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from minisft.planning.footprint import Footprint
 from minisft.recipe import LoraRecipe
+from minisft.training.hardware import keeps_freed_memory
 from minisft.training.head import chunk_length
 
 ZERO = ("zero1", "zero2", "zero3")
@@ -157,8 +158,7 @@ def kept_logit_bytes(footprint: Footprint, setting: Setting) -> float:
 
 
 def _keeps_freed(setting: Setting) -> bool:
-    """Say whether freed memory stays the process's: `training.hardware.keep_freed_memory`."""
-    return setting.on_cpu and setting.strategy == "vanilla"
+    return setting.on_cpu and keeps_freed_memory(setting.strategy, half=setting.half)
 
 
 def _gathered(footprint: Footprint, setting: Setting) -> float:

@@ -10,6 +10,7 @@ from minisft.planning.footprint import read_config
 from minisft.planning.machines import Machine, cpu_precision, machine_named
 from minisft.planning.memory import ZERO, kept_logit_bytes, token_bytes
 from minisft.planning.prediction import Job, Prediction, predict
+from minisft.planning.rehearsal import with_rate_of_layers
 from minisft.planning.workload import Workload, workload_assumed, workload_of
 from minisft.recipe import STRATEGIES, LoraRecipe, Recipe
 from minisft.training.batching import Sizes
@@ -99,15 +100,18 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
         UserError: there is no such model, or its configuration lacks a field.
     """
     training = recipe.training
-    processes = (count or training.processes) * nodes
-    config = config_of(recipe)
+    per_node = count or training.processes
+    processes = per_node * nodes
+    config, precision = config_of(recipe), _precision(training.precision, machine)
+    if machine.measured:
+        machine = with_rate_of_layers(machine, config, precision, per_node)
     row_tokens = training.row_tokens or default_row_tokens(machine.kind == "cpu")
     return Job(
         model=Footprints(config),
         machine=machine,
         processes=processes,
         nodes=nodes,
-        precision=_precision(training.precision, machine),
+        precision=precision,
         workload=_workload(recipe, config, sizes, row_tokens, processes),
         row_tokens=row_tokens,
     )

@@ -157,7 +157,14 @@ def plain(
     shape: Shape,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attend within each conversation by torch's scaled-dot-product attention, whatever the device and format."""
+    """Attend within each conversation by torch's scaled-dot-product attention, whatever the device and format.
+
+    A CPU in half precision computes it in fp32: as fast for long conversations, and with many short ones a step took
+    0.86 of the time.
+    """
+    if q.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or v.dtype in (torch.bfloat16, torch.float16)):
+        with torch.autocast("cpu", enabled=False):
+            return plain(q.float(), k.float(), v.float(), lengths, shape, dropout).to(v.dtype)
     grouped, outputs = shape.heads != shape.key_heads, []
     parts = [one.transpose(0, 1)[None].split(list(lengths), 2) for one in (q, k, v)]
     for query, key, value in zip(*parts, strict=True):

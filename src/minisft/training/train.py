@@ -19,7 +19,13 @@ from minisft.training.checkpoints import (
 )
 from minisft.training.communication import start_counting
 from minisft.training.environment import describe_environment
-from minisft.training.hardware import choose_precision, default_row_tokens, keep_freed_memory, on_cpu, require_processes
+from minisft.training.hardware import (
+    choose_precision,
+    default_row_tokens,
+    on_cpu,
+    prepare_cpu_memory,
+    require_processes,
+)
 from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
 from minisft.training.machines import Machines, processes_here, use_network_of
@@ -129,8 +135,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     """
     import torch
 
-    if recipe.training.strategy not in ZERO_STAGES:  # DeepSpeed's blocks seldom fit the holes that others left
-        keep_freed_memory()
+    prepare_cpu_memory(recipe.training.strategy, choose_precision(recipe.training.precision))
     start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
         start_communication(on_cpu())

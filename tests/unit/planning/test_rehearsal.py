@@ -1,0 +1,52 @@
+"""A CPU's rate is measured on layers of the planned model, where they can be tried."""
+
+from dataclasses import replace
+
+import pytest
+
+from minisft.planning import rehearsal
+from minisft.planning.counting import Footprints
+from minisft.planning.machines import GPUS
+from minisft.planning.rehearsal import with_rate_of_layers
+
+CPU = replace(
+    GPUS["l40s"], name="cpu", kind="cpu", flops={"fp32": 1e11}, utilisation=0.75, per_node=2, measured=True, source="x"
+)
+
+
+@pytest.fixture
+def config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=9, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=511,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_are_tried_in_the_precision(config, precision):
+    machine = with_rate_of_layers(CPU, config, precision, 1)
+    assert list(machine.flops) == [precision]
+    assert 1e7 < machine.flops[precision] < 1e14
+    assert "layers of this model, on 2 cores" in machine.source
+    assert (config.num_hidden_layers, config.vocab_size) == (9, 512)
+
+
+def test_the_rate_is_that_of_the_operations_that_footprints_count(config, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_seconds", lambda body, half: 2.0)
+    monkeypatch.setattr(rehearsal, "_LENGTHS", (30, 10))
+    machine = with_rate_of_layers(CPU, config, "fp32", 2)
+    config.num_hidden_layers = 2
+    footprint = Footprints(config).of("fp32")
+    operations = 40 * footprint.step_flops(False) + footprint.attention_flops(30**2 + 10**2, False)
+    assert machine.flops["fp32"] == pytest.approx(operations / 2.0 / 2)  # two seconds, two processes
+
+
+def test_large_layers_are_not_tried(config, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_MOST_PARAMETERS", 1e4)
+    assert with_rate_of_layers(CPU, config, "fp32", 1) is CPU
+
+
+def test_a_model_that_cannot_be_tried_leaves_the_machine():
+    assert with_rate_of_layers(CPU, object(), "fp32", 1) is CPU

@@ -1,0 +1,61 @@
+"""What a CPU's process does with memory, and attention in half precision there."""
+
+import os
+
+import pytest
+import torch
+
+from minisft.training import hardware
+from minisft.training.hardware import keeps_freed_memory, prepare_cpu_memory
+from minisft.training.kernels import Shape, plain
+
+CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Whether freed memory was asked to be kept, without telling this process's allocator."""
+    asked = []
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    monkeypatch.setattr(hardware, "_keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setenv(CACHE, "")  # so that it is set back afterwards
+    monkeypatch.delenv(CACHE)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "keeps", "capacity"),
+    [("vanilla", "fp32", True, None), ("vanilla", "bf16", False, "64"), ("zero2", "fp32", False, None),
+     ("zero3", "bf16", False, "64")],
+)  # fmt: skip
+def test_memory_is_kept_where_it_is_used_again(kept, strategy, precision, keeps, capacity):
+    prepare_cpu_memory(strategy, precision)
+    assert bool(kept) == keeps == keeps_freed_memory(strategy, half=precision != "fp32")
+    assert os.environ.get(CACHE) == capacity
+
+
+def test_a_users_own_number_of_kernels_stays(kept, monkeypatch):
+    monkeypatch.setenv(CACHE, "7")
+    prepare_cpu_memory("vanilla", "bf16")
+    assert os.environ[CACHE] == "7"
+
+
+def test_a_gpus_process_is_left_alone(kept, monkeypatch):
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    prepare_cpu_memory("vanilla", "bf16")
+    assert not kept
+    assert CACHE not in os.environ
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_half_precision_is_computed_in_fp32(autocast):
+    """Autocast would round queries and keys that rotary positions have made fp32, and DeepSpeed's model is in half."""
+    torch.manual_seed(0)
+    lengths, shape = (5, 7), Shape(4, 2, 16, torch.bfloat16, torch.device("cpu"), None, None)
+    rows = [torch.randn(12, heads, 16).bfloat16() for heads in (4, 2, 2)]
+    given = [rows[0].float(), rows[1].float(), rows[2]] if autocast else rows
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = plain(given[0], given[1], given[2], lengths, shape)
+    exact = plain(rows[0].float(), rows[1].float(), rows[2].float(), lengths, shape)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, exact.bfloat16(), rtol=0, atol=0)
