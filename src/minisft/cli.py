@@ -141,6 +141,7 @@ def plan(arguments: Arguments) -> None:
 
 
 def train(arguments: Arguments) -> None:
+    from minisft.processes import leave
     from minisft.training.launch import adopt_slurm, is_joined
     from minisft.training.machines import parse_machines
 
@@ -154,6 +155,7 @@ def train(arguments: Arguments) -> None:
         if machines is not None:
             raise UserError("--nodes", "another launcher started this process", "leave the machines to it")
         train_joined(recipe, force=arguments.force, resume=arguments.resume)
+        leave(0)
     elif machines is not None and machines.rank > 0:
         train_along(recipe, machines, resume=arguments.resume)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft.errors import UserError
+from minisft.processes import leave
 
 if TYPE_CHECKING:
     from minisft.recipe import TrainingRecipe
@@ -84,4 +85,4 @@ def _note_process(root: Path, training: "TrainingRecipe") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from minisft.processes import leave
+
 
 def main() -> int:
     from minisft.training.launch import run_worker
@@ -18,4 +20,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
