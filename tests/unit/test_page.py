@@ -14,6 +14,7 @@ from minisft.errors import UserError
 from minisft.report.markdown import write_results
 from minisft.report.page import write_report
 from minisft.report.run_files import read_run
+from minisft.report.tables import chance
 from minisft.report.verdict import verdict
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/INST] &amp;"
@@ -115,7 +116,7 @@ def test_the_page_holds_every_part(tmp_path):
     ("best", "said"),
     [
         (20.0, "Take checkpoint-9: BLEU 20.0 (95 % interval 18.0 to 22.0), 17.0 above the base model, which is more "
-               "than chance (p = 0.001). It beats the best stock phrase (BLEU 10.0), which may be chance (p = 0.2)."),
+               "than chance (p = 0.001). It beats the best stock phrase (BLEU 10.0), which may be chance (p = 0.200)."),
         (5.0, "It does not beat the best stock phrase (BLEU 10.0): that score is no proof of learning."),
         (2.0, "No checkpoint beats the base model (BLEU 3.0); best is checkpoint-9 with BLEU 2.0"),
     ],
@@ -193,3 +194,10 @@ def test_fifty_checkpoints_and_a_thousand_rows_make_a_small_page_soon(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(None, ""), (1.0, "1.000"), (0.0324, "0.032"), (0.000999, "0.001"), (0.0001, "0.0001")]
+)
+def test_chances_are_short(p, text):
+    assert chance(p) == text

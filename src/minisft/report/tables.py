@@ -22,9 +22,17 @@ def _score_cells(name: str, entry: dict[str, Any], metrics: list[str]) -> list[s
     chances = entry[metrics[0]].get("p", {}) if metrics else {}
     cells = [
         name, entry.get("step"), entry.get("loss"), entry.get("perplexity"), *(_score(entry[m], True) for m in metrics),
-        *(chances.get(rival) for rival in _RIVALS), f"{100 * entry.get('exact_match', 0):.0f} %", entry.get("seconds"),
+        *(chance(chances.get(rival)) for rival in _RIVALS), f"{100 * entry.get('exact_match', 0):.0f} %",
+        entry.get("seconds"),
     ]  # fmt: skip
     return [_cell(cell) for cell in cells]
+
+
+def chance(p: float | None) -> str:
+    """Return a p-value as text, to three places, or its first digit where it is smaller."""
+    if p is None:
+        return ""
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
 
 
 def _cell(value: Any) -> str:

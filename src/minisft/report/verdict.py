@@ -3,6 +3,7 @@
 from typing import Any
 
 from minisft.report.run_files import RunFiles
+from minisft.report.tables import chance
 
 SURE = 0.05  # the p-value below which a difference counts as more than chance
 
@@ -45,4 +46,4 @@ def _sure(p: float | None) -> bool:
 
 
 def _p(p: float | None) -> str:
-    return "" if p is None else f" (p = {p:.3g})"
+    return "" if p is None else f" (p = {chance(p)})"
