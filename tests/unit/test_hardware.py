@@ -9,7 +9,7 @@ from minisft.training import hardware
 from minisft.training.hardware import keeps_freed_memory, prepare_cpu_memory
 from minisft.training.kernels import Shape, plain
 
-CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 @pytest.fixture
@@ -18,8 +18,9 @@ def kept(monkeypatch):
     asked = []
     monkeypatch.setattr(hardware, "on_cpu", lambda: True)
     monkeypatch.setattr(hardware, "_keep_freed_memory", lambda: asked.append(True))
-    monkeypatch.setenv(CACHE, "")  # so that it is set back afterwards
-    monkeypatch.delenv(CACHE)
+    for name in CACHES:
+        monkeypatch.setenv(name, "")  # so that it is set back afterwards
+        monkeypatch.delenv(name)
     return asked
 
 
@@ -31,20 +32,20 @@ def kept(monkeypatch):
 def test_memory_is_kept_where_it_is_used_again(kept, strategy, precision, keeps, capacity):
     prepare_cpu_memory(strategy, precision)
     assert bool(kept) == keeps == keeps_freed_memory(strategy, half=precision != "fp32")
-    assert os.environ.get(CACHE) == capacity
+    assert [os.environ.get(name) for name in CACHES] == [capacity, capacity]
 
 
 def test_a_users_own_number_of_kernels_stays(kept, monkeypatch):
-    monkeypatch.setenv(CACHE, "7")
+    monkeypatch.setenv(CACHES[1], "7")
     prepare_cpu_memory("vanilla", "bf16")
-    assert os.environ[CACHE] == "7"
+    assert [os.environ[name] for name in CACHES] == ["64", "7"]
 
 
 def test_a_gpus_process_is_left_alone(kept, monkeypatch):
     monkeypatch.setattr(hardware, "on_cpu", lambda: False)
     prepare_cpu_memory("vanilla", "bf16")
     assert not kept
-    assert CACHE not in os.environ
+    assert not {*CACHES} & {*os.environ}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
