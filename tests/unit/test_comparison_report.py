@@ -91,6 +91,18 @@ def test_of_equally_fast_ones_the_leaner_is_taken(tmp_path):
     assert any("also needs least memory, 3.00 GB" in text for text in found["verdict"])
 
 
+@pytest.mark.parametrize(("precision", "rounded"), [("bf16", True), ("fp32", False)])
+def test_curves_that_part_in_half_precision_say_why(tmp_path, precision, rounded):
+    for name, off in (("vanilla", 0.0), ("zero2", 3e-3)):
+        run = make_run(tmp_path / "compare" / name, off=off)
+        (run / "environment.json").write_text(json.dumps({"precision": precision}))
+    found = write_comparison(tmp_path, [entry("vanilla"), entry("zero2")])
+    assert found["coincide"] is False
+    assert [variant["precision"] for variant in found["variants"]] == [precision] * 2
+    assert ("In bf16 rounding alone parts them" in found["verdict"][0]) == rounded
+    assert ("training.precision=fp32" in found["verdict"][0]) == rounded
+
+
 def test_curves_that_part_say_where(tmp_path):
     make_run(tmp_path / "compare/vanilla")
     make_run(tmp_path / "compare/zero2", off=3e-3, off_from=7)

@@ -57,7 +57,7 @@ def make_run(folder, best=20.0, rows=4):
     preview = {"title": "train row 0", "tokens": [["Hi", 0], [NASTY, 0], ["yes\n", 1]], "left_out": 7}
     (folder / "dataset/preview.json").write_text(json.dumps({"rows": [preview]}))
     packages = {"torch": "2.99"}
-    found = {"python": "3.99", "system": "Plan 9", "cores": 2, "devices": [], "packages": packages}
+    found = {"precision": "bf16", "python": "3.99", "system": "Plan 9", "cores": 2, "devices": [], "packages": packages}
     (folder / "environment.json").write_text(json.dumps(found))
     return folder
 
@@ -102,7 +102,7 @@ def test_the_page_holds_every_part(tmp_path):
     page = write_report(make_run(tmp_path)).read_text()
     ids = {attributes["id"] for _, attributes in Elements(page).found if "id" in attributes}
     assert {"curves", "scores", "examples", "ledger", "preview", "speed", "recipe", "loss", "bleu", "chrf"} <= ids
-    assert "Trained with Python 3.99 on Plan 9, 2 cores, no GPU; torch 2.99." in page
+    assert "Trained with bf16 arithmetic, Python 3.99 on Plan 9, 2 cores, no GPU; torch 2.99." in page
     assert '<span class="learned">yes⏎\n</span> ... and 7 tokens more' in page
     assert "p: constant" in page
     assert "minisft chat" in page

@@ -103,6 +103,7 @@ def measure(run: RunFiles) -> dict[str, Any]:
     sent = [line["communication_mb"] for line in timed if line.get("communication_mb") is not None]
     seconds = sum(line["seconds"] for line in timed)
     return {
+        "precision": (run.environment or {}).get("precision"),
         "steps": len(steps),
         "seconds_per_step": median(line["seconds"] for line in timed) if timed else None,
         "supervised_tokens_per_second": sum(line["supervised_tokens"] for line in timed) / seconds if timed else None,

@@ -48,13 +48,24 @@ def _coincidence(group: list[dict[str, Any]], tolerance: float) -> str | None:
         return None
     off = [other for other in others if other["against"]["parts_at"] is not None]
     if off:
-        return " ".join(_parting(other, first["name"], tolerance) for other in off)
+        return " ".join(_parting(other, first["name"], tolerance) for other in off) + _rounding(group)
     loss, norm = (max(other["against"][key] for other in others) for key in ("loss", "grad_norm"))
     steps = min(other["against"]["steps"] for other in others)
     return (
         f"The curves coincide within {_power(tolerance)}: over {steps} steps the losses of {_listed(others)} differ "
         f"from those of {first['name']} by at most {_power(loss)} of their size, the gradient norms by at most "
         f"{_power(norm)}."
+    )
+
+
+def _rounding(group: list[dict[str, Any]]) -> str:
+    """Say what curves in half precision cannot show: DeepSpeed rounds weights and gradients where autocast does not."""
+    half = [name for name in ("bf16", "fp16") if any(variant.get("precision") == name for variant in group)]
+    if not half:
+        return ""
+    return (
+        f" In {' and '.join(half)} rounding alone parts them, since the strategies round at different places; "
+        "whether the curves are one shows with training.precision=fp32."
     )
 
 

@@ -162,4 +162,6 @@ def _environment(found: dict[str, Any] | None) -> str:
     devices = ", ".join(found["devices"]) or "no GPU"
     packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
     said = f"Python {found['python']} on {found['system']}, {found['cores']} cores, {devices}; {packages}"
+    if "precision" in found:  # runs of earlier versions do not say
+        said = f"{found['precision']} arithmetic, {said}"
     return f'<p id="environment">Trained with {escape(said)}.</p>\n'

@@ -15,9 +15,14 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def describe_environment() -> dict[str, Any]:
-    """Python, system, devices and the versions of what takes part; nothing that names a person or a host."""
+def describe_environment(precision: str) -> dict[str, Any]:
+    """Precision, Python, system, devices and the versions of what takes part; nothing that names a person or a host.
+
+    Args:
+        precision: that `auto` came to: fp32, bf16 or fp16.
+    """
     return {
+        "precision": precision,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
