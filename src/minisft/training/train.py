@@ -158,7 +158,9 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
     if trainer.args.should_save:
         clear_left_overs(run.checkpoints)
         keep_steps_up_to(run.metrics, _begun_at(resume_from))
-        remember_environment(run, describe_environment(choose_precision(load_run(run.root).training.precision)))
+        arguments = trainer.args
+        precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+        remember_environment(run, describe_environment(precision))
     try:
         with naming_failed_writes(run.root), listening() as trainer.stop:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
