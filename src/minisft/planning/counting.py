@@ -101,7 +101,7 @@ def _count_shallow(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None)
 
 
 def shortened(config: Any, layers: int) -> Any:
-    """Return a model's configuration with so many layers."""
+    """Return a copy of a model's configuration with so many layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     if getattr(text, "layer_types", None):

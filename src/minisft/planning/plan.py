@@ -91,7 +91,7 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
 
     Args:
         recipe: whose model is read, as a configuration only.
-        machine: for each process.
+        machine: for each process; the CPU at hand gets the rate at which it trains layers of the model.
         sizes: of the training data; None: assumed.
         count: processes of a node; None: the recipe's.
         nodes: machines.

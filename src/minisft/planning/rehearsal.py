@@ -1,13 +1,12 @@
 """How fast this machine's CPU trains layers of the model that is planned: two of them, with random weights."""
 
-import copy
 import time
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from minisft.planning.counting import Footprints, shortened
+from minisft.planning.counting import count_footprint, shortened
 from minisft.planning.machines import Machine
 from minisft.training.attention import PADDING_FREE, register
 
@@ -50,7 +49,7 @@ def _rate_of_layers(config: Any, precision: str) -> float | None:
     """Return operations a second, as `Footprint` counts them, of forward and backward; None: the layers are large."""
     config = _small(config)
     half = precision != "fp32"
-    footprint = Footprints(config).of("autocast" if half else "fp32")
+    footprint = count_footprint(config, "autocast" if half else "fp32")
     if footprint.parameters > _MOST_PARAMETERS:
         return None
     tokens, squares = sum(_LENGTHS), float(sum(length**2 for length in _LENGTHS))
@@ -60,7 +59,7 @@ def _rate_of_layers(config: Any, precision: str) -> float | None:
 
 def _small(config: Any) -> Any:
     """Return the configuration with two layers and hardly a vocabulary: the output layer is not part of this."""
-    config = shortened(copy.deepcopy(config), _LAYERS)
+    config = shortened(config, _LAYERS)
     text = config.get_text_config()
     text.vocab_size = 128
     text.pad_token_id = None
