@@ -3,10 +3,8 @@
 import sys
 from pathlib import Path
 
-from minisft.processes import leave
 
-
-def main() -> int:
+def main() -> None:
     from minisft.training.launch import run_worker
 
     def work() -> None:
@@ -14,8 +12,8 @@ def main() -> int:
 
         take_steps_twice(Path(sys.argv[1]))
 
-    return run_worker(work)
+    run_worker(work)
 
 
 if __name__ == "__main__":
-    leave(main())
+    main()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft.errors import UserError
-from minisft.processes import leave
 
 if TYPE_CHECKING:
     from minisft.recipe import TrainingRecipe
@@ -22,10 +21,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in _NO_MEMORY)
 
 
-def main() -> int:
+def main() -> None:
     from minisft.training.launch import run_worker
 
-    return run_worker(lambda: take_trial(Path(sys.argv[1])))
+    run_worker(lambda: take_trial(Path(sys.argv[1])))
 
 
 def take_trial(root: Path) -> None:
@@ -85,4 +84,4 @@ def _note_process(root: Path, training: "TrainingRecipe") -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    main()

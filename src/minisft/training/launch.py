@@ -12,10 +12,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from minisft.errors import StoppedError, UserError
-from minisft.processes import die_with_parent, stop_signals
+from minisft.processes import die_with_parent, leave, stop_signals
 from minisft.training.hardware import on_cpu, threads_of_a_process
 from minisft.training.interruption import STOP_FILE, StopRequest
 from minisft.training.machines import Machines
@@ -175,13 +175,17 @@ def _raise_handed_over(error_file: Path) -> None:
         raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
 
 
-def run_worker(work: Callable[[], None]) -> int:
-    """Run `work` as a process that `launch` started; return its exit status.
+def run_worker(work: Callable[[], None]) -> NoReturn:
+    """Run `work` as a process that `launch` started, and end the process.
 
     A user's error goes to the launcher, which prints it once. The process dies with the launcher: elastic
     starts workers in sessions of their own, so they would train on without it.
     """
     _die_with_launcher()
+    leave(_status_of(work))
+
+
+def _status_of(work: Callable[[], None]) -> int:
     try:
         work()
     except StoppedError:

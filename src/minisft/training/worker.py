@@ -3,10 +3,8 @@
 import sys
 from pathlib import Path
 
-from minisft.processes import leave
 
-
-def main() -> int:
+def main() -> None:
     from minisft.training.launch import run_worker
 
     root, *checkpoint = sys.argv[1:]
@@ -16,8 +14,8 @@ def main() -> int:
 
         train_as_worker(Path(root), Path(checkpoint[0]) if checkpoint else None)
 
-    return run_worker(work)
+    run_worker(work)
 
 
 if __name__ == "__main__":
-    leave(main())
+    main()
