@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from minisft.errors import UserError
 from minisft.report.comparison import Entry, differences, measure, relative_difference, write_comparison
 from minisft.report.run_files import read_run
 from tests.browser import Browser, find_browser
@@ -213,3 +214,9 @@ def test_the_page_in_a_browser(tmp_path):
         assert browser.problems == []
     finally:
         browser.close()
+
+
+def test_an_error_and_its_mend_are_two_sentences(tmp_path):
+    error = str(UserError("disk", "the run needs 3 GB", "make room"))
+    found = write_comparison(tmp_path, [entry("zero1", status="failed", failed_at="train", error=error)])
+    assert found["verdict"] == ["zero1 failed (train): disk: the run needs 3 GB. To mend it: make room"]
