@@ -12,6 +12,7 @@ from minisft.errors import StoppedError, UserError
 from minisft.files import REFUSED
 from minisft.options import Arguments, Verb
 from minisft.runner import prepare_run, train_along, train_joined, train_run
+from minisft.text import printable
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
@@ -24,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        print(f"minisft: {error}", file=sys.stderr)
+        print(f"minisft: {printable(str(error))}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, StoppedError) as stop:
-        print(f"minisft: {str(stop) or 'stopped'}", file=sys.stderr)
+        print(f"minisft: {printable(str(stop)) or 'stopped'}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        print(f"minisft: {_refused(error)}", file=sys.stderr)
+        print(f"minisft: {printable(str(_refused(error)))}", file=sys.stderr)
         return 2
 
 

@@ -6,16 +6,27 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "minisft"
-LEAVES = {"errors", "processes", "recipe", "files", "console", "models", "runs", ""}  # "" is the package's version
+LEAVES = {
+    "errors",
+    "text",
+    "processes",
+    "recipe",
+    "files",
+    "console",
+    "models",
+    "runs",
+    "",
+}  # "" is the package's version
 MAY_IMPORT = {
     "errors": set(),
+    "text": set(),
     "options": {"errors"},
     "processes": set(),
-    "recipe": {"errors"},
-    "files": {"errors"},
-    "console": {"errors"},
-    "models": {"errors", "recipe", "files", "console"},
-    "runs": {"errors", "recipe", "files", "console"},
+    "recipe": {"errors", "text", "files"},
+    "files": {"errors", "text"},
+    "console": {"errors", "text"},
+    "models": {"errors", "text", "recipe", "files", "console"},
+    "runs": {"errors", "text", "recipe", "files", "console"},
     "data": LEAVES,
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},

@@ -1,0 +1,20 @@
+"""Text that is not ours, made safe to read in a terminal."""
+
+import re
+
+# What a terminal obeys in place of showing it: control characters (C0 but tab and line feed, DEL, C1), the controls
+# that reorder text (Unicode TR 36, "bidirectional text spoofing"), and surrogates, which cannot be encoded.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with every character that a terminal would obey written out as an escape, such as `\x1b`.
+
+    Everything that comes from data, models, file names or errors passes through here before it reaches a terminal,
+    or a file that is meant to be read in one. Tabs and line feeds stay.
+    """
+    return _UNPRINTABLE.sub(lambda found: _escape(ord(found[0])), text)
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
