@@ -11,7 +11,9 @@ LEAVES = {
     "text",
     "processes",
     "recipe",
+    "manifest",
     "files",
+    "replacement",
     "console",
     "models",
     "runs",
@@ -20,13 +22,15 @@ LEAVES = {
 MAY_IMPORT = {
     "errors": set(),
     "text": set(),
+    "manifest": {"errors"},
+    "replacement": {"errors", "files", "manifest"},
     "options": {"errors"},
     "processes": set(),
     "recipe": {"errors", "text", "files"},
-    "files": {"errors", "text"},
+    "files": {"errors", "text", "manifest"},
     "console": {"errors", "text"},
     "models": {"errors", "text", "recipe", "files", "console"},
-    "runs": {"errors", "text", "recipe", "files", "console"},
+    "runs": {"errors", "text", "recipe", "manifest", "files", "replacement", "console"},
     "data": LEAVES,
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},
@@ -39,7 +43,8 @@ MAY_IMPORT = {
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "files", "__init__", "__main__")
+LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "manifest", "files",
+         "replacement", "__init__", "__main__")  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
 
