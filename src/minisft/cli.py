@@ -193,8 +193,10 @@ def report(arguments: Arguments) -> None:
     from minisft.console import say
     from minisft.report.markdown import write_results
     from minisft.report.page import write_report
+    from minisft.runs import refuse_strangers_links
 
     output = Path(_recipe_or_run(arguments).output)
+    refuse_strangers_links(output)
     say(f"written: {write_report(output)}")
     say(f"written: {write_results(output)}")
 
@@ -279,7 +281,9 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
 def _evaluate(recipe: "Recipe", *, follow: bool = False, as_json: bool = False) -> None:
     from minisft.evaluation.evaluate import evaluate as score_checkpoints
     from minisft.report.curves import draw_curves
+    from minisft.runs import refuse_strangers_links
 
+    refuse_strangers_links(Path(recipe.output))
     score_checkpoints(recipe, Path(recipe.output), follow=follow, as_json=as_json, draw=draw_curves)
 
 

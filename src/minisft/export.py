@@ -22,6 +22,7 @@ from minisft.replacement import (
 )
 from minisft.runs import RunFolder, remember_model
 from minisft.training.checkpoints import copy_model
+from minisft.training.writing import is_write_failure, reason_of
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BEST = "best"
@@ -81,9 +82,12 @@ def _in_place_of(folder: Path) -> Iterator[Path]:
             new.replace(place)
             return
         take_name(new, place, _EXPORT, [path.name for path in replaced_folders(place)])
-    except BaseException:
+    except BaseException as error:
         if new.exists():
             shutil.rmtree(new, ignore_errors=True)  # made here, a moment ago
+        if is_write_failure(error):
+            what = f"the model could not be written ({reason_of(error)})"
+            raise UserError(folder, what, "make room, or name a folder on another disk") from None
         raise
     for said in delete_replaced(place, _EXPORT):
         warn(said)

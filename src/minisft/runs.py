@@ -247,6 +247,7 @@ def refuse_start(recipe: Recipe, *, force: bool = False, resume: bool = False, p
     run = RunFolder(Path(recipe.output))
     refuse_foreign_folder(run)
     refuse_inputs_in_output(recipe)
+    refuse_strangers_links(run.root)
     if resume and not run.recipe.exists():
         raise UserError(run.root, "there is no run to resume", "train without --resume")
     if force and run.is_run():
@@ -349,6 +350,25 @@ def refuse_foreign_folder(run: RunFolder) -> None:
         )
 
 
+def refuse_strangers_links(root: Path) -> None:
+    """Refuse to write into a run that was not made here and holds links that lead out of it.
+
+    In a run of one's own such links are the user's, as when `checkpoints` lies on another disk. In one that came from
+    somebody else, writing through them would change files outside the run.
+
+    Raises:
+        UserError: naming a link.
+    """
+    if not root.is_dir() or read_marker(root) is not None:
+        return
+    inside = root.resolve()
+    for parent, folders, names in os.walk(root):
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            if path.is_symlink() and inside not in path.resolve().parents:
+                what = "this link leads out of the run folder, which was not made here: nothing is written to the run"
+                raise UserError(path, what, "replace the link by what it leads to, if you trust it, or remove it")
+
+
 def refuse_inputs_in_output(recipe: Recipe) -> None:
     """Refuse an output folder that holds an input, or lies in a folder of data, which would be read as data.
 
@@ -418,7 +438,7 @@ def _tell(sentences: Sequence[str]) -> None:
 
 def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_trained: bool) -> None:
     if not run.has_begun():
-        if read_marker(run.root) is None:  # a copied recipe.yaml makes no run of a folder
+        if read_marker(run.root) is None:  # a copied recipe.yaml does not make a folder a run
             what = "it holds the recipe of a run, but MiniSFT did not begin a run in this folder"
             raise UserError(run.root, what, "name a new folder as `output`")
         return  # prepared only: nothing that took long is lost
