@@ -17,6 +17,7 @@ from minisft.training.checkpoints import (
     publish_final_model,
     tidy,
 )
+from minisft.training.clipping import clipping_norm
 from minisft.training.communication import start_counting
 from minisft.training.environment import describe_environment
 from minisft.training.hardware import (
@@ -29,6 +30,8 @@ from minisft.training.hardware import (
 from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
 from minisft.training.machines import Machines, processes_here, use_network_of
+from minisft.training.optimizers import own_optimizer, require_optimizer, trainer_name
+from minisft.training.schedules import require_schedule
 from minisft.training.strategies import (
     ZERO_STAGES,
     deepspeed_config,
@@ -43,11 +46,13 @@ if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
 
 _WORKER = "minisft.training.worker"
-# Those of transformers that need no settings of their own.
-_SCHEDULERS = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-)  # fmt: skip
-_OPTIMIZERS = {"adamw": "adamw_torch_fused"}
+# Where the package has another name than the tracker.
+_TRACKER_PACKAGES = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub mlflow",
+    "flyte": "flytekit",
+}
 
 
 def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
@@ -58,7 +63,9 @@ def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
     """
     training = recipe.training
     set_deepspeed_environment(on_cpu())
-    _check_names(training)
+    require_optimizer(training.optimizer)
+    require_schedule(training)
+    _check_trackers(training)
     choose_precision(training.precision)
     _check_lora(recipe)
     if not is_joined():
@@ -172,18 +179,23 @@ def _begun_at(resume_from: Path | None) -> int:
     return step_of(resume_from) if resume_from else 0
 
 
-def _check_names(training: TrainingRecipe) -> None:
-    from transformers.integrations.integration_utils import get_available_reporting_integrations
-    from transformers.training_args import OptimizerNames
+def _check_trackers(training: TrainingRecipe) -> None:
+    """Make sure that the trackers of a recipe are installed."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
-    for key, value, known in (
-        ("optimizer", training.optimizer, [*_OPTIMIZERS, *(name.value for name in OptimizerNames)]),
-        ("scheduler", training.scheduler, _SCHEDULERS),
-        *(("report_to", name, get_available_reporting_integrations()) for name in training.report_to),
-    ):
-        if value not in known:
-            mend = f"use one of {', '.join(known)}" if known else "leave it out: none is installed"
-            raise UserError(f"training.{key}", f"there is no {key} {value!r} here", mend)
+    here = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name in here:
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            package = _TRACKER_PACKAGES.get(name, name)
+            what, fix = f"the package of {name} is not installed", f"run `pip install {package}`, or leave {name} out"
+        else:
+            what, fix = f"there is no tracker {name!r}", f"use one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+        raise UserError("training.report_to", what, fix)
 
 
 def _arguments(recipe: Recipe, run: RunFolder) -> Any:
@@ -200,10 +212,11 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         gradient_accumulation_steps=1,  # the split of a step happens inside training_step
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        optim=_OPTIMIZERS.get(training.optimizer, training.optimizer),
+        optim=trainer_name(training.optimizer),
         lr_scheduler_type=training.scheduler,
+        lr_scheduler_kwargs=dict(training.scheduler_args),
         warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
-        max_grad_norm=training.max_grad_norm,
+        max_grad_norm=clipping_norm(training),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         **_save_options(training),
@@ -221,7 +234,7 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         deepspeed=deepspeed_config(
             training.strategy,
             precision=precision,
-            max_grad_norm=training.max_grad_norm,
+            max_grad_norm=clipping_norm(training),
             batch_size=training.batch_size,
             offload=training.offload,
             on_cpu=on_cpu(),
@@ -312,6 +325,7 @@ def _trainer(
         held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
         eval_every=training.eval_every,
         early_stopping=training.early_stopping,
+        optimizer_cls_and_kwargs=own_optimizer(training.optimizer, training.learning_rate),
         callbacks=[MetricsFile(run.metrics)],
     )
     if trainer.is_world_process_zero():

@@ -33,7 +33,9 @@ from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import row_loss
 from minisft.training.metrics import StepMetrics, peak_memory_mb
 from minisft.training.strategies import zero_writes_through
-from minisft.training.writing import Attempts, failed_write
+from minisft.training.writing import Attempts, failed_write, what_is_left
+
+_NEW_RUN = "that makes another run, which needs --force or another `output`"
 
 
 class SupervisedTokenTrainer(Trainer):
@@ -151,9 +153,8 @@ class SupervisedTokenTrainer(Trainer):
         rows = self.describe_rows(tuple(index for row in batch.rows for index in row.indexes))
         raise UserError(
             f"step {self.state.global_step + 1}",
-            f"the loss is {loss}; rows of the step: {rows}",
-            "lower training.learning_rate, use precision fp32 or bf16, or look at those rows; the checkpoints "
-            "written before are whole, so --resume goes on from the newest",
+            f"the loss is {loss}; rows of the step: {rows}; {what_is_left(Path(str(self.args.output_dir)))}",
+            f"look at those rows, or lower training.learning_rate or use precision fp32 or bf16; {_NEW_RUN}",
         )
 
     @contextlib.contextmanager
@@ -224,10 +225,11 @@ class SupervisedTokenTrainer(Trainer):
             UserError: the step's gradient was no number, so the weights are spoiled; or the file system refused.
         """
         if not (self._norm is None or self.args.fp16 or math.isfinite(float(self._norm))):  # fp16 skips such a step
+            left = what_is_left(Path(str(self.args.output_dir)))
             raise UserError(
                 f"step {self.state.global_step}",
-                f"the gradient norm is {float(self._norm)}: these weights are not worth a checkpoint",
-                "lower training.learning_rate; the checkpoints written before are whole",
+                f"the gradient norm is {float(self._norm)}, so no checkpoint was written of this step; {left}",
+                f"lower training.learning_rate or use precision fp32; {_NEW_RUN}",
             )
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(str(self.args.output_dir))
