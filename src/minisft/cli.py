@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft import __version__, options
-from minisft.errors import StoppedError, UserError
+from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.files import REFUSED
 from minisft.options import Arguments, Verb
 from minisft.runner import prepare_run, train_along, train_joined, train_run
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"minisft: {printable(str(error))}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, StoppedError) as stop:
+    except (KeyboardInterrupt, StoppedError, WorkerError) as stop:
         print(f"minisft: {printable(str(stop)) or 'stopped'}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
