@@ -11,6 +11,7 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
+from minisft.longer import is_only_longer, refuse_other_trajectory
 from minisft.recipe import Recipe, dump_recipe, load_recipe
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -161,11 +162,14 @@ def open_run(
     with _locked(run):
         if force:
             _clear(run)
-        if run.recipe.exists():
+        longer = resume and run.recipe.exists() and _is_longer(run, recipe)
+        if longer:
+            refuse_other_trajectory(recipe.training)
+        elif run.recipe.exists():
             _refuse_other_run(run, recipe, may_go_on=resume or prepares_only, may_be_trained=prepares_only)
         elif resume:
             raise UserError(run.root, "there is no run to resume", "train without --resume")
-        if not (prepares_only and run.has_begun()):
+        if not (prepares_only and run.has_begun()) and not longer:  # which is written when the run goes on
             rewrite_recipe(run, recipe)
         yield run
 
@@ -210,15 +214,15 @@ def refuse_foreign_folder(run: RunFolder) -> None:
 def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_trained: bool) -> None:
     if not run.has_begun():
         return  # prepared only: nothing that took long is lost
-    earlier, now = identity(load_run(run.root)), identity(recipe)
-    changed = [key for key in now if now[key] != earlier.get(key)]
+    earlier, now, changed = _changes(run, recipe)
     if changed:
         key = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
             run.root,
             f"holds another recipe's run: {key} is {earlier.get(key)!r} there, {now[key]!r} here{more}",
-            "choose another `output`, or pass --force to delete that run",
+            "choose another `output`, or pass --force to delete that run"
+            + ("; --resume goes on with it" if _is_longer(run, recipe) else ""),
         )
     if run.is_trained() and not may_be_trained:
         raise UserError(
@@ -228,6 +232,18 @@ def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_tr
         )
     if not may_go_on:
         raise UserError(run.root, "holds an unfinished run", "pass --resume to go on with it, or --force to begin anew")
+
+
+def _changes(run: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return what identifies the folder's run and a recipe's, and the keys in which they differ."""
+    earlier, now = identity(load_run(run.root)), identity(recipe)
+    return earlier, now, [key for key in now if now[key] != earlier.get(key)]
+
+
+def _is_longer(run: RunFolder, recipe: Recipe) -> bool:
+    """Say whether a recipe is that of a begun run, with more epochs or steps."""
+    changed = _changes(run, recipe)[2]
+    return run.has_begun() and is_only_longer(changed, load_run(run.root).training, recipe.training)
 
 
 def remember_environment(run: RunFolder, found: dict[str, Any]) -> None:

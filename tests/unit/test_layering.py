@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "files": {"errors", "text"},
     "console": {"errors", "text"},
     "models": {"errors", "text", "recipe", "files", "console"},
-    "runs": {"errors", "text", "recipe", "files", "console"},
+    "longer": {"errors", "recipe"},
+    "runs": {"errors", "text", "recipe", "files", "console", "longer"},
     "data": LEAVES,
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "files", "__init__", "__main__")
+LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "longer", "files", "__init__", "__main__")
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
 

@@ -1,5 +1,6 @@
 """Training, from a prepared data set to checkpoints and the final model."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,11 @@ from minisft.data.encoding import Encoder
 from minisft.errors import StoppedError, UserError
 from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
-from minisft.runs import RunFolder, load_run, remember_environment, step_of
+from minisft.runs import RunFolder, load_run, remember_environment, rewrite_recipe, step_of
 from minisft.training.checkpoints import (
     clear_left_overs,
     is_last,
+    last_step,
     publish_final_model,
     tidy,
 )
@@ -81,7 +83,7 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machi
         UserError: the model or the data cannot be trained so.
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
-    if resume_from is not None and is_last(resume_from, recipe.training.early_stopping):
+    if resume_from is not None and _ended_with(resume_from, recipe.training):
         with naming_failed_writes(run.model):
             publish_final_model(run)  # it ended before this was done
         return
@@ -95,6 +97,24 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machi
     launch(_WORKER, arguments, processes_here(training.processes, machines), machines)
     if not run.is_trained():
         raise _stopped(run)
+
+
+def _ended_with(checkpoint: Path, training: TrainingRecipe) -> bool:
+    return is_last(checkpoint, training.early_stopping, last_step(checkpoint, training))
+
+
+def go_beyond_end(recipe: Recipe, run: RunFolder, checkpoint: Path) -> None:
+    """Take up a recipe with more epochs or steps than the run had, if it has; `model/` is made anew at the new end.
+
+    Nothing is lost: `model/` is a copy of the last checkpoint. Killed between the two, the run is as before its end.
+    """
+    if _ended_with(checkpoint, recipe.training):
+        return
+    if run.model.is_symlink():
+        run.model.unlink()
+    elif run.model.exists():
+        shutil.rmtree(run.model)
+    rewrite_recipe(run, recipe)
 
 
 def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> None:

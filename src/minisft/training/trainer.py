@@ -28,6 +28,7 @@ from minisft.training.conversion import is_laid_out_for, keep_exact_weights, tak
 from minisft.training.embedding import Lookups, one_gradient
 from minisft.training.flow import HeldOutLoss, ResumedState, StopAtStepEnd
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows
+from minisft.training.integrity import naming_damage
 from minisft.training.interruption import StopRequest
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import row_loss
@@ -85,6 +86,24 @@ class SupervisedTokenTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Load a checkpoint's state as the Trainer does, or convert it where another layout wrote it."""
+        with naming_damage(resume_from_checkpoint):
+            return self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with naming_damage(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say which weights a checkpoint lacks, but for those that are tied to others, which are not saved twice."""
+        tied = set(getattr(self._model(), "_tied_weights_keys", None) or ())
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with naming_damage(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _prepare_or_resume(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if checkpoint is None:
             ready = super()._prepare_for_training(max_steps, train_dataloader, None)
