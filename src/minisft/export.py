@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from minisft.errors import UserError
-from minisft.files import whole_folder
+from minisft.files import follow_umask, whole_folder
 from minisft.models import is_adapter, load_model, resolve_model, weights_fingerprint
 from minisft.recipe import Recipe
 from minisft.runs import RunFolder, remember_model
@@ -48,6 +48,7 @@ def export(
             _replace_weights(aside, source, _base(recipe, run), dtype or "fp32")
         elif dtype is not None and not is_adapter(source):
             _replace_weights(aside, source, None, dtype)
+        follow_umask(aside)
     return source
 
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from minisft.files import whole_folder
+from minisft.files import follow_umask, whole_folder
 from minisft.recipe import TrainingRecipe
 from minisft.runs import RunFolder, list_checkpoints
 from minisft.training.held_out import eval_losses, stops_early
@@ -168,6 +168,7 @@ def publish_final_model(run: RunFolder) -> None:
         shutil.rmtree(left_over)
     with whole_folder(run.model) as aside:
         copy_model(run.list_checkpoints()[-1], aside)
+        follow_umask(aside)  # a checkpoint of an earlier version does not
         sync_folder(aside)
 
 

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minisft.errors import UserError
+from minisft.files import follow_umask
 from minisft.training.batching import RowDataset, StepBatch, StepSampler, join_rows
 from minisft.training.checkpoints import clear_left_overs, note_origin, publish, staging_folder, sync_folder
 from minisft.training.clipping import clip_gradients
@@ -262,6 +263,7 @@ class SupervisedTokenTrainer(Trainer):
         self._agree_written(name)  # all of it, by every process
         if self.args.should_save:
             self._writing(note_origin, staging / name, self.strategy, self.args.world_size)
+            self._writing(follow_umask, staging / name)
             self._writing(sync_folder, staging / name)
             self._writing(publish, staging / name, folder / name)
         self._agree_written(name)
