@@ -33,6 +33,7 @@ from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
 from minisft.training.machines import Machines, processes_here, use_network_of
 from minisft.training.optimizers import own_optimizer, require_optimizer, trainer_name
+from minisft.training.quiet import hold_back_notices
 from minisft.training.schedules import require_schedule
 from minisft.training.strategies import (
     ZERO_STAGES,
@@ -162,6 +163,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     """
     import torch
 
+    hold_back_notices()
     prepare_cpu_memory(recipe.training.strategy, choose_precision(recipe.training.precision))
     start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
