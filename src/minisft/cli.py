@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft import __version__, options
-from minisft.errors import StoppedError, UserError
+from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.files import REFUSED, user_path
 from minisft.options import Arguments, Verb
 from minisft.runner import prepare_run, train_along, train_joined, train_run, try_start
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"minisft: {printable(str(error))}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, StoppedError) as stop:
+    except (KeyboardInterrupt, StoppedError, WorkerError) as stop:
         print(f"minisft: {printable(str(stop)) or 'stopped'}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -57,17 +57,21 @@ def _run(words: list[str]) -> int:
     verb = VERBS.get(words[0])
     if verb is None:
         raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
-    return verb.run(verb.parser(words[0]).parse_intermixed_args(words[1:])) or 0
+    arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
+    arguments.verb = words[0]
+    return verb.run(arguments) or 0
 
 
 # --- verbs ------------------------------------------------------------------------------------------------
 
+# Each reads its recipe first, which prints a line, and imports what takes seconds after that.
+
 
 def prepare(arguments: Arguments) -> None:
+    recipe = _load(arguments)
     from minisft.data.sources import require_sources
     from minisft.runs import delete_replaced_run, start_run
 
-    recipe = _load(arguments)
     require_sources(recipe.data)
     with start_run(recipe, force=arguments.force, prepares_only=True) as started:
         prepare_run(started.recipe, with_weights=False)
@@ -76,10 +80,10 @@ def prepare(arguments: Arguments) -> None:
 
 
 def inspect(arguments: Arguments) -> None:
+    recipe = _recipe_or_run(arguments)
     from minisft.data.inspect import inspect as show_rows
     from minisft.runs import RunFolder, is_same_run, open_run
 
-    recipe = _recipe_or_run(arguments)
     if not is_same_run(RunFolder(Path(recipe.output)), recipe):
         with open_run(recipe, prepares_only=True):
             prepare_run(recipe, with_weights=False)
@@ -96,6 +100,7 @@ def inspect(arguments: Arguments) -> None:
 
 
 def check(arguments: Arguments) -> None:
+    recipe = _load(arguments)
     import json
 
     from minisft.console import say
@@ -104,7 +109,6 @@ def check(arguments: Arguments) -> None:
     from minisft.training.hardware import on_cpu
     from minisft.training.strategies import set_deepspeed_environment
 
-    recipe = _load(arguments)
     set_deepspeed_environment(on_cpu())  # before transformers is imported
     if not arguments.quick:
         from minisft.training.train import refuse_impossible
@@ -131,12 +135,13 @@ def check(arguments: Arguments) -> None:
 
 
 def plan(arguments: Arguments) -> None:
+    recipe = _load(arguments)
     import json
 
     from minisft.planning.command import Wish, plan_for
     from minisft.planning.table import plan_as_json, show_plan
 
-    made = plan_for(_load(arguments), Wish(arguments.gpu, arguments.count, arguments.nodes))
+    made = plan_for(recipe, Wish(arguments.gpu, arguments.count, arguments.nodes))
     if arguments.json:
         print(json.dumps(plan_as_json(made), indent=1, ensure_ascii=False))
     else:
@@ -144,12 +149,12 @@ def plan(arguments: Arguments) -> None:
 
 
 def train(arguments: Arguments) -> None:
+    recipe = _load(arguments)
     from minisft.processes import leave
     from minisft.training.launch import adopt_slurm, is_joined
     from minisft.training.machines import parse_machines
 
     adopt_slurm()
-    recipe = _load(arguments)
     machines = parse_machines(arguments.nodes, arguments.node_rank, arguments.rendezvous)
     if machines is not None and recipe.training.strategy == "auto":
         mend = f"name a strategy; `minisft plan {arguments.words[0]} --nodes {machines.count}` says which"
@@ -173,10 +178,12 @@ def evaluate(arguments: Arguments) -> None:
 
 
 def compare(arguments: Arguments) -> int:
+    path, *overrides = arguments.words
+    if Path(path).is_file():  # else it is refused
+        _announce(arguments, path)
     from minisft.comparison.compare import Wish
     from minisft.comparison.compare import compare as compare_variants
 
-    path, *overrides = arguments.words
     return compare_variants(
         Wish(
             Path(path),
@@ -190,25 +197,25 @@ def compare(arguments: Arguments) -> int:
 
 
 def report(arguments: Arguments) -> None:
+    output = Path(_recipe_or_run(arguments).output)
     from minisft.console import say
     from minisft.report.markdown import write_results
     from minisft.report.page import write_report
     from minisft.runs import refuse_strangers_links
 
-    output = Path(_recipe_or_run(arguments).output)
     refuse_strangers_links(output)
     say(f"written: {write_report(output)}")
     say(f"written: {write_results(output)}")
 
 
 def export(arguments: Arguments) -> None:
-    from minisft.console import say
-    from minisft.export import export as export_model
-
     if len(arguments.words) < 2 or "=" in arguments.words[1]:
         raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
     folder = user_path(arguments.words.pop(1), "the folder to write")
     recipe = _recipe_or_run(arguments)
+    from minisft.console import say
+    from minisft.export import export as export_model
+
     source = export_model(
         recipe,
         folder,
@@ -221,14 +228,16 @@ def export(arguments: Arguments) -> None:
 
 
 def chat(arguments: Arguments) -> None:
-    from minisft.chat import chat as start_chat
-
     folder, *overrides = arguments.words
     path = Path(folder)
     if path.suffix in (".yaml", ".yml"):
         path = Path(_load(arguments).output)
     elif overrides:
         raise UserError(overrides[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
+    elif path.is_dir():  # else it is refused
+        _announce(arguments, folder)
+    from minisft.chat import chat as start_chat
+
     start_chat(
         path,
         message=arguments.message,
@@ -241,11 +250,13 @@ def chat(arguments: Arguments) -> None:
 
 
 def demo(arguments: Arguments) -> None:
-    from minisft.demo import show_demo
     from minisft.recipe import load_recipe
     from minisft.runs import RunFolder, is_same_run
 
     recipe = load_recipe(built_in_recipe("demo"), arguments.words)
+    _announce(arguments, "", recipe.output)
+    from minisft.demo import show_demo
+
     run = RunFolder(Path(recipe.output))
     if not arguments.force and is_same_run(run, recipe) and run.is_trained():
         print(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
@@ -263,7 +274,9 @@ def _load(arguments: Arguments) -> "Recipe":
     from minisft.recipe import load_recipe
 
     path, *overrides = arguments.words
-    return load_recipe(Path(path), overrides)
+    recipe = load_recipe(Path(path), overrides)
+    _announce(arguments, path, recipe.output)
+    return recipe
 
 
 def _recipe_or_run(arguments: Arguments) -> "Recipe":
@@ -275,7 +288,22 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
     if not Path(path).is_dir():
         return _load(arguments)
     load_run(Path(path))  # says so where it is no run
-    return replace(load_recipe(RunFolder(Path(path)).recipe, overrides), output=path)
+    recipe = load_recipe(RunFolder(Path(path)).recipe, overrides)
+    _announce(arguments, path)
+    return replace(recipe, output=path)
+
+
+def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
+    """Print what is done on what, before anything heavy is imported, which takes several seconds.
+
+    It is no part of what a verb prints for programs, so where stdout holds that it goes to stderr. Of the processes
+    that a launcher started, the first one prints it.
+    """
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    for_programs = getattr(arguments, "json", False) or arguments.verb == "chat"
+    line = " ".join(filter(None, ["minisft", arguments.verb, subject, f"-> {output}" if output else ""]))
+    print(printable(line), file=sys.stderr if for_programs else sys.stdout, flush=True)
 
 
 def _evaluate(recipe: "Recipe", *, follow: bool = False, as_json: bool = False) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minisft.console import warn
 from minisft.errors import UserError
+from minisft.files import follow_umask
 from minisft.manifest import mark, record_folder
 from minisft.models import is_adapter, load_model, resolve_model, weights_fingerprint
 from minisft.recipe import Recipe
@@ -64,6 +65,7 @@ def export(
         elif dtype is not None and not is_adapter(source):
             _replace_weights(new, source, None, dtype)
         record_folder(new, new)
+        follow_umask(new)
     return source
 
 

@@ -175,3 +175,15 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("MINISFT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minisft"
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files in a folder that this process wrote the permissions that the user's umask grants to new files.
+
+    The writer of safetensors makes its files for their owner alone, who could then share no model.
+    """
+    umask = os.umask(0o077)  # there is no other way to read it, and it is set back at once
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~umask)

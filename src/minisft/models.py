@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from minisft.errors import UserError
-from minisft.files import cache_folder, hash_files, hold_lock, whole_folder
+from minisft.files import cache_folder, follow_umask, hash_files, hold_lock, whole_folder
 from minisft.recipe import BUILT_IN_MODELS
 
 if TYPE_CHECKING:
@@ -326,6 +326,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     _remove_paths(folder / "tokenizer_config.json")
+    follow_umask(folder)
 
 
 def _without_quantisation(config: dict[str, Any]) -> dict[str, Any]:

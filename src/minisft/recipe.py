@@ -75,8 +75,9 @@ class TrainingRecipe:
     weight_decay: float = 1.0e-5
     optimizer: str = "adamw"
     scheduler: str = "linear"
+    scheduler_args: dict[str, int | float | str] = field(default_factory=dict)
     warmup_ratio: float = 0.03
-    max_grad_norm: float = 2.0
+    max_grad_norm: float | None = 2.0  # None does not clip
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     packing: bool = False
     save_every: Literal["epoch"] | int = "epoch"
@@ -347,12 +348,22 @@ def _fit(option: Any, value: Any) -> tuple[bool, Any]:
         (item,) = get_args(option)
         return isinstance(value, list) and all(item is Any or _fit(item, one)[0] for one in value), value
     if origin is dict:
-        return isinstance(value, dict), value
+        return _fit_dict(option, value)
     if option is float:
         return _fit_float(value)
     if option is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     return isinstance(value, option), value
+
+
+def _fit_dict(option: Any, value: Any) -> tuple[bool, Any]:
+    """Fit each item of a mapping to the first type of its items that it is of."""
+    _, item = get_args(option)
+    if not isinstance(value, dict) or item is Any:
+        return isinstance(value, dict), value
+    fitted = {key: next((_fit(one, found)[1] for one in get_args(item) if _fit(one, found)[0]), None)
+              for key, found in value.items()}  # fmt: skip
+    return None not in fitted.values(), fitted
 
 
 def _fit_float(value: Any) -> tuple[bool, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
+from minisft.longer import is_only_longer, refuse_other_trajectory
 from minisft.manifest import MANIFEST, MARKER, delete_written, mark, read_marker, written_bytes
 from minisft.recipe import Recipe, dump_recipe, load_recipe
 from minisft.replacement import (
@@ -226,12 +227,13 @@ def open_run(recipe: Recipe, *, resume: bool = False, prepares_only: bool = Fals
     refuse_start(recipe, resume=resume, prepares_only=prepares_only)
     with _locked(run):
         _tell(delete_left_overs(run.root))
+        longer = False
         if run.recipe.exists():
-            _refuse_other_run(run, recipe, may_go_on=resume or prepares_only, may_be_trained=prepares_only)
+            longer = _refuse_other_run(run, recipe, resume=resume, prepares_only=prepares_only)
         else:
             mark(run.root, _RUN)
             _name_earlier_runs(run.root)
-        if not (prepares_only and run.has_begun()):
+        if not (prepares_only and run.has_begun()) and not longer:  # which is written when the run goes on
             rewrite_recipe(run, recipe)
         yield run
 
@@ -253,7 +255,7 @@ def refuse_start(recipe: Recipe, *, force: bool = False, resume: bool = False, p
     if force and run.is_run():
         require_replaceable(_place_of(run.root), _RUN)
     elif run.recipe.exists():
-        _refuse_other_run(run, recipe, may_go_on=resume or prepares_only, may_be_trained=prepares_only)
+        _refuse_other_run(run, recipe, resume=resume, prepares_only=prepares_only)
 
 
 @contextlib.contextmanager
@@ -436,30 +438,47 @@ def _tell(sentences: Sequence[str]) -> None:
         warn(sentence)
 
 
-def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_trained: bool) -> None:
+def _refuse_other_run(run: RunFolder, recipe: Recipe, *, resume: bool, prepares_only: bool) -> bool:
+    """Refuse what must not go on in a run folder; say whether the recipe is that of the run, but longer."""
+    if resume and _is_longer(run, recipe):
+        refuse_other_trajectory(recipe.training)
+        return True
     if not run.has_begun():
         if read_marker(run.root) is None:  # a copied recipe.yaml does not make a folder a run
             what = "it holds the recipe of a run, but MiniSFT did not begin a run in this folder"
             raise UserError(run.root, what, "name a new folder as `output`")
-        return  # prepared only: nothing that took long is lost
-    earlier, now = identity(load_run(run.root)), identity(recipe)
-    changed = [key for key in now if now[key] != earlier.get(key)]
+        return False  # prepared only: nothing that took long is lost
+    earlier, now, changed = _changes(run, recipe)
     if changed:
         key = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
             run.root,
             f"holds another recipe's run: {key} is {earlier.get(key)!r} there, {now[key]!r} here{more}",
-            "choose another `output`, or pass --force to replace that run",
+            "choose another `output`, or pass --force to replace that run"
+            + ("; --resume goes on with it" if _is_longer(run, recipe) else ""),
         )
-    if run.is_trained() and not may_be_trained:
+    if run.is_trained() and not prepares_only:
         raise UserError(
             run.root,
             "this run is trained already",
             "evaluate or chat with it, or pass --force to train it anew",
         )
-    if not may_go_on:
+    if not (resume or prepares_only):
         raise UserError(run.root, "holds an unfinished run", "pass --resume to go on with it, or --force to begin anew")
+    return False
+
+
+def _changes(run: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return what identifies the folder's run and a recipe's, and the keys in which they differ."""
+    earlier, now = identity(load_run(run.root)), identity(recipe)
+    return earlier, now, [key for key in now if now[key] != earlier.get(key)]
+
+
+def _is_longer(run: RunFolder, recipe: Recipe) -> bool:
+    """Say whether a recipe is that of a begun run, with more epochs or steps."""
+    changed = _changes(run, recipe)[2]
+    return run.has_begun() and is_only_longer(changed, load_run(run.root).training, recipe.training)
 
 
 def remember_environment(run: RunFolder, found: dict[str, Any]) -> None:

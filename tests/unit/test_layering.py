@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "files": {"errors", "text", "manifest"},
     "console": {"errors", "text"},
     "models": {"errors", "text", "recipe", "files", "console"},
-    "runs": {"errors", "text", "recipe", "manifest", "files", "replacement", "console"},
+    "longer": {"errors", "recipe"},
+    "runs": {"errors", "text", "recipe", "manifest", "files", "replacement", "console", "longer"},
     "data": LEAVES,
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "manifest", "files",
+LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "longer", "manifest", "files",
          "replacement", "__init__", "__main__")  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
