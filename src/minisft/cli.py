@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,7 +175,7 @@ def compare(arguments: Arguments) -> int:
     return compare_variants(
         Wish(
             Path(path),
-            tuple(overrides),
+            (*overrides, *_consent(arguments)),
             strategies=arguments.strategies,
             varied=tuple(arguments.vary),
             evaluate=arguments.evaluate,
@@ -218,13 +217,15 @@ def chat(arguments: Arguments) -> None:
     from minisft.chat import chat as start_chat
 
     folder, *overrides = arguments.words
-    path = Path(folder)
+    path, trusted = Path(folder), arguments.trust_remote_code
     if path.suffix in (".yaml", ".yml"):
-        path = Path(_load(arguments).output)
+        recipe = _load(arguments)
+        path, trusted = Path(recipe.output), recipe.trust_remote_code
     elif overrides:
         raise UserError(overrides[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
     start_chat(
         path,
+        trust_remote_code=trusted,
         message=arguments.message,
         system=arguments.system,
         max_new_tokens=arguments.max_new_tokens,
@@ -254,22 +255,33 @@ def demo(arguments: Arguments) -> None:
 
 
 def _load(arguments: Arguments) -> "Recipe":
+    """Read the recipe with its overrides; one that lies in a run folder is that run's, and carries no consent."""
     from minisft.recipe import load_recipe
+    from minisft.runs import NO_CONSENT, is_of_a_run, load_run, run_of
 
     path, *overrides = arguments.words
-    return load_recipe(Path(path), overrides)
+    words = [*overrides, *_consent(arguments)]
+    root = run_of(Path(path))
+    if root is not None and not any(word.startswith("output=") for word in words):
+        return load_run(root, words)
+    return load_recipe(Path(path), [NO_CONSENT, *words] if is_of_a_run(Path(path)) else words)
+
+
+def _consent(arguments: Arguments) -> list[str]:
+    """Return the override that `--trust-remote-code` stands for, where it was given."""
+    from minisft.runs import CONSENT
+
+    return [CONSENT] if getattr(arguments, "trust_remote_code", False) else []
 
 
 def _recipe_or_run(arguments: Arguments) -> "Recipe":
     """Read the recipe, or that of the run folder given in its place; overrides hold for both."""
-    from minisft.recipe import load_recipe
-    from minisft.runs import RunFolder, load_run
+    from minisft.runs import load_run
 
     path, *overrides = arguments.words
     if not Path(path).is_dir():
         return _load(arguments)
-    load_run(Path(path))  # says so where it is no run
-    return replace(load_recipe(RunFolder(Path(path)).recipe, overrides), output=path)
+    return load_run(Path(path), [*overrides, *_consent(arguments)])
 
 
 def _evaluate(recipe: "Recipe", *, follow: bool = False, as_json: bool = False) -> None:
@@ -300,20 +312,30 @@ def built_in_recipe(name: str) -> Path:
 
 VERBS = {
     "demo": Verb(demo, "the main job on the built-in recipe: fine-tune, score, show answers", "", options.force),
-    "prepare": Verb(prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", options.force),
+    "prepare": Verb(
+        prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", options.force, options.trust
+    ),
     "inspect": Verb(
         inspect,
         "show what the model learns from: tokens coloured by supervised or not",
         "RUN|RECIPE.yaml",
         options.inspect,
+        options.trust,
     ),
     "check": Verb(
         check,
         "prove, on this recipe, model and machine, that training does what it promises",
         "RECIPE.yaml",
         options.check,
+        options.trust,
     ),
-    "plan": Verb(plan, "memory, time and the strategy to take, before anything is spent", "RECIPE.yaml", options.plan),
+    "plan": Verb(
+        plan,
+        "memory, time and the strategy to take, before anything is spent",
+        "RECIPE.yaml",
+        options.plan,
+        options.trust,
+    ),
     "train": Verb(
         train,
         "train a recipe: vanilla or ZeRO-1/2/3, one process or many",
@@ -321,18 +343,21 @@ VERBS = {
         options.resume,
         options.force,
         options.machines,
+        options.trust,
     ),
     "evaluate": Verb(
         evaluate,
         "generate with and score the base model and every checkpoint",
         "RUN|RECIPE.yaml",
         options.evaluate,
+        options.trust,
     ),
     "compare": Verb(
         compare,
         "the same recipe under several strategies or settings: curves, speed, memory, scores",
         "RECIPE.yaml",
         options.compare,
+        options.trust,
     ),
     "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml"),
     "export": Verb(
@@ -340,8 +365,11 @@ VERBS = {
         "write a run's model for other tools: a plain folder, adapters merged",
         "RUN|RECIPE.yaml FOLDER",
         options.export,
+        options.trust,
     ),
-    "chat": Verb(chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", options.chat),
+    "chat": Verb(
+        chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", options.chat, options.trust
+    ),
 }
 
 
