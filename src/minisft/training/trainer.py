@@ -32,7 +32,8 @@ from minisft.training.interruption import StopRequest
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import row_loss
 from minisft.training.metrics import StepMetrics, peak_memory_mb
-from minisft.training.strategies import zero_writes_through
+from minisft.training.state_files import refusing_code
+from minisft.training.strategies import zero_state_is_plain, zero_writes_through
 from minisft.training.writing import Attempts, failed_write
 
 
@@ -82,18 +83,32 @@ class SupervisedTokenTrainer(Trainer):
     # --- resuming
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """Load a checkpoint's state as the Trainer does, or convert it where another layout wrote it."""
+        """Load a checkpoint's state as the Trainer does, or convert it where another layout wrote it.
+
+        Raises:
+            UserError: the checkpoint holds something else than plain state, which could run code.
+        """
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if checkpoint is None:
             ready = super()._prepare_for_training(max_steps, train_dataloader, None)
             if self.is_deepspeed_enabled and self.begins_with is not None:
                 keep_exact_weights(self, self.begins_with)
             return ready
-        if is_laid_out_for(checkpoint, self.strategy, self.args.world_size):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        ready = super()._prepare_for_training(max_steps, train_dataloader, None)
-        take_over(self, checkpoint)
-        return ready
+        plain = zero_state_is_plain() if self.is_deepspeed_enabled else contextlib.nullcontext()
+        with plain, refusing_code(checkpoint):
+            if is_laid_out_for(checkpoint, self.strategy, self.args.world_size):
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            ready = super()._prepare_for_training(max_steps, train_dataloader, None)
+            take_over(self, checkpoint)
+            return ready
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with refusing_code(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with refusing_code(Path(checkpoint)) if checkpoint else contextlib.nullcontext():
+            super()._load_rng_state(checkpoint)
 
     # --- batches
 
