@@ -11,7 +11,7 @@ from minisft.errors import StoppedError, UserError
 from minisft.files import REFUSED
 from minisft.options import Arguments, Verb
 from minisft.runner import prepare_run, train_along, train_joined, train_run
-from minisft.text import printable
+from minisft.text import json_text, printable, tame_libraries
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can mend it, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
+    tame_libraries()
     try:
         return _run(words)
     except UserError as error:
@@ -93,8 +94,6 @@ def inspect(arguments: Arguments) -> None:
 
 
 def check(arguments: Arguments) -> None:
-    import json
-
     from minisft.console import say
     from minisft.files import write_atomically
     from minisft.runs import open_run
@@ -113,9 +112,9 @@ def check(arguments: Arguments) -> None:
     with open_run(recipe, prepares_only=True) as run:
         results = examine(recipe, run, quick=arguments.quick, tell=(lambda _: None) if arguments.json else show)
         report = as_report(recipe, results, quick=arguments.quick)
-        write_atomically(run.check, json.dumps(report, indent=1, ensure_ascii=False))
+        write_atomically(run.check, json_text(report, indent=1))
     if arguments.json:
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        print(json_text(report, indent=1))
     else:
         say(f"{summary(results)}; written: {run.check}")
     failed = [result for result in results if result.status == "FAILED"]
@@ -128,14 +127,12 @@ def check(arguments: Arguments) -> None:
 
 
 def plan(arguments: Arguments) -> None:
-    import json
-
     from minisft.planning.command import Wish, plan_for
     from minisft.planning.table import plan_as_json, show_plan
 
     made = plan_for(_load(arguments), Wish(arguments.gpu, arguments.count, arguments.nodes))
     if arguments.json:
-        print(json.dumps(plan_as_json(made), indent=1, ensure_ascii=False))
+        print(json_text(plan_as_json(made), indent=1))
     else:
         show_plan(made)
 
@@ -236,6 +233,7 @@ def chat(arguments: Arguments) -> None:
 
 
 def demo(arguments: Arguments) -> None:
+    from minisft.console import say
     from minisft.demo import show_demo
     from minisft.recipe import load_recipe
     from minisft.runs import RunFolder, is_same_run
@@ -243,7 +241,7 @@ def demo(arguments: Arguments) -> None:
     recipe = load_recipe(built_in_recipe("demo"), arguments.words)
     run = RunFolder(Path(recipe.output))
     if not arguments.force and is_same_run(run, recipe) and run.is_trained():
-        print(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
+        say(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
     else:
         resume = not arguments.force and is_same_run(run, recipe) and run.has_begun()
         train_run(recipe, force=arguments.force, resume=resume)
