@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.files import REFUSED, user_path
 from minisft.options import Arguments, Verb
 from minisft.runner import prepare_run, train_along, train_joined, train_run, try_start
-from minisft.text import printable
+from minisft.text import json_text, printable, tame_libraries
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can mend it, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
+    tame_libraries()
     try:
         return _run(words)
     except UserError as error:
@@ -101,8 +101,6 @@ def inspect(arguments: Arguments) -> None:
 
 def check(arguments: Arguments) -> None:
     recipe = _load(arguments)
-    import json
-
     from minisft.console import say
     from minisft.files import write_atomically
     from minisft.runs import open_run
@@ -120,9 +118,9 @@ def check(arguments: Arguments) -> None:
     with open_run(recipe, prepares_only=True) as run:
         results = examine(recipe, run, quick=arguments.quick, tell=(lambda _: None) if arguments.json else show)
         report = as_report(recipe, results, quick=arguments.quick)
-        write_atomically(run.check, json.dumps(report, indent=1, ensure_ascii=False))
+        write_atomically(run.check, json_text(report, indent=1))
     if arguments.json:
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        print(json_text(report, indent=1))
     else:
         say(f"{summary(results)}; written: {run.check}")
     failed = [result for result in results if result.status == "FAILED"]
@@ -136,14 +134,12 @@ def check(arguments: Arguments) -> None:
 
 def plan(arguments: Arguments) -> None:
     recipe = _load(arguments)
-    import json
-
     from minisft.planning.command import Wish, plan_for
     from minisft.planning.table import plan_as_json, show_plan
 
     made = plan_for(recipe, Wish(arguments.gpu, arguments.count, arguments.nodes))
     if arguments.json:
-        print(json.dumps(plan_as_json(made), indent=1, ensure_ascii=False))
+        print(json_text(plan_as_json(made), indent=1))
     else:
         show_plan(made)
 
@@ -187,7 +183,7 @@ def compare(arguments: Arguments) -> int:
     return compare_variants(
         Wish(
             Path(path),
-            tuple(overrides),
+            (*overrides, *_consent(arguments)),
             strategies=arguments.strategies,
             varied=tuple(arguments.vary),
             evaluate=arguments.evaluate,
@@ -229,9 +225,10 @@ def export(arguments: Arguments) -> None:
 
 def chat(arguments: Arguments) -> None:
     folder, *overrides = arguments.words
-    path = Path(folder)
+    path, trusted = Path(folder), arguments.trust_remote_code
     if path.suffix in (".yaml", ".yml"):
-        path = Path(_load(arguments).output)
+        recipe = _load(arguments)
+        path, trusted = Path(recipe.output), recipe.trust_remote_code
     elif overrides:
         raise UserError(overrides[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
     elif path.is_dir():  # else it is refused
@@ -240,6 +237,7 @@ def chat(arguments: Arguments) -> None:
 
     start_chat(
         path,
+        trust_remote_code=trusted,
         message=arguments.message,
         system=arguments.system,
         max_new_tokens=arguments.max_new_tokens,
@@ -255,11 +253,12 @@ def demo(arguments: Arguments) -> None:
 
     recipe = load_recipe(built_in_recipe("demo"), arguments.words)
     _announce(arguments, "", recipe.output)
+    from minisft.console import say
     from minisft.demo import show_demo
 
     run = RunFolder(Path(recipe.output))
     if not arguments.force and is_same_run(run, recipe) and run.is_trained():
-        print(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
+        say(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
     else:
         resume = not arguments.force and is_same_run(run, recipe) and run.has_begun()
         train_run(recipe, force=arguments.force, resume=resume)
@@ -271,26 +270,38 @@ def demo(arguments: Arguments) -> None:
 
 
 def _load(arguments: Arguments) -> "Recipe":
+    """Read the recipe with its overrides; one that lies in a run folder is that run's, and carries no consent."""
     from minisft.recipe import load_recipe
+    from minisft.runs import NO_CONSENT, is_of_a_run, load_run, run_of
 
     path, *overrides = arguments.words
-    recipe = load_recipe(Path(path), overrides)
+    words = [*overrides, *_consent(arguments)]
+    root = run_of(Path(path))
+    if root is not None and not any(word.startswith("output=") for word in words):
+        recipe = load_run(root, words)
+    else:
+        recipe = load_recipe(Path(path), [NO_CONSENT, *words] if is_of_a_run(Path(path)) else words)
     _announce(arguments, path, recipe.output)
     return recipe
 
 
+def _consent(arguments: Arguments) -> list[str]:
+    """Return the override that `--trust-remote-code` stands for, where it was given."""
+    from minisft.runs import CONSENT
+
+    return [CONSENT] if getattr(arguments, "trust_remote_code", False) else []
+
+
 def _recipe_or_run(arguments: Arguments) -> "Recipe":
     """Read the recipe, or that of the run folder given in its place; overrides hold for both."""
-    from minisft.recipe import load_recipe
-    from minisft.runs import RunFolder, load_run
+    from minisft.runs import load_run
 
     path, *overrides = arguments.words
     if not Path(path).is_dir():
         return _load(arguments)
-    load_run(Path(path))  # says so where it is no run
-    recipe = load_recipe(RunFolder(Path(path)).recipe, overrides)
+    recipe = load_run(Path(path), [*overrides, *_consent(arguments)])
     _announce(arguments, path)
-    return replace(recipe, output=path)
+    return recipe
 
 
 def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
@@ -336,20 +347,30 @@ def built_in_recipe(name: str) -> Path:
 
 VERBS = {
     "demo": Verb(demo, "the main job on the built-in recipe: fine-tune, score, show answers", "", options.force),
-    "prepare": Verb(prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", options.force),
+    "prepare": Verb(
+        prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", options.force, options.trust
+    ),
     "inspect": Verb(
         inspect,
         "show what the model learns from: tokens coloured by supervised or not",
         "RUN|RECIPE.yaml",
         options.inspect,
+        options.trust,
     ),
     "check": Verb(
         check,
         "prove, on this recipe, model and machine, that training does what it promises",
         "RECIPE.yaml",
         options.check,
+        options.trust,
     ),
-    "plan": Verb(plan, "memory, time and the strategy to take, before anything is spent", "RECIPE.yaml", options.plan),
+    "plan": Verb(
+        plan,
+        "memory, time and the strategy to take, before anything is spent",
+        "RECIPE.yaml",
+        options.plan,
+        options.trust,
+    ),
     "train": Verb(
         train,
         "train a recipe: vanilla or ZeRO-1/2/3, one process or many",
@@ -358,18 +379,21 @@ VERBS = {
         options.force,
         options.dry_run,
         options.machines,
+        options.trust,
     ),
     "evaluate": Verb(
         evaluate,
         "generate with and score the base model and every checkpoint",
         "RUN|RECIPE.yaml",
         options.evaluate,
+        options.trust,
     ),
     "compare": Verb(
         compare,
         "the same recipe under several strategies or settings: curves, speed, memory, scores",
         "RECIPE.yaml",
         options.compare,
+        options.trust,
     ),
     "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml"),
     "export": Verb(
@@ -377,8 +401,11 @@ VERBS = {
         "write a run's model for other tools: a plain folder, adapters merged",
         "RUN|RECIPE.yaml FOLDER",
         options.export,
+        options.trust,
     ),
-    "chat": Verb(chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", options.chat),
+    "chat": Verb(
+        chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", options.chat, options.trust
+    ),
 }
 
 

@@ -41,6 +41,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(self.prog, message, f"see `{self.prog} --help`")
 
 
+def trust(parser: Parser) -> None:
+    what = "let code that comes with the model run; a run's own recipe never says so for you"
+    parser.add_argument("--trust-remote-code", action="store_true", help=what)
+
+
 def inspect(parser: Parser) -> None:
     parser.add_argument("--side", choices=("train", "test"), default="train", help="which side of the split")
     parser.add_argument("--row", type=int, action="append", default=[], metavar="N", help="a row by number; repeatable")

@@ -33,6 +33,14 @@ _LOCKS = ("evaluation/.lock", "compare/.lock")  # of other commands that work in
 _AT_WORK = {"evaluation": "the evaluation of this run", "compare": "the comparison in this folder"}
 # What `compare` writes into an output folder, beside a run or without one; no run deletes it.
 _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html", "comparison.png")
+# A user's consent to a model's own code, as a word of the command line, and its absence.
+CONSENT, NO_CONSENT = "trust_remote_code=true", "trust_remote_code=false"
+TRUST_OPTION = "--trust-remote-code"
+# Bytes that the small files of a run have at most, far above what any run came to.
+_LARGEST = {
+    "recipe.yaml": 1 << 20, "*.json": 64 << 20, "dataset/*.json": 64 << 20, "evaluation/*.json": 64 << 20,
+    "checkpoints/*/trainer_state.json": 256 << 20, "metrics.jsonl": 256 << 20, "evaluation/*/*.jsonl": 256 << 20,
+}  # fmt: skip
 # Keys that may change on resume, since the trajectory does not depend on them.
 _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
@@ -95,7 +103,7 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """Say whether MiniSFT wrote this folder."""
-        return self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(_MARK)
+        return _is_resolved_recipe(self.recipe)
 
     def is_trained(self) -> bool:
         """Say whether training ended: the final model is written last, and whole."""
@@ -118,19 +126,65 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def load_run(root: Path) -> Recipe:
-    """Return the resolved recipe of a run folder.
+def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
+    """Return the resolved recipe of a run folder, which may be a stranger's.
+
+    What the file says of `trust_remote_code` does not count: consent comes from the user, each time.
+
+    Args:
+        root: the folder.
+        overrides: `key=value` words that the user gave.
+        trust_remote_code: the user, or the process that started this one, consents to the model's own code.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is no run, or one of its small files is too large to be one.
     """
-    if not RunFolder(root).is_run():
+    run = RunFolder(root)
+    if not run.is_run():
         raise UserError(
             root,
             "this is no run folder (it has no recipe.yaml of a run)",
             "give the `output` of a recipe that was run",
         )
-    return replace(load_recipe(RunFolder(root).recipe), output=str(root))
+    _refuse_huge_files(run)
+    words = [NO_CONSENT, *overrides, *([CONSENT] if trust_remote_code else [])]
+    return replace(load_recipe(run.recipe, words), output=str(root))
+
+
+def worker_consent(recipe: Recipe) -> list[str]:
+    """Return what a process that reads a run folder's recipe must be told beside the folder."""
+    return [TRUST_OPTION] if recipe.trust_remote_code else []
+
+
+def run_of(recipe: Path) -> Path | None:
+    """Return the run folder whose own resolved recipe a path names, if it does."""
+    return recipe.parent if recipe.name == "recipe.yaml" and _is_resolved_recipe(recipe) else None
+
+
+def is_of_a_run(recipe: Path) -> bool:
+    """Say whether a recipe file came with a run, and not from the user: such a file carries no consent."""
+    if _is_resolved_recipe(recipe):
+        return True
+    beside = ("checkpoints", "model", "metrics.jsonl", "base_model.json", "dataset/ledger.json")
+    return recipe.name == "recipe.yaml" and any((recipe.parent / name).exists() for name in beside)
+
+
+def _is_resolved_recipe(path: Path) -> bool:
+    """Read no more than the first line, however large the file is."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MARK)) == _MARK.encode()
+
+
+def _refuse_huge_files(run: RunFolder) -> None:
+    """Refuse a run with a file that no run has: reading it would take all the memory there is."""
+    for name, limit in _LARGEST.items():
+        for path in run.root.glob(name):
+            size = path.stat().st_size if path.is_file() else 0
+            if size > limit:
+                what = f"it has {size / 1e6:,.0f} MB, and this file of a run has at most {limit / 1e6:,.0f} MB"
+                raise UserError(path, what, "delete it, if you do not trust where the run came from")
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_bytes_changed_inside_a_state_are_no_traceback(damage):
         content[at : at + 40] = bytes(40)
         (checkpoint / "optimizer.pt").write_bytes(content)
 
-    assert "this checkpoint is damaged" in damage(spoil)
+    assert "it is damaged" in damage(spoil)
 
 
 # --- beyond the end

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from minisft.data.conversation import Conversation, Message, ToolCall, join_runs
-from minisft.data.readers import DUPLICATE
+from minisft.data.readers import DUPLICATE, RowTooLargeError
 
 FORMATS = ("sharegpt", "messages", "alpaca", "prompt_completion")
 _ROLE_NAMES = {
@@ -73,8 +73,16 @@ def to_conversation(row: Any, location: str, format: str) -> Conversation:
     return Conversation(tuple(messages), _clean(name, "the id"), location, _tools(row.get("tools")))
 
 
+def too_large() -> RowError:
+    return RowError(
+        "too_large", f"the row is too large: {RowTooLargeError()}", "split the conversation in several rows"
+    )
+
+
 def not_json(error: ValueError) -> RowError:
-    """What is wrong with a row that is no JSON."""
+    """What is wrong with a row that is no JSON, or is too large to be read."""
+    if isinstance(error, RowTooLargeError):
+        return too_large()
     if isinstance(error, UnicodeDecodeError):
         return RowError("wrong_encoding", f"not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8")
     return RowError("not_json", f"not JSON: {error}", "mend the line; a JSON checker shows the place")

@@ -1,6 +1,5 @@
 """The pipeline: sources to `<output>/dataset`, with the split, the cache and the ledger."""
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from minisft.errors import UserError
 from minisft.files import whole_folder
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import DataRecipe, Recipe
+from minisft.text import json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -97,7 +97,7 @@ def prepare(
         with whole_folder(folder) as aside:
             ledger = _prepare_into(aside, recipe, sources, encoder, progress)
             ledger["made_from"] = origin | files
-            (aside / "ledger.json").write_text(json.dumps(ledger, indent=1, ensure_ascii=False), encoding="utf-8")
+            (aside / "ledger.json").write_text(json_text(ledger, indent=1), encoding="utf-8")
     return _prepared(folder, ledger, cached=False)
 
 

@@ -5,7 +5,6 @@ import csv
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,16 @@ COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 17
 CHUNK_ROWS = 256
 DUPLICATE = "\0duplicate key"  # under this key a parsed object names a key that it holds twice
+LARGEST_ROW = 1 << 23  # bytes: the longest conversations of published data sets have about a megabyte
 _READ = 1 << 20
 _LARGEST_ELEMENT = 1 << 28  # characters of one element of a JSON array
+
+
+class RowTooLargeError(ValueError):
+    """A row has more than `LARGEST_ROW` bytes, which would take minutes and gigabytes to prepare."""
+
+    def __init__(self) -> None:
+        super().__init__(f"it has more than {LARGEST_ROW >> 20} MiB")
 
 
 @dataclass(frozen=True)
@@ -131,13 +138,24 @@ def row_chunks(rows: Iterable[tuple[str, Any]], name: str, index: int) -> Iterat
 
 def _line_chunks(file: IO[bytes], path: Path, name: str, index: int) -> Iterator[Chunk]:
     number = 0
-    while lines := file.readlines(CHUNK_BYTES):
+    while lines := _read_lines(file):
         if number == 0:
             lines[0] = _without_bom(lines[0], path)
         numbered = [(number + i, line) for i, line in enumerate(lines, 1) if line.strip()]
         number += len(lines)
         if numbered:
             yield Chunk(index, name, lines=tuple(numbered))
+
+
+def _read_lines(file: IO[bytes]) -> list[bytes]:
+    """Some lines; of one that is longer than a row may be, its beginning alone, which is too long as well."""
+    lines, size = [], 0
+    while size < CHUNK_BYTES and (line := file.readline(LARGEST_ROW + 1)):
+        lines.append(line)
+        size += len(line)
+        while len(line) > LARGEST_ROW and not line.endswith(b"\n"):
+            line = file.readline(LARGEST_ROW + 1)
+    return lines
 
 
 def _without_bom(first: bytes, path: Path) -> bytes:
@@ -160,6 +178,8 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
 
 def parse_json(line: bytes) -> Any:
     """The value of one JSON line, or a ValueError (not raised) that says why there is none."""
+    if len(line) > LARGEST_ROW:
+        return RowTooLargeError()
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one too
@@ -188,6 +208,7 @@ class _Text:
         self._file, self._path = file, path
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.line, self.ended = "", 1, False
+        self.taken = 0  # characters of the last value
         self.more(_READ)
 
     def more(self, size: int) -> None:
@@ -234,6 +255,7 @@ class _Text:
             else:
                 if self.ended or end < len(self.text):
                     self.drop(end)
+                    self.taken = end
                     return value
             self.more(max(_READ, len(self.text)))
 
@@ -257,7 +279,8 @@ def _json_rows(name: str, path: Path, file: IO[bytes]) -> Iterator[tuple[str, An
         text.skip_space()
         line = text.line
         place = f"{name}:{line}" if line != previous else f"{name}:{line}#{number}"
-        yield place, text.value()
+        row = text.value()
+        yield place, row if text.taken <= LARGEST_ROW else RowTooLargeError()
         number, previous = number + 1, line
         separator = text.skip_space()
         if separator == "]":
@@ -285,14 +308,23 @@ def _rows_of_value(name: str, line: int, value: Any) -> Iterator[tuple[str, Any]
 
 
 def _csv_rows(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(min(sys.maxsize, 1 << 31))
+    csv.field_size_limit(LARGEST_ROW)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(text, restkey=DUPLICATE)
+    reader = csv.DictReader(_bounded_lines(name, text), restkey=DUPLICATE)
     try:
         for row in reader:
             yield f"{name}:{reader.line_num}", {key: _cell(value) for key, value in row.items()}
     except csv.Error as error:
         raise UserError(f"{name}:{reader.line_num}", f"not CSV: {error}", "mend the file there") from None
+
+
+def _bounded_lines(name: str, text: IO[str]) -> Iterator[str]:
+    number = 0
+    while line := text.readline(LARGEST_ROW + 1):
+        number += 1
+        if len(line) > LARGEST_ROW:
+            raise UserError(f"{name}:{number}", f"{RowTooLargeError()}", "leave the row out, or split it")
+        yield line
 
 
 def _cell(value: Any) -> Any:

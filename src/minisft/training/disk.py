@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minisft.console import say
 from minisft.errors import UserError
+from minisft.models import lay_out_model, load_config
 from minisft.recipe import LoraRecipe, Recipe, TrainingRecipe
 from minisft.runs import RunFolder, step_of
 from minisft.training.batching import measure, steps_of_epoch
@@ -100,13 +101,12 @@ def checkpoint_size(recipe: Recipe, model_folder: Path) -> CheckpointSize:
 def count_parameters(folder: Path, lora: LoraRecipe | None, trust_remote_code: bool = False) -> tuple[int, int]:
     """Return how many parameters a model folder's model has, and how many are trained; tied ones count once."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from minisft.training.lora import add_lora
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code)
     with torch.device("meta"):  # no memory is taken
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = lay_out_model(config, trust_remote_code)
         if lora is not None:
             model = add_lora(model, lora, base_name=str(folder), seed=0)
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]

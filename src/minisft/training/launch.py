@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.processes import die_with_parent, leave, stop_signals
+from minisft.text import printable, tame_libraries
 from minisft.training.hardware import on_cpu, threads_of_a_process
 from minisft.training.interruption import STOP_FILE, StopRequest
 from minisft.training.killed import MemoryKills, killed_worker
@@ -207,6 +208,7 @@ def run_worker(work: Callable[[], None]) -> NoReturn:
     starts workers in sessions of their own, so they would train on without it.
     """
     _die_with_launcher()
+    tame_libraries()
     leave(_status_of(work))
 
 
@@ -219,7 +221,7 @@ def _status_of(work: Callable[[], None]) -> int:
         _hand_over(error)
         return 2
     except BaseException:
-        _leave_traceback(traceback.format_exc())
+        _leave_traceback(printable(traceback.format_exc()))
         return 1
     return 0
 
@@ -227,7 +229,7 @@ def _status_of(work: Callable[[], None]) -> int:
 def _hand_over(error: UserError) -> None:
     target = os.environ.get(_ERROR_FILE)
     if target is None:
-        print(f"minisft: {error}", file=sys.stderr)
+        print(f"minisft: {printable(str(error))}", file=sys.stderr)
         return
     aside = Path(f"{target}.{os.getpid()}")
     aside.write_text(json.dumps([error.where, error.what, error.mend]), encoding="utf-8")

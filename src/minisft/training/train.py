@@ -13,7 +13,15 @@ from minisft.errors import StoppedError, UserError
 from minisft.manifest import record, refuse_foreign_files
 from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
-from minisft.runs import RunFolder, delete_replaced_run, load_run, remember_environment, rewrite_recipe, step_of
+from minisft.runs import (
+    RunFolder,
+    delete_replaced_run,
+    load_run,
+    remember_environment,
+    rewrite_recipe,
+    step_of,
+    worker_consent,
+)
 from minisft.training.checkpoints import (
     clear_left_overs,
     is_last,
@@ -94,7 +102,7 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machi
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
         train_in_this_process(recipe, run, resume_from)
         return
-    arguments = [str(run.root)] + ([str(resume_from)] if resume_from else [])
+    arguments = [str(run.root), *([str(resume_from)] if resume_from else []), *worker_consent(recipe)]
     if machines is not None:
         use_network_of(machines)
     launch(_WORKER, arguments, processes_here(training.processes, machines), machines)
@@ -383,7 +391,7 @@ def _row_describer(dataset: Any) -> Callable[[tuple[int, ...]], str]:
     return describe
 
 
-def train_as_worker(root: Path, resume_from: Path | None) -> None:
-    """Train as a process that `train` started: the recipe is the run folder's."""
+def train_as_worker(root: Path, resume_from: Path | None, trust_remote_code: bool = False) -> None:
+    """Train as a process that `train` started: the recipe is the run folder's, the consent the starter's."""
     set_deepspeed_environment(on_cpu())
-    train_in_this_process(load_run(root), RunFolder(root), resume_from)
+    train_in_this_process(load_run(root, trust_remote_code=trust_remote_code), RunFolder(root), resume_from)

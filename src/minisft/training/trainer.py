@@ -34,7 +34,8 @@ from minisft.training.interruption import StopRequest
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import row_loss
 from minisft.training.metrics import StepMetrics, peak_memory_mb
-from minisft.training.strategies import zero_writes_through
+from minisft.training.state_files import refusing_code
+from minisft.training.strategies import zero_state_is_plain, zero_writes_through
 from minisft.training.writing import Attempts, failed_write, what_is_left
 
 _NEW_RUN = "that makes another run, which needs --force or another `output`"
@@ -86,12 +87,16 @@ class SupervisedTokenTrainer(Trainer):
     # --- resuming
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """Load a checkpoint's state as the Trainer does, or convert it where another layout wrote it."""
+        """Load a checkpoint's state as the Trainer does, or convert it where another layout wrote it.
+
+        Raises:
+            UserError: the checkpoint is damaged, or holds something else than plain state, which could run code.
+        """
         with naming_damage(resume_from_checkpoint):
             return self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with naming_damage(resume_from_checkpoint):
+        with naming_damage(resume_from_checkpoint), refusing_code(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -101,7 +106,8 @@ class SupervisedTokenTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with naming_damage(checkpoint):
+        refusing = refusing_code(Path(checkpoint)) if checkpoint else contextlib.nullcontext()
+        with naming_damage(checkpoint), refusing:
             super()._load_rng_state(checkpoint)
 
     def _prepare_or_resume(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -111,11 +117,13 @@ class SupervisedTokenTrainer(Trainer):
             if self.is_deepspeed_enabled and self.begins_with is not None:
                 keep_exact_weights(self, self.begins_with)
             return ready
-        if is_laid_out_for(checkpoint, self.strategy, self.args.world_size):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        ready = super()._prepare_for_training(max_steps, train_dataloader, None)
-        take_over(self, checkpoint)
-        return ready
+        plain = zero_state_is_plain() if self.is_deepspeed_enabled else contextlib.nullcontext()
+        with plain, refusing_code(checkpoint):
+            if is_laid_out_for(checkpoint, self.strategy, self.args.world_size):
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            ready = super()._prepare_for_training(max_steps, train_dataloader, None)
+            take_over(self, checkpoint)
+            return ready
 
     # --- batches
 
