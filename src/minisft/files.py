@@ -10,10 +10,40 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from minisft.errors import UserError
+
 # What a file system refuses: no room, a quota, a limit on a file's size, read-only or forbidden, a broken disk.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _CHUNK = 1 << 20
 _RETRY = 0.05  # seconds between two tries for a lock
+
+
+def user_path(text: str, where: str = "") -> Path:
+    """Return the path that a user wrote, with a leading `~` or `~name` as that home folder.
+
+    Every path of a recipe or of the command line passes through here once, before anything else looks at it. The
+    path returned never begins with `~` (`./~` becomes absolute), so a library that expands paths leaves it as it is.
+
+    Args:
+        text: the path as it was written.
+        where: the key or option that holds it, for the message.
+
+    Raises:
+        UserError: the text is blank, holds a NUL character, or names the home of a user that does not exist.
+    """
+    if not text.strip():
+        raise UserError(where or "a path", "the path is empty", "give the path of a file or a folder")
+    if "\0" in text:
+        raise UserError(where or text, "a path cannot hold a NUL character", "remove it")
+    path = Path(text)
+    if not text.startswith("~"):
+        return path.absolute() if path.parts and path.parts[0].startswith("~") else path
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        what = f"{path.parts[0]} stands for a home folder that does not exist"
+        fix = f"write ./{text} for a name that begins with ~, or the full path"
+        raise UserError(where or text, what, fix) from None
 
 
 def write_atomically(path: Path, text: str) -> None:
