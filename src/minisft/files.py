@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -44,6 +46,33 @@ def user_path(text: str, where: str = "") -> Path:
         what = f"{path.parts[0]} stands for a home folder that does not exist"
         fix = f"write ./{text} for a name that begins with ~, or the full path"
         raise UserError(where or text, what, fix) from None
+
+
+def is_pattern(path: Path) -> bool:
+    """Say whether a path is a pattern such as data/*.jsonl, as shells have them."""
+    return glob.has_magic(str(path))
+
+
+def files_of_pattern(pattern: Path) -> list[tuple[str, Path]]:
+    """Return the files that match a pattern, by name; each with its name from the first wildcard on.
+
+    `*` and `?` stand for characters of one name, `[ab]` for one of some, `**` for any number of folders. Hidden files
+    and folders match no wildcard, and `**` follows no links. Folders are no match.
+
+    Raises:
+        UserError: the pattern cannot be one.
+    """
+    parts = pattern.parts
+    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    root, wild = Path(*parts[:first]), parts[first:]
+    wild = (*wild, "*") if wild[-1] == "**" else wild
+    try:
+        found = [(path.relative_to(root), path) for path in root.glob("/".join(wild)) if path.is_file()]
+    except (ValueError, NotImplementedError, re.error) as error:
+        raise UserError(
+            pattern, f"this is no pattern of paths ({error})", "use *, ?, [ab] and ** as shells do"
+        ) from None
+    return sorted((name.as_posix(), path) for name, path in found if not any(p.startswith(".") for p in name.parts))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ LEAVES = {
     "errors",
     "text",
     "processes",
+    "yaml_tree",
     "recipe",
     "files",
     "console",
@@ -20,9 +21,10 @@ LEAVES = {
 MAY_IMPORT = {
     "errors": set(),
     "text": set(),
+    "yaml_tree": {"errors"},
     "options": {"errors"},
     "processes": set(),
-    "recipe": {"errors", "text", "files"},
+    "recipe": {"errors", "text", "files", "yaml_tree"},
     "files": {"errors", "text"},
     "console": {"errors", "text"},
     "models": {"errors", "text", "recipe", "files", "console"},
@@ -39,7 +41,19 @@ MAY_IMPORT = {
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "files", "__init__", "__main__")
+LIGHT = (
+    "cli",
+    "runner",
+    "options",
+    "processes",
+    "errors",
+    "recipe",
+    "yaml_tree",
+    "runs",
+    "files",
+    "__init__",
+    "__main__",
+)
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
 

@@ -16,7 +16,7 @@ from minisft.data.encoding import Encoder
 from minisft.data.ledger import SHOWN, Tally, make_ledger
 from minisft.data.overlap import overlap_report
 from minisft.data.sides import TRAIN_COLUMNS, Side, write_side
-from minisft.data.sources import Source, at_revision, parse_sources
+from minisft.data.sources import Source, at_revision, parse_sources, refuse_shared
 from minisft.data.split import choose_test
 from minisft.data.staging import Progress, stage
 from minisft.errors import UserError
@@ -132,9 +132,11 @@ def _sources(data: DataRecipe, before: Mapping[str, Any] | None, begun: bool) ->
     """
     known = before["made_from"]["sources"] if before is not None else {}
     named = {"data.source": data.source} | ({} if data.test is None else {"data.test": data.test})
+    parsed = {key: parse_sources(value, key) for key, value in named.items()}
+    if not begun:
+        refuse_shared(parsed)
     return {
-        key: [at_revision(one, known.get(one.path), keep=begun) for one in parse_sources(value, key)]
-        for key, value in named.items()
+        key: [at_revision(one, known.get(one.path), keep=begun) for one in listed] for key, listed in parsed.items()
     }
 
 
