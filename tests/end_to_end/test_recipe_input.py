@@ -39,12 +39,12 @@ def ledger(recipe_file):
 
 # --- bounded ----------------------------------------------------------------------------------------------
 
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
-)
+LEVELS = ["&a0 [x, x, x, x, x, x, x, x, x]", *(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9))]
+SOURCE = f"[{', '.join(LEVELS)}]"
+BOMB = f"model: m\noutput: o\ndata:\n  source: {SOURCE}\n"
 LONG = {
     "bomb": (BOMB, "more than 20,000 values"),
-    "merged bomb": (BOMB.replace("[", "{k: [").replace("]", "]}"), "more than 20,000 values"),
+    "merged bomb": (BOMB.replace("[", "[{k: [").replace("]", "]}]"), "more than 20,000 values"),
     "itself": ("data: &x {source: *x}\n", "nested more than 40 deep, or one refers to itself"),
     "its own item": ("data: {source: &x [a, *x]}\n", "nested more than 40 deep, or one refers to itself"),
     "merges itself": ("data: &x {<<: *x, source: a}\n", "nested more than 40 deep, or one refers to itself"),
@@ -69,7 +69,7 @@ def test_no_recipe_takes_long(capsys, recipe_file, name):
 @pytest.mark.parametrize("name", ["bomb", "itself", "its own item", "lists", "mappings", "wide"])
 def test_no_override_takes_long(capsys, recipe_file, name):
     text, words = LONG[name]
-    text = f"{{{', '.join(text.splitlines())}}}" if name == "bomb" else text.removeprefix("data: ")
+    text = SOURCE if name == "bomb" else text.removeprefix("data: ")
     started = time.monotonic()
     assert words in refused(capsys, "prepare", recipe_file, f"data.source={text}")
     assert time.monotonic() - started < 10
@@ -162,7 +162,8 @@ def test_every_path_may_lie_in_the_home_folder(capsys, recipe_file, home):
 
 @pytest.mark.parametrize("key", ["output", "data.source", "data.test", "data.template", "evaluation.prompts", "model"])
 @pytest.mark.parametrize("path", ["''", "' '", "~no-such-user/x"])
-def test_a_path_that_is_none(capsys, recipe_file, key, path):
+def test_a_path_that_is_none(capsys, recipe_file, tmp_path, monkeypatch, key, path):
+    monkeypatch.chdir(tmp_path)
     said = refused(capsys, "prepare", recipe_file, f"{key}={path}")
     assert f"the command line: {key}: " in said
     assert "the path is empty" in said or "home folder that does not exist" in said
