@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import hold_lock, write_atomically
+from minisft.files import files_of_pattern, hold_lock, is_pattern, write_atomically
 from minisft.longer import is_only_longer, refuse_other_trajectory
 from minisft.manifest import MANIFEST, MARKER, delete_written, mark, read_marker, written_bytes
 from minisft.recipe import Recipe, dump_recipe, load_recipe
@@ -29,6 +29,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # The first line of a run's recipe: what tells a run folder from a folder that happens to hold a recipe.
 _MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from, not this file.\n"
 _RUN = "run"  # of the marker
+_DATA = ("data.source", "data.test")
 _LOCKS = ("evaluation/.lock", "compare/.lock")  # of other commands that work in a run folder
 _AT_WORK = {"evaluation": "the evaluation of this run", "compare": "the comparison in this folder"}
 # What `compare` writes into an output folder, beside a run or without one; no run deletes it.
@@ -436,7 +437,7 @@ def refuse_inputs_in_output(recipe: Recipe) -> None:
         if path == output or output in path.parents:
             what = f"it lies in the `output` folder {recipe.output}, where --force would replace it"
             raise UserError(f"{key} {path}", what, "name another folder as `output`, or move the input out of it")
-        if key in ("data.source", "data.test") and path in output.parents and path.is_dir():
+        if key in _DATA and path in output.parents and path.is_dir():
             what = f"the `output` folder {recipe.output} lies in it, so that the run's own files would be read as data"
             raise UserError(f"{key} {path}", what, "name an `output` outside the folder of the data")
 
@@ -454,8 +455,14 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
         for entry in value if isinstance(value, list) else [value]:
             path = entry.get("path") if isinstance(entry, dict) else entry
             with contextlib.suppress(OSError):  # a text too long for a path is none
-                if isinstance(path, str) and Path(path).exists():
+                if not isinstance(path, str):
+                    continue
+                if Path(path).exists():
                     yield key, Path(path).resolve()
+                elif key in _DATA and is_pattern(Path(path)):
+                    yield from ((key, found.resolve()) for _, found in files_of_pattern(Path(path)))
+                    if "**" in Path(path).parts:  # what it matches grows with the folder
+                        yield key, Path(path[: path.index("**")]).resolve()
 
 
 def _place_of(root: Path) -> Path:

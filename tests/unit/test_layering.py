@@ -10,6 +10,7 @@ LEAVES = {
     "errors",
     "text",
     "processes",
+    "yaml_tree",
     "recipe",
     "manifest",
     "files",
@@ -24,9 +25,10 @@ MAY_IMPORT = {
     "text": set(),
     "manifest": {"errors"},
     "replacement": {"errors", "files", "manifest"},
+    "yaml_tree": {"errors"},
     "options": {"errors"},
     "processes": set(),
-    "recipe": {"errors", "text", "files"},
+    "recipe": {"errors", "text", "files", "yaml_tree"},
     "files": {"errors", "text", "manifest"},
     "console": {"errors", "text"},
     "models": {"errors", "text", "recipe", "files", "console"},
@@ -44,8 +46,22 @@ MAY_IMPORT = {
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "longer", "manifest", "files",
-         "replacement", "__init__", "__main__")  # fmt: skip
+LIGHT = (
+    "cli",
+    "runner",
+    "options",
+    "processes",
+    "errors",
+    "recipe",
+    "yaml_tree",
+    "runs",
+    "longer",
+    "manifest",
+    "replacement",
+    "files",
+    "__init__",
+    "__main__",
+)
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
 
