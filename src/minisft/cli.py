@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -246,8 +246,7 @@ def demo(arguments: Arguments) -> None:
     else:
         resume = not arguments.force and is_same_run(run, recipe) and run.has_begun()
         train_run(recipe, force=arguments.force, resume=resume)
-    _evaluate(recipe)
-    show_demo(run.root)
+    _evaluate(recipe, shown=show_demo)
 
 
 # --- what verbs share -------------------------------------------------------------------------------------
@@ -272,11 +271,24 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
     return replace(load_recipe(RunFolder(Path(path)).recipe, overrides), output=path)
 
 
-def _evaluate(recipe: "Recipe", *, follow: bool = False, as_json: bool = False) -> None:
+def _evaluate(
+    recipe: "Recipe",
+    *,
+    follow: bool = False,
+    as_json: bool = False,
+    shown: Callable[[Path], object] | None = None,
+) -> None:
+    """Score the run, call `shown` with its folder, and only then refuse checkpoints that are damaged."""
     from minisft.evaluation.evaluate import evaluate as score_checkpoints
+    from minisft.evaluation.evaluate import refuse_damaged
     from minisft.report.curves import draw_curves
+    from minisft.runs import RunFolder
 
-    score_checkpoints(recipe, Path(recipe.output), follow=follow, as_json=as_json, draw=draw_curves)
+    output = Path(recipe.output)
+    results = score_checkpoints(recipe, output, follow=follow, as_json=as_json, draw=draw_curves)
+    if shown is not None:
+        shown(output)
+    refuse_damaged(results, RunFolder(output))
 
 
 def _say_what_next(run: "RunFolder") -> None:

@@ -35,7 +35,8 @@ def _say_scores(results: dict[str, Any]) -> None:
     best = next((entry for entry in results["checkpoints"] if entry["checkpoint"] == results["best"]), None)
     for metric, name in _NAMES.items():
         if metric in results["base"]:
-            tuned = f"tuned ({best['checkpoint']}) {best[metric]['score']:.1f}, " if best else ""
+            below = ", below base" if best and best[metric]["score"] < results["base"][metric]["score"] else ""
+            tuned = f"tuned ({best['checkpoint']}{below}) {best[metric]['score']:.1f}, " if best else ""
             say(
                 f"{name} on held-out answers: base {results['base'][metric]['score']:.1f}, {tuned}"
                 f"best stock phrase {results['constant'][metric]['score']:.1f}",

@@ -7,7 +7,7 @@ from typing import Any
 from minisft.files import write_atomically
 from minisft.report.curves import draw_curves
 from minisft.report.page_data import page_data
-from minisft.report.run_files import RunFiles, read_run
+from minisft.report.run_files import RunFiles, metrics_of, read_run
 from minisft.report.tables import markdown, score_table
 from minisft.report.verdict import verdict
 
@@ -28,10 +28,9 @@ def write_results(output: Path) -> Path:
     if run.results is not None:
         heads, rows = score_table(run)
         cells = [[f"**{as_text(row[0])}**" if best else as_text(row[0]), *row[1:]] for row, best in rows]
-        parts += [
-            markdown(heads, cells).rstrip(),
-            f"constant: {as_text(repr(run.results['constant'].get('text', '')))}",
-        ]
+        parts.append(markdown(heads, cells).rstrip())
+        if metrics_of(run):
+            parts.append(f"constant: {as_text(repr(run.results['constant'].get('text', '')))}")
         parts += [
             f"{as_text(f['checkpoint'])} could not be scored: {as_text(f['error'])}" for f in run.results["failed"]
         ]

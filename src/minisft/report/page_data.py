@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from minisft.claims import best_label, is_reliable
 from minisft.report.html import rounded
 from minisft.report.run_files import METRIC_NAMES, RunFiles, metrics_of, read_lines
 
@@ -22,19 +23,22 @@ def page_data(run: RunFiles) -> dict[str, Any]:
         "scores": _score_points(run),
         "systems": [name for name, _ in run.systems],
         "best": run.results["best"] if run.results else None,
+        "bestLabel": best_label(run.results) if run.results else None,
         "scoreName": "chrF" if "chrf" in metrics_of(run) else "BLEU",
         "examples": [*_prompt_rows(run), *_example_rows(run)],
     }
 
 
 def _score_points(run: RunFiles) -> dict[str, Any] | None:
+    """(step, score, low, high) of every model; without low and high where they would claim too much."""
     if run.results is None:
         return None
+    keys = ("score", "low", "high") if is_reliable(run.results) else ("score",)
     points = {}
     for metric in metrics_of(run):
         scores = [(entry["step"], entry[metric]) for _, entry in run.systems]
         points[metric] = {
-            "points": [[step, *(rounded(s[key]) for key in ("score", "low", "high"))] for step, s in scores],
+            "points": [[step, *(rounded(s[key]) for key in keys)] for step, s in scores],
             "constant": rounded(run.results["constant"][metric]["score"]),
         }
     return points

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minisft.claims import qualify
 from minisft.errors import UserError
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
@@ -58,10 +59,11 @@ def read_run(root: Path) -> RunFiles:
             root, "this is no run folder (it has neither recipe.yaml nor metrics.jsonl)", "give a run's `output`"
         )
     recipe = root / "recipe.yaml"
+    results = _read_json(root / "evaluation" / "results.json")
     return RunFiles(
         root,
         read_lines(root / "metrics.jsonl"),
-        _read_json(root / "evaluation" / "results.json"),
+        None if results is None else qualify(results),
         _read_json(root / "dataset" / "ledger.json"),
         recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         (_read_json(root / "dataset" / "preview.json") or {}).get("rows", []),
