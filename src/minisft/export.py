@@ -60,6 +60,9 @@ def _source(run: RunFolder, checkpoint: str | None) -> Path:
         mend = f"name one: --checkpoint {' or '.join(checkpoints)}" if checkpoints else "train first: minisft train"
         raise UserError(run.root, "this run has no final model yet", mend)
     name = _best(run) if checkpoint == BEST else checkpoint
+    if name is None:
+        mend = f"name a checkpoint: --checkpoint {' or '.join(checkpoints)}"
+        raise UserError(f"--checkpoint {BEST}", "no checkpoint is scored, so none is best", mend)
     if name not in checkpoints:
         there = ", ".join(checkpoints) or "none"
         raise UserError(f"--checkpoint {checkpoint}", f"{run.checkpoints} has none of that name", f"there is: {there}")

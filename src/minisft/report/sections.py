@@ -38,9 +38,16 @@ def _curves(run: RunFiles) -> str:
 
 
 def _scores(run: RunFiles) -> str:
+    """Without held-out answers nothing is scored, which the verdict says."""
     if run.results is None:
         return ""
+    failed = [
+        f'<p class="bad">{escape(f["checkpoint"])} could not be scored: {escape(f["error"])}</p>'
+        for f in run.results.get("failed", [])
+    ]
     metrics = metrics_of(run)
+    if not metrics:
+        return "".join(failed)
     intervals = ", 95 % intervals" if is_reliable(run.results) else ""
     figures = [
         f'<figure id="{metric}"><figcaption>{METRIC_NAMES[metric]}{intervals}; dotted: the constant answer.'
@@ -48,10 +55,6 @@ def _scores(run: RunFiles) -> str:
         for metric in metrics
     ]
     heads, rows = score_table(run)
-    failed = [
-        f'<p class="bad">{escape(f["checkpoint"])} could not be scored: {escape(f["error"])}</p>'
-        for f in run.results.get("failed", [])
-    ]
     return (
         f'<h2 id="scores">Scores on {run.results.get("answers", "the")} held-out answers</h2>\n'
         f'<div class="pair">{"".join(figures)}</div>\n'
@@ -61,16 +64,16 @@ def _scores(run: RunFiles) -> str:
 
 
 def _score_notes(results: dict[str, Any], metrics: list[str]) -> str:
-    """What the columns mean, or why they tell no more."""
-    if not metrics:
-        return '<p class="soft">There are no held-out conversations, so nothing is scored.</p>\n'
+    """What the rows and columns mean, or why they tell no more."""
     constant = escape(repr(results["constant"].get("text", "")))
-    chances = (
-        f"p: how easily chance alone would give the difference of {METRIC_NAMES[metrics[0]]} from base, constant and "
-        "best, by the paired bootstrap."
-    )
     told = f"constant is the train answer that scores best when it is always given: {constant}. "
-    told += chances if is_reliable(results) else f"{why_withheld(results)}."
+    if is_reliable(results):
+        told += (
+            f"p: how easily chance alone would give the difference of {METRIC_NAMES[metrics[0]]} from base, constant "
+            "and best, by the paired bootstrap."
+        )
+    else:
+        told += f"{why_withheld(results)}."
     return f'<p class="soft">{told}</p>\n'
 
 

@@ -13,7 +13,7 @@ _RIVALS = ("base", "constant", "best")  # of whom the differences are told
 def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]:
     """Return heads and rows of cells, with whether a row is the best: base, checkpoints and the constant answer.
 
-    Without held-out answers there are no scores, and with too few no p-values: such columns are left out.
+    With too few held-out conversations there are no p-values; without any there are no scores, and no constant answer.
     """
     assert run.results is not None
     metrics, best = metrics_of(run), run.results["best"]
