@@ -1,12 +1,32 @@
 """What scores may claim: with few held-out conversations neither an interval nor significance, anywhere."""
 
+from pathlib import Path
 from typing import Any
 
+from minisft.errors import UserError
+from minisft.json_files import read_json
 from minisft.recipe import METRICS
 
 # Held-out conversations below which a bootstrap interval is too narrow and its p-value too small to be told. They are
 # counted, not their answers: with `turns: all` the answers of one conversation are not independent of each other.
 MIN_CONVERSATIONS = 20
+
+
+def read_results(root: Path) -> dict[str, Any] | None:
+    """Read `evaluation/results.json` of a run folder, as `qualify` gives it; None where there is none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = root / "evaluation" / "results.json"
+    if not path.is_file():
+        return None
+    fix = f"delete it and run `minisft evaluate {root}`, which writes it again: no answer is computed twice"
+    kinds: dict[str, Any] = {"base": dict, "constant": dict, "checkpoints": list, "failed": list}
+    results = read_json(path, fix, best=(str, type(None)), **kinds)
+    if not all(isinstance(entry, dict) and "checkpoint" in entry for entry in results["checkpoints"]):
+        raise UserError(path, "this file is damaged (an entry names no checkpoint)", fix)
+    return qualify(results)
 
 
 def qualify(results: dict[str, Any]) -> dict[str, Any]:

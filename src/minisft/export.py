@@ -1,8 +1,8 @@
 """A run's model for other tools: a plain model folder, with adapters merged into the base model."""
 
-import json
 from pathlib import Path
 
+from minisft.claims import read_results
 from minisft.errors import UserError
 from minisft.files import whole_folder
 from minisft.models import is_adapter, load_model, resolve_model, weights_fingerprint
@@ -70,12 +70,11 @@ def _source(run: RunFolder, checkpoint: str | None) -> Path:
 
 
 def _best(run: RunFolder) -> str | None:
-    results = run.root / "evaluation" / "results.json"
-    if not results.is_file():
+    results = read_results(run.root)
+    if results is None:
         where = f"--checkpoint {BEST}"
         raise UserError(where, "the checkpoints are not scored yet", f"run `minisft evaluate {run.root}` first")
-    best = json.loads(results.read_text(encoding="utf-8"))["best"]
-    return None if best is None else str(best)
+    return results["best"]
 
 
 def _require_free(folder: Path, run: RunFolder, force: bool) -> None:

@@ -89,12 +89,27 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        except Exception as error:  # a damaged file shows as anything: the tokenizers library raises a bare Exception
             what = f"the tokenizer cannot be loaded ({_first_line(error)})"
             raise UserError(folder, what, _TOKENIZER_MEND) from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(folder, "the tokenizer is not a fast one", _TOKENIZER_MEND)
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Load the configuration of a model folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a damaged file shows as anything
+        what = f"its config.json cannot be read ({_first_line(error)})"
+        raise UserError(folder, what, "give a folder that save_pretrained wrote") from None
 
 
 def load_model(
@@ -140,7 +155,9 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
 
         try:
             return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # a damaged file shows as anything, from a RuntimeError to safetensors' own
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 folder,
                 f"the model cannot be loaded ({_first_line(error)})",
@@ -174,7 +191,9 @@ def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreT
 
         try:
             adapted = PeftModel.from_pretrained(model, folder)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        except Exception as error:  # as above
+            if is_out_of_memory(error):
+                raise
             what = f"the adapters do not fit their base model ({_first_line(error)})"
             raise UserError(folder, what, "give the base model that they were trained on") from None
         if (folder / "generation_config.json").is_file():
@@ -204,6 +223,14 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether the machine failed, and not the file; torch has no class of its own for that on a CPU."""
+    import torch
+
+    out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return out or "can't allocate memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

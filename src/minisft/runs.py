@@ -11,6 +11,7 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
+from minisft.json_files import read_json
 from minisft.recipe import Recipe, dump_recipe, load_recipe
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -85,7 +86,7 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """Say whether MiniSFT wrote this folder."""
-        return self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(_MARK)
+        return self.recipe.is_file() and self.recipe.read_bytes().startswith(_MARK.encode())  # it may be damaged
 
     def is_trained(self) -> bool:
         """Say whether training ended: the final model is written last, and whole."""
@@ -255,7 +256,8 @@ def refuse_other_model(run: RunFolder, origin: str, fingerprint: str) -> None:
     """
     if not run.base_model.exists():
         return
-    before = json.loads(run.base_model.read_text(encoding="utf-8"))
+    fix = "restore it from a copy, or delete it where you know that `model` is still what the run began with"
+    before = read_json(run.base_model, fix, origin=str, fingerprint=str)
     if before["fingerprint"] != fingerprint:
         raise UserError(
             "model",

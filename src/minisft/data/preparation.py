@@ -112,13 +112,29 @@ def load_test(output: Path | str) -> list[dict[str, Any]]:
 
 
 def load_split(output: Path | str, side: str) -> Any:
-    """One side of a run's prepared data, "train" or "test", as a `datasets.Dataset`."""
+    """One side of a run's prepared data, "train" or "test", as a `datasets.Dataset`.
+
+    Raises:
+        UserError: it is not prepared, or its files are damaged.
+    """
     import datasets
 
     folder = Path(output) / "dataset" / side
     if not folder.is_dir():
         raise UserError(folder, "there is no prepared data", "run `minisft prepare` on the recipe first")
-    return datasets.load_from_disk(str(folder))
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # a damaged file shows as anything, from KeyError to Arrow's own errors
+        raise _damaged(folder, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}") from None
+    ledger = read_ledger(folder.parent)
+    if ledger is not None and len(data) != ledger["rows"][side]:  # an Arrow stream may end after any batch
+        raise _damaged(folder, f"it holds {len(data):,} rows, and ledger.json says {ledger['rows'][side]:,}")
+    return data
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    fix = f"delete {folder.parent} and run `minisft inspect {folder.parent.parent}`, which prepares the data again"
+    return UserError(folder, f"the prepared data are damaged ({reason})", fix)
 
 
 def _prepared(folder: Path, ledger: dict[str, Any], cached: bool) -> Prepared:

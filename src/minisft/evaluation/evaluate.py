@@ -22,7 +22,7 @@ from minisft.evaluation.scoring import best_constant, p_value
 from minisft.evaluation.table import print_table
 from minisft.evaluation.workers import ModelSpec, Workers, default_processes
 from minisft.files import hold_lock, write_atomically
-from minisft.models import load_tokenizer, resolve_model, weights_fingerprint
+from minisft.models import load_config, load_tokenizer, resolve_model, weights_fingerprint
 from minisft.recipe import METRICS, EvaluationRecipe, Recipe
 from minisft.runs import RunFolder, refuse_other_model
 
@@ -235,9 +235,7 @@ def _require_checkpoints(run: RunFolder) -> None:
 
 
 def _require_room(base: Path, max_new_tokens: int, trust_remote_code: bool) -> None:
-    from transformers import AutoConfig
-
-    context = context_length(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code))
+    context = context_length(load_config(base, trust_remote_code))
     if context is not None and max_new_tokens >= context:
         raise UserError(
             "evaluation.max_new_tokens",

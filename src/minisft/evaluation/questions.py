@@ -15,6 +15,7 @@ from minisft.data.encoding import IGNORED, Encoder
 from minisft.data.preparation import load_test, load_train
 from minisft.data.rendering import RefusedError
 from minisft.errors import UserError
+from minisft.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,11 @@ def _count_test_rows(output: Path) -> int:
     ledger = output / "dataset" / "ledger.json"
     if not ledger.is_file():
         raise UserError(ledger.parent, "there is no prepared data", "train first: minisft train")
-    return int(json.loads(ledger.read_text(encoding="utf-8"))["rows"]["test"])
+    fix = f"run `minisft inspect {output}`, which prepares the data again"
+    rows = read_json(ledger, fix, rows=dict)["rows"]
+    if not isinstance(rows.get("test"), int):
+        raise UserError(ledger, "this file is damaged (it does not say how many rows are held out)", fix)
+    return int(rows["test"])
 
 
 def _questions_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[Question]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from minisft.claims import best_label, is_reliable
 from minisft.report.html import rounded
-from minisft.report.run_files import METRIC_NAMES, RunFiles, metrics_of, read_lines
+from minisft.report.run_files import METRIC_NAMES, RunFiles, metrics_of, read_answers
 
 CURVE_POINTS = 1500
 EXAMPLE_BYTES = 1_500_000  # of example text on the page; all of it lies in outputs.jsonl
@@ -46,7 +46,7 @@ def _score_points(run: RunFiles) -> dict[str, Any] | None:
 
 def _example_rows(run: RunFiles) -> list[dict[str, Any]]:
     """Rows with the answer of every system: the first, the most changed, then as many as there is room for."""
-    lines = [read_lines(run.root / "evaluation" / name / "outputs.jsonl") for name, _ in run.systems]
+    lines = [read_answers(run, name, "outputs.jsonl") for name, _ in run.systems]
     if not lines or not all(len(rows) == len(lines[0]) for rows in lines):
         return []
     metric = "chrf" if "chrf" in metrics_of(run) else "bleu"
@@ -63,7 +63,7 @@ def _example_rows(run: RunFiles) -> list[dict[str, Any]]:
 
 def _prompt_rows(run: RunFiles) -> list[dict[str, Any]]:
     """The user's own prompts, where every system has answered the same ones."""
-    lines = [read_lines(run.root / "evaluation" / name / "prompts.jsonl") for name, _ in run.systems]
+    lines = [read_answers(run, name, "prompts.jsonl") for name, _ in run.systems]
     if not lines or not all([row["id"] for row in rows] == [row["id"] for row in lines[0]] for rows in lines):
         return []
     return [_side_by_side(list(rows), f"your {rows[0]['id']}", None) for rows in zip(*lines, strict=True)]

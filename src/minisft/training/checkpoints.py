@@ -5,8 +5,11 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from minisft.claims import read_results
 from minisft.files import whole_folder
+from minisft.json_files import read_json, read_json_lines
 from minisft.recipe import TrainingRecipe
 from minisft.runs import RunFolder, list_checkpoints
 from minisft.training.held_out import eval_losses, stops_early
@@ -97,8 +100,7 @@ def retain(run: RunFolder, count: int) -> None:
 
 def best_checkpoints(run: RunFolder) -> set[str]:
     """Name the checkpoint of the lowest held-out loss and the one that the evaluation calls best, where known."""
-    results = run.root / "evaluation" / "results.json"
-    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {"checkpoints": [], "best": None}
+    scores = read_results(run.root) or {"checkpoints": [], "best": None}
     losses = _losses_in_training(run) or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
     there = {path.name for path in run.list_checkpoints()}
     known = [name for name, loss in losses.items() if name in there and loss is not None]
@@ -108,9 +110,7 @@ def best_checkpoints(run: RunFolder) -> set[str]:
 
 def _losses_in_training(run: RunFolder) -> dict[str, float]:
     """Held-out losses by the name of the checkpoint that the step has, if it has one."""
-    if not run.metrics.is_file():
-        return {}
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_json_lines(run.metrics, "delete the damaged lines", step=int)
     return {f"checkpoint-{line['step']}": line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
@@ -132,13 +132,18 @@ def note_origin(checkpoint: Path, strategy: str, processes: int) -> None:
 
 def layout_of(checkpoint: Path) -> tuple[str, int]:
     """Return the strategy and the number of processes that wrote a checkpoint's optimizer state."""
-    origin = json.loads((checkpoint / _ORIGIN).read_text(encoding="utf-8"))
+    origin = read_json(checkpoint / _ORIGIN, _without(checkpoint), strategy=str, processes=int)
     return str(origin["strategy"]), int(origin["processes"])
+
+
+def _without(checkpoint: Path) -> str:
+    return f"delete {checkpoint}: --resume goes on from the checkpoint before it"
 
 
 def is_last(checkpoint: Path, early_stopping: int | None = None) -> bool:
     """Say whether training was over with this checkpoint: at the last step, or stopped early."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    kinds: dict[str, Any] = {"global_step": int, "max_steps": int, "log_history": list}
+    state = read_json(checkpoint / "trainer_state.json", _without(checkpoint), **kinds)
     return bool(state["global_step"] >= state["max_steps"]) or stops_early(
         eval_losses(state["log_history"]), early_stopping
     )

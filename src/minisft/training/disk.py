@@ -103,11 +103,11 @@ def count_parameters(folder: Path, lora: LoraRecipe | None, trust_remote_code: b
 
 def checkpoints_to_write(training: TrainingRecipe, run: RunFolder, begun_at: int, max_length: int, seed: int) -> int:
     """Return how many checkpoints come after the step `begun_at`."""
-    from datasets import load_from_disk
+    from minisft.data.preparation import load_split
 
     an_epoch = len(
         steps_of_epoch(
-            measure(load_from_disk(str(run.dataset / "train"))).tokens,
+            measure(load_split(run.root, "train")).tokens,
             global_batch=training.batch_size * training.processes * training.gradient_accumulation,
             pack_tokens=max_length if training.packing else None,
             seed=seed,
