@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from minisft.claims import read_results
 from minisft.files import whole_folder
 from minisft.json_files import read_json, read_json_lines
 from minisft.recipe import TrainingRecipe
@@ -100,7 +99,10 @@ def retain(run: RunFolder, count: int) -> None:
 
 def best_checkpoints(run: RunFolder) -> set[str]:
     """Name the checkpoint of the lowest held-out loss and the one that the evaluation calls best, where known."""
-    scores = read_results(run.root) or {"checkpoints": [], "best": None}
+    results = run.root / "evaluation" / "results.json"
+    scores: dict[str, Any] = {"checkpoints": [], "best": None}
+    if results.is_file():
+        scores = read_json(results, "delete it, then go on with --resume", checkpoints=list, best=(str, type(None)))
     losses = _losses_in_training(run) or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
     there = {path.name for path in run.list_checkpoints()}
     known = [name for name, loss in losses.items() if name in there and loss is not None]
