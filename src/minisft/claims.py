@@ -22,8 +22,8 @@ def read_results(root: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     fix = f"delete it and run `minisft evaluate {root}`, which writes it again: no answer is computed twice"
-    kinds: dict[str, Any] = {"base": dict, "constant": dict, "checkpoints": list, "failed": list}
-    results = read_json(path, fix, best=(str, type(None)), **kinds)
+    kinds: dict[str, Any] = {"base": dict, "constant": dict, "checkpoints": list}
+    results = {"failed": [], **read_json(path, fix, best=(str, type(None)), **kinds)}
     if not all(isinstance(entry, dict) and "checkpoint" in entry for entry in results["checkpoints"]):
         raise UserError(path, "this file is damaged (an entry names no checkpoint)", fix)
     return qualify(results)
