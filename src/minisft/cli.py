@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from minisft import __version__, options
 from minisft.errors import StoppedError, UserError
-from minisft.files import REFUSED
+from minisft.files import REFUSED, user_path
 from minisft.options import Arguments, Verb
-from minisft.runner import prepare_run, train_along, train_joined, train_run
+from minisft.runner import prepare_run, train_along, train_joined, train_run, try_start
 from minisft.text import printable
 
 if TYPE_CHECKING:
@@ -65,12 +65,14 @@ def _run(words: list[str]) -> int:
 
 def prepare(arguments: Arguments) -> None:
     from minisft.data.sources import require_sources
-    from minisft.runs import open_run
+    from minisft.runs import delete_replaced_run, start_run
 
     recipe = _load(arguments)
-    require_sources(recipe.data)  # before --force deletes anything
-    with open_run(recipe, force=arguments.force, prepares_only=True):
-        prepare_run(recipe, with_weights=False)
+    require_sources(recipe.data)
+    with start_run(recipe, force=arguments.force, prepares_only=True) as started:
+        prepare_run(started.recipe, with_weights=False)
+        started.take_place()
+        delete_replaced_run(started.run)
 
 
 def inspect(arguments: Arguments) -> None:
@@ -152,7 +154,9 @@ def train(arguments: Arguments) -> None:
     if machines is not None and recipe.training.strategy == "auto":
         mend = f"name a strategy; `minisft plan {arguments.words[0]} --nodes {machines.count}` says which"
         raise UserError("training.strategy", "auto tries strategies on one machine alone", mend)
-    if is_joined():
+    if arguments.dry_run:
+        try_start(recipe, force=arguments.force, resume=arguments.resume, machines=machines)
+    elif is_joined():
         if machines is not None:
             raise UserError("--nodes", "another launcher started this process", "leave the machines to it")
         train_joined(recipe, force=arguments.force, resume=arguments.resume)
@@ -189,8 +193,10 @@ def report(arguments: Arguments) -> None:
     from minisft.console import say
     from minisft.report.markdown import write_results
     from minisft.report.page import write_report
+    from minisft.runs import refuse_strangers_links
 
     output = Path(_recipe_or_run(arguments).output)
+    refuse_strangers_links(output)
     say(f"written: {write_report(output)}")
     say(f"written: {write_results(output)}")
 
@@ -201,7 +207,7 @@ def export(arguments: Arguments) -> None:
 
     if len(arguments.words) < 2 or "=" in arguments.words[1]:
         raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
-    folder = Path(arguments.words.pop(1))
+    folder = user_path(arguments.words.pop(1), "the folder to write")
     recipe = _recipe_or_run(arguments)
     source = export_model(
         recipe,
@@ -282,9 +288,10 @@ def _evaluate(
     from minisft.evaluation.evaluate import evaluate as score_checkpoints
     from minisft.evaluation.evaluate import refuse_damaged
     from minisft.report.curves import draw_curves
-    from minisft.runs import RunFolder
+    from minisft.runs import RunFolder, refuse_strangers_links
 
     output = Path(recipe.output)
+    refuse_strangers_links(output)
     results = score_checkpoints(recipe, output, follow=follow, as_json=as_json, draw=draw_curves)
     if shown is not None:
         shown(output)
@@ -332,6 +339,7 @@ VERBS = {
         "RECIPE.yaml",
         options.resume,
         options.force,
+        options.dry_run,
         options.machines,
     ),
     "evaluate": Verb(

@@ -3,12 +3,18 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
+import re
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from minisft.errors import UserError
+from minisft.manifest import record, record_folder, record_scratch, refuse_foreign_files
 
 # What a file system refuses: no room, a quota, a limit on a file's size, read-only or forbidden, a broken disk.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -16,10 +22,39 @@ _CHUNK = 1 << 20
 _RETRY = 0.05  # seconds between two tries for a lock
 
 
+def user_path(text: str, where: str = "") -> Path:
+    """Return the path that a user wrote, with a leading `~` or `~name` as that home folder.
+
+    Every path of a recipe or of the command line passes through here once, before anything else looks at it. The
+    path returned never begins with `~` (`./~` becomes absolute), so a library that expands paths leaves it as it is.
+
+    Args:
+        text: the path as it was written.
+        where: the key or option that holds it, for the message.
+
+    Raises:
+        UserError: the text is blank, holds a NUL character, or names the home of a user that does not exist.
+    """
+    if not text.strip():
+        raise UserError(where or "a path", "the path is empty", "give the path of a file or a folder")
+    if "\0" in text:
+        raise UserError(where or text, "a path cannot hold a NUL character", "remove it")
+    path = Path(text)
+    if not text.startswith("~"):
+        return path.absolute() if path.parts and path.parts[0].startswith("~") else path
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        what = f"{path.parts[0]} stands for a home folder that does not exist"
+        fix = f"write ./{text} for a name that begins with ~, or the full path"
+        raise UserError(where or text, what, fix) from None
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` aside and rename it into place: a reader sees the old file or the new one."""
+    """Write `text` to a file beside `path` and rename it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    record(aside, path)
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
@@ -41,17 +76,36 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill; it takes the name `folder` only when the block ends without an error."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    """Give a folder to fill; it takes the name `folder` only when the block ends without an error.
+
+    Where `folder` is a link to a folder, the folder that it leads to is replaced, and the link stays.
+
+    Raises:
+        UserError: `folder` holds what MiniSFT did not write.
+    """
+    refuse_foreign_files(folder)
+    target = folder.resolve()
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    record_scratch(aside)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.replace(folder)
+        record_folder(aside, folder)
+        refuse_foreign_files(folder)  # something may have come meanwhile
+        if target.exists():
+            shutil.rmtree(target)
+        aside.replace(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove what a killed process left of making `folder` with `whole_folder`."""
+    target = folder.resolve()
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if re.fullmatch(r"\d+", path.suffix[1:]) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -59,23 +113,61 @@ def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
     """Hold the lock file `path`, which this makes; the lock ends with its holder, however that dies.
 
     Args:
-        path: of the file.
-        patience: seconds to try; another process may only look whether the lock is held.
+        path: Path of the lock file. Nothing is written to it, and a link or a pipe in its place is an error.
+        patience: Seconds to try; another process may only look whether the lock is held.
 
     Raises:
         BlockingIOError: it is held.
+        UserError: something else has that name.
     """
     end = time.monotonic() + patience
-    with path.open("w") as file:
+    if not path.exists():
+        record(path)
+    handle = _open_lock(path)
+    try:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise
             time.sleep(_RETRY)
         yield
+    finally:
+        os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Say whether a process holds the lock file `path`; nothing is made or written."""
+    if not os.path.lexists(path):
+        return False
+    handle = _open_lock(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _open_lock(path: Path, how: int = os.O_RDWR | os.O_CREAT) -> int:
+    """Open a lock file and nothing else: through a link, another file would be opened or made."""
+    try:
+        handle = os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _no_lock_file(path) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _no_lock_file(path)
+    return handle
+
+
+def _no_lock_file(path: Path) -> UserError:
+    return UserError(path, "this name is MiniSFT's lock file, and something else has it", "move that somewhere else")
 
 
 def cache_folder() -> Path:

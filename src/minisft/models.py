@@ -7,10 +7,10 @@ recipe says `trust_remote_code: true`.
 """
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from minisft.errors import UserError
-from minisft.files import cache_folder, hash_files, whole_folder
+from minisft.files import cache_folder, hash_files, hold_lock, whole_folder
 from minisft.recipe import BUILT_IN_MODELS
 
 if TYPE_CHECKING:
@@ -323,8 +323,7 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
             raise UserError(name, "this is not a GGUF file", "give a file that llama.cpp or a hub wrote as GGUF")
     folder = cache_folder() / "models" / f"{path.stem}-{hash_files([path])[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as guard:  # the first of several converts, the others find it done
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with hold_lock(folder.with_suffix(".lock"), patience=math.inf):  # the first converts, the others find it done
         if not folder.exists():
             with whole_folder(folder) as aside:
                 _convert_gguf(path, aside)

@@ -83,7 +83,9 @@ def compare(parser: Parser) -> None:
         "--vary", action="append", default=[], metavar="KEY=V1,V2", help="a key and its values; repeatable"
     )
     parser.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="train only")
-    parser.add_argument("--force", action="store_true", help="delete the variants' runs and begin anew")
+    parser.add_argument(
+        "--force", action="store_true", help="begin the variants anew; each run stays until its successor's first step"
+    )
 
 
 def export(parser: Parser) -> None:
@@ -95,15 +97,25 @@ def export(parser: Parser) -> None:
         help="add adapters to the base model's matrices (default), or copy them as they are",
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as trained")
-    parser.add_argument("--force", action="store_true", help="replace the model that the folder holds")
+    parser.add_argument("--force", action="store_true", help="replace the model that an earlier export wrote there")
 
 
 def force(parser: Parser) -> None:
-    parser.add_argument("--force", action="store_true", help="delete the run that the output folder holds")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace the run that the output folder holds; it stays until the new one has taken its first step",
+    )
 
 
 def resume(parser: Parser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+
+
+def dry_run(parser: Parser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="make every check, prepare the data aside, write nothing"
+    )
 
 
 def machines(parser: Parser) -> None:

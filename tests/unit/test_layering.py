@@ -13,7 +13,9 @@ LEAVES = {
     "json_files",
     "processes",
     "recipe",
+    "manifest",
     "files",
+    "replacement",
     "console",
     "models",
     "runs",
@@ -22,15 +24,17 @@ LEAVES = {
 MAY_IMPORT = {
     "errors": set(),
     "text": set(),
+    "manifest": {"errors"},
+    "replacement": {"errors", "files", "manifest"},
     "options": {"errors"},
     "processes": set(),
     "recipe": {"errors", "text", "files"},
-    "files": {"errors", "text"},
     "claims": {"errors", "recipe", "json_files"},
     "json_files": {"errors"},
+    "files": {"errors", "text", "manifest"},
     "console": {"errors", "text"},
-    "models": {"errors", "text", "recipe", "files", "console", "json_files"},
-    "runs": {"errors", "text", "recipe", "files", "console", "json_files"},
+    "models": {"errors", "text", "recipe", "files", "console"},
+    "runs": {"errors", "text", "recipe", "manifest", "files", "replacement", "console", "json_files"},
     "data": LEAVES,
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},
@@ -43,7 +47,8 @@ MAY_IMPORT = {
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "files", "__init__", "__main__")
+LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "manifest", "files",
+         "replacement", "__init__", "__main__")  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
 

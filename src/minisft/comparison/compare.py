@@ -15,9 +15,10 @@ from minisft.comparison.variants import FOLDER, Variant, choose_variants, read_a
 from minisft.console import console, say, warn
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
+from minisft.manifest import record, record_folder, record_scratch
 from minisft.recipe import load_recipe
 from minisft.report.comparison import Entry, write_comparison
-from minisft.runs import RunFolder, open_run, refuse_foreign_folder
+from minisft.runs import RunFolder, refuse_foreign_folder, restore_run, start_run
 
 _BASE_JOURNAL = Path("evaluation") / "base" / "journal.jsonl"
 
@@ -135,6 +136,7 @@ class _Run:
                 continue
             ended = self._run_verb(stage)
             if ended.status:
+                restore_run(self.run)
                 return self._failed(entry, stage, ended.status, ended.error)
         if self.wish.evaluate:
             write_atomically(self.record, self._evaluation_settings())
@@ -152,7 +154,8 @@ class _Run:
         assert self.variant.recipe is not None
         if self.wish.force:
             self.record.unlink(missing_ok=True)
-        with open_run(self.variant.recipe, force=self.wish.force, prepares_only=True):
+        with start_run(self.variant.recipe, force=self.wish.force, prepares_only=True) as started:
+            started.take_place()
             for other in reversed([self.output / entry.folder for entry in earlier]):
                 share(other / "dataset", self.run.dataset)
                 share(other / _BASE_JOURNAL, self.run.root / _BASE_JOURNAL)
@@ -200,11 +203,14 @@ def share(source: Path, target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
+    record_scratch(aside)
     if source.is_dir():
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(source, aside, copy_function=_link_or_copy)
+        record_folder(aside, target)
     else:
         shutil.copyfile(source, aside)
+        record(target)
     aside.replace(target)
 
 

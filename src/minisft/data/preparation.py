@@ -158,7 +158,7 @@ def _other_data(recipe: Recipe, changed: Sequence[str]) -> UserError:
     return UserError(
         recipe.output,
         f"the data are not those that this run began with: changed since then: {', '.join(changed)}",
-        "restore what changed, choose another `output`, or pass --force to delete that run",
+        "restore what changed, choose another `output`, or pass --force to replace that run",
     )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.claims import best_label, is_reliable
+from minisft.manifest import record
 from minisft.report.run_files import RunFiles, metrics_of, read_run
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def _finish(axes: "Axes", label: str) -> None:
 def _write(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")
+    record(aside, path)
     figure.savefig(aside, dpi=150, format="png")
     aside.replace(path)
     return path

@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from minisft.files import whole_folder
+from minisft.console import warn
+from minisft.files import remove_left_overs, whole_folder
 from minisft.json_files import read_json, read_json_lines
+from minisft.manifest import foreign_files, in_marked_folder, record_folder, record_scratch, shown
 from minisft.recipe import TrainingRecipe
+from minisft.replacement import free_name
 from minisft.runs import RunFolder, list_checkpoints
 from minisft.training.held_out import eval_losses, stops_early
 
@@ -29,6 +32,7 @@ def staging_folder(folder: Path) -> Path:
 def clear_left_overs(folder: Path) -> None:
     """Remove what a killed process was writing or removing."""
     for path in (folder / _STAGING, *folder.glob(f"{_REMOVED}*")):
+        record_scratch(path)
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -55,20 +59,31 @@ def _sync(path: Path) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Give a completely written checkpoint its name, replacing one of the same step."""
-    if final.exists():
-        remove_checkpoint(final)
+    if final.exists() and not remove_checkpoint(final):
+        final.rename(free_name(final, "kept"))
+    record_folder(staged, final)
     staged.rename(final)
     with contextlib.suppress(OSError):
         _sync(final.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint; it loses its name first, so that none is ever seen half removed."""
+def remove_checkpoint(checkpoint: Path) -> bool:
+    """Remove a checkpoint; it loses its name first, so that none is ever seen half removed.
+
+    Returns:
+        Whether it is gone: one that holds what MiniSFT did not write stays, and a warning names it.
+    """
+    foreign = foreign_files(checkpoint) if in_marked_folder(checkpoint) else []
+    if foreign:
+        warn(f"{checkpoint} is kept, since it holds what MiniSFT did not write: {shown(foreign)}")
+        return False
     aside = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+    record_scratch(aside)
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
     shutil.rmtree(aside)
+    return True
 
 
 def drop_optimizer_states(folder: Path, keep: Path) -> None:
@@ -78,7 +93,10 @@ def drop_optimizer_states(folder: Path, keep: Path) -> None:
             continue
         for pattern in _STATES:
             for path in checkpoint.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if not path.is_dir() or path.is_symlink():
+                    path.unlink()
+                elif not (in_marked_folder(path) and foreign_files(path)):
+                    shutil.rmtree(path)
 
 
 def tidy(run: RunFolder, training: TrainingRecipe, newest: Path) -> None:
@@ -157,8 +175,7 @@ def publish_final_model(run: RunFolder) -> None:
     Raises:
         OSError: the disk is full, and the like; nothing of it stays.
     """
-    for left_over in run.root.glob(f".{run.model.name}.*"):
-        shutil.rmtree(left_over)
+    remove_left_overs(run.model)
     with whole_folder(run.model) as aside:
         copy_model(run.list_checkpoints()[-1], aside)
         sync_folder(aside)

@@ -38,7 +38,15 @@ class CheckpointSize:
     state: int
 
 
-def require_disk(recipe: Recipe, run: RunFolder, model_folder: Path, resume_from: Path | None) -> None:
+def require_disk(
+    recipe: Recipe,
+    run: RunFolder,
+    model_folder: Path,
+    resume_from: Path | None,
+    *,
+    freed: int = 0,
+    place: Path | None = None,
+) -> None:
     """Make sure that the checkpoints that a run will write have room.
 
     Args:
@@ -46,6 +54,8 @@ def require_disk(recipe: Recipe, run: RunFolder, model_folder: Path, resume_from
         run: its folder, which must be there.
         model_folder: of the base model.
         resume_from: the checkpoint it goes on from.
+        freed: bytes that an earlier run gives back before the first checkpoint is written.
+        place: where the run will lie, if that is not the folder of `run`; it may not be there yet.
 
     Raises:
         UserError: they have not; it says how much they need and how much is free.
@@ -55,12 +65,14 @@ def require_disk(recipe: Recipe, run: RunFolder, model_folder: Path, resume_from
     count = checkpoints_to_write(recipe.training, run, begun_at, recipe.data.max_length, recipe.seed)
     states = [has_state(path) for path in run.list_checkpoints()]
     needed = most_added(states, count, size, recipe.training)
-    free = shutil.disk_usage(run.root).free
+    place = place or run.root
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free + freed
     model, state = size_text(size.model), size_text(size.state)
     what = f"{size_text(needed)} for {count} checkpoints of {model}, {state} of state for resuming"
     if needed > free:
         raise UserError(
-            run.root,
+            place,
             f"the run needs {what} and model/, and {size_text(free)} are free there",
             "make room, name an `output` on another disk, or keep less: training.keep_checkpoints, training.save_every",
         )

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from minisft.console import error_console
 from minisft.files import write_atomically
+from minisft.manifest import record
 from minisft.training.communication import bytes_sent
 
 LOGGED = (
@@ -51,6 +52,7 @@ def peak_memory_mb() -> float:
 
 def keep_steps_up_to(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a torn last one, so that a resumed run has one line a step."""
+    record(path)
     if not path.exists():
         return
     kept = []

@@ -1,5 +1,6 @@
 """Training, from a prepared data set to checkpoints and the final model."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from minisft.console import say
 from minisft.data.encoding import Encoder
 from minisft.errors import StoppedError, UserError
+from minisft.manifest import record
 from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
-from minisft.runs import RunFolder, load_run, remember_environment, step_of
+from minisft.runs import RunFolder, delete_replaced_run, load_run, remember_environment, step_of
 from minisft.training.checkpoints import (
     clear_left_overs,
     is_last,
@@ -150,6 +152,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
 
 def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: Path | None = None) -> None:
     """Train, from the beginning or from a checkpoint, until the last step or until asked to stop."""
+    from minisft.training.flow import FirstStep
     from minisft.training.metrics import ProgressLine, keep_steps_up_to
 
     progress = ProgressLine()
@@ -157,6 +160,7 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         trainer.add_callback(progress)
     if trainer.args.should_save:
         clear_left_overs(run.checkpoints)
+        trainer.add_callback(FirstStep(partial(delete_replaced_run, run)))
         keep_steps_up_to(run.metrics, _begun_at(resume_from))
         arguments = trainer.args
         precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
@@ -317,7 +321,9 @@ def _trainer(
     if trainer.is_world_process_zero():
         from torch.utils.tensorboard import SummaryWriter
 
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.tensorboard), purge_step=begun_at + 1)))
+        writer = SummaryWriter(str(run.tensorboard), purge_step=begun_at + 1)
+        record(*run.tensorboard.glob(f"events.out.tfevents.*.{os.getpid()}.*"))
+        trainer.add_callback(TensorBoardCallback(writer))
     return trainer
 
 

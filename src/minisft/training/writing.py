@@ -49,7 +49,7 @@ class Attempts:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if error is None or not is_write_failure(error):
             return False
-        self.failure = self.failure or _reason(error)
+        self.failure = self.failure or reason_of(error)
         return True
 
 
@@ -69,7 +69,7 @@ def naming_failed_writes(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_failure(error):
             raise
-        raise failed_write(folder, "writing failed", _reason(error)) from None
+        raise failed_write(folder, "writing failed", reason_of(error)) from None
     finally:
         threading.excepthook = told
 
@@ -93,7 +93,7 @@ def size_text(size: int) -> str:
     return f"{size / 1e3:.0f} kB"
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the file system's own words where the error has them."""
     text = str(error)
     known = next((os.strerror(code) for code in REFUSED if os.strerror(code) in text), None)
