@@ -57,7 +57,39 @@ def _run(words: list[str]) -> int:
     verb = VERBS.get(words[0])
     if verb is None:
         raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
-    return verb.run(verb.parser(words[0]).parse_intermixed_args(words[1:])) or 0
+    arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
+    _note_unread(words[0], arguments.words)
+    return verb.run(arguments) or 0
+
+
+# The keys of the recipe that a verb reads, or whose section it reads; a verb that is not here reads all.
+_READ = {
+    "prepare": ("model", "output", "seed", "trust_remote_code", "data"),
+    "inspect": ("model", "output", "seed", "trust_remote_code", "data"),
+    "check": ("model", "output", "seed", "trust_remote_code", "data", "training"),
+    "plan": ("model", "output", "seed", "trust_remote_code", "data", "training"),
+    "evaluate": (
+        "model", "output", "seed", "trust_remote_code", "data.template", "training.precision", "evaluation",
+    ),
+    "report": ("output",),
+    "export": ("model", "output", "trust_remote_code"),
+    "chat": ("output",),
+}  # fmt: skip
+
+
+def _note_unread(verb: str, words: Sequence[str]) -> None:
+    """Say which overrides have no effect, since the verb does not read what they change."""
+    read = _READ.get(verb)
+    if read is None:
+        return
+    keys = [word.partition("=")[0] for word in words[1:] if "=" in word]
+    unread = [key for key in keys if not any(_within(key, other) or _within(other, key) for other in read)]
+    if unread:
+        print(printable(f"note: {verb} does not read {', '.join(unread)}"), file=sys.stderr)
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
 
 
 # --- verbs ------------------------------------------------------------------------------------------------
@@ -91,7 +123,7 @@ def inspect(arguments: Arguments) -> None:
         worst=arguments.worst,
         only_findings=arguments.findings,
         count=arguments.count,
-        html=arguments.html,
+        html=None if arguments.html is None else user_path(arguments.html, "--html"),
     )
 
 
@@ -192,13 +224,26 @@ def compare(arguments: Arguments) -> int:
 def report(arguments: Arguments) -> None:
     from minisft.console import say
     from minisft.report.markdown import write_results
-    from minisft.report.page import write_report
+    from minisft.report.page import require_target, write_report
     from minisft.runs import refuse_strangers_links
 
     output = Path(_recipe_or_run(arguments).output)
-    refuse_strangers_links(output)
-    say(f"written: {write_report(output)}")
-    say(f"written: {write_results(output)}")
+    to = None if arguments.to is None else user_path(arguments.to, "--to")
+    if to is None:
+        refuse_strangers_links(output)
+    else:
+        require_target(to)
+    try:
+        written = [write_report(output, to), write_results(output, to)]
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        fix = "make room there, or see to the permissions"
+        if to is None:
+            fix = f"write the report elsewhere: minisft report {output} --to FOLDER"
+        raise UserError(to or output, f"the report cannot be written there ({error.strerror})", fix) from None
+    for path in written:
+        say(f"written: {path}")
 
 
 def export(arguments: Arguments) -> None:
@@ -231,6 +276,7 @@ def chat(arguments: Arguments) -> None:
         raise UserError(overrides[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
     start_chat(
         path,
+        template=arguments.template,
         message=arguments.message,
         system=arguments.system,
         max_new_tokens=arguments.max_new_tokens,
@@ -354,7 +400,7 @@ VERBS = {
         "RECIPE.yaml",
         options.compare,
     ),
-    "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml"),
+    "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml", options.report),
     "export": Verb(
         export,
         "write a run's model for other tools: a plain folder, adapters merged",

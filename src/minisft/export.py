@@ -56,6 +56,9 @@ def export(
     """
     run = RunFolder(Path(recipe.output))
     source = _source(run, checkpoint)
+    if dtype is not None and not merge and is_adapter(source):
+        what = "adapters that are not merged are copied as they are, in their own number format"
+        raise UserError("--no-merge --dtype", what, "leave out one of the two")
     _require_free(folder, recipe, force)
     with _in_place_of(folder) as new:
         copy_model(source, new)

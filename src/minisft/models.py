@@ -55,16 +55,19 @@ class ResolvedModel:
         return f"{self.name}: {self.origin}"
 
 
-def resolve_model(name: str, trust_remote_code: bool = False, weights: bool = True) -> ResolvedModel:
+def resolve_model(
+    name: str, trust_remote_code: bool = False, weights: bool = True, *, adapters: bool = False
+) -> ResolvedModel:
     """Find the model `name` and return its local folder.
 
     Args:
         name: a built-in name, a .gguf file, a folder or a hub id.
         trust_remote_code: also fetch the code files of a hub repository.
         weights: False fetches the tokenizer and the configuration of a hub model only.
+        adapters: a folder that holds adapters alone will do, too.
 
     Raises:
-        UserError: there is no such model, or it cannot be reached.
+        UserError: there is no such model, it cannot be reached, or it is adapters.
     """
     path = Path(name).expanduser()
     if name in BUILT_IN_MODELS:
@@ -72,6 +75,8 @@ def resolve_model(name: str, trust_remote_code: bool = False, weights: bool = Tr
     if path.suffix == ".gguf":
         return _resolve_gguf(name, path)
     if path.is_dir():
+        if not adapters:
+            _refuse_adapters(path)
         return _resolve_folder(name, path, weights)
     if path.exists():
         raise UserError(name, "this file is no model", "give a model folder, a .gguf file or a hub id")
@@ -239,6 +244,15 @@ def _first_line(error: BaseException) -> str:
 
 
 # --- folders --------------------------------------------------------------------------------------------
+
+
+def _refuse_adapters(path: Path) -> None:
+    """Refuse adapters where a whole model is wanted, such as the `model` of a recipe."""
+    if not is_adapter(path) or (path / "config.json").is_file():
+        return
+    run = next((str(folder) for folder in path.resolve().parents[:2] if (folder / "recipe.yaml").is_file()), "RUN")
+    fix = f"merge them into a whole model with `minisft export {run} FOLDER`, and give that FOLDER"
+    raise UserError(path, "this folder holds LoRA adapters, and not the whole model that is needed here", fix)
 
 
 def _resolve_folder(name: str, path: Path, weights: bool) -> ResolvedModel:

@@ -18,8 +18,8 @@ _OVERLAID = ("#56b4e9", "#e69f00", "#009e73", "#1a1a1a", "#cc79a7", "#0072b2", "
 _TRAIN, _TEST, _MARK = "#4c78a8", "#e45756", "#888888"
 
 
-def draw_curves(output: Path) -> list[Path]:
-    """Draw `evaluation/loss.png` and, where there are scores, `evaluation/scores.png` of a run folder.
+def draw_curves(output: Path, to: Path | None = None) -> list[Path]:
+    """Draw `evaluation/loss.png` and, where there are scores, `evaluation/scores.png` of a run folder, or into `to`.
 
     Returns:
         The files written; none where the run has neither steps nor results.
@@ -28,12 +28,13 @@ def draw_curves(output: Path) -> list[Path]:
         UserError: the folder is no run.
     """
     run = read_run(output)
+    folder = (to or output) / "evaluation"
     drawn = []
     if run.steps or run.systems:
-        drawn.append(_save(output / "evaluation" / "loss.png", "loss per supervised token", _draw_loss, run))
+        drawn.append(_save(folder / "loss.png", "loss per supervised token", _draw_loss, run))
     if metrics_of(run):
         label = "score, 95 % interval" if run.results and is_reliable(run.results) else "score"
-        drawn.append(_save(output / "evaluation" / "scores.png", label, _draw_scores, run))
+        drawn.append(_save(folder / "scores.png", label, _draw_scores, run))
     return drawn
 
 

@@ -16,14 +16,15 @@ _SHOWN = 300  # characters of a text
 _ACTIVE = re.compile(r"([\\`*_\[\]<>#~&])")
 
 
-def write_results(output: Path) -> Path:
-    """Write `<output>/results.md`, and draw the curves that it shows.
+def write_results(output: Path, to: Path | None = None) -> Path:
+    """Write `results.md` of the run folder `output`, into it or into the folder `to`, and draw the curves in it.
 
     Raises:
         UserError: the folder is no run.
     """
     run = read_run(output)
-    drawn = draw_curves(output)
+    target = to or output
+    drawn = draw_curves(output, to)
     parts = [f"# {as_text(output.resolve().name)}", as_text(verdict(run))]
     if run.results is not None:
         heads, rows = score_table(run)
@@ -34,9 +35,9 @@ def write_results(output: Path) -> Path:
         parts += [
             f"{as_text(f['checkpoint'])} could not be scored: {as_text(f['error'])}" for f in run.results["failed"]
         ]
-    parts += [f"![{path.stem}]({path.relative_to(output).as_posix()})" for path in drawn]
+    parts += [f"![{path.stem}]({path.relative_to(target).as_posix()})" for path in drawn]
     parts += _examples(run)
-    path = output / "results.md"
+    path = target / "results.md"
     write_atomically(path, "\n\n".join(parts) + "\n")
     return path
 
