@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,38 @@ def _run(words: list[str]) -> int:
         raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
     arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
     arguments.verb = words[0]
+    _note_unread(words[0], arguments.words)
     return verb.run(arguments) or 0
+
+
+# The keys of the recipe that a verb reads, or whose section it reads; a verb that is not here reads all.
+_READ = {
+    "prepare": ("model", "output", "seed", "trust_remote_code", "data"),
+    "inspect": ("model", "output", "seed", "trust_remote_code", "data"),
+    "check": ("model", "output", "seed", "trust_remote_code", "data", "training"),
+    "plan": ("model", "output", "seed", "trust_remote_code", "data", "training"),
+    "evaluate": (
+        "model", "output", "seed", "trust_remote_code", "data.template", "training.precision", "evaluation",
+    ),
+    "report": ("output",),
+    "export": ("model", "output", "trust_remote_code"),
+    "chat": ("output",),
+}  # fmt: skip
+
+
+def _note_unread(verb: str, words: Sequence[str]) -> None:
+    """Say which overrides have no effect, since the verb does not read what they change."""
+    read = _READ.get(verb)
+    if read is None:
+        return
+    keys = [word.partition("=")[0] for word in words[1:] if "=" in word]
+    unread = [key for key in keys if not any(_within(key, other) or _within(other, key) for other in read)]
+    if unread:
+        print(printable(f"note: {verb} does not read {', '.join(unread)}"), file=sys.stderr)
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
 
 
 # --- verbs ------------------------------------------------------------------------------------------------
@@ -95,7 +126,7 @@ def inspect(arguments: Arguments) -> None:
         worst=arguments.worst,
         only_findings=arguments.findings,
         count=arguments.count,
-        html=arguments.html,
+        html=None if arguments.html is None else user_path(arguments.html, "--html"),
     )
 
 
@@ -196,12 +227,25 @@ def report(arguments: Arguments) -> None:
     output = Path(_recipe_or_run(arguments).output)
     from minisft.console import say
     from minisft.report.markdown import write_results
-    from minisft.report.page import write_report
+    from minisft.report.page import require_target, write_report
     from minisft.runs import refuse_strangers_links
 
-    refuse_strangers_links(output)
-    say(f"written: {write_report(output)}")
-    say(f"written: {write_results(output)}")
+    to = None if arguments.to is None else user_path(arguments.to, "--to")
+    if to is None:
+        refuse_strangers_links(output)
+    else:
+        require_target(to)
+    try:
+        written = [write_report(output, to), write_results(output, to)]
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        fix = "make room there, or see to the permissions"
+        if to is None:
+            fix = f"write the report elsewhere: minisft report {output} --to FOLDER"
+        raise UserError(to or output, f"the report cannot be written there ({error.strerror})", fix) from None
+    for path in written:
+        say(f"written: {path}")
 
 
 def export(arguments: Arguments) -> None:
@@ -238,6 +282,7 @@ def chat(arguments: Arguments) -> None:
     start_chat(
         path,
         trust_remote_code=trusted,
+        template=arguments.template,
         message=arguments.message,
         system=arguments.system,
         max_new_tokens=arguments.max_new_tokens,
@@ -262,8 +307,7 @@ def demo(arguments: Arguments) -> None:
     else:
         resume = not arguments.force and is_same_run(run, recipe) and run.has_begun()
         train_run(recipe, force=arguments.force, resume=resume)
-    _evaluate(recipe)
-    show_demo(run.root)
+    _evaluate(recipe, shown=show_demo)
 
 
 # --- what verbs share -------------------------------------------------------------------------------------
@@ -317,13 +361,25 @@ def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
     print(printable(line), file=sys.stderr if for_programs else sys.stdout, flush=True)
 
 
-def _evaluate(recipe: "Recipe", *, follow: bool = False, as_json: bool = False) -> None:
+def _evaluate(
+    recipe: "Recipe",
+    *,
+    follow: bool = False,
+    as_json: bool = False,
+    shown: Callable[[Path], object] | None = None,
+) -> None:
+    """Score the run, call `shown` with its folder, and only then refuse checkpoints that are damaged."""
     from minisft.evaluation.evaluate import evaluate as score_checkpoints
+    from minisft.evaluation.evaluate import refuse_damaged
     from minisft.report.curves import draw_curves
-    from minisft.runs import refuse_strangers_links
+    from minisft.runs import RunFolder, refuse_strangers_links
 
-    refuse_strangers_links(Path(recipe.output))
-    score_checkpoints(recipe, Path(recipe.output), follow=follow, as_json=as_json, draw=draw_curves)
+    output = Path(recipe.output)
+    refuse_strangers_links(output)
+    results = score_checkpoints(recipe, output, follow=follow, as_json=as_json, draw=draw_curves)
+    if shown is not None:
+        shown(output)
+    refuse_damaged(results, RunFolder(output))
 
 
 def _say_what_next(run: "RunFolder") -> None:
@@ -395,7 +451,7 @@ VERBS = {
         options.compare,
         options.trust,
     ),
-    "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml"),
+    "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml", options.report),
     "export": Verb(
         export,
         "write a run's model for other tools: a plain folder, adapters merged",

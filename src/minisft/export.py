@@ -1,12 +1,12 @@
 """A run's model for other tools: a plain model folder, with adapters merged into the base model."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from minisft.claims import read_results
 from minisft.console import warn
 from minisft.errors import UserError
 from minisft.files import follow_umask
@@ -57,6 +57,9 @@ def export(
     """
     run = RunFolder(Path(recipe.output))
     source = _source(run, checkpoint)
+    if dtype is not None and not merge and is_adapter(source):
+        what = "adapters that are not merged are copied as they are, in their own number format"
+        raise UserError("--no-merge --dtype", what, "leave out one of the two")
     _require_free(folder, recipe, force)
     with _in_place_of(folder) as new:
         copy_model(source, new)
@@ -104,6 +107,9 @@ def _source(run: RunFolder, checkpoint: str | None) -> Path:
         mend = f"name one: --checkpoint {' or '.join(checkpoints)}" if checkpoints else "train first: minisft train"
         raise UserError(run.root, "this run has no final model yet", mend)
     name = _best(run) if checkpoint == BEST else checkpoint
+    if name is None:
+        mend = f"name a checkpoint: --checkpoint {' or '.join(checkpoints)}"
+        raise UserError(f"--checkpoint {BEST}", "no checkpoint is scored, so none is best", mend)
     if name not in checkpoints:
         there = ", ".join(checkpoints) or "none"
         raise UserError(f"--checkpoint {checkpoint}", f"{run.checkpoints} has none of that name", f"there is: {there}")
@@ -111,12 +117,11 @@ def _source(run: RunFolder, checkpoint: str | None) -> Path:
 
 
 def _best(run: RunFolder) -> str | None:
-    results = run.root / "evaluation" / "results.json"
-    if not results.is_file():
+    results = read_results(run.root)
+    if results is None:
         where = f"--checkpoint {BEST}"
         raise UserError(where, "the checkpoints are not scored yet", f"run `minisft evaluate {run.root}` first")
-    best = json.loads(results.read_text(encoding="utf-8"))["best"]
-    return None if best is None else str(best)
+    return results["best"]
 
 
 def _require_free(folder: Path, recipe: Recipe, force: bool) -> None:

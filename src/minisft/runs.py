@@ -12,6 +12,7 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import files_of_pattern, hold_lock, is_pattern, write_atomically
+from minisft.json_files import read_json
 from minisft.longer import is_only_longer, refuse_other_trajectory
 from minisft.manifest import MANIFEST, MARKER, delete_written, mark, read_marker, written_bytes
 from minisft.recipe import Recipe, dump_recipe, load_recipe
@@ -567,7 +568,8 @@ def refuse_other_model(run: RunFolder, origin: str, fingerprint: str) -> None:
     """
     if not run.base_model.exists():
         return
-    before = json.loads(run.base_model.read_text(encoding="utf-8"))
+    fix = "restore it from a copy, or delete it where you know that `model` is still what the run began with"
+    before = read_json(run.base_model, fix, origin=str, fingerprint=str)
     if before["fingerprint"] != fingerprint:
         raise UserError(
             "model",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from minisft.claims import read_results
 from minisft.comparison.child import Ended, run_verb
 from minisft.comparison.table import print_comparison
 from minisft.comparison.variants import FOLDER, Variant, choose_variants, read_axes, refuse_other_run, trajectory
@@ -173,10 +174,10 @@ class _Run:
         return json.dumps(asdict(self.variant.recipe.evaluation), indent=1)
 
     def _is_evaluated(self) -> bool:
-        results = self.run.root / "evaluation" / "results.json"
-        if not (results.is_file() and self.record.is_file()):
+        results = read_results(self.run.root)
+        if results is None or not self.record.is_file():
             return False
-        scored = {entry["checkpoint"] for entry in json.loads(results.read_text(encoding="utf-8"))["checkpoints"]}
+        scored = {entry["checkpoint"] for entry in results["checkpoints"]}
         same = self.record.read_text(encoding="utf-8") == self._evaluation_settings()
         return same and {path.name for path in self.run.list_checkpoints()} <= scored
 

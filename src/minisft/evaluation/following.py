@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minisft.console import warn
 from minisft.errors import UserError
+from minisft.evaluation.journal import holds_anything
 from minisft.files import is_held
 from minisft.runs import RunFolder, list_checkpoints
 
@@ -74,7 +75,7 @@ def models_to_score(run: RunFolder, base: Path, follow: bool) -> Iterator[tuple[
 def _examined(run: RunFolder) -> list[Path]:
     """The checkpoints, by number, that an earlier evaluation has computed something for."""
     folders = list_checkpoints(run.root / "evaluation")
-    return [run.checkpoints / folder.name for folder in folders if (folder / "journal.jsonl").is_file()]
+    return [run.checkpoints / folder.name for folder in folders if holds_anything(folder / "journal.jsonl")]
 
 
 def is_locked(run: RunFolder) -> bool:

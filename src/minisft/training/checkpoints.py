@@ -10,6 +10,7 @@ from typing import Any
 
 from minisft.console import warn
 from minisft.files import follow_umask, remove_left_overs, whole_folder
+from minisft.json_files import read_json, read_json_lines
 from minisft.manifest import foreign_files, in_marked_folder, record_folder, record_scratch, shown
 from minisft.recipe import TrainingRecipe
 from minisft.replacement import free_name
@@ -118,7 +119,9 @@ def retain(run: RunFolder, count: int) -> None:
 def best_checkpoints(run: RunFolder) -> set[str]:
     """Name the checkpoint of the lowest held-out loss and the one that the evaluation calls best, where known."""
     results = run.root / "evaluation" / "results.json"
-    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {"checkpoints": [], "best": None}
+    scores: dict[str, Any] = {"checkpoints": [], "best": None}
+    if results.is_file():
+        scores = read_json(results, "delete it, then go on with --resume", checkpoints=list, best=(str, type(None)))
     losses = _losses_in_training(run) or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
     there = {path.name for path in run.list_checkpoints()}
     known = [name for name, loss in losses.items() if name in there and loss is not None]
@@ -128,9 +131,7 @@ def best_checkpoints(run: RunFolder) -> set[str]:
 
 def _losses_in_training(run: RunFolder) -> dict[str, float]:
     """Held-out losses by the name of the checkpoint that the step has, if it has one."""
-    if not run.metrics.is_file():
-        return {}
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_json_lines(run.metrics, "delete the damaged lines", step=int)
     return {f"checkpoint-{line['step']}": line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
@@ -152,8 +153,12 @@ def note_origin(checkpoint: Path, strategy: str, processes: int) -> None:
 
 def layout_of(checkpoint: Path) -> tuple[str, int]:
     """Return the strategy and the number of processes that wrote a checkpoint's optimizer state."""
-    origin = json.loads((checkpoint / ORIGIN).read_text(encoding="utf-8"))
+    origin = read_json(checkpoint / ORIGIN, _without(checkpoint), strategy=str, processes=int)
     return str(origin["strategy"]), int(origin["processes"])
+
+
+def _without(checkpoint: Path) -> str:
+    return f"delete {checkpoint}: --resume goes on from the checkpoint before it"
 
 
 def is_last(checkpoint: Path, early_stopping: int | None = None, last: int | None = None) -> bool:
@@ -172,7 +177,8 @@ def last_step(checkpoint: Path, training: TrainingRecipe) -> int:
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    kinds: dict[str, Any] = {"global_step": int, "max_steps": int, "log_history": list}
+    state: dict[str, Any] = read_json(checkpoint / "trainer_state.json", _without(checkpoint), **kinds)
     return state
 
 

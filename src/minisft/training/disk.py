@@ -128,10 +128,10 @@ class StepsOfRun:
     @classmethod
     def of(cls, training: TrainingRecipe, run: RunFolder, max_length: int, seed: int) -> "StepsOfRun":
         """Count the steps of a run whose data is prepared."""
-        from datasets import load_from_disk
+        from minisft.data.preparation import load_split
 
         epoch = steps_of_epoch(
-            measure(load_from_disk(str(run.dataset / "train"))).tokens,
+            measure(load_split(run.root, "train")).tokens,
             global_batch=training.batch_size * training.processes * training.gradient_accumulation,
             pack_tokens=max_length if training.packing else None,
             seed=seed,

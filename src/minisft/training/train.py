@@ -326,15 +326,15 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
 def _trainer(
     recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any, begun_at: int, begins_with: Path
 ) -> "SupervisedTokenTrainer":
-    from datasets import load_from_disk
     from transformers.integrations import TensorBoardCallback
 
+    from minisft.data.preparation import load_split
     from minisft.training.batching import StepSampler, measure
     from minisft.training.metrics import MetricsFile
     from minisft.training.trainer import SupervisedTokenTrainer
 
     training = recipe.training
-    dataset = load_from_disk(str(run.dataset / "train"))
+    dataset = load_split(run.root, "train")
     sampler = StepSampler(
         measure(dataset),
         global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
@@ -371,13 +371,12 @@ def _trainer(
 
 
 def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -> "HeldOutRows | None":
-    from datasets import load_from_disk
-
+    from minisft.data.preparation import load_split
     from minisft.training.held_out import HeldOutRows
 
     if recipe.training.eval_every is None:
         return None
-    dataset = load_from_disk(str(run.dataset / "test"))
+    dataset = load_split(run.root, "test")
     if len(dataset) == 0:
         what = "there are no held-out conversations to compute a loss on"
         raise UserError("training.eval_every", what, "set data.test_fraction above 0, or data.test, and train anew")
