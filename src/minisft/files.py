@@ -41,6 +41,13 @@ def hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def clear_scratch(folder: Path) -> None:
+    """Remove a folder that this program writes anew each time; a link in its place goes, and what it names stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def refuse_huge_files(folder: Path, largest: Mapping[str, int]) -> None:
     """Refuse a folder in which a small file is huge: reading it would take all the memory there is.
 

@@ -269,6 +269,19 @@ def test_metrics_that_link_to_nowhere_make_no_file_there(run, tmp_path, capsys):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(("verb", "name"), [("resume", "checkpoints/.unfinished"), ("check", ".check")])
+def test_scratch_folders_that_link_outside_are_made_anew(run, tmp_path, capsys, verb, name):
+    if verb == "resume":
+        unfinished(run)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "tokenizer").write_text("precious")
+    (run.root / name).symlink_to(outside)
+    before = content_of(outside)
+    assert attempt(verb, run, capsys)[0] == 0
+    assert content_of(outside) == before
+
+
 @pytest.mark.xfail(strict=False, reason="lock files are opened through links until their own change")
 @pytest.mark.parametrize(
     ("verb", "lock"), [("prepare", ".lock"), ("prepare", ".dataset.lock"), ("evaluate", "evaluation/.lock")]

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from minisft.files import whole_folder
+from minisft.files import clear_scratch, whole_folder
 from minisft.recipe import TrainingRecipe
 from minisft.runs import RunFolder, list_checkpoints
 from minisft.training.held_out import eval_losses, stops_early
@@ -27,7 +27,7 @@ def staging_folder(folder: Path) -> Path:
 def clear_left_overs(folder: Path) -> None:
     """Remove what a killed process was writing or removing."""
     for path in (folder / _STAGING, *folder.glob(f"{_REMOVED}*")):
-        shutil.rmtree(path, ignore_errors=True)
+        clear_scratch(path)
 
 
 def sync_folder(folder: Path) -> None:
