@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from minisft.errors import UserError
@@ -99,6 +99,24 @@ def hash_files(paths: Iterable[Path]) -> str:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def refuse_huge_files(folder: Path, largest: Mapping[str, int]) -> None:
+    """Refuse a folder in which a small file is huge: reading it would take all the memory there is.
+
+    Args:
+        folder: which may be a stranger's.
+        largest: by a pattern of names, the bytes that such a file has at most.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for pattern, limit in largest.items():
+        for path in folder.glob(pattern):
+            size = path.stat().st_size if path.is_file() else 0
+            if size > limit:
+                what = f"it has {size / 1e6:,.0f} MB, and a file of this kind has at most {limit / 1e6:,.0f} MB"
+                raise UserError(path, what, "delete it, and do not trust where it came from")
 
 
 @contextlib.contextmanager

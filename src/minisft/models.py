@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from minisft.errors import UserError
-from minisft.files import cache_folder, follow_umask, hash_files, hold_lock, whole_folder
+from minisft.files import cache_folder, follow_umask, hash_files, hold_lock, refuse_huge_files, whole_folder
 from minisft.recipe import BUILT_IN_MODELS
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ _HUB_TIMEOUT = 5.0  # seconds
 _TOKENIZER_MEND = "give a model folder with a tokenizer.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 _FOLDER_FILES = ("config.json", _ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json")  # one of them at least
+# Bytes that a model's small files have at most; the largest tokenizers have some 40 MB.
+_LARGEST = {"*config.json": 16 << 20, "*.index.json": 64 << 20, "tokenizer.json": 128 << 20, "*.jinja": 1 << 20}
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -89,6 +91,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     Raises:
         UserError: the folder holds no tokenizer, or only a slow one, which has no exact offsets.
     """
+    refuse_huge_files(folder, _LARGEST)
     with _quiet():
         from transformers import AutoTokenizer
 
@@ -109,6 +112,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: it needs code of the model's own, to which nobody consented, or it cannot be read.
     """
+    refuse_huge_files(folder, _LARGEST)
     with _quiet():
         from transformers import AutoConfig
 
@@ -198,6 +202,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
+    refuse_huge_files(folder, _LARGEST)
     with _quiet():
         from transformers import AutoModelForCausalLM
 
@@ -300,6 +305,7 @@ def _refuse_adapters(path: Path) -> None:
 
 
 def _resolve_folder(name: str, path: Path, weights: bool) -> ResolvedModel:
+    refuse_huge_files(path, _LARGEST)  # before they are hashed
     if not any((path / file).exists() for file in _FOLDER_FILES):
         ggufs = sorted(path.glob("*.gguf"))
         mend = f"give the file {ggufs[0]}" if ggufs else "give a folder that save_pretrained wrote"

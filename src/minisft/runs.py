@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import files_of_pattern, hold_lock, is_pattern, write_atomically
+from minisft.files import files_of_pattern, hold_lock, is_pattern, refuse_huge_files, write_atomically
 from minisft.json_files import read_json
 from minisft.longer import is_only_longer, refuse_other_trajectory
 from minisft.manifest import MANIFEST, MARKER, delete_written, mark, read_marker, written_bytes
@@ -42,6 +42,8 @@ TRUST_OPTION = "--trust-remote-code"
 _LARGEST = {
     "recipe.yaml": 1 << 20, "*.json": 64 << 20, "dataset/*.json": 64 << 20, "evaluation/*.json": 64 << 20,
     "checkpoints/*/trainer_state.json": 256 << 20, "metrics.jsonl": 256 << 20, "evaluation/*/*.jsonl": 256 << 20,
+    "model/*.json": 128 << 20, "model/*.jinja": 1 << 20, "checkpoints/*/*.jinja": 1 << 20,
+    "checkpoints/*/*config.json": 16 << 20, "checkpoints/*/tokenizer.json": 128 << 20,
 }  # fmt: skip
 # Keys that may change on resume, since the trajectory does not depend on them.
 _FREE_DATA_KEYS = ("verify", "processes")
@@ -148,7 +150,7 @@ def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bo
             "this is no run folder (it has no recipe.yaml of a run)",
             "give the `output` of a recipe that was run",
         )
-    _refuse_huge_files(run)
+    refuse_huge_files(root, _LARGEST)
     words = [NO_CONSENT, *overrides, *([CONSENT] if trust_remote_code else [])]
     return replace(load_recipe(run.recipe, words), output=str(root))
 
@@ -177,16 +179,6 @@ def _is_resolved_recipe(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(_MARK)) == _MARK.encode()
-
-
-def _refuse_huge_files(run: RunFolder) -> None:
-    """Refuse a run with a file that no run has: reading it would take all the memory there is."""
-    for name, limit in _LARGEST.items():
-        for path in run.root.glob(name):
-            size = path.stat().st_size if path.is_file() else 0
-            if size > limit:
-                what = f"it has {size / 1e6:,.0f} MB, and this file of a run has at most {limit / 1e6:,.0f} MB"
-                raise UserError(path, what, "delete it, if you do not trust where the run came from")
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

@@ -114,14 +114,15 @@ def test_on_a_terminal_styles_alone_are_obeyed():
 
     from minisft.console import console
 
-    terminal = type(console)(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    file = io.StringIO()
+    terminal = type(console)(file=file, force_terminal=True, color_system="standard", width=200)
     table = Table(EVIL)
     table.add_row(EVIL, style="green")
     terminal.print(table)
     terminal.print(EVIL, style="bold")
     with terminal.status(EVIL), Progress(console=terminal) as progress:
         progress.advance(progress.add_task(EVIL, total=1))
-    written = terminal.file.getvalue()
+    written = file.getvalue()
     assert "\x1b[32m" in written
     assert "\x1b[31m" not in written
     assert "\x1b]" not in written

@@ -58,7 +58,7 @@ def recipe(tmp_path, own_model, conversations):
 @pytest.fixture
 def own_run(tmp_path, recipe, canary, capsys):
     """A trained run of such a model, whose recipe.yaml says that its code may run."""
-    assert main(["train", str(recipe), "--trust-remote-code"]) == 0, capsys.readouterr().err
+    assert main(["train", str(recipe), "trust_remote_code=true"]) == 0, capsys.readouterr().err
     run = RunFolder(tmp_path / "run")
     assert "trust_remote_code: true" in run.recipe.read_text()
     canary.unlink()

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +77,8 @@ def test_adapters_are_found_under_the_names_that_peft_saves(tmp_path):
 
 def test_shards_of_stage_2_are_joined(tmp_path, values):
     """The group with decay, 22 numbers, is cut in two in the middle of its first parameter."""
+    from deepspeed.utils.tensor_fragment import fragment_address
+
     cut = 12
     flat = {kind: torch.cat([one[name].flatten() for name in ("a.weight", "b.weight")]) for kind, one in values.items()}
     small = {kind: one["norm"] for kind, one in values.items()}
@@ -92,7 +93,7 @@ def test_shards_of_stage_2_are_joined(tmp_path, values):
         ]
         state = {
             "param_slice_mappings": [
-                {name: SimpleNamespace(start=at, numel=size) for name, (at, size) in table.items()}
+                {name: fragment_address(start=at, numel=size) for name, (at, size) in table.items()}
                 for table in tables[rank]
             ],
             "single_partition_of_fp32_groups": [piece["weight"] for piece in pieces],

@@ -54,6 +54,7 @@ def keep_steps_up_to(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a torn last one, so that a resumed run has one line a step."""
     record(path)
     if not path.exists():
+        path.unlink(missing_ok=True)  # a link to nowhere: what is appended would make a file there
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
