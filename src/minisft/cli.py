@@ -57,6 +57,7 @@ def _run(words: list[str]) -> int:
     verb = VERBS.get(words[0])
     if verb is None:
         raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
+    os.environ.setdefault("DS_LOG_LEVEL", "error")  # DeepSpeed reads it when peft or accelerate imports it
     arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
     arguments.verb = words[0]
     return verb.run(arguments) or 0

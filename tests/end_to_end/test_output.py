@@ -12,6 +12,7 @@ import pytest
 
 from minisft.cli import main
 from tests.tiny import heed_ctrl_c, minisft
+from tests.unit.test_models import write_gguf
 
 # Ends at the first thing that is printed, and says what had been imported by then.
 FIRST_WORDS = """
@@ -135,6 +136,21 @@ def test_train_evaluate_and_chat_print_no_line_of_a_library(trained, tmp_path):
 def test_several_processes_print_no_line_of_a_library(trained, tmp_path, strategy):
     how = [f"training.strategy={strategy}", "training.processes=2", "training.batch_size=4"]
     prints_only_ours("train", trained[0], f"output={tmp_path / 'run'}", *how)
+
+
+def test_a_gguf_file_is_converted_without_a_librarys_bar(trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MINISFT_CACHE", str(tmp_path / "cache"))
+    main(["prepare", str(trained[0]), f"model={write_gguf(tmp_path / 'tiny.gguf')}", f"output={tmp_path / 'run'}"])
+    said = capfd.readouterr().err.splitlines()
+    assert said[0] == "converting tiny.gguf, once; it is kept in the cache"
+    assert not any("GGUF tensors" in line for line in said)
+
+
+def test_an_export_prints_no_line_of_a_library(trained, tmp_path):
+    done = minisft("export", trained[1], tmp_path / "exported", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 2
 
 
 def test_what_is_not_known_is_not_held_back(capsys):
