@@ -103,7 +103,11 @@ def force(parser: Parser) -> None:
 
 
 def resume(parser: Parser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest whole checkpoint, with more epochs or steps where the learning rate is constant",
+    )
 
 
 def machines(parser: Parser) -> None:
