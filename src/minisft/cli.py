@@ -291,12 +291,12 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
 def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
     """Print what is done on what, before anything heavy is imported, which takes several seconds.
 
-    It is no part of what a verb prints for programs, so where stdout holds that it goes to stderr. Of the processes
+    Where stdout is what another program reads, it goes to stderr. Of the processes
     that a launcher started, the first one prints it.
     """
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
-    for_programs = getattr(arguments, "json", False) or arguments.verb == "chat"
+    for_programs = getattr(arguments, "json", False) or arguments.verb in ("chat", "plan")
     line = " ".join(filter(None, ["minisft", arguments.verb, subject, f"-> {output}" if output else ""]))
     print(printable(line), file=sys.stderr if for_programs else sys.stdout, flush=True)
 

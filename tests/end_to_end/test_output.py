@@ -55,7 +55,7 @@ def trained(tmp_path_factory, tiny_model, conversations):
         (["prepare", "RECIPE"], "stdout"),
         (["check", "RECIPE"], "stdout"),
         (["check", "RECIPE", "--json"], "stderr"),
-        (["plan", "RECIPE"], "stdout"),
+        (["plan", "RECIPE"], "stderr"),
         (["plan", "RECIPE", "--json"], "stderr"),
         (["inspect", "RUN"], "stdout"),
         (["evaluate", "RUN"], "stdout"),
