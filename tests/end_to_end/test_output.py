@@ -198,6 +198,7 @@ def test_the_compilation_is_announced_and_stops_at_once(trained, tmp_path, numbe
         "training.strategy=zero2",
     ]
     environment = {**os.environ, "MINISFT_CACHE": str(tmp_path / "cache")}
+    environment.pop("TORCH_EXTENSIONS_DIR", None)  # which a run in this process has set
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
     )
