@@ -106,7 +106,7 @@ def prepare(arguments: Arguments) -> None:
 
     require_sources(recipe.data)
     with start_run(recipe, force=arguments.force, prepares_only=True) as started:
-        prepare_run(started.recipe, with_weights=False)
+        prepare_run(started.recipe, with_weights=False, output=Path(recipe.output))
         started.take_place()
         delete_replaced_run(started.run)
 
