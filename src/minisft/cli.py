@@ -58,7 +58,7 @@ def _run(words: list[str]) -> int:
     if verb is None:
         raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
     arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
-    _note_unread(words[0], arguments.words)
+    arguments.verb = words[0]
     return verb.run(arguments) or 0
 
 
@@ -77,15 +77,34 @@ _READ = {
 }  # fmt: skip
 
 
-def _note_unread(verb: str, words: Sequence[str]) -> None:
-    """Say which overrides have no effect, since the verb does not read what they change."""
-    read = _READ.get(verb)
-    if read is None:
-        return
-    keys = [word.partition("=")[0] for word in words[1:] if "=" in word]
-    unread = [key for key in keys if not any(_within(key, other) or _within(other, key) for other in read)]
-    if unread:
-        print(printable(f"note: {verb} does not read {', '.join(unread)}"), file=sys.stderr)
+def _load_read(path: Path, arguments: Arguments) -> "Recipe":
+    """Read a recipe with the overrides that the verb reads; the others are checked and named, and change nothing."""
+    from minisft.recipe import load_recipe
+
+    place, *overrides = arguments.words
+    recipe = load_recipe(path, overrides)
+    unread = _unread(arguments.verb, overrides, is_folder=Path(place).is_dir())
+    if not unread:
+        return recipe
+    _note_unread(arguments.verb, unread)
+    try:
+        return load_recipe(path, [word for word in overrides if word not in unread])
+    except UserError:  # such as an `eval_every` of the file, without which the data's overrides would not go
+        return recipe
+
+
+def _unread(verb: str, overrides: Sequence[str], is_folder: bool) -> list[str]:
+    """The overrides that change nothing that the verb reads; the output of a folder is the folder itself."""
+    read = [key for key in _READ.get(verb, ()) if not (is_folder and key == "output")]
+    if verb not in _READ:
+        return []
+    keys = {word: word.partition("=")[0] for word in overrides}
+    return [word for word, key in keys.items() if not any(_within(key, one) or _within(one, key) for one in read)]
+
+
+def _note_unread(verb: str, overrides: Sequence[str]) -> None:
+    keys = ", ".join(word.partition("=")[0] for word in overrides)
+    print(printable(f"note: {verb} does not read {keys}"), file=sys.stderr)
 
 
 def _within(key: str, section: str) -> bool:
@@ -272,8 +291,10 @@ def chat(arguments: Arguments) -> None:
     path = Path(folder)
     if path.suffix in (".yaml", ".yml"):
         path = Path(_load(arguments).output)
+    elif others := [word for word in overrides if "=" not in word]:
+        raise UserError(others[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
     elif overrides:
-        raise UserError(overrides[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
+        _note_unread(arguments.verb, overrides)
     start_chat(
         path,
         template=arguments.template,
@@ -305,22 +326,18 @@ def demo(arguments: Arguments) -> None:
 
 
 def _load(arguments: Arguments) -> "Recipe":
-    from minisft.recipe import load_recipe
-
-    path, *overrides = arguments.words
-    return load_recipe(Path(path), overrides)
+    return _load_read(Path(arguments.words[0]), arguments)
 
 
 def _recipe_or_run(arguments: Arguments) -> "Recipe":
     """Read the recipe, or that of the run folder given in its place; overrides hold for both."""
-    from minisft.recipe import load_recipe
     from minisft.runs import RunFolder, load_run
 
-    path, *overrides = arguments.words
+    path = arguments.words[0]
     if not Path(path).is_dir():
         return _load(arguments)
     load_run(Path(path))  # says so where it is no run
-    return replace(load_recipe(RunFolder(Path(path)).recipe, overrides), output=path)
+    return replace(_load_read(RunFolder(Path(path)).recipe, arguments), output=path)
 
 
 def _evaluate(
