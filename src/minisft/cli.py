@@ -3,16 +3,15 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft import __version__, options
-from minisft.errors import StoppedError, UserError
+from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.files import REFUSED, user_path
 from minisft.options import Arguments, Verb
 from minisft.runner import prepare_run, train_along, train_joined, train_run, try_start
-from minisft.text import printable
+from minisft.text import json_text, printable, tame_libraries
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
@@ -22,12 +21,13 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can mend it, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
+    tame_libraries()
     try:
         return _run(words)
     except UserError as error:
         print(f"minisft: {printable(str(error))}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, StoppedError) as stop:
+    except (KeyboardInterrupt, StoppedError, WorkerError) as stop:
         print(f"minisft: {printable(str(stop)) or 'stopped'}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -77,27 +77,25 @@ _READ = {
 }  # fmt: skip
 
 
-def _load_read(path: Path, arguments: Arguments) -> "Recipe":
-    """Read a recipe with the overrides that the verb reads; the others are checked and named, and change nothing."""
-    from minisft.recipe import load_recipe
-
+def _with_overrides(arguments: Arguments, load: Callable[[Sequence[str]], "Recipe"]) -> "Recipe":
+    """Load a recipe with the overrides that the verb reads; the others are checked and named, and change nothing."""
     place, *overrides = arguments.words
-    recipe = load_recipe(path, overrides)
+    recipe = load(overrides)
     unread = _unread(arguments.verb, overrides, is_folder=Path(place).is_dir())
     if not unread:
         return recipe
     _note_unread(arguments.verb, unread)
     try:
-        return load_recipe(path, [word for word in overrides if word not in unread])
-    except UserError:  # such as an `eval_every` of the file, without which the data's overrides would not go
+        return load([word for word in overrides if word not in unread])
+    except UserError:  # such as an `eval_every` of the file, beside which the data's overrides are impossible
         return recipe
 
 
 def _unread(verb: str, overrides: Sequence[str], is_folder: bool) -> list[str]:
     """The overrides that change nothing that the verb reads; the output of a folder is the folder itself."""
-    read = [key for key in _READ.get(verb, ()) if not (is_folder and key == "output")]
     if verb not in _READ:
         return []
+    read = [key for key in _READ[verb] if not (is_folder and key == "output")]
     keys = {word: word.partition("=")[0] for word in overrides}
     return [word for word, key in keys.items() if not any(_within(key, one) or _within(one, key) for one in read)]
 
@@ -113,12 +111,14 @@ def _within(key: str, section: str) -> bool:
 
 # --- verbs ------------------------------------------------------------------------------------------------
 
+# Each reads its recipe first, which prints a line, and imports what takes seconds after that.
+
 
 def prepare(arguments: Arguments) -> None:
+    recipe = _load(arguments)
     from minisft.data.sources import require_sources
     from minisft.runs import delete_replaced_run, start_run
 
-    recipe = _load(arguments)
     require_sources(recipe.data)
     with start_run(recipe, force=arguments.force, prepares_only=True) as started:
         prepare_run(started.recipe, with_weights=False)
@@ -127,10 +127,10 @@ def prepare(arguments: Arguments) -> None:
 
 
 def inspect(arguments: Arguments) -> None:
+    recipe = _recipe_or_run(arguments)
     from minisft.data.inspect import inspect as show_rows
     from minisft.runs import RunFolder, is_same_run, open_run
 
-    recipe = _recipe_or_run(arguments)
     if not is_same_run(RunFolder(Path(recipe.output)), recipe):
         with open_run(recipe, prepares_only=True):
             prepare_run(recipe, with_weights=False)
@@ -147,15 +147,13 @@ def inspect(arguments: Arguments) -> None:
 
 
 def check(arguments: Arguments) -> None:
-    import json
-
+    recipe = _load(arguments)
     from minisft.console import say
     from minisft.files import write_atomically
     from minisft.runs import open_run
     from minisft.training.hardware import on_cpu
     from minisft.training.strategies import set_deepspeed_environment
 
-    recipe = _load(arguments)
     set_deepspeed_environment(on_cpu())  # before transformers is imported
     if not arguments.quick:
         from minisft.training.train import refuse_impossible
@@ -167,9 +165,9 @@ def check(arguments: Arguments) -> None:
     with open_run(recipe, prepares_only=True) as run:
         results = examine(recipe, run, quick=arguments.quick, tell=(lambda _: None) if arguments.json else show)
         report = as_report(recipe, results, quick=arguments.quick)
-        write_atomically(run.check, json.dumps(report, indent=1, ensure_ascii=False))
+        write_atomically(run.check, json_text(report, indent=1))
     if arguments.json:
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        print(json_text(report, indent=1))
     else:
         say(f"{summary(results)}; written: {run.check}")
     failed = [result for result in results if result.status == "FAILED"]
@@ -182,25 +180,24 @@ def check(arguments: Arguments) -> None:
 
 
 def plan(arguments: Arguments) -> None:
-    import json
-
+    recipe = _load(arguments)
     from minisft.planning.command import Wish, plan_for
     from minisft.planning.table import plan_as_json, show_plan
 
-    made = plan_for(_load(arguments), Wish(arguments.gpu, arguments.count, arguments.nodes))
+    made = plan_for(recipe, Wish(arguments.gpu, arguments.count, arguments.nodes))
     if arguments.json:
-        print(json.dumps(plan_as_json(made), indent=1, ensure_ascii=False))
+        print(json_text(plan_as_json(made), indent=1))
     else:
         show_plan(made)
 
 
 def train(arguments: Arguments) -> None:
+    recipe = _load(arguments)
     from minisft.processes import leave
     from minisft.training.launch import adopt_slurm, is_joined
     from minisft.training.machines import parse_machines
 
     adopt_slurm()
-    recipe = _load(arguments)
     machines = parse_machines(arguments.nodes, arguments.node_rank, arguments.rendezvous)
     if machines is not None and recipe.training.strategy == "auto":
         mend = f"name a strategy; `minisft plan {arguments.words[0]} --nodes {machines.count}` says which"
@@ -224,14 +221,16 @@ def evaluate(arguments: Arguments) -> None:
 
 
 def compare(arguments: Arguments) -> int:
+    path, *overrides = arguments.words
+    if Path(path).is_file():  # else it is refused
+        _announce(arguments, path)
     from minisft.comparison.compare import Wish
     from minisft.comparison.compare import compare as compare_variants
 
-    path, *overrides = arguments.words
     return compare_variants(
         Wish(
             Path(path),
-            tuple(overrides),
+            (*overrides, *_consent(arguments)),
             strategies=arguments.strategies,
             varied=tuple(arguments.vary),
             evaluate=arguments.evaluate,
@@ -241,12 +240,12 @@ def compare(arguments: Arguments) -> int:
 
 
 def report(arguments: Arguments) -> None:
+    output = Path(_recipe_or_run(arguments).output)
     from minisft.console import say
     from minisft.report.markdown import write_results
     from minisft.report.page import require_target, write_report
     from minisft.runs import refuse_strangers_links
 
-    output = Path(_recipe_or_run(arguments).output)
     to = None if arguments.to is None else user_path(arguments.to, "--to")
     if to is None:
         refuse_strangers_links(output)
@@ -266,13 +265,13 @@ def report(arguments: Arguments) -> None:
 
 
 def export(arguments: Arguments) -> None:
-    from minisft.console import say
-    from minisft.export import export as export_model
-
     if len(arguments.words) < 2 or "=" in arguments.words[1]:
         raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
     folder = user_path(arguments.words.pop(1), "the folder to write")
     recipe = _recipe_or_run(arguments)
+    from minisft.console import say
+    from minisft.export import export as export_model
+
     source = export_model(
         recipe,
         folder,
@@ -285,18 +284,23 @@ def export(arguments: Arguments) -> None:
 
 
 def chat(arguments: Arguments) -> None:
-    from minisft.chat import chat as start_chat
-
     folder, *overrides = arguments.words
-    path = Path(folder)
+    path, trusted = Path(folder), arguments.trust_remote_code
     if path.suffix in (".yaml", ".yml"):
-        path = Path(_load(arguments).output)
+        recipe = _load(arguments)
+        path, trusted = Path(recipe.output), recipe.trust_remote_code
     elif others := [word for word in overrides if "=" not in word]:
         raise UserError(others[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
-    elif overrides:
-        _note_unread(arguments.verb, overrides)
+    else:
+        if overrides:
+            _note_unread(arguments.verb, overrides)
+        if path.is_dir():  # else it is refused
+            _announce(arguments, folder)
+    from minisft.chat import chat as start_chat
+
     start_chat(
         path,
+        trust_remote_code=trusted,
         template=arguments.template,
         message=arguments.message,
         system=arguments.system,
@@ -308,14 +312,17 @@ def chat(arguments: Arguments) -> None:
 
 
 def demo(arguments: Arguments) -> None:
-    from minisft.demo import show_demo
     from minisft.recipe import load_recipe
     from minisft.runs import RunFolder, is_same_run
 
     recipe = load_recipe(built_in_recipe("demo"), arguments.words)
+    _announce(arguments, "", recipe.output)
+    from minisft.console import say
+    from minisft.demo import show_demo
+
     run = RunFolder(Path(recipe.output))
     if not arguments.force and is_same_run(run, recipe) and run.is_trained():
-        print(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
+        say(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
     else:
         resume = not arguments.force and is_same_run(run, recipe) and run.has_begun()
         train_run(recipe, force=arguments.force, resume=resume)
@@ -326,18 +333,55 @@ def demo(arguments: Arguments) -> None:
 
 
 def _load(arguments: Arguments) -> "Recipe":
-    return _load_read(Path(arguments.words[0]), arguments)
+    """Read the recipe with its overrides; one that lies in a run folder is that run's, and carries no consent."""
+    from minisft.recipe import load_recipe
+    from minisft.runs import NO_CONSENT, is_of_a_run, load_run, run_of
+
+    path = arguments.words[0]
+    root = run_of(Path(path))
+
+    def load(overrides: Sequence[str]) -> "Recipe":
+        words = [*overrides, *_consent(arguments)]
+        if root is not None and not any(word.startswith("output=") for word in words):
+            return load_run(root, words)
+        return load_recipe(Path(path), [NO_CONSENT, *words] if is_of_a_run(Path(path)) else words)
+
+    recipe = _with_overrides(arguments, load)
+    _announce(arguments, path, recipe.output)
+    return recipe
+
+
+def _consent(arguments: Arguments) -> list[str]:
+    """Return the override that `--trust-remote-code` stands for, where it was given."""
+    from minisft.runs import CONSENT
+
+    return [CONSENT] if getattr(arguments, "trust_remote_code", False) else []
 
 
 def _recipe_or_run(arguments: Arguments) -> "Recipe":
     """Read the recipe, or that of the run folder given in its place; overrides hold for both."""
-    from minisft.runs import RunFolder, load_run
+    from minisft.runs import load_run
 
     path = arguments.words[0]
     if not Path(path).is_dir():
         return _load(arguments)
-    load_run(Path(path))  # says so where it is no run
-    return replace(_load_read(RunFolder(Path(path)).recipe, arguments), output=path)
+    consent = _consent(arguments)
+    recipe = _with_overrides(arguments, lambda overrides: load_run(Path(path), [*overrides, *consent]))
+    _announce(arguments, path)
+    return recipe
+
+
+def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
+    """Print what is done on what, before anything heavy is imported, which takes several seconds.
+
+    It is no part of what a verb prints for programs, so where stdout holds that it goes to stderr. Of the processes
+    that a launcher started, the first one prints it.
+    """
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    for_programs = getattr(arguments, "json", False) or arguments.verb == "chat"
+    line = " ".join(filter(None, ["minisft", arguments.verb, subject, f"-> {output}" if output else ""]))
+    print(printable(line), file=sys.stderr if for_programs else sys.stdout, flush=True)
 
 
 def _evaluate(
@@ -382,20 +426,30 @@ def built_in_recipe(name: str) -> Path:
 
 VERBS = {
     "demo": Verb(demo, "the main job on the built-in recipe: fine-tune, score, show answers", "", options.force),
-    "prepare": Verb(prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", options.force),
+    "prepare": Verb(
+        prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", options.force, options.trust
+    ),
     "inspect": Verb(
         inspect,
         "show what the model learns from: tokens coloured by supervised or not",
         "RUN|RECIPE.yaml",
         options.inspect,
+        options.trust,
     ),
     "check": Verb(
         check,
         "prove, on this recipe, model and machine, that training does what it promises",
         "RECIPE.yaml",
         options.check,
+        options.trust,
     ),
-    "plan": Verb(plan, "memory, time and the strategy to take, before anything is spent", "RECIPE.yaml", options.plan),
+    "plan": Verb(
+        plan,
+        "memory, time and the strategy to take, before anything is spent",
+        "RECIPE.yaml",
+        options.plan,
+        options.trust,
+    ),
     "train": Verb(
         train,
         "train a recipe: vanilla or ZeRO-1/2/3, one process or many",
@@ -404,18 +458,21 @@ VERBS = {
         options.force,
         options.dry_run,
         options.machines,
+        options.trust,
     ),
     "evaluate": Verb(
         evaluate,
         "generate with and score the base model and every checkpoint",
         "RUN|RECIPE.yaml",
         options.evaluate,
+        options.trust,
     ),
     "compare": Verb(
         compare,
         "the same recipe under several strategies or settings: curves, speed, memory, scores",
         "RECIPE.yaml",
         options.compare,
+        options.trust,
     ),
     "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml", options.report),
     "export": Verb(
@@ -423,8 +480,11 @@ VERBS = {
         "write a run's model for other tools: a plain folder, adapters merged",
         "RUN|RECIPE.yaml FOLDER",
         options.export,
+        options.trust,
     ),
-    "chat": Verb(chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", options.chat),
+    "chat": Verb(
+        chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", options.chat, options.trust
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from minisft.claims import read_results
 from minisft.console import warn
 from minisft.errors import UserError
+from minisft.files import follow_umask
 from minisft.manifest import mark, record_folder
 from minisft.models import is_adapter, load_model, resolve_model, weights_fingerprint
 from minisft.recipe import Recipe
@@ -63,10 +64,11 @@ def export(
     with _in_place_of(folder) as new:
         copy_model(source, new)
         if is_adapter(source) and merge:
-            _replace_weights(new, source, _base(recipe, run), dtype or "fp32")
+            _replace_weights(new, source, _base(recipe, run), dtype or "fp32", recipe.trust_remote_code)
         elif dtype is not None and not is_adapter(source):
-            _replace_weights(new, source, None, dtype)
+            _replace_weights(new, source, None, dtype, recipe.trust_remote_code)
         record_folder(new, new)
+        follow_umask(new)
     return source
 
 
@@ -148,12 +150,12 @@ def _base(recipe: Recipe, run: RunFolder) -> Path:
     return base.folder
 
 
-def _replace_weights(folder: Path, source: Path, base: Path | None, dtype: str) -> None:
+def _replace_weights(folder: Path, source: Path, base: Path | None, dtype: str, trust_remote_code: bool) -> None:
     """Save the whole model of `source` into `folder`, where its tokenizer lies already."""
     import torch
 
     kind = getattr(torch, _DTYPES[dtype])
-    model = load_model(source, dtype=torch.float32, base=base, merge=True)
+    model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code, base=base, merge=True)
     for path in {*folder.glob("adapter_*"), *folder.glob("*.safetensors*")}:
         path.unlink()
     model.to(kind).save_pretrained(folder)

@@ -50,6 +50,33 @@ def user_path(text: str, where: str = "") -> Path:
         raise UserError(where or text, what, fix) from None
 
 
+def is_pattern(path: Path) -> bool:
+    """Say whether a path is a pattern such as data/*.jsonl, as shells have them."""
+    return glob.has_magic(str(path))
+
+
+def files_of_pattern(pattern: Path) -> list[tuple[str, Path]]:
+    """Return the files that match a pattern, by name; each with its name from the first wildcard on.
+
+    `*` and `?` stand for characters of one name, `[ab]` for one of some, `**` for any number of folders. Hidden files
+    and folders match no wildcard, and `**` follows no links. Folders are no match.
+
+    Raises:
+        UserError: the pattern cannot be one.
+    """
+    parts = pattern.parts
+    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    root, wild = Path(*parts[:first]), parts[first:]
+    wild = (*wild, "*") if wild[-1] == "**" else wild
+    try:
+        found = [(path.relative_to(root), path) for path in root.glob("/".join(wild)) if path.is_file()]
+    except (ValueError, NotImplementedError, re.error) as error:
+        raise UserError(
+            pattern, f"this is no pattern of paths ({error})", "use *, ?, [ab] and ** as shells do"
+        ) from None
+    return sorted((name.as_posix(), path) for name, path in found if not any(p.startswith(".") for p in name.parts))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to a file beside `path` and rename it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,3 +202,15 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("MINISFT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minisft"
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files in a folder that this process wrote the permissions that the user's umask grants to new files.
+
+    The writer of safetensors makes its files for their owner alone, who could then share no model.
+    """
+    umask = os.umask(0o077)  # there is no other way to read it, and it is set back at once
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~umask)

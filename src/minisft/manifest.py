@@ -59,6 +59,13 @@ def mark(folder: Path, kind: str, path: Path | None = None, replaces: Sequence[s
     aside.replace(folder / MARKER)
 
 
+def mark_new(folder: Path, kind: str) -> None:
+    """Make a folder and mark it, unless there is something in it already."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        mark(folder, kind)
+
+
 def read_marker(folder: Path) -> Marker | None:
     """Return the marker of a folder, or None where MiniSFT did not make it: a copied marker counts as none."""
     try:

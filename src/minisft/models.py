@@ -3,7 +3,7 @@
 A folder may also hold peft adapters; it is loaded with the base model that it names, or with a given one.
 
 Nothing here trusts a model repository: weights come from safetensors, and its code runs only where the
-recipe says `trust_remote_code: true`.
+user says so: `trust_remote_code: true` in a recipe of his own, or `--trust-remote-code`.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from minisft.errors import UserError
-from minisft.files import cache_folder, hash_files, hold_lock, whole_folder
+from minisft.files import cache_folder, follow_umask, hash_files, hold_lock, whole_folder
 from minisft.recipe import BUILT_IN_MODELS
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # a damaged file shows as anything: the tokenizers library raises a bare Exception
+            _refuse_untrusted_code(folder, error)
             what = f"the tokenizer cannot be loaded ({_first_line(error)})"
             raise UserError(folder, what, _TOKENIZER_MEND) from None
     if not getattr(tokenizer, "is_fast", False):
@@ -103,18 +104,60 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Load the configuration of a model folder.
+    """Load the configuration of a model folder, as transformers' object.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it needs code of the model's own, to which nobody consented, or it cannot be read.
     """
-    from transformers import AutoConfig
+    with _quiet():
+        from transformers import AutoConfig
 
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # an unfit file shows as anything, from KeyError to a validation error
+            _refuse_untrusted_code(folder, error)
+            what = f"the configuration cannot be read ({_first_line(error)})"
+            raise UserError(folder / "config.json", what, "give a model folder that save_pretrained wrote") from None
+
+
+def lay_out_model(config: Any, trust_remote_code: bool | None = None, **options: Any) -> "PreTrainedModel":
+    """Make a model of a configuration, with random weights, on the device that torch makes tensors on.
+
+    Args:
+        config: as `load_config` gives it.
+        trust_remote_code: let code of the model's own run; None: where the configuration is of the model's own class,
+            which it can be with consent only.
+        **options: what else `from_config` takes.
+
+    Raises:
+        UserError: it needs code of the model's own, to which nobody consented, or transformers does not know it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if trust_remote_code is None:  # transformers would ask on stdin
+        trust_remote_code = type(config).__module__.startswith("transformers_modules.")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged file shows as anything
-        what = f"its config.json cannot be read ({_first_line(error)})"
-        raise UserError(folder, what, "give a folder that save_pretrained wrote") from None
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+    except ValueError as error:
+        _refuse_untrusted_code(config.name_or_path, error)
+        what = f"the model cannot be laid out ({_first_line(error)})"
+        raise UserError(config.name_or_path, what, "give a causal language model") from None
+
+
+def _refuse_untrusted_code(where: object, error: BaseException) -> None:
+    """Raise a user's error where transformers refused to run code of the model's own; it names its option then.
+
+    Raises:
+        UserError: saying who may consent, and how.
+    """
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            where,
+            "the model cannot be loaded without Python code of its own, and that does not run without your consent "
+            "(what a run's own recipe.yaml says does not count)",
+            "read its .py files; if you trust them, add --trust-remote-code, or trust_remote_code: true to your own "
+            "recipe",
+        ) from None
 
 
 def load_model(
@@ -161,6 +204,7 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
         try:
             return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
         except Exception as error:  # a damaged file shows as anything, from a RuntimeError to safetensors' own
+            _refuse_untrusted_code(folder, error)
             if is_out_of_memory(error):
                 raise
             raise UserError(
@@ -367,6 +411,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     _remove_paths(folder / "tokenizer_config.json")
+    follow_umask(folder)
 
 
 def _without_quantisation(config: dict[str, Any]) -> dict[str, Any]:

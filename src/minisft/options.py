@@ -40,6 +40,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(self.prog, message, f"see `{self.prog} --help`")
 
 
+def trust(parser: Parser) -> None:
+    what = "let code that comes with the model run; a run's own recipe never says so for you"
+    parser.add_argument("--trust-remote-code", action="store_true", help=what)
+
+
 def _at_least_1(text: str) -> int:
     try:
         number = int(text)

@@ -52,7 +52,7 @@ def train_run(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
     from minisft.report.curves import draw_curves
     from minisft.runs import start_run
     from minisft.training.disk import require_disk
-    from minisft.training.train import refuse_impossible
+    from minisft.training.train import go_beyond_end, refuse_impossible
     from minisft.training.train import train as start_training
 
     refuse_impossible(recipe, machines)
@@ -63,6 +63,8 @@ def train_run(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
         checkpoint = _checkpoint_to_resume(recipe, started.run, resume)
         started.recipe, checkpoint = _settled(started.recipe, started.run, checkpoint)
         require_disk(started.recipe, started.run, model, checkpoint, freed=started.freed)
+        if checkpoint is not None:
+            go_beyond_end(started.recipe, started.run, checkpoint)
         started.take_place()
         start_training(started.recipe, started.run, checkpoint, machines)
     draw_curves(started.run.root)
@@ -142,7 +144,7 @@ def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     from minisft.training.checkpoints import latest_resumable
     from minisft.training.disk import require_disk
     from minisft.training.launch import join, world_size
-    from minisft.training.train import refuse_impossible, train_in_this_process
+    from minisft.training.train import go_beyond_end, refuse_impossible, train_in_this_process
 
     recipe = replace(recipe, training=replace(recipe.training, processes=world_size()))
     if recipe.training.strategy == "auto":
@@ -158,6 +160,8 @@ def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
             model = prepare_run(started.recipe)
             checkpoint = latest_resumable(run.checkpoints) if resume else None
             require_disk(started.recipe, started.run, model, checkpoint, freed=started.freed)
+            if checkpoint is not None:
+                go_beyond_end(started.recipe, started.run, checkpoint)
             started.take_place()
 
         join(recipe.training.strategy, begin)
@@ -168,13 +172,18 @@ def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> P
     from minisft.console import say
     from minisft.training.checkpoints import latest_resumable, layout_of
     from minisft.training.conversion import refuse_inconvertible
+    from minisft.training.integrity import refuse_damaged
 
     if not resume:
         return None
     checkpoint = latest_resumable(run.checkpoints)
+    if checkpoint is None and run.is_trained():
+        what = "this run has ended, and no checkpoint is left with the optimizer state that going on needs"
+        raise UserError(run.checkpoints, what, "train anew with --force, or into another `output`")
     if checkpoint is None:
         say("no checkpoint to resume from: from the beginning")
         return None
+    refuse_damaged(checkpoint)
     refuse_inconvertible(checkpoint, recipe.training)
     strategy, processes = layout_of(checkpoint)
     say(f"resuming from {checkpoint}, of {strategy} on {processes} process(es)")

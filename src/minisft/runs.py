@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import hold_lock, write_atomically
+from minisft.files import files_of_pattern, hold_lock, is_pattern, write_atomically
 from minisft.json_files import read_json
+from minisft.longer import is_only_longer, refuse_other_trajectory
 from minisft.manifest import MANIFEST, MARKER, delete_written, mark, read_marker, written_bytes
 from minisft.recipe import Recipe, dump_recipe, load_recipe
 from minisft.replacement import (
@@ -29,10 +30,19 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # The first line of a run's recipe: what tells a run folder from a folder that happens to hold a recipe.
 _MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from, not this file.\n"
 _RUN = "run"  # of the marker
+_DATA = ("data.source", "data.test")
 _LOCKS = ("evaluation/.lock", "compare/.lock")  # of other commands that work in a run folder
 _AT_WORK = {"evaluation": "the evaluation of this run", "compare": "the comparison in this folder"}
 # What `compare` writes into an output folder, beside a run or without one; no run deletes it.
 _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html", "comparison.png")
+# A user's consent to a model's own code, as a word of the command line, and its absence.
+CONSENT, NO_CONSENT = "trust_remote_code=true", "trust_remote_code=false"
+TRUST_OPTION = "--trust-remote-code"
+# Bytes that the small files of a run have at most, far above what any run came to.
+_LARGEST = {
+    "recipe.yaml": 1 << 20, "*.json": 64 << 20, "dataset/*.json": 64 << 20, "evaluation/*.json": 64 << 20,
+    "checkpoints/*/trainer_state.json": 256 << 20, "metrics.jsonl": 256 << 20, "evaluation/*/*.jsonl": 256 << 20,
+}  # fmt: skip
 # Keys that may change on resume, since the trajectory does not depend on them.
 _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
@@ -95,7 +105,7 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """Say whether MiniSFT wrote this folder."""
-        return self.recipe.is_file() and self.recipe.read_bytes().startswith(_MARK.encode())  # it may be damaged
+        return _is_resolved_recipe(self.recipe)
 
     def is_trained(self) -> bool:
         """Say whether training ended: the final model is written last, and whole."""
@@ -118,19 +128,65 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def load_run(root: Path) -> Recipe:
-    """Return the resolved recipe of a run folder.
+def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
+    """Return the resolved recipe of a run folder, which may be a stranger's.
+
+    What the file says of `trust_remote_code` does not count: consent comes from the user, each time.
+
+    Args:
+        root: the folder.
+        overrides: `key=value` words that the user gave.
+        trust_remote_code: the user, or the process that started this one, consents to the model's own code.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is no run, or one of its small files is too large to be one.
     """
-    if not RunFolder(root).is_run():
+    run = RunFolder(root)
+    if not run.is_run():
         raise UserError(
             root,
             "this is no run folder (it has no recipe.yaml of a run)",
             "give the `output` of a recipe that was run",
         )
-    return replace(load_recipe(RunFolder(root).recipe), output=str(root))
+    _refuse_huge_files(run)
+    words = [NO_CONSENT, *overrides, *([CONSENT] if trust_remote_code else [])]
+    return replace(load_recipe(run.recipe, words), output=str(root))
+
+
+def worker_consent(recipe: Recipe) -> list[str]:
+    """Return what a process that reads a run folder's recipe must be told beside the folder."""
+    return [TRUST_OPTION] if recipe.trust_remote_code else []
+
+
+def run_of(recipe: Path) -> Path | None:
+    """Return the run folder whose own resolved recipe a path names, if it does."""
+    return recipe.parent if recipe.name == "recipe.yaml" and _is_resolved_recipe(recipe) else None
+
+
+def is_of_a_run(recipe: Path) -> bool:
+    """Say whether a recipe file came with a run, and not from the user: such a file carries no consent."""
+    if _is_resolved_recipe(recipe):
+        return True
+    beside = ("checkpoints", "model", "metrics.jsonl", "base_model.json", "dataset/ledger.json")
+    return recipe.name == "recipe.yaml" and any((recipe.parent / name).exists() for name in beside)
+
+
+def _is_resolved_recipe(path: Path) -> bool:
+    """Read no more than the first line, however large the file is."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MARK)) == _MARK.encode()
+
+
+def _refuse_huge_files(run: RunFolder) -> None:
+    """Refuse a run with a file that no run has: reading it would take all the memory there is."""
+    for name, limit in _LARGEST.items():
+        for path in run.root.glob(name):
+            size = path.stat().st_size if path.is_file() else 0
+            if size > limit:
+                what = f"it has {size / 1e6:,.0f} MB, and this file of a run has at most {limit / 1e6:,.0f} MB"
+                raise UserError(path, what, "delete it, if you do not trust where the run came from")
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
@@ -227,12 +283,13 @@ def open_run(recipe: Recipe, *, resume: bool = False, prepares_only: bool = Fals
     refuse_start(recipe, resume=resume, prepares_only=prepares_only)
     with _locked(run):
         _tell(delete_left_overs(run.root))
+        longer = False
         if run.recipe.exists():
-            _refuse_other_run(run, recipe, may_go_on=resume or prepares_only, may_be_trained=prepares_only)
+            longer = _refuse_other_run(run, recipe, resume=resume, prepares_only=prepares_only)
         else:
             mark(run.root, _RUN)
             _name_earlier_runs(run.root)
-        if not (prepares_only and run.has_begun()):
+        if not (prepares_only and run.has_begun()) and not longer:  # which is written when the run goes on
             rewrite_recipe(run, recipe)
         yield run
 
@@ -254,7 +311,7 @@ def refuse_start(recipe: Recipe, *, force: bool = False, resume: bool = False, p
     if force and run.is_run():
         require_replaceable(_place_of(run.root), _RUN)
     elif run.recipe.exists():
-        _refuse_other_run(run, recipe, may_go_on=resume or prepares_only, may_be_trained=prepares_only)
+        _refuse_other_run(run, recipe, resume=resume, prepares_only=prepares_only)
 
 
 @contextlib.contextmanager
@@ -381,7 +438,7 @@ def refuse_inputs_in_output(recipe: Recipe) -> None:
         if path == output or output in path.parents:
             what = f"it lies in the `output` folder {recipe.output}, where --force would replace it"
             raise UserError(f"{key} {path}", what, "name another folder as `output`, or move the input out of it")
-        if key in ("data.source", "data.test") and path in output.parents and path.is_dir():
+        if key in _DATA and path in output.parents and path.is_dir():
             what = f"the `output` folder {recipe.output} lies in it, so that the run's own files would be read as data"
             raise UserError(f"{key} {path}", what, "name an `output` outside the folder of the data")
 
@@ -399,8 +456,14 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
         for entry in value if isinstance(value, list) else [value]:
             path = entry.get("path") if isinstance(entry, dict) else entry
             with contextlib.suppress(OSError):  # a text too long for a path is none
-                if isinstance(path, str) and Path(path).exists():
+                if not isinstance(path, str):
+                    continue
+                if Path(path).exists():
                     yield key, Path(path).resolve()
+                elif key in _DATA and is_pattern(Path(path)):
+                    yield from ((key, found.resolve()) for _, found in files_of_pattern(Path(path)))
+                    if "**" in Path(path).parts:  # what it matches grows with the folder
+                        yield key, Path(path[: path.index("**")]).resolve()
 
 
 def _place_of(root: Path) -> Path:
@@ -437,30 +500,47 @@ def _tell(sentences: Sequence[str]) -> None:
         warn(sentence)
 
 
-def _refuse_other_run(run: RunFolder, recipe: Recipe, may_go_on: bool, may_be_trained: bool) -> None:
+def _refuse_other_run(run: RunFolder, recipe: Recipe, *, resume: bool, prepares_only: bool) -> bool:
+    """Refuse what must not go on in a run folder; say whether the recipe is that of the run, but longer."""
+    if resume and _is_longer(run, recipe):
+        refuse_other_trajectory(recipe.training)
+        return True
     if not run.has_begun():
         if read_marker(run.root) is None:  # a copied recipe.yaml does not make a folder a run
             what = "it holds the recipe of a run, but MiniSFT did not begin a run in this folder"
             raise UserError(run.root, what, "name a new folder as `output`")
-        return  # prepared only: nothing that took long is lost
-    earlier, now = identity(load_run(run.root)), identity(recipe)
-    changed = [key for key in now if now[key] != earlier.get(key)]
+        return False  # prepared only: nothing that took long is lost
+    earlier, now, changed = _changes(run, recipe)
     if changed:
         key = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
             run.root,
             f"holds another recipe's run: {key} is {earlier.get(key)!r} there, {now[key]!r} here{more}",
-            "choose another `output`, or pass --force to replace that run",
+            "choose another `output`, or pass --force to replace that run"
+            + ("; --resume goes on with it" if _is_longer(run, recipe) else ""),
         )
-    if run.is_trained() and not may_be_trained:
+    if run.is_trained() and not prepares_only:
         raise UserError(
             run.root,
             "this run is trained already",
             "evaluate or chat with it, or pass --force to train it anew",
         )
-    if not may_go_on:
+    if not (resume or prepares_only):
         raise UserError(run.root, "holds an unfinished run", "pass --resume to go on with it, or --force to begin anew")
+    return False
+
+
+def _changes(run: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return what identifies the folder's run and a recipe's, and the keys in which they differ."""
+    earlier, now = identity(load_run(run.root)), identity(recipe)
+    return earlier, now, [key for key in now if now[key] != earlier.get(key)]
+
+
+def _is_longer(run: RunFolder, recipe: Recipe) -> bool:
+    """Say whether a recipe is that of a begun run, with more epochs or steps."""
+    changed = _changes(run, recipe)[2]
+    return run.has_begun() and is_only_longer(changed, load_run(run.root).training, recipe.training)
 
 
 def remember_environment(run: RunFolder, found: dict[str, Any]) -> None:

@@ -135,11 +135,12 @@ def test_an_input_inside_the_output_is_refused(capsys, recipe, tmp_path, convers
     assert tree(tmp_path / "run") == before
 
 
-def test_an_output_inside_the_data_folder_is_refused(capsys, recipe, tmp_path, conversations):
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/**"])
+def test_an_output_inside_the_data_folder_is_refused(capsys, recipe, tmp_path, conversations, pattern):
     data = tmp_path / "data"
     data.mkdir()
     shutil.copy(conversations, data / "talks.jsonl")
-    said = refused(capsys, "prepare", recipe, f"data.source={data}", f"output={data / 'run'}")
+    said = refused(capsys, "prepare", recipe, f"data.source={data}{pattern}", f"output={data / 'run'}")
     assert "would be read as data" in said
     assert [path.name for path in data.iterdir()] == ["talks.jsonl"]
 

@@ -228,7 +228,7 @@ def test_chat_takes_a_template_for_a_model_without_one(run_folder, tiny_model, t
     assert "data.template" not in said
     status, _, said = minisft(capsys, "chat", tiny_model, *message, "--template", "mistrall")
     assert status == 2
-    assert said.startswith("minisft: --template: there is no template 'mistrall'")
+    assert "minisft: --template: there is no template 'mistrall'" in said
     model = shutil.copytree(run_folder / "model", tmp_path / "bare")
     (model / "chat_template.jinja").rename(tmp_path / "own.jinja")
     trained = minisft(capsys, "chat", run_folder, *message)

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minisft.chat import Session, chat, choose_model
 from minisft.chat.session import load_model_and_encoder
-from minisft.chat.terminal import CONTROL, Terminal
+from minisft.chat.terminal import Terminal
 from minisft.data.conversation import Conversation, Message
 from minisft.data.encoding import Encoder
 from minisft.data.rendering import RefusedError
@@ -29,6 +29,7 @@ from minisft.errors import UserError
 from minisft.evaluation.sampling import Sampling
 from minisft.recipe import DataRecipe, Recipe
 from minisft.runs import open_run
+from minisft.text import printable
 from tests.tiny import heed_ctrl_c
 
 
@@ -105,7 +106,7 @@ def test_one_message_prints_the_answer_and_nothing_else(model_folder, capsys):
     model, encoder = load_model_and_encoder(str(model_folder), False)
     ids = torch.tensor([encoder.encode_prompt([Message("user", "hi")])])
     out = model.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=list(encoder.stop_token_ids))
-    assert captured.out == CONTROL.sub("\ufffd", encoder.decode_answer(out[0, ids.shape[1] :].tolist())) + "\n"
+    assert captured.out == printable(encoder.decode_answer(out[0, ids.shape[1] :].tolist())) + "\n"
     assert "/help" not in captured.err
 
 
@@ -157,7 +158,7 @@ def test_a_full_context_drops_the_oldest_exchanges_and_says_so(tmp_path, monkeyp
 def test_terminal_control_characters_are_not_passed_on(session, monkeypatch, capsys):
     monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: "\x1b[31mred\x07" if ids else "")
     Terminal(session, None, False).ask("hi")
-    assert capsys.readouterr().out == "\ufffd[31mred\ufffd\n"
+    assert capsys.readouterr().out == "\\x1b[31mred\\x07\n"
 
 
 def a_run(folder, base):

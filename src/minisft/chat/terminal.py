@@ -4,8 +4,6 @@ Answers go to stdout, everything else to stderr, so that piped output holds answ
 """
 
 import contextlib
-import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING
 from minisft.chat.session import Session, load_for_chat
 from minisft.console import console, warn
 from minisft.errors import UserError
+from minisft.text import json_text, printable
 
 if TYPE_CHECKING:
     from minisft.evaluation.generation import Finish
@@ -27,8 +26,6 @@ HELP = """/system TEXT   set the system prompt; without TEXT, show it
 /help          this
 /exit          leave (as does Ctrl-D); Ctrl-C stops an answer
 A line that ends in \\ goes on in the next one. //text sends a message that begins with a slash."""
-# What a terminal would act on; an answer is text and nothing else.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
@@ -141,7 +138,7 @@ class Terminal:
         turns = [{"from": _SHAREGPT[m.role], "value": m.content} for m in self.session.messages()]
         try:
             with Path(name).expanduser().open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
+                file.write(json_text({"conversations": turns}) + "\n")
         except OSError as error:
             warn(f"{name} cannot be written: {error.strerror}")
             return
@@ -190,7 +187,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(CONTROL.sub("\ufffd", text))
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
@@ -211,7 +208,7 @@ def _side_by_side(answers: dict[str, str]) -> None:
     table = Table(expand=True)
     for name in answers:
         table.add_column(name, ratio=1)
-    table.add_row(*(Text(CONTROL.sub("\ufffd", text)) for text in answers.values()))
+    table.add_row(*(Text(printable(text)) for text in answers.values()))
     console.print(table)
 
 

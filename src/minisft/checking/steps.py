@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from minisft.console import console, error_console
 from minisft.errors import StoppedError
 from minisft.recipe import Recipe
-from minisft.runs import RunFolder, load_run, open_run
+from minisft.runs import RunFolder, load_run, open_run, worker_consent
 from minisft.training.batching import measure
 from minisft.training.hardware import choose_precision, on_cpu
 from minisft.training.launch import launch, launch_alone
@@ -133,7 +133,7 @@ def run_steps_in_child(recipe: Recipe) -> None:
     """
     training = recipe.training
     alone = training.processes == 1 and training.strategy not in ZERO_STAGES
-    arguments = [recipe.output]
+    arguments = [recipe.output, *worker_consent(recipe)]
     if launch_alone(_WORKER, arguments) if alone else launch(_WORKER, arguments, training.processes):
         raise StoppedError("stopped as asked")
 
@@ -151,7 +151,7 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
 # --- in the processes -------------------------------------------------------------------------------------
 
 
-def take_steps_twice(root: Path) -> None:
+def take_steps_twice(root: Path, trust_remote_code: bool = False) -> None:
     """Take the steps of a scratch run, then those after its checkpoint RESUME_AT again, beside it."""
     import torch
 
@@ -159,13 +159,13 @@ def take_steps_twice(root: Path) -> None:
     console.quiet = error_console.quiet = True
     # DeepSpeed prints what it built, and stdout may be JSON.
     with quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
-        _take_steps_twice(root)
+        _take_steps_twice(root, trust_remote_code)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _take_steps_twice(root: Path) -> None:
-    run, recipe = RunFolder(root), load_run(root)
+def _take_steps_twice(root: Path, trust_remote_code: bool) -> None:
+    run, recipe = RunFolder(root), load_run(root, trust_remote_code=trust_remote_code)
     again = resumed_run(run)
     trainer = make_trainer(recipe, run)
     switch_off_dropout(trainer.model)

@@ -20,7 +20,7 @@ from minisft.data.sources import at_revision, parse_sources
 from minisft.data.staging import stage
 from minisft.data.verification import VerificationError
 from minisft.manifest import delete_scratch
-from minisft.models import ResolvedModel, load_tokenizer, resolve_model
+from minisft.models import ResolvedModel, load_config, load_tokenizer, resolve_model
 from minisft.planning import predict_run
 from minisft.planning.auto import predicted_strategy
 from minisft.recipe import Recipe
@@ -126,9 +126,7 @@ class Subject:
     @cached_property
     def width(self) -> int:
         """The width of the model's layers."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.model.folder, trust_remote_code=self.recipe.trust_remote_code)
+        config = load_config(self.model.folder, self.recipe.trust_remote_code)
         return int(getattr(config.get_text_config(), "hidden_size", 512))
 
     @cached_property

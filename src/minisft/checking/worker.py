@@ -1,4 +1,4 @@
-"""A process that takes the steps of a check: `python -m minisft.checking.worker RUN_FOLDER`."""
+"""A process that takes the steps of a check: `python -m minisft.checking.worker RUN_FOLDER [--trust-remote-code]`."""
 
 import sys
 from pathlib import Path
@@ -9,8 +9,9 @@ def main() -> None:
 
     def work() -> None:
         from minisft.checking.steps import take_steps_twice
+        from minisft.runs import TRUST_OPTION
 
-        take_steps_twice(Path(sys.argv[1]))
+        take_steps_twice(Path(sys.argv[1]), TRUST_OPTION in sys.argv[2:])
 
     run_worker(work)
 

@@ -10,10 +10,19 @@ import numpy as np
 
 from minisft.data.conversation import Conversation, Message, calls_to_text
 from minisft.data.encoding import AnswerSpan, Encoded, EncodedBatch, Encoder
-from minisft.data.formats import REPAIRS, RowError, check_order, repair, repair_characters, to_conversation
+from minisft.data.formats import (
+    REPAIRS,
+    RowError,
+    check_order,
+    ignored_columns,
+    repair,
+    repair_characters,
+    to_conversation,
+    too_large,
+)
 from minisft.data.ledger import Problem, Tally
 from minisft.data.overflow import fit
-from minisft.data.readers import Chunk
+from minisft.data.readers import LARGEST_ROW, Chunk
 from minisft.data.rendering import RefusedError, Rendered
 from minisft.data.split import identity_key, prompt_key
 from minisft.data.verification import verify
@@ -123,6 +132,7 @@ def _render_rows(chunk: Chunk, encoder: Encoder, task: Task, tally: Tally) -> tu
         else:
             conversations.append(conversation)
             rendered.append(rendering)
+            tally.note_ignored(ignored_columns(row, task.formats[chunk.source]))
     return conversations, rendered
 
 
@@ -135,6 +145,8 @@ def _read_row(row: Any, location: str, task: Task, source: int) -> tuple[Convers
     else:
         conversation = to_conversation(row, location, format)
         check_order(conversation.messages)
+    if sum(len(message.content) for message in conversation.messages) > LARGEST_ROW:
+        raise too_large()
     return conversation.supervise(task.data.train_on), repairs
 
 

@@ -16,6 +16,7 @@ from minisft.files import write_atomically
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import Recipe
 from minisft.runs import RunFolder
+from minisft.text import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -224,10 +225,10 @@ def as_text(row: InspectedRow) -> "Text":
     """A row for the terminal."""
     from rich.text import Text
 
-    text = Text(row.title + "\n", style="bold")
+    text = Text(printable(row.title) + "\n", style="bold")
     for place, token in enumerate(row.tokens):
         style = (_SUPERVISED if token.supervised else _CONTEXT)[place % 2]
-        shown = token.text.replace("\n", "⏎\n")
+        shown = printable(token.text).replace("\n", "⏎\n")
         text.append(shown, style=f"{style} bold underline" if token.special else style)
     text.append("\n")
     return text

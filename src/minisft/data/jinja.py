@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from minisft.data.conversation import Message, message_as_dict
 from minisft.data.rendering import MarkerSplitter, RefusedError, Rendered, RunBuilder
+from minisft.data.template_limits import TemplateLimitError, bound_templates
 from minisft.data.templates import with_tools
 from minisft.errors import UserError
 
@@ -74,6 +75,7 @@ class JinjaRenderer:
         self.template = template
         self.splitter = splitter
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        bound_templates()
         self._cache: dict[Any, _Skeleton] = {}
         self._structured_calls = "tool_calls" in template
         self._structured_reasoning = "reasoning_content" in template
@@ -166,10 +168,10 @@ class JinjaRenderer:
                 inside = [span for span in marked if span[0] < end and span[1] > start]
                 if not inside:
                     findings.append("answer_not_marked")
-                    cuts += [(start, 0, "unmarked", index), (end, 2, "close", index)]
+                    cuts += [(start, 0, "unmarked", index), (end, -1, "close", index)]
                     continue
                 start = max(start, inside[0][0])
-            cuts += [(start, 0, "open", index), (end, 2, "close", index)]
+            cuts += [(start, 0, "open", index), (end, -1, "close", index)]
         return _Skeleton(tuple(_steps(text, sorted(cuts, key=lambda cut: cut[:2]))), tuple(dict.fromkeys(findings)))
 
     def _marked_spans(self, dicts: list[dict[str, Any]], tools: Sequence[str]) -> list[tuple[int, int]]:
@@ -177,13 +179,16 @@ class JinjaRenderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render = cast("Callable[..., tuple[list[str], list[list[tuple[int, int]]]]]", render_jinja_template)
-        _, spans = render(
-            [dicts],
-            tools=[json.loads(tool) for tool in tools] or None,
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        try:
+            _, spans = render(
+                [dicts],
+                tools=[json.loads(tool) for tool in tools] or None,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except TemplateLimitError as limit:
+            raise _unbounded(limit) from None
         return spans[0]
 
     def _prefix(self, dicts: list[dict[str, Any]], tools: Sequence[str]) -> str:
@@ -224,6 +229,8 @@ class JinjaRenderer:
                     add_generation_prompt=prompt,
                 )
             )
+        except (TemplateLimitError, RecursionError) as limit:
+            raise _unbounded(limit) from None
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 "data.template", f"line {error.lineno} of the template: {error.message}", "mend the template"
@@ -310,6 +317,12 @@ class JinjaRenderer:
                 what = f"the template rewrites the content of message {index + 1} ({message.role})"
                 return RefusedError(reason, what)
         return RefusedError("content_rewritten", "the template rewrites a content")
+
+
+def _unbounded(limit: Exception) -> UserError:
+    reason = "it is nested too deeply" if isinstance(limit, RecursionError) else str(limit)
+    what = f"the template was stopped: {reason}; a template that renders conversations does not"
+    return UserError("data.template", what, "use another template, and do not trust where this one came from")
 
 
 _THINKING = re.compile(r"\s*<think>\n?(?P<reasoning>.*?)\n?</think>\n*(?P<content>.*)", re.DOTALL)

@@ -1,6 +1,5 @@
 """The pipeline: sources to `<output>/dataset`, with the split, the cache and the ledger."""
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,20 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minisft.console import warn
 from minisft.data.cache import changes, locked, origin_of, read_ledger, tokenizer_files_hash, tokenizer_hash
 from minisft.data.choice import own_template, template_file
 from minisft.data.chunks import LEFT_OUT, schema
 from minisft.data.encoding import Encoder
-from minisft.data.ledger import SHOWN, Tally, make_ledger
+from minisft.data.ledger import SHOWN, Tally, ledger_warnings, make_ledger
 from minisft.data.overlap import overlap_report
 from minisft.data.sides import TRAIN_COLUMNS, Side, write_side
-from minisft.data.sources import Source, at_revision, parse_sources
+from minisft.data.sources import Source, at_revision, parse_sources, refuse_shared
 from minisft.data.split import choose_test
 from minisft.data.staging import Progress, stage
 from minisft.errors import UserError
 from minisft.files import whole_folder
+from minisft.manifest import mark_new
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import DataRecipe, Recipe
+from minisft.text import json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -70,6 +72,7 @@ def prepare(
             begun are others now.
     """
     folder = Path(recipe.output) / "dataset"
+    mark_new(folder.parent, "run")
     if tokenizer is None and model_folder is None:
         model_folder = resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder
     # 1. Look for it without the lock, which is a file: a run that is prepared may be read-only.
@@ -89,7 +92,7 @@ def prepare(
         with whole_folder(folder) as aside:
             ledger = _prepare_into(aside, recipe, found.sources, encoder, progress)
             ledger["made_from"] = found.origin
-            (aside / "ledger.json").write_text(json.dumps(ledger, indent=1, ensure_ascii=False), encoding="utf-8")
+            (aside / "ledger.json").write_text(json_text(ledger, indent=1), encoding="utf-8")
     return _prepared(folder, ledger, cached=False)
 
 
@@ -175,6 +178,8 @@ def _damaged(folder: Path, reason: str) -> UserError:
 
 
 def _prepared(folder: Path, ledger: dict[str, Any], cached: bool) -> Prepared:
+    for line in ledger_warnings(ledger):
+        warn(f"warning: {line}")
     return Prepared(folder, ledger["rows"]["train"], ledger["rows"]["test"], ledger, cached)
 
 
@@ -185,9 +190,11 @@ def _sources(data: DataRecipe, before: Mapping[str, Any] | None, begun: bool) ->
     """
     known = before["made_from"]["sources"] if before is not None else {}
     named = {"data.source": data.source} | ({} if data.test is None else {"data.test": data.test})
+    parsed = {key: parse_sources(value, key) for key, value in named.items()}
+    if not begun:
+        refuse_shared(parsed)
     return {
-        key: [at_revision(one, known.get(one.path), keep=begun) for one in parse_sources(value, key)]
-        for key, value in named.items()
+        key: [at_revision(one, known.get(one.path), keep=begun) for one in listed] for key, listed in parsed.items()
     }
 
 
@@ -226,11 +233,16 @@ def _prepare_into(
     for side in {train.staged.path, test.staged.path}:
         side.unlink()
     shared = np.isin(test.staged.keys[test.mask], train.staged.keys[train.mask])
+    repeated = np.isin(test.staged.identities[test.mask], train.staged.identities[train.mask])
     facts = {
         "template": encoder.template_name,
         "formats": staged.formats | (staged_test.formats if own_test else {}),
         "duplicates": len(staged.identities) - len(np.unique(staged.identities)),
-        "overlap": {"test_rows_with_a_train_prompt": int(shared.sum()), **overlap.result()},
+        "overlap": {
+            "test_rows_with_a_train_prompt": int(shared.sum()),
+            "test_rows_in_train": int(repeated.sum()),
+            **overlap.result(),
+        },
     }
     return make_ledger(tally, {"train": train.lengths, "test": test.lengths}, facts)
 
@@ -272,5 +284,15 @@ def _require_rows(tally: Tally, train: int, data: DataRecipe) -> None:
         raise UserError(
             _source_name(data),
             f"no conversation is left to train on, of {tally.count('rows', 'read'):,} rows read ({reasons})",
-            "give more rows, lower data.test_fraction, or see data.invalid and data.overflow",
+            _fix_for_no_rows(tally),
         )
+
+
+def _fix_for_no_rows(tally: Tally) -> str:
+    """How to get rows, by the reason for which most were lost."""
+    main = next(iter(tally.section("skipped")), "")
+    if main == LEFT_OUT:
+        return "raise the source's weight: it says how often each row counts, and below 1 leaves rows out"
+    if main == "nothing_supervised":
+        return "every answer is left out: set weight, train, loss or trainable of some to 1, or remove the key"
+    return "give more rows, lower data.test_fraction, or see data.invalid and data.overflow"

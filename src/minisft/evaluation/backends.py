@@ -12,7 +12,7 @@ from minisft.errors import UserError
 from minisft.evaluation.generation import Finish, Generated, context_length, generate
 from minisft.evaluation.loss import Row, sum_of_losses
 from minisft.evaluation.sampling import Sampling
-from minisft.models import is_out_of_memory, load_model
+from minisft.models import is_out_of_memory, load_config, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,10 +89,9 @@ class VllmModel:
         if (weights / "adapter_config.json").exists():
             what = "vLLM is given whole models here, and this is an adapter"
             raise UserError(weights, what, "set evaluation.backend to transformers")
-        from transformers import AutoConfig
         from vllm import LLM
 
-        self.context = context_length(AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code))
+        self.context = context_length(load_config(weights, trust_remote_code))
         self.llm = LLM(
             model=str(weights),
             dtype=str(dtype).removeprefix("torch."),

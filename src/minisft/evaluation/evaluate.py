@@ -1,7 +1,6 @@
 """Base and every checkpoint of a run, scored on the held-out conversations: which one is best, and by how much."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from minisft.files import hold_lock, write_atomically
 from minisft.models import load_config, load_tokenizer, resolve_model, weights_fingerprint
 from minisft.recipe import METRICS, EvaluationRecipe, Recipe
 from minisft.runs import RunFolder, refuse_other_model
+from minisft.text import json_text
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +156,7 @@ def _score_models(
             failed.append({"checkpoint": name, "error": what, **({} if weights.exists() else {"removed": True})})
             warn(f"{name} cannot be scored and is left out: {what}")
         results = qualify(summarise(systems, constant, recipe.evaluation) | _facts(recipe, examiner, failed))
-        write_atomically(examiner.folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(examiner.folder / "results.json", json_text(results, indent=1) + "\n")
         if draw is not None:
             draw(run.root)
     return systems, results
@@ -246,7 +246,7 @@ def _require_room(base: Path, max_new_tokens: int, trust_remote_code: bool) -> N
 
 def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
-        console.file.write(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        console.file.write(json_text(results, indent=1) + "\n")
         return
     print_table(results)
     say(f"All answers and examples: {folder}")

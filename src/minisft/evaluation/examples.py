@@ -1,6 +1,5 @@
 """Answers as files: all of them as JSON lines, the first ones and the most changed ones to read."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from minisft.evaluation.generation import Generated
 from minisft.evaluation.questions import Question
 from minisft.evaluation.scoring import CorpusScore
 from minisft.files import write_atomically
+from minisft.text import json_text, printable
 
 CHANGES = 3  # most improved, and as many most worsened
 
@@ -45,7 +45,7 @@ def write_examples(folder: Path, questions: Sequence[Question], outputs: Sequenc
         heading = f"===== example {number} of {len(questions)}: {question.id}, answer {question.turn} ====="
         sections = {"prompt": question.prompt, "reference": question.reference, "output": output}
         parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
-    write_atomically(folder / "examples.txt", "\n\n".join(parts) + "\n")
+    write_atomically(folder / "examples.txt", printable("\n\n".join(parts) + "\n"))
 
 
 def write_prompts(
@@ -73,7 +73,7 @@ def write_side_by_side(folder: Path, prompts: Sequence[Question], outputs: Mappi
     for place, prompt in enumerate(prompts):
         heading = f"===== {prompt.id} of {len(prompts)} =====\n--- prompt ---\n{prompt.prompt}"
         parts.append("\n".join([heading, *(f"--- {name} ---\n{given[place]}" for name, given in outputs.items())]))
-    write_atomically(path, "\n\n".join(parts) + "\n")
+    write_atomically(path, printable("\n\n".join(parts) + "\n"))
 
 
 def write_changes(
@@ -101,12 +101,12 @@ def write_changes(
                 base[0]: base[1][place], best[0]: best[1][place],
             }  # fmt: skip
             parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
-    write_atomically(folder / "changes.txt", "\n\n".join(parts) + "\n")
+    write_atomically(folder / "changes.txt", printable("\n\n".join(parts) + "\n"))
 
 
 def _one_line(fields: dict[str, Any]) -> str:
-    """JSON in one line for every reader: some take these three for line ends."""
-    text = json.dumps(fields, ensure_ascii=False)
-    for separator in "\x85\u2028\u2029":
+    """JSON in one line for every reader: some take these two, and U+0085, for line ends."""
+    text = json_text(fields)
+    for separator in "\u2028\u2029":
         text = text.replace(separator, f"\\u{ord(separator):04x}")
     return text

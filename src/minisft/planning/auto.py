@@ -13,7 +13,7 @@ from minisft.planning.plan import choose, gigabytes, job_of, needed_bytes, predi
 from minisft.planning.prediction import Job, Prediction
 from minisft.planning.trial import OUT_OF_MEMORY, PROCESS_FILE
 from minisft.recipe import STRATEGIES, Recipe
-from minisft.runs import RunFolder, open_run, rewrite_recipe
+from minisft.runs import RunFolder, open_run, rewrite_recipe, worker_consent
 from minisft.training.hardware import on_cpu
 from minisft.training.launch import launch, launch_alone
 from minisft.training.strategies import ZERO_STAGES, require_deepspeed
@@ -135,7 +135,8 @@ def try_strategy(recipe: Recipe, run: RunFolder, job: Job, steps: int = TRIAL_ST
     try:
         folder = _make_trial(recipe, run, job, root, steps)
         alone = training.processes == 1 and training.strategy not in ZERO_STAGES
-        if launch_alone(_MODULE, [str(root)]) if alone else launch(_MODULE, [str(root)], training.processes):
+        words = [str(root), *worker_consent(recipe)]
+        if launch_alone(_MODULE, words) if alone else launch(_MODULE, words, training.processes):
             raise StoppedError("stopped as asked, in a trial")
         return _read(folder, training.strategy)
     except (RuntimeError, UserError) as error:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minisft.errors import UserError
+from minisft.models import lay_out_model
 from minisft.planning.footprint import MEND, Footprint, first_line
 from minisft.recipe import LoraRecipe
 from minisft.training.head import output_layer, passes_on
@@ -62,15 +63,13 @@ class Footprints:
 
 
 def _lay_out(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from minisft.training.lora import add_lora
 
     halved = arithmetic == "half" or (arithmetic == "autocast" and lora is not None)  # frozen weights are in half
     dtype = torch.bfloat16 if halved else torch.float32
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, dtype=dtype)
+        model: Any = lay_out_model(config, attn_implementation=_ATTENTION, dtype=dtype)
         if lora is not None:
             model = add_lora(model, lora, base_name="", seed=0)
     return model.to(torch.bfloat16) if arithmetic == "half" else model

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.models import load_config
 
 MEND = "complete the model's config.json, or give another model"
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -84,16 +85,14 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: there is none, or it lacks a field.
     """
-    from transformers import AutoConfig
-
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(folder, "there is no config.json", "give a model folder with its config.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # an unfit file shows as anything, from KeyError to a validation error
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(path, f"the configuration cannot be read ({first_line(error)})", MEND) from None
+    config = load_config(folder, trust_remote_code)
     _require_fields(path, raw, config)
     return config
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from minisft.models import lay_out_model
 from minisft.planning.counting import count_footprint, shortened
 from minisft.planning.machines import Machine
 from minisft.training.attention import PADDING_FREE, register
@@ -67,11 +68,9 @@ def _small(config: Any) -> Any:
 
 
 def _model(config: Any) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
     register()
     with torch.random.fork_rng():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=PADDING_FREE, dtype=torch.float32)
+        model = lay_out_model(config, attn_implementation=PADDING_FREE, dtype=torch.float32)
     return model.base_model.train()  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""A process of a trial: `python -m minisft.planning.trial RUN_FOLDER`."""
+"""A process of a trial: `python -m minisft.planning.trial RUN_FOLDER [--trust-remote-code]`."""
 
 import os
 import sys
@@ -22,12 +22,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def main() -> None:
+    from minisft.runs import TRUST_OPTION
     from minisft.training.launch import run_worker
 
-    run_worker(lambda: take_trial(Path(sys.argv[1])))
+    run_worker(lambda: take_trial(Path(sys.argv[1]), TRUST_OPTION in sys.argv[2:]))
 
 
-def take_trial(root: Path) -> None:
+def take_trial(root: Path, trust_remote_code: bool = False) -> None:
     """Take the steps of a trial's run folder, without a checkpoint.
 
     Raises:
@@ -51,7 +52,7 @@ def take_trial(root: Path) -> None:
     set_deepspeed_environment(on_cpu())
     error_console.quiet = True
     run = RunFolder(root)
-    recipe = load_run(root)
+    recipe = load_run(root, trust_remote_code=trust_remote_code)
     _note_process(root, recipe.training)
     try:
         trainer = make_trainer(recipe, run)

@@ -1,6 +1,5 @@
 """Several runs side by side: what each measured, whether their curves are one, and which to take."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from minisft.report.curves import draw_overlaid
 from minisft.report.html import environment
 from minisft.report.run_files import RunFiles, read_run
 from minisft.report.tables import comparison_table, markdown
+from minisft.text import json_text, printable
 
 TOLERANCE = 2e-4  # relative: what rounding in fp32 comes to, and a wrong loss or gradient does not
 _COMPARED = ("loss", "grad_norm")
@@ -53,8 +53,8 @@ def write_comparison(output: Path, entries: Sequence[Entry]) -> dict[str, Any]:
     """
     runs = {entry.name: run for entry in entries if (run := _run_of(output, entry)) is not None}
     found = compare_runs(entries, runs)
-    write_atomically(output / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(output / "comparison.md", _as_markdown(output.resolve().name, found))
+    write_atomically(output / "comparison.json", json_text(found, indent=1) + "\n")
+    write_atomically(output / "comparison.md", printable(_as_markdown(output.resolve().name, found)))
     steps = {name: run.steps for name, run in runs.items() if run.steps}
     if steps:
         draw_overlaid(output / "comparison.png", steps)

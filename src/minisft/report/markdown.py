@@ -10,6 +10,7 @@ from minisft.report.page_data import page_data
 from minisft.report.run_files import RunFiles, metrics_of, read_run
 from minisft.report.tables import markdown, score_table
 from minisft.report.verdict import verdict
+from minisft.text import printable
 
 EXAMPLES = 3
 _SHOWN = 300  # characters of a text
@@ -38,7 +39,7 @@ def write_results(output: Path, to: Path | None = None) -> Path:
     parts += [f"![{path.stem}]({path.relative_to(target).as_posix()})" for path in drawn]
     parts += _examples(run)
     path = target / "results.md"
-    write_atomically(path, "\n\n".join(parts) + "\n")
+    write_atomically(path, printable("\n\n".join(parts) + "\n"))
     return path
 
 

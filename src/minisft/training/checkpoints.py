@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from minisft.console import warn
-from minisft.files import remove_left_overs, whole_folder
+from minisft.files import follow_umask, remove_left_overs, whole_folder
 from minisft.json_files import read_json, read_json_lines
 from minisft.manifest import foreign_files, in_marked_folder, record_folder, record_scratch, shown
 from minisft.recipe import TrainingRecipe
@@ -16,7 +17,7 @@ from minisft.replacement import free_name
 from minisft.runs import RunFolder, list_checkpoints
 from minisft.training.held_out import eval_losses, stops_early
 
-_ORIGIN = "written_by.json"
+ORIGIN = "written_by.json"
 _STAGING = ".unfinished"
 _REMOVED = ".removed-"
 # What only resuming needs; for a 7B model it is several times the size of the model itself.
@@ -147,12 +148,12 @@ def latest_resumable(folder: Path) -> Path | None:
 
 def note_origin(checkpoint: Path, strategy: str, processes: int) -> None:
     """Write into a checkpoint how its optimizer state is laid out."""
-    (checkpoint / _ORIGIN).write_text(json.dumps({"strategy": strategy, "processes": processes}), encoding="utf-8")
+    (checkpoint / ORIGIN).write_text(json.dumps({"strategy": strategy, "processes": processes}), encoding="utf-8")
 
 
 def layout_of(checkpoint: Path) -> tuple[str, int]:
     """Return the strategy and the number of processes that wrote a checkpoint's optimizer state."""
-    origin = read_json(checkpoint / _ORIGIN, _without(checkpoint), strategy=str, processes=int)
+    origin = read_json(checkpoint / ORIGIN, _without(checkpoint), strategy=str, processes=int)
     return str(origin["strategy"]), int(origin["processes"])
 
 
@@ -160,13 +161,25 @@ def _without(checkpoint: Path) -> str:
     return f"delete {checkpoint}: --resume goes on from the checkpoint before it"
 
 
-def is_last(checkpoint: Path, early_stopping: int | None = None) -> bool:
-    """Say whether training was over with this checkpoint: at the last step, or stopped early."""
-    kinds: dict[str, Any] = {"global_step": int, "max_steps": int, "log_history": list}
-    state = read_json(checkpoint / "trainer_state.json", _without(checkpoint), **kinds)
-    return bool(state["global_step"] >= state["max_steps"]) or stops_early(
+def is_last(checkpoint: Path, early_stopping: int | None = None, last: int | None = None) -> bool:
+    """Say whether training is over with this checkpoint: at the step `last`, by default its own, or stopped early."""
+    state = _trainer_state(checkpoint)
+    return bool(state["global_step"] >= (last or state["max_steps"])) or stops_early(
         eval_losses(state["log_history"]), early_stopping
     )
+
+
+def last_step(checkpoint: Path, training: TrainingRecipe) -> int:
+    """Return the last step of a run that goes on from a checkpoint, which may be later than when that was written."""
+    state = _trainer_state(checkpoint)
+    steps_of_epoch = round(state["global_step"] / state["epoch"])
+    return training.max_steps or math.ceil(training.epochs * steps_of_epoch)
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    kinds: dict[str, Any] = {"global_step": int, "max_steps": int, "log_history": list}
+    state: dict[str, Any] = read_json(checkpoint / "trainer_state.json", _without(checkpoint), **kinds)
+    return state
 
 
 def publish_final_model(run: RunFolder) -> None:
@@ -178,10 +191,11 @@ def publish_final_model(run: RunFolder) -> None:
     remove_left_overs(run.model)
     with whole_folder(run.model) as aside:
         copy_model(run.list_checkpoints()[-1], aside)
+        follow_umask(aside)  # a checkpoint of an earlier version does not
         sync_folder(aside)
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint into a new or empty folder, without what only resuming needs."""
-    unneeded = shutil.ignore_patterns(*_STATES, _ORIGIN, "trainer_state.json")
+    unneeded = shutil.ignore_patterns(*_STATES, ORIGIN, "trainer_state.json")
     shutil.copytree(checkpoint, folder, ignore=unneeded, dirs_exist_ok=True)

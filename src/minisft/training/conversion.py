@@ -21,7 +21,13 @@ from minisft.recipe import TrainingRecipe
 from minisft.runs import step_of
 from minisft.training.checkpoints import layout_of
 from minisft.training.hardware import choose_precision
-from minisft.training.strategies import MOMENTS, ZERO_STAGES, fill_zero_engine, restore_exact_weights
+from minisft.training.strategies import (
+    MOMENTS,
+    ZERO_STAGES,
+    fill_zero_engine,
+    restore_exact_weights,
+    zero_state_is_plain,
+)
 
 if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
@@ -243,10 +249,7 @@ _Piece = tuple[dict[str, torch.Tensor], int, int]
 
 
 class _Shards:
-    """What DeepSpeed writes: on each process, pieces of the parameters one after the other in flat tensors.
-
-    It pickles objects of its own, so this trusts the checkpoint as far as DeepSpeed's own loading does.
-    """
+    """What DeepSpeed writes: on each process, pieces of the parameters one after the other in flat tensors."""
 
     def __init__(self, checkpoint: Path, stage: int, processes: int) -> None:
         [folder] = checkpoint.glob("global_step*")
@@ -292,5 +295,6 @@ def _pieces_of_stage_3(folder: Path, rank: int, processes: int) -> Iterator[tupl
 
 def _load_shard(folder: Path, rank: int, kind: str) -> dict[str, Any]:
     [path] = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
-    loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    with zero_state_is_plain():
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return loaded

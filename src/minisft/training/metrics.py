@@ -121,7 +121,8 @@ class ProgressLine(TrainerCallback):
             self._print_line(state, status)
 
     def stop(self) -> None:
-        self.progress.stop()
+        if self.progress.live.is_started:  # else it would print an empty line
+            self.progress.stop()
 
     def _print_line(self, state: Any, status: str) -> None:
         """Where there is no terminal, a line now and then, and one for the last step."""

@@ -1,18 +1,19 @@
-"""The process that the launcher starts: `python -m minisft.training.worker RUN_FOLDER [CHECKPOINT]`."""
+"""The process that the launcher starts: `python -m minisft.training.worker RUN [CHECKPOINT] [--trust-remote-code]`."""
 
 import sys
 from pathlib import Path
 
 
 def main() -> None:
+    from minisft.runs import TRUST_OPTION
     from minisft.training.launch import run_worker
 
-    root, *checkpoint = sys.argv[1:]
+    root, *checkpoint = [word for word in sys.argv[1:] if word != TRUST_OPTION]
 
     def work() -> None:
         from minisft.training.train import train_as_worker
 
-        train_as_worker(Path(root), Path(checkpoint[0]) if checkpoint else None)
+        train_as_worker(Path(root), Path(checkpoint[0]) if checkpoint else None, TRUST_OPTION in sys.argv[1:])
 
     run_worker(work)
 

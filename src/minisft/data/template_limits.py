@@ -1,0 +1,310 @@
+"""Bounds for Jinja templates, which come with models and are programs: how long one runs, and how much it makes.
+
+transformers renders in Jinja's sandbox, which keeps a template from files and Python, not from running for ever. Here
+that sandbox gets limits: each turn of a loop and each call of a macro looks at the clock, and what multiplies, joins
+or pads text is measured before it is made. The address space of the process is bounded beside, for what no measure
+foresees. A rendering that any of these stops raises `TemplateLimitError`.
+"""
+
+import contextlib
+import re
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS = 5.0  # of one rendering; real templates take milliseconds
+LARGEST = 1 << 26  # characters or elements of one value; a row of a data file has at most a quarter of that
+LONGEST_TEMPLATE = 1 << 20  # characters; the longest of a published model has some 30,000
+_HEAVIEST = 1 << 20  # containers and their elements, each as often as it is reached
+_MOST_DIGITS = 1 << 16  # bits of a whole number
+_HEADROOM = 1 << 30  # bytes that a rendering may add to the process
+_PAGE = resource.getpagesize()
+# A width or precision of a million and more, or one that is an argument, in `%` and in `format`.
+_WIDE = re.compile(r"%[-#0 +]*(?:\d*\.)?(?:\d{6}|\*)|\{[^{}]*:[^{}]*\d{6}")
+_OPERATORS = ("*", "**", "+", "%", "//", "-")
+
+
+class TemplateLimitError(Exception):
+    """A template ran longer, or made more, than any that renders conversations would."""
+
+
+def bound_templates() -> None:
+    """Let every template that transformers compiles in this process have the limits."""
+    from transformers.utils import chat_template_utils
+
+    utils: Any = chat_template_utils
+    utils.ImmutableSandboxedEnvironment = _Environment
+
+
+class _Template(jinja2.Template):
+    """A template whose renderings begin with a new clock."""
+
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        with _bounded_memory(), _limits_named():
+            self.environment.begin()  # type: ignore[attr-defined]
+            return super().render(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Iterator[str]:
+        self.environment.begin()  # type: ignore[attr-defined]
+        with _limits_named():
+            yield from _measured(super().generate(*args, **kwargs))
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with limits."""
+
+    template_class = _Template
+    intercepted_binops = frozenset(_OPERATORS)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._end = float("inf")
+        self.filters = _Filters(self.tick, self.filters | {"sum": _sum})
+        self.globals["lipsum"] = _none  # no conversation needs it, and it makes text by the million
+
+    def from_string(self, *args: Any, **kwargs: Any) -> jinja2.Template:
+        """Compile a template, which computes its constants already."""
+        with _bounded_memory(), _limits_named():
+            self.begin()
+            return super().from_string(*args, **kwargs)
+
+    def begin(self) -> None:
+        self._end = time.monotonic() + SECONDS
+
+    def tick(self) -> str:
+        """Look at the clock; called in each turn of a loop, and by each macro."""
+        if time.monotonic() > self._end:
+            raise TemplateLimitError(f"it takes more than {SECONDS:.0f} s")
+        return ""
+
+    def tilde(self, *parts: Any) -> str:
+        """Join what `~` stands between."""
+        return self.concat([str(part) for part in parts])
+
+    def made(self, value: Any) -> Any:
+        """Weigh a list, a tuple or a dict that the template writes."""
+        _weigh(value)
+        return value
+
+    @staticmethod
+    def concat(parts: Iterable[str]) -> str:
+        return "".join(_measured(parts))
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        if len(source) > LONGEST_TEMPLATE:
+            raise TemplateLimitError(f"it has {len(source):,} characters, and may have {LONGEST_TEMPLATE:,}")
+        tree: Any = super()._parse(source, name, filename)
+        for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+            node.body.insert(0, nodes.ExprStmt(_call("tick", node), lineno=node.lineno))
+        _wrap_values(tree)
+        tree.set_environment(self)
+        return cast(nodes.Template, tree)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.tick()
+        _check_operands(operator, left, right)
+        return self.made(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as the sandbox has it)
+        __self.tick()
+        of = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps `format`
+        if isinstance(of, str):
+            _check_text_method(of, getattr(__obj, "__name__", ""), args)
+        return __self.made(super().call(__context, __obj, *args, **kwargs))
+
+
+class _Filters(dict[str, Callable[..., Any]]):
+    """Filters by name, each of which measures what it is given and what it makes."""
+
+    def __init__(self, tick: Callable[[], object], filters: dict[str, Callable[..., Any]]) -> None:
+        super().__init__()
+        self._tick = tick
+        for name, made in filters.items():
+            self[name] = made
+
+    def __setitem__(self, name: str, made: Callable[..., Any]) -> None:
+        @wraps(made)  # what Jinja notes on a filter (`pass_context`) stays
+        def checked(*args: Any, **options: Any) -> Any:
+            self._tick()
+            _check_filter(name, args, options)
+            result = made(*args, **options)
+            _weigh(result)
+            return result
+
+        super().__setitem__(name, checked)
+
+
+def _call(name: str, at: nodes.Node, parts: list[nodes.Expr] | None = None) -> nodes.Call:
+    called = nodes.EnvironmentAttribute(name, lineno=at.lineno)
+    return nodes.Call(called, parts or [], [], None, None, lineno=at.lineno)
+
+
+def _wrap_values(node: nodes.Node) -> None:
+    """Let `a ~ b`, lists, tuples and dicts pass through the environment, since the sandbox intercepts none of them."""
+    for field, value in list(node.iter_fields()):
+        if isinstance(value, list):
+            value[:] = [_wrapped(one) for one in value]
+        else:
+            setattr(node, field, _wrapped(value))
+
+
+def _wrapped(value: Any) -> Any:
+    if not isinstance(value, nodes.Node):
+        return value
+    _wrap_values(value)
+    if isinstance(value, nodes.Concat):
+        return _call("tilde", value, value.nodes)
+    if isinstance(value, (nodes.List, nodes.Dict)) or (isinstance(value, nodes.Tuple) and value.ctx == "load"):
+        return _call("made", value, [value])
+    return value
+
+
+# --- what is measured -------------------------------------------------------------------------------------
+
+
+def _refuse_size(size: float) -> None:
+    if size > LARGEST:
+        raise TemplateLimitError(f"it makes a value of {size:,.0f} characters or elements, and {LARGEST:,} may be")
+
+
+def _weigh(value: Any) -> None:
+    """Refuse a value whose containers share so much that writing or comparing it would take for ever."""
+    if not isinstance(value, (list, tuple, dict)):
+        return
+    weight, size, waiting = 0, 0, [value]
+    while waiting:
+        one = waiting.pop()
+        weight += len(one)
+        inside = list(one) + list(one.values()) if isinstance(one, dict) else one
+        for part in inside if weight <= _HEAVIEST else ():
+            if isinstance(part, str):
+                size += len(part)
+            elif isinstance(part, (list, tuple, dict)):
+                waiting.append(part)
+        if weight > _HEAVIEST or size > LARGEST:
+            raise TemplateLimitError(f"it makes a value of more than {_HEAVIEST:,} elements or {LARGEST:,} characters")
+
+
+def _measured(parts: Iterable[str]) -> Iterator[str]:
+    size = 0
+    for part in parts:
+        size += len(part)
+        _refuse_size(size)
+        yield part
+
+
+def _check_operands(operator: str, left: Any, right: Any) -> None:
+    if operator == "%" and isinstance(left, str):
+        _check_format(left)
+    elif isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
+        if bits > _MOST_DIGITS:
+            raise TemplateLimitError("it computes with numbers of thousands of digits")
+    elif operator == "*":
+        _refuse_size(_length(left) * (right if isinstance(right, int) else _length(right) * _whole(left)))
+    elif operator == "+":
+        _refuse_size(_length(left) + _length(right))
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (str, list, tuple)) else 0 if isinstance(value, (int, float)) else 1
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 1
+
+
+def _check_text_method(text: str, name: str, args: tuple[Any, ...]) -> None:
+    _check_numbers(args, name)
+    if name in ("wrapper", "format", "format_map"):
+        _check_format(text)
+    elif name == "replace" and len(args) > 1:
+        _check_replace(text, args[0], args[1])
+    elif name == "join" and args and isinstance(args[0], (list, tuple)):
+        _check_join(args[0], text)
+
+
+def _check_replace(text: str, old: Any, new: Any) -> None:
+    if isinstance(old, str) and isinstance(new, str) and len(new) > len(old):
+        _refuse_size((text.count(old)) * len(new) + len(text))
+
+
+def _check_join(parts: Any, separator: Any) -> None:
+    _refuse_size(sum(len(part) for part in parts if isinstance(part, str)) + len(parts) * len(str(separator)))
+
+
+def _check_format(text: str) -> None:
+    if _WIDE.search(text):
+        raise TemplateLimitError("it pads a value to a width of a million and more, or to one that it computes")
+
+
+def _check_numbers(values: Iterable[Any], what: str) -> None:
+    for value in values:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise TemplateLimitError(f"it asks {what} for {value:,}")
+
+
+def _check_filter(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    _check_numbers((*args[1:], *options.values()), f"the filter {name}")
+    texts = [value for value in args if isinstance(value, str)]
+    if name == "format" and texts:
+        _check_format(texts[0])
+    elif name == "replace" and len(texts) > 2:
+        _check_replace(*texts[-3:])
+    elif name == "join":
+        parts = next((value for value in args if isinstance(value, (list, tuple))), ())
+        _check_join(parts, options.get("d", texts[-1] if texts else ""))
+
+
+def _sum(iterable: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
+    """Jinja's filter, but for lists and texts, which take the square of their number."""
+    total = start
+    for value in iterable:
+        value = value[attribute] if attribute is not None else value
+        if not isinstance(value, (int, float)):
+            raise TemplateLimitError("it sums something else than numbers")
+        _check_operands("+", total, value)
+        total += value
+    return total
+
+
+def _none(*args: Any, **kwargs: Any) -> str:
+    raise TemplateLimitError("it makes filler text")
+
+
+# --- the process ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _limits_named() -> Iterator[None]:
+    """Turn what Python and Jinja say where something is too large into this module's error."""
+    try:
+        yield
+    except (MemoryError, OverflowError, RecursionError) as error:
+        raise TemplateLimitError(f"it makes too much ({type(error).__name__}: {error})".replace(": )", ")")) from None
+
+
+@contextlib.contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Bound what the process may add to its address space; elsewhere than on Linux, this does nothing."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = pages * _PAGE + _HEADROOM
+        if soft != resource.RLIM_INFINITY and soft <= wanted:
+            wanted = soft
+        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    except (OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
