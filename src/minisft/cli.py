@@ -60,7 +60,6 @@ def _run(words: list[str]) -> int:
     os.environ.setdefault("DS_LOG_LEVEL", "error")  # DeepSpeed reads it when peft or accelerate imports it
     arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
     arguments.verb = words[0]
-    _note_unread(words[0], arguments.words)
     return verb.run(arguments) or 0
 
 
@@ -79,15 +78,32 @@ _READ = {
 }  # fmt: skip
 
 
-def _note_unread(verb: str, words: Sequence[str]) -> None:
-    """Say which overrides have no effect, since the verb does not read what they change."""
-    read = _READ.get(verb)
-    if read is None:
-        return
-    keys = [word.partition("=")[0] for word in words[1:] if "=" in word]
-    unread = [key for key in keys if not any(_within(key, other) or _within(other, key) for other in read)]
-    if unread:
-        print(printable(f"note: {verb} does not read {', '.join(unread)}"), file=sys.stderr)
+def _with_overrides(arguments: Arguments, load: Callable[[Sequence[str]], "Recipe"]) -> "Recipe":
+    """Load a recipe with the overrides that the verb reads; the others are checked and named, and change nothing."""
+    place, *overrides = arguments.words
+    recipe = load(overrides)
+    unread = _unread(arguments.verb, overrides, is_folder=Path(place).is_dir())
+    if not unread:
+        return recipe
+    _note_unread(arguments.verb, unread)
+    try:
+        return load([word for word in overrides if word not in unread])
+    except UserError:  # such as an `eval_every` of the file, beside which the data's overrides are impossible
+        return recipe
+
+
+def _unread(verb: str, overrides: Sequence[str], is_folder: bool) -> list[str]:
+    """The overrides that change nothing that the verb reads; the output of a folder is the folder itself."""
+    if verb not in _READ:
+        return []
+    read = [key for key in _READ[verb] if not (is_folder and key == "output")]
+    keys = {word: word.partition("=")[0] for word in overrides}
+    return [word for word, key in keys.items() if not any(_within(key, one) or _within(one, key) for one in read)]
+
+
+def _note_unread(verb: str, overrides: Sequence[str]) -> None:
+    keys = ", ".join(word.partition("=")[0] for word in overrides)
+    print(printable(f"note: {verb} does not read {keys}"), file=sys.stderr)
 
 
 def _within(key: str, section: str) -> bool:
@@ -274,10 +290,13 @@ def chat(arguments: Arguments) -> None:
     if path.suffix in (".yaml", ".yml"):
         recipe = _load(arguments)
         path, trusted = Path(recipe.output), recipe.trust_remote_code
-    elif overrides:
-        raise UserError(overrides[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
-    elif path.is_dir():  # else it is refused
-        _announce(arguments, folder)
+    elif others := [word for word in overrides if "=" not in word]:
+        raise UserError(others[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
+    else:
+        if overrides:
+            _note_unread(arguments.verb, overrides)
+        if path.is_dir():  # else it is refused
+            _announce(arguments, folder)
     from minisft.chat import chat as start_chat
 
     start_chat(
@@ -319,13 +338,16 @@ def _load(arguments: Arguments) -> "Recipe":
     from minisft.recipe import load_recipe
     from minisft.runs import NO_CONSENT, is_of_a_run, load_run, run_of
 
-    path, *overrides = arguments.words
-    words = [*overrides, *_consent(arguments)]
+    path = arguments.words[0]
     root = run_of(Path(path))
-    if root is not None and not any(word.startswith("output=") for word in words):
-        recipe = load_run(root, words)
-    else:
-        recipe = load_recipe(Path(path), [NO_CONSENT, *words] if is_of_a_run(Path(path)) else words)
+
+    def load(overrides: Sequence[str]) -> "Recipe":
+        words = [*overrides, *_consent(arguments)]
+        if root is not None and not any(word.startswith("output=") for word in words):
+            return load_run(root, words)
+        return load_recipe(Path(path), [NO_CONSENT, *words] if is_of_a_run(Path(path)) else words)
+
+    recipe = _with_overrides(arguments, load)
     _announce(arguments, path, recipe.output)
     return recipe
 
@@ -341,10 +363,11 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
     """Read the recipe, or that of the run folder given in its place; overrides hold for both."""
     from minisft.runs import load_run
 
-    path, *overrides = arguments.words
+    path = arguments.words[0]
     if not Path(path).is_dir():
         return _load(arguments)
-    recipe = load_run(Path(path), [*overrides, *_consent(arguments)])
+    consent = _consent(arguments)
+    recipe = _with_overrides(arguments, lambda overrides: load_run(Path(path), [*overrides, *consent]))
     _announce(arguments, path)
     return recipe
 

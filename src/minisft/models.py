@@ -299,7 +299,7 @@ def _first_line(error: BaseException) -> str:
 
 def _refuse_adapters(path: Path) -> None:
     """Refuse adapters where a whole model is wanted, such as the `model` of a recipe."""
-    if not is_adapter(path) or (path / "config.json").is_file():
+    if not is_adapter(path):
         return
     run = next((str(folder) for folder in path.resolve().parents[:2] if (folder / "recipe.yaml").is_file()), "RUN")
     fix = f"merge them into a whole model with `minisft export {run} FOLDER`, and give that FOLDER"

@@ -59,7 +59,7 @@ READ = [
     ("evaluation/base/outputs.jsonl", "report", "minisft evaluate"),
     ("dataset/ledger.json", "evaluate", "minisft inspect"),
     ("dataset/ledger.json", "report", "minisft inspect"),
-    ("dataset/ledger.json", "inspect", None),
+    ("dataset/ledger.json", "inspect", "dataset"),
     ("dataset/preview.json", "report", "delete it"),
     ("dataset/train/data-00000-of-00001.arrow", "inspect", "minisft inspect"),
     ("dataset/test/data-00000-of-00001.arrow", "evaluate", "minisft inspect"),
@@ -105,6 +105,17 @@ def test_every_file_every_damage_every_verb(scored_run, tmp_path, capsys, verb, 
         shutil.rmtree(run)
 
 
+def test_data_that_are_damaged_are_prepared_again_as_the_message_says(run_folder, capsys):
+    path = run_folder / "dataset/test/data-00000-of-00001.arrow"
+    path.write_bytes(DAMAGES["truncated"](path.read_bytes()))
+    status, said = holds(capsys, run_folder, "evaluate")
+    assert status == 2
+    assert f"delete {run_folder / 'dataset'} and run `minisft inspect {run_folder}`" in said
+    shutil.rmtree(run_folder / "dataset")
+    assert holds(capsys, run_folder, "inspect")[0] == 0
+    assert holds(capsys, run_folder, "evaluate")[0] == 0
+
+
 @pytest.mark.parametrize("damage", ["truncated", "other JSON"])
 @pytest.mark.parametrize("name", ["written_by.json", "trainer_state.json"])
 def test_a_checkpoint_that_cannot_be_resumed_from_is_named(tmp_path, tiny_model, conversations, capsys, name, damage):
@@ -117,9 +128,9 @@ def test_a_checkpoint_that_cannot_be_resumed_from_is_named(tmp_path, tiny_model,
     capsys.readouterr()
     assert main(["train", str(recipe), "--resume"]) == 2
     said = capsys.readouterr().err
-    assert f"checkpoint-2/{name}" in said
-    assert "delete " in said
-    assert "--resume goes on" in said
+    assert "checkpoint-2" in said
+    assert name in said
+    assert "restore the file, or train anew" in said
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "train"])

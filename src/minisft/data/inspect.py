@@ -1,7 +1,8 @@
 """What the model will learn from: tokens coloured by supervised or not, in the terminal or as one HTML page."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,8 @@ def inspect(
         for row in shown:
             console.print(as_text(row))
     else:
-        _write_page(html, as_html(shown))
+        with _naming(html):
+            write_atomically(html, as_html(shown))
         say(f"{len(shown)} rows are in {html}")
     return shown
 
@@ -120,23 +122,29 @@ def _require_page(path: Path) -> None:
     Raises:
         UserError: there is a folder, or another file.
     """
-    fix = "name a new file, such as rows.html"
-    if path.is_dir():
+    with _naming(path):
+        is_folder, is_other = path.is_dir(), path.exists() and not _is_page(path)
+    if is_folder:
         raise UserError(path, "this is a folder, and the page is a file", f"name a file, such as {path / 'rows.html'}")
-    if path.exists() and not _is_page(path):
-        raise UserError(path, "this file is no page that inspect wrote, so it is not replaced", fix)
+    if is_other:
+        what = "this file is no page that inspect wrote, so it is not replaced"
+        raise UserError(path, what, "name a new file, such as rows.html")
 
 
 def _is_page(path: Path) -> bool:
     start = PAGE.read_bytes().partition(b"<style>")[0]
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(len(start)) == start
 
 
-def _write_page(path: Path, page: str) -> None:
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of what the file system refuses that it is the page: no permission, too long a name, a path below a file."""
     try:
-        write_atomically(path, page)
-    except OSError as error:  # no permission, a read-only disk, a path below a file
+        yield
+    except OSError as error:
         what = f"the page cannot be written there ({error.strerror})"
         raise UserError(path, what, "name a file in a folder that you may write to") from None
 

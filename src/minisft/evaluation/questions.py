@@ -156,7 +156,7 @@ def _count_test_rows(output: Path) -> int:
     ledger = output / "dataset" / "ledger.json"
     if not ledger.is_file():
         raise UserError(ledger.parent, "there is no prepared data", "train first: minisft train")
-    fix = f"run `minisft inspect {output}`, which prepares the data again"
+    fix = f"delete {ledger.parent} and run `minisft inspect {output}`, which prepares the data again"
     rows = read_json(ledger, fix, rows=dict)["rows"]
     if not isinstance(rows.get("test"), int):
         raise UserError(ledger, "this file is damaged (it does not say how many rows are held out)", fix)

@@ -59,7 +59,7 @@ def read_run(root: Path) -> RunFiles:
             root, "this is no run folder (it has neither recipe.yaml nor metrics.jsonl)", "give a run's `output`"
         )
     recipe = root / "recipe.yaml"
-    again = f"run `minisft inspect {root}`, which prepares the data again"
+    again = f"delete {root / 'dataset'} and run `minisft inspect {root}`, which prepares the data again"
     without = "delete it: the page does without it"
     preview = _read_json(root / "dataset" / "preview.json", without, rows=list)
     return RunFiles(

@@ -11,7 +11,7 @@ from minisft.console import say
 from minisft.data.encoding import Encoder
 from minisft.errors import StoppedError, UserError
 from minisft.manifest import record, refuse_foreign_files
-from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
+from minisft.models import ResolvedModel, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
 from minisft.runs import (
     RunFolder,
@@ -289,9 +289,6 @@ def _check_lora(recipe: Recipe) -> None:
 
     if recipe.training.lora is not None:
         require_quantisation(recipe.training.lora)
-    if is_adapter(Path(recipe.model)):
-        what = "this folder holds adapters, and training begins from a plain model"
-        raise UserError(recipe.model, what, "merge them with peft (merge_and_unload), and give that folder")
 
 
 def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> Any:
