@@ -185,3 +185,13 @@ def test_lion_keeps_half_of_adams_state(recipe_file):
 def test_a_run_without_an_end_is_refused_at_once(capsys, recipe_file):
     """Its checkpoints were once counted one after the other: 4e30 of them."""
     refused(capsys, "train", recipe_file, "training.epochs=1e30")
+
+
+def test_a_loss_that_is_no_number_names_the_checkpoint_before_it(capsys, recipe_file, tmp_path):
+    """A learning rate beyond fp32 spoils the weights in the second step; the first has a checkpoint."""
+    words = ["training.learning_rate=1e38", "training.warmup_ratio=0", "training.save_every=1", "training.max_steps=5"]
+    status, said = run(capsys, "train", recipe_file, *words)
+    assert status == 2, said
+    last = RunFolder(tmp_path / "run").list_checkpoints()[-1].name
+    assert f"the checkpoints written before are whole, the last of them {last}" in said
+    assert "that makes another run, which needs --force" in said
