@@ -5,9 +5,11 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import shutil
+
 import pytest
 
-from tests.tiny import write_conversations, write_tiny_model
+from tests.tiny import write_conversations, write_recipe, write_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,23 @@ def recipe_file(tmp_path, tiny_model, conversations):
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def scored_run(tmp_path_factory, tiny_model, conversations):
+    """Return the folder of a trained and scored run: checkpoints of steps 2 and 4, three held-out conversations."""
+    from minisft.cli import main
+
+    folder = tmp_path_factory.mktemp("scored")
+    settings = "{max_steps: 4, save_every: 2, learning_rate: 1.0e-3, precision: fp32}"
+    recipe = write_recipe(folder, tiny_model, conversations, settings)
+    assert main(["train", str(recipe)]) == 0
+    assert main(["evaluate", str(folder / "run")]) == 0
+    assert main(["report", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run_folder(scored_run, tmp_path):
+    """Return a copy of the trained and scored run, for a test to change."""
+    return shutil.copytree(scored_run, tmp_path / "copied")

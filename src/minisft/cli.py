@@ -2,15 +2,15 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft import __version__, options
-from minisft.errors import StoppedError, UserError
-from minisft.files import REFUSED
+from minisft.errors import StoppedError, UserError, WorkerError
+from minisft.files import REFUSED, user_path
 from minisft.options import Arguments, Verb
-from minisft.runner import prepare_run, train_along, train_joined, train_run
+from minisft.runner import prepare_run, train_along, train_joined, train_run, try_start
 from minisft.text import json_text, printable, tame_libraries
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"minisft: {printable(str(error))}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, StoppedError) as stop:
+    except (KeyboardInterrupt, StoppedError, WorkerError) as stop:
         print(f"minisft: {printable(str(stop)) or 'stopped'}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -57,27 +57,64 @@ def _run(words: list[str]) -> int:
     verb = VERBS.get(words[0])
     if verb is None:
         raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
-    return verb.run(verb.parser(words[0]).parse_intermixed_args(words[1:])) or 0
+    arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
+    arguments.verb = words[0]
+    _note_unread(words[0], arguments.words)
+    return verb.run(arguments) or 0
+
+
+# The keys of the recipe that a verb reads, or whose section it reads; a verb that is not here reads all.
+_READ = {
+    "prepare": ("model", "output", "seed", "trust_remote_code", "data"),
+    "inspect": ("model", "output", "seed", "trust_remote_code", "data"),
+    "check": ("model", "output", "seed", "trust_remote_code", "data", "training"),
+    "plan": ("model", "output", "seed", "trust_remote_code", "data", "training"),
+    "evaluate": (
+        "model", "output", "seed", "trust_remote_code", "data.template", "training.precision", "evaluation",
+    ),
+    "report": ("output",),
+    "export": ("model", "output", "trust_remote_code"),
+    "chat": ("output",),
+}  # fmt: skip
+
+
+def _note_unread(verb: str, words: Sequence[str]) -> None:
+    """Say which overrides have no effect, since the verb does not read what they change."""
+    read = _READ.get(verb)
+    if read is None:
+        return
+    keys = [word.partition("=")[0] for word in words[1:] if "=" in word]
+    unread = [key for key in keys if not any(_within(key, other) or _within(other, key) for other in read)]
+    if unread:
+        print(printable(f"note: {verb} does not read {', '.join(unread)}"), file=sys.stderr)
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
 
 
 # --- verbs ------------------------------------------------------------------------------------------------
 
+# Each reads its recipe first, which prints a line, and imports what takes seconds after that.
+
 
 def prepare(arguments: Arguments) -> None:
-    from minisft.data.sources import require_sources
-    from minisft.runs import open_run
-
     recipe = _load(arguments)
-    require_sources(recipe.data)  # before --force deletes anything
-    with open_run(recipe, force=arguments.force, prepares_only=True):
-        prepare_run(recipe, with_weights=False)
+    from minisft.data.sources import require_sources
+    from minisft.runs import delete_replaced_run, start_run
+
+    require_sources(recipe.data)
+    with start_run(recipe, force=arguments.force, prepares_only=True) as started:
+        prepare_run(started.recipe, with_weights=False)
+        started.take_place()
+        delete_replaced_run(started.run)
 
 
 def inspect(arguments: Arguments) -> None:
+    recipe = _recipe_or_run(arguments)
     from minisft.data.inspect import inspect as show_rows
     from minisft.runs import RunFolder, is_same_run, open_run
 
-    recipe = _recipe_or_run(arguments)
     if not is_same_run(RunFolder(Path(recipe.output)), recipe):
         with open_run(recipe, prepares_only=True):
             prepare_run(recipe, with_weights=False)
@@ -89,18 +126,18 @@ def inspect(arguments: Arguments) -> None:
         worst=arguments.worst,
         only_findings=arguments.findings,
         count=arguments.count,
-        html=arguments.html,
+        html=None if arguments.html is None else user_path(arguments.html, "--html"),
     )
 
 
 def check(arguments: Arguments) -> None:
+    recipe = _load(arguments)
     from minisft.console import say
     from minisft.files import write_atomically
     from minisft.runs import open_run
     from minisft.training.hardware import on_cpu
     from minisft.training.strategies import set_deepspeed_environment
 
-    recipe = _load(arguments)
     set_deepspeed_environment(on_cpu())  # before transformers is imported
     if not arguments.quick:
         from minisft.training.train import refuse_impossible
@@ -127,10 +164,11 @@ def check(arguments: Arguments) -> None:
 
 
 def plan(arguments: Arguments) -> None:
+    recipe = _load(arguments)
     from minisft.planning.command import Wish, plan_for
     from minisft.planning.table import plan_as_json, show_plan
 
-    made = plan_for(_load(arguments), Wish(arguments.gpu, arguments.count, arguments.nodes))
+    made = plan_for(recipe, Wish(arguments.gpu, arguments.count, arguments.nodes))
     if arguments.json:
         print(json_text(plan_as_json(made), indent=1))
     else:
@@ -138,17 +176,19 @@ def plan(arguments: Arguments) -> None:
 
 
 def train(arguments: Arguments) -> None:
+    recipe = _load(arguments)
     from minisft.processes import leave
     from minisft.training.launch import adopt_slurm, is_joined
     from minisft.training.machines import parse_machines
 
     adopt_slurm()
-    recipe = _load(arguments)
     machines = parse_machines(arguments.nodes, arguments.node_rank, arguments.rendezvous)
     if machines is not None and recipe.training.strategy == "auto":
         mend = f"name a strategy; `minisft plan {arguments.words[0]} --nodes {machines.count}` says which"
         raise UserError("training.strategy", "auto tries strategies on one machine alone", mend)
-    if is_joined():
+    if arguments.dry_run:
+        try_start(recipe, force=arguments.force, resume=arguments.resume, machines=machines)
+    elif is_joined():
         if machines is not None:
             raise UserError("--nodes", "another launcher started this process", "leave the machines to it")
         train_joined(recipe, force=arguments.force, resume=arguments.resume)
@@ -165,10 +205,12 @@ def evaluate(arguments: Arguments) -> None:
 
 
 def compare(arguments: Arguments) -> int:
+    path, *overrides = arguments.words
+    if Path(path).is_file():  # else it is refused
+        _announce(arguments, path)
     from minisft.comparison.compare import Wish
     from minisft.comparison.compare import compare as compare_variants
 
-    path, *overrides = arguments.words
     return compare_variants(
         Wish(
             Path(path),
@@ -182,23 +224,38 @@ def compare(arguments: Arguments) -> int:
 
 
 def report(arguments: Arguments) -> None:
+    output = Path(_recipe_or_run(arguments).output)
     from minisft.console import say
     from minisft.report.markdown import write_results
-    from minisft.report.page import write_report
+    from minisft.report.page import require_target, write_report
+    from minisft.runs import refuse_strangers_links
 
-    output = Path(_recipe_or_run(arguments).output)
-    say(f"written: {write_report(output)}")
-    say(f"written: {write_results(output)}")
+    to = None if arguments.to is None else user_path(arguments.to, "--to")
+    if to is None:
+        refuse_strangers_links(output)
+    else:
+        require_target(to)
+    try:
+        written = [write_report(output, to), write_results(output, to)]
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        fix = "make room there, or see to the permissions"
+        if to is None:
+            fix = f"write the report elsewhere: minisft report {output} --to FOLDER"
+        raise UserError(to or output, f"the report cannot be written there ({error.strerror})", fix) from None
+    for path in written:
+        say(f"written: {path}")
 
 
 def export(arguments: Arguments) -> None:
+    if len(arguments.words) < 2 or "=" in arguments.words[1]:
+        raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
+    folder = user_path(arguments.words.pop(1), "the folder to write")
+    recipe = _recipe_or_run(arguments)
     from minisft.console import say
     from minisft.export import export as export_model
 
-    if len(arguments.words) < 2 or "=" in arguments.words[1]:
-        raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
-    folder = Path(arguments.words.pop(1))
-    recipe = _recipe_or_run(arguments)
     source = export_model(
         recipe,
         folder,
@@ -211,8 +268,6 @@ def export(arguments: Arguments) -> None:
 
 
 def chat(arguments: Arguments) -> None:
-    from minisft.chat import chat as start_chat
-
     folder, *overrides = arguments.words
     path, trusted = Path(folder), arguments.trust_remote_code
     if path.suffix in (".yaml", ".yml"):
@@ -220,9 +275,14 @@ def chat(arguments: Arguments) -> None:
         path, trusted = Path(recipe.output), recipe.trust_remote_code
     elif overrides:
         raise UserError(overrides[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
+    elif path.is_dir():  # else it is refused
+        _announce(arguments, folder)
+    from minisft.chat import chat as start_chat
+
     start_chat(
         path,
         trust_remote_code=trusted,
+        template=arguments.template,
         message=arguments.message,
         system=arguments.system,
         max_new_tokens=arguments.max_new_tokens,
@@ -233,20 +293,21 @@ def chat(arguments: Arguments) -> None:
 
 
 def demo(arguments: Arguments) -> None:
-    from minisft.console import say
-    from minisft.demo import show_demo
     from minisft.recipe import load_recipe
     from minisft.runs import RunFolder, is_same_run
 
     recipe = load_recipe(built_in_recipe("demo"), arguments.words)
+    _announce(arguments, "", recipe.output)
+    from minisft.console import say
+    from minisft.demo import show_demo
+
     run = RunFolder(Path(recipe.output))
     if not arguments.force and is_same_run(run, recipe) and run.is_trained():
         say(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
     else:
         resume = not arguments.force and is_same_run(run, recipe) and run.has_begun()
         train_run(recipe, force=arguments.force, resume=resume)
-    _evaluate(recipe)
-    show_demo(run.root)
+    _evaluate(recipe, shown=show_demo)
 
 
 # --- what verbs share -------------------------------------------------------------------------------------
@@ -261,8 +322,11 @@ def _load(arguments: Arguments) -> "Recipe":
     words = [*overrides, *_consent(arguments)]
     root = run_of(Path(path))
     if root is not None and not any(word.startswith("output=") for word in words):
-        return load_run(root, words)
-    return load_recipe(Path(path), [NO_CONSENT, *words] if is_of_a_run(Path(path)) else words)
+        recipe = load_run(root, words)
+    else:
+        recipe = load_recipe(Path(path), [NO_CONSENT, *words] if is_of_a_run(Path(path)) else words)
+    _announce(arguments, path, recipe.output)
+    return recipe
 
 
 def _consent(arguments: Arguments) -> list[str]:
@@ -279,14 +343,43 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
     path, *overrides = arguments.words
     if not Path(path).is_dir():
         return _load(arguments)
-    return load_run(Path(path), [*overrides, *_consent(arguments)])
+    recipe = load_run(Path(path), [*overrides, *_consent(arguments)])
+    _announce(arguments, path)
+    return recipe
 
 
-def _evaluate(recipe: "Recipe", *, follow: bool = False, as_json: bool = False) -> None:
+def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
+    """Print what is done on what, before anything heavy is imported, which takes several seconds.
+
+    It is no part of what a verb prints for programs, so where stdout holds that it goes to stderr. Of the processes
+    that a launcher started, the first one prints it.
+    """
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    for_programs = getattr(arguments, "json", False) or arguments.verb == "chat"
+    line = " ".join(filter(None, ["minisft", arguments.verb, subject, f"-> {output}" if output else ""]))
+    print(printable(line), file=sys.stderr if for_programs else sys.stdout, flush=True)
+
+
+def _evaluate(
+    recipe: "Recipe",
+    *,
+    follow: bool = False,
+    as_json: bool = False,
+    shown: Callable[[Path], object] | None = None,
+) -> None:
+    """Score the run, call `shown` with its folder, and only then refuse checkpoints that are damaged."""
     from minisft.evaluation.evaluate import evaluate as score_checkpoints
+    from minisft.evaluation.evaluate import refuse_damaged
     from minisft.report.curves import draw_curves
+    from minisft.runs import RunFolder, refuse_strangers_links
 
-    score_checkpoints(recipe, Path(recipe.output), follow=follow, as_json=as_json, draw=draw_curves)
+    output = Path(recipe.output)
+    refuse_strangers_links(output)
+    results = score_checkpoints(recipe, output, follow=follow, as_json=as_json, draw=draw_curves)
+    if shown is not None:
+        shown(output)
+    refuse_damaged(results, RunFolder(output))
 
 
 def _say_what_next(run: "RunFolder") -> None:
@@ -340,6 +433,7 @@ VERBS = {
         "RECIPE.yaml",
         options.resume,
         options.force,
+        options.dry_run,
         options.machines,
         options.trust,
     ),
@@ -357,7 +451,7 @@ VERBS = {
         options.compare,
         options.trust,
     ),
-    "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml"),
+    "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml", options.report),
     "export": Verb(
         export,
         "write a run's model for other tools: a plain folder, adapters merged",

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minisft.claims import read_results
 from minisft.console import say
 
 _SHOWN = 3
@@ -12,7 +13,8 @@ _NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 
 def show_demo(root: Path) -> None:
     """Print what a demo run in `root` came to."""
-    results = json.loads((root / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    results = read_results(root)
+    assert results is not None, "the evaluation has just written it"
     _say_answers(root, results["best"])
     _say_scores(results)
     _say_where(root)
@@ -35,7 +37,8 @@ def _say_scores(results: dict[str, Any]) -> None:
     best = next((entry for entry in results["checkpoints"] if entry["checkpoint"] == results["best"]), None)
     for metric, name in _NAMES.items():
         if metric in results["base"]:
-            tuned = f"tuned ({best['checkpoint']}) {best[metric]['score']:.1f}, " if best else ""
+            below = ", below base" if best and best[metric]["score"] < results["base"][metric]["score"] else ""
+            tuned = f"tuned ({best['checkpoint']}{below}) {best[metric]['score']:.1f}, " if best else ""
             say(
                 f"{name} on held-out answers: base {results['base'][metric]['score']:.1f}, {tuned}"
                 f"best stock phrase {results['constant'][metric]['score']:.1f}",

@@ -22,3 +22,7 @@ class UserError(Exception):
 
 class StoppedError(Exception):
     """A run was asked to stop and did, with its work saved; the command line says so and exits with status 1."""
+
+
+class WorkerError(RuntimeError):
+    """A process of the run failed or was killed; its own output says why; the command line exits with status 1."""

@@ -7,10 +7,10 @@ user says so: `trust_remote_code: true` in a recipe of his own, or `--trust-remo
 """
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from minisft.errors import UserError
-from minisft.files import cache_folder, hash_files, refuse_huge_files, whole_folder
+from minisft.files import cache_folder, follow_umask, hash_files, hold_lock, refuse_huge_files, whole_folder
 from minisft.recipe import BUILT_IN_MODELS
 
 if TYPE_CHECKING:
@@ -57,16 +57,19 @@ class ResolvedModel:
         return f"{self.name}: {self.origin}"
 
 
-def resolve_model(name: str, trust_remote_code: bool = False, weights: bool = True) -> ResolvedModel:
+def resolve_model(
+    name: str, trust_remote_code: bool = False, weights: bool = True, *, adapters: bool = False
+) -> ResolvedModel:
     """Find the model `name` and return its local folder.
 
     Args:
         name: a built-in name, a .gguf file, a folder or a hub id.
         trust_remote_code: also fetch the code files of a hub repository.
         weights: False fetches the tokenizer and the configuration of a hub model only.
+        adapters: a folder that holds adapters alone will do, too.
 
     Raises:
-        UserError: there is no such model, or it cannot be reached.
+        UserError: there is no such model, it cannot be reached, or it is adapters.
     """
     path = Path(name).expanduser()
     if name in BUILT_IN_MODELS:
@@ -74,6 +77,8 @@ def resolve_model(name: str, trust_remote_code: bool = False, weights: bool = Tr
     if path.suffix == ".gguf":
         return _resolve_gguf(name, path)
     if path.is_dir():
+        if not adapters:
+            _refuse_adapters(path)
         return _resolve_folder(name, path, weights)
     if path.exists():
         raise UserError(name, "this file is no model", "give a model folder, a .gguf file or a hub id")
@@ -92,7 +97,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError, AttributeError, RecursionError) as error:
+        except Exception as error:  # a damaged file shows as anything: the tokenizers library raises a bare Exception
             _refuse_untrusted_code(folder, error)
             what = f"the tokenizer cannot be loaded ({_first_line(error)})"
             raise UserError(folder, what, _TOKENIZER_MEND) from None
@@ -203,8 +208,10 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
 
         try:
             return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-        except (OSError, ValueError, KeyError, ImportError, RecursionError) as error:
+        except Exception as error:  # a damaged file shows as anything, from a RuntimeError to safetensors' own
             _refuse_untrusted_code(folder, error)
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 folder,
                 f"the model cannot be loaded ({_first_line(error)})",
@@ -238,7 +245,9 @@ def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreT
 
         try:
             adapted = PeftModel.from_pretrained(model, folder)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        except Exception as error:  # as above
+            if is_out_of_memory(error):
+                raise
             what = f"the adapters do not fit their base model ({_first_line(error)})"
             raise UserError(folder, what, "give the base model that they were trained on") from None
         if (folder / "generation_config.json").is_file():
@@ -270,12 +279,29 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether the machine failed, and not the file; torch has no class of its own for that on a CPU."""
+    import torch
+
+    out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return out or "can't allocate memory" in str(error)
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 # --- folders --------------------------------------------------------------------------------------------
+
+
+def _refuse_adapters(path: Path) -> None:
+    """Refuse adapters where a whole model is wanted, such as the `model` of a recipe."""
+    if not is_adapter(path) or (path / "config.json").is_file():
+        return
+    run = next((str(folder) for folder in path.resolve().parents[:2] if (folder / "recipe.yaml").is_file()), "RUN")
+    fix = f"merge them into a whole model with `minisft export {run} FOLDER`, and give that FOLDER"
+    raise UserError(path, "this folder holds LoRA adapters, and not the whole model that is needed here", fix)
 
 
 def _resolve_folder(name: str, path: Path, weights: bool) -> ResolvedModel:
@@ -361,8 +387,7 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
             raise UserError(name, "this is not a GGUF file", "give a file that llama.cpp or a hub wrote as GGUF")
     folder = cache_folder() / "models" / f"{path.stem}-{hash_files([path])[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as guard:  # the first of several converts, the others find it done
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with hold_lock(folder.with_suffix(".lock"), patience=math.inf):  # the first converts, the others find it done
         if not folder.exists():
             with whole_folder(folder) as aside:
                 _convert_gguf(path, aside)
@@ -392,6 +417,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     _remove_paths(folder / "tokenizer_config.json")
+    follow_umask(folder)
 
 
 def _without_quantisation(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from minisft.errors import UserError
 
@@ -46,14 +45,24 @@ def trust(parser: Parser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=what)
 
 
+def _at_least_1(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, and is {text!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, and is {number}")
+    return number
+
+
 def inspect(parser: Parser) -> None:
     parser.add_argument("--side", choices=("train", "test"), default="train", help="which side of the split")
     parser.add_argument("--row", type=int, action="append", default=[], metavar="N", help="a row by number; repeatable")
     parser.add_argument("--id", action="append", default=[], metavar="ID", help="a conversation by id; repeatable")
     parser.add_argument("--worst", choices=("length", "cut", "share"), help="the rows worst in this")
     parser.add_argument("--findings", action="store_true", help="only rows of which something was found")
-    parser.add_argument("--count", type=int, default=3, metavar="N", help="how many rows (default 3)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
+    parser.add_argument("--count", type=_at_least_1, default=3, metavar="N", help="how many rows (default 3)")
+    parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
 
 
 def check(parser: Parser) -> None:
@@ -68,7 +77,15 @@ def plan(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
 
 
+def report(parser: Parser) -> None:
+    parser.add_argument("--to", metavar="FOLDER", help="write it there, and nothing into the run")
+
+
 def chat(parser: Parser) -> None:
+    parser.add_argument(
+        "--template", metavar="NAME|FILE", default="auto",
+        help="mistral, mistral-v1, mistral-v3, chatml, llama3, zephyr or a .jinja file; default: the model's own",
+    )  # fmt: skip
     parser.add_argument("--message", metavar="TEXT", help="print the answer to this message and end")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
@@ -88,7 +105,9 @@ def compare(parser: Parser) -> None:
         "--vary", action="append", default=[], metavar="KEY=V1,V2", help="a key and its values; repeatable"
     )
     parser.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="train only")
-    parser.add_argument("--force", action="store_true", help="delete the variants' runs and begin anew")
+    parser.add_argument(
+        "--force", action="store_true", help="begin the variants anew; each run stays until its successor's first step"
+    )
 
 
 def export(parser: Parser) -> None:
@@ -100,15 +119,25 @@ def export(parser: Parser) -> None:
         help="add adapters to the base model's matrices (default), or copy them as they are",
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as trained")
-    parser.add_argument("--force", action="store_true", help="replace the model that the folder holds")
+    parser.add_argument("--force", action="store_true", help="replace the model that an earlier export wrote there")
 
 
 def force(parser: Parser) -> None:
-    parser.add_argument("--force", action="store_true", help="delete the run that the output folder holds")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace the run that the output folder holds; it stays until the new one has taken its first step",
+    )
 
 
 def resume(parser: Parser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+
+
+def dry_run(parser: Parser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="make every check, prepare the data aside, write nothing"
+    )
 
 
 def machines(parser: Parser) -> None:

@@ -7,7 +7,7 @@ refused by the dataclasses themselves.
 
 import contextlib
 import difflib
-import io
+import glob
 import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -17,10 +17,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from minisft.errors import UserError
+from minisft.files import files_of_pattern, is_pattern, user_path
+from minisft.yaml_tree import MOST_CHARACTERS, Node, NotYamlError, parse, shown
 
 STRATEGIES = ("vanilla", "zero1", "zero2", "zero3")
 METRICS = ("bleu", "chrf")
+PATTERN_KEYS = ("data.source", "data.test")  # which take patterns such as data/*.jsonl
 BUILT_IN_MODELS = ("smollm2-135m",)
+LARGEST_SEED = 2**32 - 1  # numpy's limit
+MOST_EPOCHS = 1_000_000  # an absurd number; the steps of more would take minutes merely to count
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,9 @@ class TrainingRecipe:
     weight_decay: float = 1.0e-5
     optimizer: str = "adamw"
     scheduler: str = "linear"
+    scheduler_args: dict[str, int | float | str] = field(default_factory=dict)
     warmup_ratio: float = 0.03
-    max_grad_norm: float = 2.0
+    max_grad_norm: float | None = 2.0  # None does not clip
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     packing: bool = False
     save_every: Literal["epoch"] | int = "epoch"
@@ -102,6 +108,9 @@ class TrainingRecipe:
         for key in ("save_every", "eval_every"):
             if getattr(self, key) != "epoch":
                 _require_positive("training", self, key)
+        if self.epochs > MOST_EPOCHS:
+            what = f"{self.epochs:g} is too large: it must be at most {MOST_EPOCHS:,}"
+            raise UserError("training.epochs", what, "give fewer epochs, or set training.max_steps")
         if self.early_stopping is not None and self.eval_every is None:
             what = "there is no held-out loss to stop on"
             raise UserError("training.early_stopping", what, "set training.eval_every, such as epoch, too")
@@ -134,6 +143,8 @@ class EvaluationRecipe:
             raise UserError("evaluation.prompts", "there is an empty one, or none", "give texts, or leave the key out")
         if not self.metrics:
             raise UserError("evaluation.metrics", "there is none", f"name some of {', '.join(METRICS)}")
+        if len(set(self.metrics)) < len(self.metrics):
+            raise UserError("evaluation.metrics", "a metric stands twice", "name each metric once")
         for metric in self.metrics:
             if metric not in METRICS:
                 raise UserError(
@@ -155,6 +166,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require_not_negative("", self, "seed")
+        if self.seed > LARGEST_SEED:
+            what = f"{self.seed} is too large: it must be at most {LARGEST_SEED}"
+            raise UserError("seed", what, "give a number of 32 bits, as numpy and torch take it")
 
 
 def _require_not_negative(section: str, recipe: Any, *keys: str) -> None:
@@ -176,25 +190,22 @@ def _require_positive(section: str, recipe: Any, *keys: str) -> None:
 def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `dotted.key=value` overrides, whose values are YAML.
 
-    Relative data paths are looked up from the current folder, then from the recipe's own.
+    Relative data paths are looked up from the current folder, then from the recipe's own. A leading `~` is the home
+    folder. A key or an override without a value means the default.
 
     Raises:
-        UserError: a missing file, broken YAML, an unknown key, a wrong type, a combination that cannot work.
+        UserError: a missing file, broken YAML, an unknown key, a wrong type, a combination that cannot work, a path
+            that is none.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(
-            path, "there is no such recipe", "give the path of a recipe such as recipes/demo.yaml"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(path, f"the recipe cannot be read ({error})", "give a readable YAML file") from None
-    tree = _parse_yaml(text, str(path))
+    tree = _parse_recipe(_read_recipe(path), str(path))
     for override in overrides:
         _apply_override(tree, override)
     recipe = _build(Recipe, tree, str(path), "")
     check_combinations(recipe)
-    return _with_found_sources(recipe, path.parent)
+    try:
+        return _with_paths(recipe, path.parent)
+    except UserError as error:
+        raise UserError(f"{_line_of(error.where, tree, str(path))}: {error.where}", error.what, error.mend) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -239,82 +250,60 @@ def _check_offload(training: TrainingRecipe) -> None:
         )
 
 
-@dataclass
-class _Node:
-    """A YAML value with the line it stands on; mappings hold nodes by key."""
-
-    value: Any
-    line: int | None  # None: it came from an override
-
-
-def _parse_yaml(text: str, where: str) -> _Node:
+def _read_recipe(path: Path) -> str:
     try:
-        root = yaml.compose(io.StringIO(text), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{where}{line}", f"this is not YAML ({problem})", "mend the line") from None
-    if not isinstance(root, yaml.MappingNode):
+        with path.open(encoding="utf-8") as file:
+            return file.read(MOST_CHARACTERS + 1)  # a device has no end, and a larger file is refused anyway
+    except FileNotFoundError:
+        raise UserError(
+            path, "there is no such recipe", "give the path of a recipe such as recipes/demo.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, f"the recipe cannot be read ({error})", "give a readable YAML file") from None
+
+
+def _parse_recipe(text: str, where: str) -> Node:
+    root = parse(text, where)
+    if not isinstance(root.value, dict):
         raise UserError(where, "a recipe is a mapping of keys", "start from recipes/demo.yaml")
-    return _to_node(root, where)
+    return root
 
 
-def _to_node(node: yaml.Node, where: str) -> _Node:
-    line = node.start_mark.line + 1
-    if not isinstance(node, yaml.MappingNode):
-        try:
-            return _Node(yaml.safe_load(yaml.serialize(node)), line)
-        except (yaml.YAMLError, ValueError) as error:  # an own tag, or a date such as 2024-13-45
-            reason = getattr(error, "problem", None) or str(error)
-            raise UserError(f"{where}:{line}", f"this value cannot be read ({reason})", "put it in quotes") from None
-    mapping: dict[str, _Node] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        if key in mapping:
-            raise UserError(f"{where}:{key_node.start_mark.line + 1}", f"the key {key!r} stands twice", "remove one")
-        mapping[key] = _to_node(value_node, where)
-        if not isinstance(value_node, yaml.MappingNode):
-            mapping[key].line = key_node.start_mark.line + 1
-    return _Node(mapping, line)
-
-
-def _apply_override(tree: _Node, override: str) -> None:
+def _apply_override(tree: Node, override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
         raise UserError(override, "is no override", "write key=value, such as training.epochs=3")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        value = text  # a value such as `a: b` or `[x` is meant as it stands
+        node = parse(text, f"the command line: {dotted}", lines=False)
+    except NotYamlError:
+        node = Node(text, None)  # a value such as `a: b` or `[x` is meant as it stands
     *parents, last = dotted.split(".")
     for name in parents:
         child = tree.value.get(name)
         if child is None or not isinstance(child.value, dict):
-            child = tree.value[name] = _Node({}, None)
+            child = tree.value[name] = Node({}, None)
         tree = child
-    tree.value[last] = _override_node(value)
+    tree.value[last] = node
 
 
-def _override_node(value: Any) -> _Node:
-    if isinstance(value, dict):
-        return _Node({str(key): _override_node(item) for key, item in value.items()}, None)
-    return _Node(value, None)
+def _build(kind: type, node: Node, where: str, prefix: str) -> Any:
+    """Build the dataclass `kind` from a mapping node, refusing unknown, missing and ill-typed keys.
 
-
-def _build(kind: type, node: _Node, where: str, prefix: str) -> Any:
-    """Build the dataclass `kind` from a mapping node, refusing unknown, missing and ill-typed keys."""
+    A key without a value, as in `lora:`, has its default.
+    """
     hints = get_type_hints(kind)
     for key, child in node.value.items():
         if key not in hints:
-            raise UserError(_place(where, child), f"unknown key {prefix + key!r}", _nearest(key, prefix, hints))
+            raise UserError(_place(where, child), f"unknown key {shown(prefix + key)}", _nearest(key, prefix, hints))
     values: dict[str, Any] = {}
     for entry in fields(kind):
         key = entry.name
-        if key in node.value:
-            values[key] = _convert(hints[key], node.value[key], where, prefix + key)
+        child = node.value.get(key)
+        if child is not None and not child.empty:
+            values[key] = _convert(hints[key], child, where, prefix + key)
         elif entry.default is MISSING and entry.default_factory is MISSING:
-            raise UserError(where, f"the key {prefix + key!r} is missing", f"add `{prefix + key}: ...`")
+            place, lack = (where, "is missing") if child is None else (_place(where, child), "has no value")
+            raise UserError(place, f"the key {prefix + key!r} {lack}", f"add `{prefix + key}: ...`")
     try:
         return kind(**values)
     except UserError as error:  # the dataclass names the key; the file and line are known here
@@ -322,18 +311,20 @@ def _build(kind: type, node: _Node, where: str, prefix: str) -> Any:
         raise UserError(f"{_place(where, child or node)}: {error.where}", error.what, error.mend) from None
 
 
-def _convert(hint: Any, node: _Node, where: str, key: str) -> Any:
+def _convert(hint: Any, node: Node, where: str, key: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     value = node.value
     for option in options:
         if is_dataclass(option) and isinstance(value, dict):
             return _build(typing.cast(type, option), node, where, f"{key}.")
-    value = _plain(node)
+    value = node.plain()
     for option in options:
         fits, converted = _fit(option, value)
         if fits:
             return converted
-    raise UserError(f"{_place(where, node)}: {key}", f"{value!r} does not fit", f"give {_describe(options, value)}")
+    raise UserError(
+        f"{_place(where, node)}: {key}", f"{shown(value)} does not fit", f"give {_describe(options, value)}"
+    )
 
 
 def _fit(option: Any, value: Any) -> tuple[bool, Any]:
@@ -347,12 +338,22 @@ def _fit(option: Any, value: Any) -> tuple[bool, Any]:
         (item,) = get_args(option)
         return isinstance(value, list) and all(item is Any or _fit(item, one)[0] for one in value), value
     if origin is dict:
-        return isinstance(value, dict), value
+        return _fit_dict(option, value)
     if option is float:
         return _fit_float(value)
     if option is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     return isinstance(value, option), value
+
+
+def _fit_dict(option: Any, value: Any) -> tuple[bool, Any]:
+    """Fit each item of a mapping to the first type of its items that it is of."""
+    _, item = get_args(option)
+    if not isinstance(value, dict) or item is Any:
+        return isinstance(value, dict), value
+    fitted = {key: next((_fit(one, found)[1] for one in get_args(item) if _fit(one, found)[0]), None)
+              for key, found in value.items()}  # fmt: skip
+    return None not in fitted.values(), fitted
 
 
 def _fit_float(value: Any) -> tuple[bool, Any]:
@@ -366,12 +367,6 @@ def _fit_float(value: Any) -> tuple[bool, Any]:
     return value == value and abs(value) != float("inf"), float(value)
 
 
-def _plain(node: _Node) -> Any:
-    if isinstance(node.value, dict):
-        return {key: _plain(child) for key, child in node.value.items()}
-    return node.value
-
-
 def _describe(options: tuple[Any, ...], value: Any) -> str:
     names = []
     for option in options:
@@ -383,11 +378,11 @@ def _describe(options: tuple[Any, ...], value: Any) -> str:
             plain = get_origin(option) or option
             names.append({str: "text", int: "a whole number", float: "a number", bool: "true or false",
                           list: "a list", dict: "a mapping"}.get(plain, "a mapping of its keys"))  # fmt: skip
-    close = difflib.get_close_matches(str(value), [name.strip("'") for name in names], n=1)
+    close = difflib.get_close_matches(shown(value).strip("'"), [name.strip("'") for name in names], n=1)
     return " or ".join(names) + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def _place(where: str, node: _Node) -> str:
+def _place(where: str, node: Node) -> str:
     return f"{where}:{node.line}" if node.line is not None else "the command line"
 
 
@@ -398,27 +393,59 @@ def _nearest(key: str, prefix: str, hints: dict[str, Any]) -> str:
     return f"valid keys here: {', '.join(hints)}"
 
 
-def _with_found_sources(recipe: Recipe, folder: Path) -> Recipe:
-    data = replace(recipe.data, source=_found(recipe.data.source, folder), test=_found(recipe.data.test, folder))
-    if data.template.endswith((".jinja", ".jinja2", ".j2")):
-        data = replace(data, template=_found(data.template, folder))
-    prompts = recipe.evaluation.prompts
+def _line_of(key: str, tree: Node, where: str) -> str:
+    """The place of a dotted key, as far as the recipe has it."""
+    for name in key.split("."):
+        if not isinstance(tree.value, dict) or name not in tree.value:
+            break
+        tree = tree.value[name]
+    return _place(where, tree)
+
+
+def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Expand all paths of the recipe, and look them up; nothing that reads the recipe has to do so again.
+
+    Raises:
+        UserError: one is blank, or in the home of a user that does not exist; `where` is its key.
+    """
+    data, evaluation = recipe.data, recipe.evaluation
+    source, test = _found(data.source, folder, "data.source"), _found(data.test, folder, "data.test")
+    template = data.template
+    if not template.strip() or template.startswith("~") or template.endswith((".jinja", ".jinja2", ".j2")):
+        template = _found(template, folder, "data.template")
+    prompts = evaluation.prompts
     if isinstance(prompts, str):
-        prompts = _found(prompts, folder)
-    evaluation = replace(recipe.evaluation, prompts=prompts)
-    return replace(recipe, data=data, model=_found(recipe.model, folder), evaluation=evaluation)
+        prompts = _found(prompts, folder, "evaluation.prompts")
+    return replace(
+        recipe,
+        output=str(user_path(recipe.output, "output")),
+        data=replace(data, source=source, test=test, template=template),
+        model=_found(recipe.model, folder, "model"),
+        evaluation=replace(evaluation, prompts=prompts),
+    )
 
 
-def _found(source: Any, folder: Path) -> Any:
-    """Make paths absolute: from the current folder, else from the recipe's; what is no path stays."""
+def _found(source: Any, folder: Path, key: str) -> Any:
+    """Make paths absolute: from the current folder, else from the recipe's; what is no path stays.
+
+    Args:
+        source: a path, a pattern of paths such as data/*.jsonl, a hub id, or a list or mapping with some.
+        folder: the recipe's.
+        key: the recipe's key, for messages.
+    """
     if isinstance(source, list):
-        return [_found(item, folder) for item in source]
+        return [_found(item, folder, key) for item in source]
     if isinstance(source, dict):
-        return {key: _found(item, folder) if key == "path" else item for key, item in source.items()}
+        return {name: _found(item, folder, key) if name == "path" else item for name, item in source.items()}
     if not isinstance(source, str) or source in BUILT_IN_MODELS:
         return source
-    for candidate in (Path(source).expanduser(), folder / source):
-        with contextlib.suppress(OSError):  # a text too long for a path is none
-            if candidate.exists():
-                return str(candidate.resolve())
-    return source
+    path = user_path(source, key)
+    bases = (Path.cwd(), folder.absolute())
+    with contextlib.suppress(OSError):  # a text too long for a path is none
+        for base in bases:
+            if (base / path).exists():
+                return str((base / path).resolve())
+        for base in bases if key in PATTERN_KEYS and is_pattern(path) else ():
+            if files_of_pattern(base_pattern := Path(glob.escape(str(base))) / path):
+                return str(base_pattern)
+    return str(path) if path.is_absolute() else source

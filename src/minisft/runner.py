@@ -50,21 +50,59 @@ def train_run(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
     from minisft.data.sources import require_sources
     from minisft.models import resolve_model
     from minisft.report.curves import draw_curves
-    from minisft.runs import open_run
+    from minisft.runs import start_run
     from minisft.training.disk import require_disk
-    from minisft.training.train import refuse_impossible
+    from minisft.training.train import go_beyond_end, refuse_impossible
     from minisft.training.train import train as start_training
 
     refuse_impossible(recipe, machines)
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
     require_sources(recipe.data)
-    with open_run(recipe, force=force, resume=resume) as run:
-        model = prepare_run(recipe)
-        recipe, checkpoint = _settled(recipe, run, _checkpoint_to_resume(recipe, run, resume))
-        require_disk(recipe, run, model, checkpoint)
-        start_training(recipe, run, checkpoint, machines)
-    draw_curves(run.root)
-    return run
+    with start_run(recipe, force=force, resume=resume) as started:
+        model = prepare_run(started.recipe)
+        checkpoint = _checkpoint_to_resume(recipe, started.run, resume)
+        started.recipe, checkpoint = _settled(started.recipe, started.run, checkpoint)
+        require_disk(started.recipe, started.run, model, checkpoint, freed=started.freed)
+        if checkpoint is not None:
+            go_beyond_end(started.recipe, started.run, checkpoint)
+        started.take_place()
+        start_training(started.recipe, started.run, checkpoint, machines)
+    draw_curves(started.run.root)
+    return started.run
+
+
+def try_start(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines | None" = None) -> None:
+    """Make every check that `train` makes before its first step, and write nothing that stays.
+
+    Raises:
+        UserError: what `train` would raise.
+    """
+    import tempfile
+
+    from minisft.console import say
+    from minisft.data.sources import require_sources
+    from minisft.manifest import written_bytes
+    from minisft.models import resolve_model
+    from minisft.runs import RunFolder, describe_run, open_run, refuse_start
+    from minisft.training.disk import require_disk
+    from minisft.training.train import refuse_impossible
+
+    refuse_impossible(recipe, machines)
+    resolve_model(recipe.model, recipe.trust_remote_code)
+    require_sources(recipe.data)
+    refuse_start(recipe, force=force, resume=resume)
+    run = RunFolder(Path(recipe.output))
+    replaced = force and run.is_run()
+    checkpoint = _checkpoint_to_resume(recipe, run, resume)
+    with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
+        elsewhere = replace(recipe, output=str(Path(folder) / "run"))
+        with open_run(elsewhere) as trial:
+            model = prepare_run(elsewhere)
+            freed = written_bytes(run.root.resolve()) if replaced else 0
+            require_disk(recipe, trial, model, checkpoint, freed=freed, place=run.root)
+    say(f"dry run: every check passed, and nothing was written to {run.root}")
+    if replaced:
+        say(f"--force would replace {describe_run(run)}")
 
 
 def train_along(recipe: "Recipe", machines: "Machines", *, resume: bool) -> None:
@@ -102,11 +140,11 @@ def _settled(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tup
 def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     """Train as one process of a launch under way: the first prepares, the others wait for it."""
     from minisft.data.sources import require_sources
-    from minisft.runs import RunFolder, open_run
+    from minisft.runs import RunFolder, start_run
     from minisft.training.checkpoints import latest_resumable
     from minisft.training.disk import require_disk
     from minisft.training.launch import join, world_size
-    from minisft.training.train import refuse_impossible, train_in_this_process
+    from minisft.training.train import go_beyond_end, refuse_impossible, train_in_this_process
 
     recipe = replace(recipe, training=replace(recipe.training, processes=world_size()))
     if recipe.training.strategy == "auto":
@@ -118,9 +156,13 @@ def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
 
         def begin() -> None:
             require_sources(recipe.data)
-            held.enter_context(open_run(recipe, force=force, resume=resume))
-            model = prepare_run(recipe)
-            require_disk(recipe, run, model, latest_resumable(run.checkpoints) if resume else None)
+            started = held.enter_context(start_run(recipe, force=force, resume=resume))
+            model = prepare_run(started.recipe)
+            checkpoint = latest_resumable(run.checkpoints) if resume else None
+            require_disk(started.recipe, started.run, model, checkpoint, freed=started.freed)
+            if checkpoint is not None:
+                go_beyond_end(started.recipe, started.run, checkpoint)
+            started.take_place()
 
         join(recipe.training.strategy, begin)
         train_in_this_process(recipe, run, _checkpoint_to_resume(recipe, run, resume))
@@ -130,13 +172,18 @@ def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> P
     from minisft.console import say
     from minisft.training.checkpoints import latest_resumable, layout_of
     from minisft.training.conversion import refuse_inconvertible
+    from minisft.training.integrity import refuse_damaged
 
     if not resume:
         return None
     checkpoint = latest_resumable(run.checkpoints)
+    if checkpoint is None and run.is_trained():
+        what = "this run has ended, and no checkpoint is left with the optimizer state that going on needs"
+        raise UserError(run.checkpoints, what, "train anew with --force, or into another `output`")
     if checkpoint is None:
         say("no checkpoint to resume from: from the beginning")
         return None
+    refuse_damaged(checkpoint)
     refuse_inconvertible(checkpoint, recipe.training)
     strategy, processes = layout_of(checkpoint)
     say(f"resuming from {checkpoint}, of {strategy} on {processes} process(es)")

@@ -62,7 +62,7 @@ def test_no_escape_of_data_or_model_reaches_a_terminal(capsys, evil_recipe, tmp_
     monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: f"{next(answers)} {EVIL} {PEACEFUL}")
     clean_run(capsys, "evaluate", run)
     printed = clean_run(capsys, "evaluate", run, "--json")
-    assert json.loads(printed[printed.index("{\n") :])["best"]
+    assert json.loads(printed[printed.index("{\n") : printed.rindex("}") + 1])["best"]
     clean_run(capsys, "report", run)
     assert "\\x1b]0;owned" in clean_run(capsys, "chat", run, "--message", f"hi {EVIL}")
     from minisft.demo import show_demo

@@ -51,7 +51,7 @@ class Bomb:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, conversations):
-    """A run of 2 steps, evaluated, whose base model lies in it; checkpoint-1 has its optimizer's state."""
+    """A run of 2 steps, evaluated, whose base model lies beside it; checkpoint-1 has its optimizer's state."""
     from tests.tiny import write_tiny_model
 
     folder = tmp_path_factory.mktemp("hostile")
@@ -69,8 +69,8 @@ def run(trained, tmp_path):
     """A copy, which is the attacker's to change."""
     root = tmp_path / "run"
     shutil.copytree(trained.root, root)
-    shutil.copytree(trained.root.parent / "base", root / "base")
-    change_recipe(root, model=str(root / "base"), output=str(tmp_path / "elsewhere"))
+    shutil.copytree(trained.root.parent / "base", tmp_path / "base")
+    change_recipe(root, model=str(tmp_path / "base"), output=str(tmp_path / "elsewhere"))
     (root / "base_model.json").unlink()  # as an attacker would, whose model is another
     return RunFolder(root)
 
@@ -129,7 +129,8 @@ def content_of(folder):
 def test_pickles_do_not_run(run, canary, capsys, verb):
     checkpoint = unfinished(run) if verb == "resume" else run.checkpoints / "checkpoint-2"
     (checkpoint / "global_step1").mkdir()
-    for folder in (checkpoint, run.root / "base", run.model):
+    (checkpoint / "latest").write_text("global_step1")
+    for folder in (checkpoint, run.root.parent / "base", run.model):
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin",
                      "pytorch_model.bin", "adapter_model.bin", "global_step1/mp_rank_00_model_states.pt",
                      "global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt"):  # fmt: skip
@@ -141,7 +142,7 @@ def test_pickles_do_not_run(run, canary, capsys, verb):
     assert not canary.exists()
     if verb == "resume":
         assert status == 2, said
-        assert "could run code" in said
+        assert checkpoint.name in said
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -160,6 +161,7 @@ def test_shards_of_zero_are_converted_without_running_them(run, canary, capsys):
     checkpoint = unfinished(run)
     (checkpoint / "written_by.json").write_text('{"strategy": "zero2", "processes": 1}')
     (checkpoint / "global_step1").mkdir()
+    (checkpoint / "latest").write_text("global_step1")
     torch.save(
         {"optimizer_state_dict": Bomb(canary)},
         checkpoint / "global_step1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
@@ -219,7 +221,7 @@ def test_no_shard_of_zero_runs_on_resume(tmp_path, tiny_model, conversations, ca
 def test_code_beside_the_weights_does_not_run(run, canary, capsys, verb):
     if verb == "resume":
         unfinished(run)
-    for folder in (run.root / "base", run.model, *run.list_checkpoints()):
+    for folder in (run.root.parent / "base", run.model, *run.list_checkpoints()):
         if folder.is_dir():
             with_own_code(folder, "own_hostile")
     change_recipe(run.root, trust_remote_code=True)
@@ -249,7 +251,7 @@ def link_outside(run, outside, paths):
 def test_nothing_is_written_through_a_link(run, tmp_path, capsys, verb):
     if verb == "resume":
         unfinished(run)
-    files = [path for path in run.root.rglob("*") if path.is_file() and "base" not in path.parts]
+    files = [path for path in run.root.rglob("*") if path.is_file()]
     written = [run.root / name for name in ("report.html", "results.md", "check.json", "base_model.json", "new")]
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -265,12 +267,12 @@ def test_metrics_that_link_to_nowhere_make_no_file_there(run, tmp_path, capsys):
     unfinished(run)
     run.metrics.unlink()
     run.metrics.symlink_to(tmp_path / "made")
-    assert attempt("resume", run, capsys)[0] == 0
+    attempt("resume", run, capsys)
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(("verb", "name"), [("resume", "checkpoints/.unfinished"), ("check", ".check")])
-def test_scratch_folders_that_link_outside_are_made_anew(run, tmp_path, capsys, verb, name):
+def test_nothing_is_written_into_a_scratch_folder_that_is_a_link(run, tmp_path, capsys, verb, name):
     if verb == "resume":
         unfinished(run)
     outside = tmp_path / "outside"
@@ -278,11 +280,11 @@ def test_scratch_folders_that_link_outside_are_made_anew(run, tmp_path, capsys, 
     (outside / "tokenizer").write_text("precious")
     (run.root / name).symlink_to(outside)
     before = content_of(outside)
-    assert attempt(verb, run, capsys)[0] == 0
+    status, said = attempt(verb, run, capsys)
+    assert status in (0, 2), said  # made anew, or refused
     assert content_of(outside) == before
 
 
-@pytest.mark.xfail(strict=False, reason="lock files are opened through links until their own change")
 @pytest.mark.parametrize(
     ("verb", "lock"), [("prepare", ".lock"), ("prepare", ".dataset.lock"), ("evaluate", "evaluation/.lock")]
 )
@@ -304,7 +306,6 @@ YAML_BOMB = "a: &a {k: x}\n" + "".join(
 
 
 @pytest.mark.parametrize("text", [YAML_BOMB, "model: &x {a: *x}\n"], ids=["aliases", "recursion"])
-@pytest.mark.xfail(strict=False, reason="the recipe bounds its YAML in a change of its own")
 def test_a_recipe_that_is_a_bomb_is_refused(run, tmp_path, text):
     """In a process that may be ended: a bomb that goes off takes this one with it."""
     mark = run.recipe.read_text().partition("\n")[0]
@@ -323,26 +324,24 @@ def test_templates_that_are_bombs_are_stopped(run, capsys, monkeypatch, verb):
         shutil.rmtree(unfinished(run))
         run.metrics.unlink()
     bomb = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ 'x' * 10**9 }}"
-    for folder in (run.root / "base", run.model, *run.list_checkpoints()):
+    for folder in (run.root.parent / "base", run.model, *run.list_checkpoints()):
         if folder.is_dir():
             (folder / "chat_template.jinja").write_text(bomb)
     recipe = yaml.safe_load(run.recipe.read_text())
     change_recipe(run.root, data={**recipe["data"], "template": "auto"})
     status, said = attempt(verb, run, capsys)
-    if verb == "resume":
+    if verb not in ("report", "export", "plan"):  # which render nothing, or say that the data cannot be prepared
         assert status == 2, said
-        assert "the tokenizer" in said, "it is another than the data was prepared with"
-    elif verb not in ("report", "export", "plan"):  # which render nothing, or say that the data cannot be prepared
-        assert status == 2, said
-        assert "data.template" in said
+        earlier = ("the tokenizer", "did not begin a run")  # refused before: it is another, or the run is
+        assert any(reason in said for reason in ("was stopped", *earlier)), said
 
 
 HUGE_FILES = ("recipe.yaml", "metrics.jsonl", "base_model.json", "dataset/ledger.json", "evaluation/results.json",
               "evaluation/base/outputs.jsonl", "evaluation/base/journal.jsonl", "model/config.json",
               "model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja",
-              "model/generation_config.json", "base/config.json", "base/tokenizer.json",
+              "model/generation_config.json", "../base/config.json", "../base/tokenizer.json",
               "checkpoints/checkpoint-2/trainer_state.json")  # fmt: skip
-OFTEN = ("recipe.yaml", "evaluation/results.json", "base/tokenizer.json", "model/config.json")
+OFTEN = ("recipe.yaml", "evaluation/results.json", "../base/tokenizer.json", "model/config.json")
 
 
 def make_huge(path):
@@ -365,7 +364,7 @@ def test_a_file_that_is_huge_is_not_read(run, capsys, verb, name):
 @every_verb
 def test_values_that_are_nested_without_end_are_no_harm(run, capsys, verb):
     deep = "[" * 100_000
-    for name in ("model/config.json", "model/tokenizer_config.json", "base/config.json", "base_model.json",
+    for name in ("model/config.json", "model/tokenizer_config.json", "../base/config.json", "base_model.json",
                  "evaluation/results.json", "dataset/ledger.json"):  # fmt: skip
         (run.root / name).write_text(deep)
     attempt(verb, run, capsys)
@@ -403,7 +402,7 @@ def test_as_processes_with_limits_of_the_system(run, canary, verb):
     import subprocess
     import sys
 
-    for folder in (run.root / "base", run.model):
+    for folder in (run.root.parent / "base", run.model):
         with_own_code(folder, "own_hostile")
     change_recipe(run.root, trust_remote_code=True)
     words = [word.replace("RUN", str(run.root)).replace("OUT", str(run.root.parent / "out")) for word in VERBS[verb]]

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 
+from minisft.cli import main
 from minisft.runs import RunFolder, load_run
 from tests.tiny import minisft, write_recipe
 
@@ -89,6 +90,60 @@ def test_a_dead_worker_ends_the_job(alone, tmp_path):
     assert process.returncode == 1
     assert "a training process failed" in said
     assert not psutil.wait_procs(workers, timeout=5)[1]
+
+
+DIES = """
+import os, signal, sys
+
+def watch(event, arguments):
+    if event == "import" and arguments[0] == "minisft.training.trainer":
+        {what}
+
+if os.environ.get("RANK") == "1":
+    sys.addaudithook(watch)
+"""
+
+
+@pytest.fixture
+def rank_1(recipe_file, tmp_path, monkeypatch, capfd):
+    """Train on two processes, of which rank 1 does something before its first step; return what is printed."""
+
+    def train_and(what):
+        (tmp_path / "sitecustomize.py").write_text(DIES.format(what=what))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+        status = main(["train", str(recipe_file), "training.processes=2", "training.batch_size=4"])
+        return status, capfd.readouterr().err
+
+    return train_and
+
+
+def test_a_killed_worker_is_named_with_the_likely_reason(rank_1):
+    status, said = rank_1("os.kill(os.getpid(), signal.SIGKILL)")
+    assert status == 1
+    assert "a training process failed: rank 1 of 2 processes was killed (SIGKILL)" in said
+    assert "memory is the likely reason" in said
+    assert "Traceback" not in said
+    assert "pytorch.org" not in said
+
+
+@pytest.mark.long
+def test_what_the_kernel_says_of_memory_is_repeated(rank_1, monkeypatch):
+    words = "Out of memory: Killed process 7 (python)"
+    monkeypatch.setattr("minisft.training.killed.MemoryKills.evidence", lambda kills, pid: words)
+    status, said = rank_1("os.kill(os.getpid(), signal.SIGKILL)")
+    assert status == 2
+    assert f"the kernel killed it (SIGKILL), since memory ran out: {words}" in said
+    assert "To mend it: give it more memory" in said
+
+
+@pytest.mark.long
+def test_a_worker_that_fails_shows_its_own_traceback_once(rank_1):
+    status, said = rank_1("raise RuntimeError('the disk of rank 1 is on fire')")
+    assert status == 1
+    assert said.count("RuntimeError: the disk of rank 1 is on fire") == 1
+    assert said.count("Traceback") == 1
+    assert "rank 1 of 2 with exit status 1" in said
+    assert "pytorch.org" not in said
 
 
 def start_two(recipe, output):

@@ -74,3 +74,10 @@ def test_a_run_without_room_is_refused(recipe_file, tiny_model, tmp_path, monkey
         disk.require_disk(recipe, run, tiny_model, None)
     assert caught.value.where == str(run.root)
     assert "training.keep_checkpoints" in caught.value.mend
+
+
+def test_the_checkpoints_of_a_long_run_are_not_counted_one_by_one():
+    assert most_added([], 10**30, SIZE, training(keep_checkpoints=2)) == most_added(
+        [], 10, SIZE, training(keep_checkpoints=2)
+    )
+    assert most_added([True], 10**30, SIZE, training()) > 10**30

@@ -382,7 +382,8 @@ def test_data_that_is_not_prepared_is_named(made, run):
         evaluate(made, run)
 
 
-def test_systems_that_never_differ_have_a_p_of_one(made, run):
+def test_systems_that_never_differ_have_a_p_of_one(made, run, monkeypatch):
+    monkeypatch.setattr("minisft.claims.MIN_CONVERSATIONS", len(load_test(run)))
     for name in ("checkpoint-9", "checkpoint-10"):
         shutil.copy(Path(made.model) / "model.safetensors", run / "checkpoints" / name / "model.safetensors")
     results = evaluate(made, run)
@@ -517,7 +518,8 @@ def test_what_was_scored_stays_when_its_checkpoint_is_removed(made, run):
     assert evaluate(made, run) == before
     other = evaluate(with_settings(made, max_new_tokens=5), run)
     assert [entry["checkpoint"] for entry in other["checkpoints"]] == ["checkpoint-10"]
-    assert other["failed"] == [{"checkpoint": "checkpoint-9", "error": "it was removed before all of it was scored"}]
+    what = "it was removed before all of it was scored"
+    assert other["failed"] == [{"checkpoint": "checkpoint-9", "error": what, "removed": True}]
     again = evaluate(made, run)
     assert again["checkpoints"][0] == before["checkpoints"][0], "asking otherwise cost nothing that cannot be had anew"
 
@@ -534,4 +536,4 @@ def test_a_checkpoint_that_goes_while_it_is_scored_is_left_out(made, run, monkey
     monkeypatch.setattr("minisft.evaluation.examiner.weights_fingerprint", removed_first)
     results = evaluate(made, run)
     assert [entry["checkpoint"] for entry in results["checkpoints"]] == ["checkpoint-10"]
-    assert results["failed"] == [{"checkpoint": "checkpoint-9", "error": "it was removed meanwhile"}]
+    assert results["failed"] == [{"checkpoint": "checkpoint-9", "error": "it was removed meanwhile", "removed": True}]

@@ -9,9 +9,14 @@ SOURCE = Path(__file__).parents[2] / "src" / "minisft"
 LEAVES = {
     "errors",
     "text",
+    "claims",
+    "json_files",
     "processes",
+    "yaml_tree",
     "recipe",
+    "manifest",
     "files",
+    "replacement",
     "console",
     "models",
     "runs",
@@ -20,13 +25,19 @@ LEAVES = {
 MAY_IMPORT = {
     "errors": set(),
     "text": set(),
+    "manifest": {"errors"},
+    "replacement": {"errors", "files", "manifest"},
+    "yaml_tree": {"errors"},
     "options": {"errors"},
     "processes": set(),
-    "recipe": {"errors", "text", "files"},
-    "files": {"errors", "text"},
+    "recipe": {"errors", "text", "files", "yaml_tree"},
+    "files": {"errors", "text", "manifest"},
     "console": {"errors", "text"},
     "models": {"errors", "text", "recipe", "files", "console"},
-    "runs": {"errors", "text", "recipe", "files", "console"},
+    "longer": {"errors", "recipe"},
+    "runs": {"errors", "text", "recipe", "manifest", "files", "replacement", "console", "longer", "json_files"},
+    "claims": {"errors", "recipe", "json_files"},
+    "json_files": {"errors"},
     "data": LEAVES,
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},
@@ -39,7 +50,22 @@ MAY_IMPORT = {
     "export": LEAVES | {"training"},
     "chat": LEAVES | {"data", "evaluation"},
 }
-LIGHT = ("cli", "runner", "options", "processes", "errors", "recipe", "runs", "files", "__init__", "__main__")
+LIGHT = (
+    "cli",
+    "runner",
+    "options",
+    "processes",
+    "errors",
+    "recipe",
+    "yaml_tree",
+    "runs",
+    "longer",
+    "manifest",
+    "replacement",
+    "files",
+    "__init__",
+    "__main__",
+)
 HEAVY = {"torch", "transformers", "datasets", "rich", "numpy", "matplotlib", "sacrebleu", "jinja2", "deepspeed"}
 
 

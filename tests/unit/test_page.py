@@ -29,10 +29,11 @@ def entry(value, step, **fields):
     return {"step": step, "loss": 2.0, "perplexity": 7.4, "exact_match": 0.1, "seconds": 1.0, **scores, **fields}
 
 
-def make_run(folder, best=20.0, rows=4):
+def make_run(folder, best=20.0, rows=4, conversations=40):
     checkpoint = entry(best, 9, checkpoint="checkpoint-9")
     results = {
-        "base": entry(3.0, 0), "checkpoints": [checkpoint], "best": "checkpoint-9", "answers": rows,
+        "base": entry(3.0, 0), "checkpoints": [checkpoint], "best": "checkpoint-9",
+        "answers": conversations, "conversations": conversations,
         "constant": {"text": NASTY, "exact_match": 0.0, "bleu": score(10.0), "chrf": score(12.0)},
         "failed": [{"checkpoint": "checkpoint-10", "error": NASTY}], "turns": "last",
     }  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 from minisft.errors import UserError
 from minisft.recipe import DataRecipe, Recipe, TrainingRecipe
-from minisft.runs import RunFolder, identity, is_same_run, load_run, open_run, remember_model
+from minisft.runs import RunFolder, identity, is_same_run, load_run, open_run, remember_model, start_run
 
 
 @pytest.fixture
@@ -66,16 +66,9 @@ def test_a_trained_run_is_never_overwritten_unasked(recipe):
             pass
     with open_run(recipe, prepares_only=True) as run:
         assert run.is_trained()
-    with open_run(recipe, force=True) as run:
-        assert not run.has_begun()
-
-
-def test_force_deletes_only_what_is_a_runs(recipe):
-    run = finish(recipe)
-    (run.root / "notes.txt").write_text("mine")
-    with open_run(recipe, force=True):
-        pass
-    assert (run.root / "notes.txt").read_text() == "mine"
+    with start_run(recipe, force=True) as started:
+        assert not started.run.has_begun()
+        assert run.is_trained()
 
 
 def test_a_folder_that_is_no_run_is_left_alone(recipe):
@@ -83,7 +76,7 @@ def test_a_folder_that_is_no_run_is_left_alone(recipe):
     root.mkdir()
     (root / "thesis.tex").touch()
     for force in (False, True):
-        with pytest.raises(UserError, match="no run, and not empty.*thesis.tex"), open_run(recipe, force=force):
+        with pytest.raises(UserError, match="no run, and not empty.*thesis.tex"), start_run(recipe, force=force):
             pass
     assert [path.name for path in root.iterdir()] == ["thesis.tex"]
 
@@ -111,7 +104,7 @@ def test_a_folder_without_a_recipe_is_no_run(tmp_path):
 
 def test_force_and_resume_together_delete_nothing(recipe):
     run = begin(recipe)
-    with pytest.raises(UserError, match="give one of them"), open_run(recipe, force=True, resume=True):
+    with pytest.raises(UserError, match="give one of them"), start_run(recipe, force=True, resume=True):
         pass
     assert run.metrics.exists()
 
@@ -121,7 +114,7 @@ def test_a_recipe_of_the_users_own_is_not_overwritten(recipe):
     root.mkdir()
     (root / "recipe.yaml").write_text("# mine\nmodel: m\noutput: run\ndata: {source: d}\n")
     for force in (False, True):
-        with pytest.raises(UserError, match=r"no run, and not empty.*recipe.yaml"), open_run(recipe, force=force):
+        with pytest.raises(UserError, match=r"no run, and not empty.*recipe.yaml"), start_run(recipe, force=force):
             pass
     assert (root / "recipe.yaml").read_text().startswith("# mine")
 

@@ -1,13 +1,17 @@
 """The strategies as DeepSpeed configurations."""
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from minisft.training import strategies
+from minisft.errors import StoppedError
+from minisft.training import compilation, strategies
 from minisft.training.strategies import deepspeed_config
 
 SETTINGS: dict[str, Any] = {"precision": "bf16", "max_grad_norm": 1.0, "batch_size": 4}
@@ -82,3 +86,41 @@ def test_nobody_takes_the_lock_of_a_process_that_is_loading(extensions, monkeypa
     for thread in threads:
         thread.join(60)
     assert lost == [False, False]
+
+
+def test_a_compilation_is_stopped_with_what_it_started(tmp_path, monkeypatch):
+    """The compilers have process groups of their own, as ninja gives them."""
+    child, cleaned = tmp_path / "child", []
+    code = (
+        "import subprocess, time; from pathlib import Path; "
+        f"made = subprocess.Popen(['sleep', '600'], start_new_session=True); Path({str(child)!r}).write_text(str(made.pid)); "
+        "time.sleep(600)"
+    )
+    monkeypatch.setattr(compilation, "_COMMAND", ("-c", code))
+    threading.Thread(target=stop_when, args=(child,)).start()
+    begun = time.monotonic()
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        compilation.compile_apart(lambda: cleaned.append(True))
+    assert time.monotonic() - begun < 60
+    assert cleaned == [True]
+    assert ended(int(child.read_text()))
+
+
+def ended(pid):
+    """Say whether a process ends soon; it may stay a zombie where nobody waits for orphans."""
+    for _ in range(200):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def stop_when(path):
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_reason_of_a_failed_compilation_is_its_last_line(monkeypatch):
+    monkeypatch.setattr(compilation, "_COMMAND", ("-c", "print('c++: not today'); raise SystemExit(3)"))
+    assert compilation.compile_apart(lambda: None) == "c++: not today"

@@ -58,12 +58,20 @@ def test_a_refused_write_is_noted(tmp_path, name):
 
 @pytest.mark.parametrize("write", [lambda: torch.save(TENSOR, str(FULL)), lambda: FULL.write_text("a" * 99_999)])
 def test_a_full_disk_is_named(tmp_path, write):
+    (tmp_path / "checkpoints" / "checkpoint-4").mkdir(parents=True)
     with (
         pytest.raises(UserError, match="the checkpoints written before are whole") as caught,
         naming_failed_writes(tmp_path),
     ):
         write()
     assert "--resume" in caught.value.mend
+    assert "the last of them checkpoint-4" in caught.value.what
+
+
+def test_a_full_disk_before_the_first_checkpoint_claims_none(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint was written yet") as caught, naming_failed_writes(tmp_path):
+        FULL.write_text("a" * 99_999)
+    assert "are whole" not in caught.value.what
 
 
 def test_after_a_refused_write_no_other_is_tried():

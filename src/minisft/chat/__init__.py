@@ -23,6 +23,7 @@ def chat(
     message: str | None = None,
     system: str | None = None,
     *,
+    template: str = "auto",
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -36,6 +37,7 @@ def chat(
             other model name.
         message: the one message to answer.
         system: a system prompt.
+        template: a template's name or a .jinja file; auto: the model's own.
         max_new_tokens: of an answer.
         temperature: 0 for the likeliest token, above 0 to sample.
         top_p: when sampling, the share of probability to draw from.
@@ -48,7 +50,7 @@ def chat(
     """
     sampling = _check_options(max_new_tokens, temperature, top_p, seed)
     chosen, base = choose_model(str(folder))
-    model, encoder = load_model_and_encoder(chosen, trust_remote_code, base)
+    model, encoder = load_model_and_encoder(chosen, trust_remote_code, base, template)
     session = Session(model, encoder, "", max_new_tokens, sampling)
     session.set_system(system or "")
     terminal = Terminal(session, base, trust_remote_code)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from minisft.data.conversation import Message
     from minisft.data.encoding import Encoder
@@ -141,21 +141,33 @@ class Session:
 
 
 def load_model_and_encoder(
-    name: str, trust_remote_code: bool, base: str | None = None
+    name: str, trust_remote_code: bool, base: str | None = None, template: str = "auto"
 ) -> "tuple[PreTrainedModel, Encoder]":
     """A model to talk to, by folder or name, and what renders and decodes for it.
 
     `base` names the base model where the folder holds adapters; None: the one that they name.
 
     Raises:
-        UserError: there is no such model, or it has no chat template.
+        UserError: there is no such model, it has no chat template, or there is no template of that name.
     """
-    from minisft.data.encoding import Encoder
     from minisft.models import load_tokenizer, resolve_model
 
-    folder = resolve_model(name, trust_remote_code).folder
-    encoder = Encoder(load_tokenizer(folder, trust_remote_code), "auto")
+    folder = resolve_model(name, trust_remote_code, adapters=True).folder
+    encoder = _encoder(load_tokenizer(folder, trust_remote_code), template)
     return load_for_chat(name, trust_remote_code, base), encoder
+
+
+def _encoder(tokenizer: "PreTrainedTokenizerFast", template: str) -> "Encoder":
+    from minisft.data.encoding import Encoder
+    from minisft.data.templates import NATIVE_TEMPLATES
+
+    try:
+        return Encoder(tokenizer, template)
+    except UserError as error:
+        if error.where != "data.template":
+            raise
+        fix = f"name the one that the model was trained with: --template {'|'.join(NATIVE_TEMPLATES)}, or a .jinja file"
+        raise UserError("--template", error.what, fix) from None
 
 
 def load_for_chat(name: str, trust_remote_code: bool, base: str | None = None) -> "PreTrainedModel":
@@ -165,7 +177,7 @@ def load_for_chat(name: str, trust_remote_code: bool, base: str | None = None) -
     from minisft.evaluation.generation import inference_dtype
     from minisft.models import is_adapter, load_model, resolve_model
 
-    folder = resolve_model(name, trust_remote_code).folder
+    folder = resolve_model(name, trust_remote_code, adapters=True).folder
     under = resolve_model(base, trust_remote_code).folder if base and is_adapter(folder) else None
     model = load_model(folder, dtype=inference_dtype(), trust_remote_code=trust_remote_code, base=under)
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,6 +16,7 @@ from minisft.checking.result import Check, Failed, NotRun, Result
 from minisft.checking.steps import quiet_libraries
 from minisft.checking.subject import Subject
 from minisft.errors import StoppedError, UserError
+from minisft.manifest import make_scratch
 from minisft.processes import stop_signals
 from minisft.recipe import Recipe, dump_recipe
 from minisft.runs import RunFolder
@@ -124,7 +125,7 @@ def examine(
         checks: in an order in which each comes after those that it needs.
     """
     subject = Subject(recipe, run)
-    subject.clear()  # what a check that was killed left
+    make_scratch(run.scratch)
     results: dict[str, Result] = {}
     try:
         with stop_signals(_stop), quiet_libraries():

@@ -59,7 +59,7 @@ def _recipe(subject: Subject, rows: int) -> "Recipe":
     return step_recipe(
         subject, "learning", Steps(rows, []),
         strategy="vanilla", processes=1, batch_size=rows, max_steps=MOST_STEPS, save_every=MOST_STEPS,
-        learning_rate=rate, scheduler="constant", weight_decay=0.0, optimizer="adamw",
+        learning_rate=rate, scheduler="constant", scheduler_args={}, weight_decay=0.0, optimizer="adamw",
     )  # fmt: skip
 
 

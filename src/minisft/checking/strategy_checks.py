@@ -14,6 +14,7 @@ from minisft.data.encoding import Encoder
 from minisft.models import load_model, load_tokenizer
 from minisft.runs import RunFolder
 from minisft.training.batching import StepSampler, measure
+from minisft.training.clipping import clipping_norm
 from minisft.training.strategies import ZERO_STAGES
 
 _REPORT = "report it, with the versions in check.json"
@@ -74,7 +75,7 @@ def _plain_loop(subject: Subject, learning_rates: list[float]) -> Taken:
             learning_rates,
             decayed=set(trainer.get_decay_parameter_names(model)),
             weight_decay=subject.recipe.training.weight_decay,
-            max_grad_norm=subject.recipe.training.max_grad_norm,
+            max_grad_norm=clipping_norm(subject.recipe.training),
             arithmetic=trainer.compute_loss_context_manager,
         )
 

@@ -19,7 +19,7 @@ from minisft.data.preparation import Prepared, load_split, prepare
 from minisft.data.sources import at_revision, parse_sources
 from minisft.data.staging import stage
 from minisft.data.verification import VerificationError
-from minisft.files import clear_scratch
+from minisft.manifest import delete_scratch
 from minisft.models import ResolvedModel, load_config, load_tokenizer, resolve_model
 from minisft.planning import predict_run
 from minisft.planning.auto import predicted_strategy
@@ -109,7 +109,6 @@ class Subject:
         self.recipe = recipe
         self.run = run
         self.scratch = run.scratch
-        clear_scratch(self.scratch)
         self.doubt: VerificationError | None = None  # what `prepare` found wrong with its own tokens
         self.live: SupervisedTokenTrainer | None = None
 
@@ -272,7 +271,7 @@ class Subject:
     def clear(self) -> None:
         """Remove what the checks wrote."""
         self.let_go()
-        clear_scratch(self.scratch)
+        delete_scratch(self.scratch)
 
 
 def as_token_row(row: dict[str, Any]) -> TokenRow:

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from minisft.claims import read_results
 from minisft.comparison.child import Ended, run_verb
 from minisft.comparison.table import print_comparison
 from minisft.comparison.variants import FOLDER, Variant, choose_variants, read_axes, refuse_other_run, trajectory
 from minisft.console import console, say, warn
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
+from minisft.manifest import record, record_folder, record_scratch
 from minisft.recipe import load_recipe
 from minisft.report.comparison import Entry, write_comparison
-from minisft.runs import RunFolder, open_run, refuse_foreign_folder
+from minisft.runs import RunFolder, refuse_foreign_folder, restore_run, start_run
 
 _BASE_JOURNAL = Path("evaluation") / "base" / "journal.jsonl"
 
@@ -134,6 +136,7 @@ class _Run:
                 continue
             ended = self._run_verb(stage)
             if ended.status:
+                restore_run(self.run)
                 return self._failed(entry, stage, ended.status, ended.error)
         if self.wish.evaluate:
             write_atomically(self.record, self._evaluation_settings())
@@ -151,7 +154,8 @@ class _Run:
         assert self.variant.recipe is not None
         if self.wish.force:
             self.record.unlink(missing_ok=True)
-        with open_run(self.variant.recipe, force=self.wish.force, prepares_only=True):
+        with start_run(self.variant.recipe, force=self.wish.force, prepares_only=True) as started:
+            started.take_place()
             for other in reversed([self.output / entry.folder for entry in earlier]):
                 share(other / "dataset", self.run.dataset)
                 share(other / _BASE_JOURNAL, self.run.root / _BASE_JOURNAL)
@@ -170,10 +174,10 @@ class _Run:
         return json.dumps(asdict(self.variant.recipe.evaluation), indent=1)
 
     def _is_evaluated(self) -> bool:
-        results = self.run.root / "evaluation" / "results.json"
-        if not (results.is_file() and self.record.is_file()):
+        results = read_results(self.run.root)
+        if results is None or not self.record.is_file():
             return False
-        scored = {entry["checkpoint"] for entry in json.loads(results.read_text(encoding="utf-8"))["checkpoints"]}
+        scored = {entry["checkpoint"] for entry in results["checkpoints"]}
         same = self.record.read_text(encoding="utf-8") == self._evaluation_settings()
         return same and {path.name for path in self.run.list_checkpoints()} <= scored
 
@@ -199,11 +203,14 @@ def share(source: Path, target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
+    record_scratch(aside)
     if source.is_dir():
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(source, aside, copy_function=_link_or_copy)
+        record_folder(aside, target)
     else:
         shutil.copyfile(source, aside)
+        record(target)
     aside.replace(target)
 
 

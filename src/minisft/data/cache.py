@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-import shutil
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from minisft import __version__
 from minisft.data.sources import Source, source_files
 from minisft.errors import UserError
-from minisft.files import hash_files
+from minisft.files import hash_files, hold_lock, remove_left_overs
 from minisft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -99,22 +99,9 @@ def read_ledger(folder: Path) -> dict[str, Any] | None:
 def locked(folder: Path) -> Iterator[None]:
     """One preparation of a folder at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
+    with hold_lock(folder.parent / ".dataset.lock", patience=math.inf):
+        remove_left_overs(folder)  # who holds the lock is the only one at work
         yield
-        return
-    with (folder.parent / ".dataset.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _remove_leftovers(folder)
-        yield
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what preparations that were killed had staged: who holds the lock is the only one at work."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        if left.is_dir():  # the lock itself is a file
-            shutil.rmtree(left, ignore_errors=True)
 
 
 # --- hashes -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from minisft.data.templates import (
     turn_jinja,
 )
 from minisft.errors import UserError
+from minisft.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -219,9 +220,9 @@ def template_file(template: str) -> Path | None:
     if template in ("auto", *NATIVE_TEMPLATES) or _is_jinja(template):
         return None
     try:
-        path = Path(template).expanduser()
+        path = user_path(template, "data.template")
         return path if path.is_file() else None
-    except (OSError, RuntimeError):  # a name too long, or the home of nobody
+    except OSError:  # a name too long
         return None
 
 

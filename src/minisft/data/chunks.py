@@ -10,7 +10,16 @@ import numpy as np
 
 from minisft.data.conversation import Conversation, Message, calls_to_text
 from minisft.data.encoding import AnswerSpan, Encoded, EncodedBatch, Encoder
-from minisft.data.formats import REPAIRS, RowError, check_order, repair, repair_characters, to_conversation, too_large
+from minisft.data.formats import (
+    REPAIRS,
+    RowError,
+    check_order,
+    ignored_columns,
+    repair,
+    repair_characters,
+    to_conversation,
+    too_large,
+)
 from minisft.data.ledger import Problem, Tally
 from minisft.data.overflow import fit
 from minisft.data.readers import LARGEST_ROW, Chunk
@@ -123,6 +132,7 @@ def _render_rows(chunk: Chunk, encoder: Encoder, task: Task, tally: Tally) -> tu
         else:
             conversations.append(conversation)
             rendered.append(rendering)
+            tally.note_ignored(ignored_columns(row, task.formats[chunk.source]))
     return conversations, rendered
 
 

@@ -119,6 +119,7 @@ def _joined(first: Message, second: Message) -> Message:
     return replace(
         first,
         content=JOIN.join(text for text in (first.content, second.content) if text),
+        reasoning=JOIN.join(text for text in (first.reasoning, second.reasoning) if text),
         tool_calls=first.tool_calls + second.tool_calls,
         supervised=first.supervised and second.supervised,
     )

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from minisft.data.conversation import Conversation, Message, ToolCall, join_runs
-from minisft.data.readers import DUPLICATE, RowTooLargeError
+from minisft.data.readers import DUPLICATE, CellsError, RowTooLargeError
 
 FORMATS = ("sharegpt", "messages", "alpaca", "prompt_completion")
 _ROLE_NAMES = {
@@ -20,6 +21,17 @@ _ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 _TRAIN_FLAGS = ("weight", "train", "loss", "trainable")
 REPAIRS = ("characters_replaced", "leading_answers_trimmed", "unanswered_end_trimmed", "same_role_joined")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_MEDIA_KEYS = frozenset(("image", "images", "audio", "audios", "video", "videos"))
+# What is read of a row and of a turn; of several keys in one tuple, the first that is there.
+_ROW_KEYS = {
+    "sharegpt": (("conversations", "conversation"),),
+    "messages": (("messages",),),
+    "alpaca": (("instruction",), ("input",), ("output", "response"), ("history",)),
+    "prompt_completion": (("prompt",), ("completion", "response")),
+    "turn": (("from", "role"), ("value", "content"), ("name",), ("tool_calls",), ("tool_call_id",),
+             *((key,) for key in (*_TRAIN_FLAGS, *_REASONING_KEYS))),
+}  # fmt: skip
+_COMMON_KEYS = ("id", "system", "tools", *_MEDIA_KEYS)  # of every row; media are refused where there are some
 
 
 class RowError(Exception):
@@ -62,10 +74,12 @@ def to_conversation(row: Any, location: str, format: str) -> Conversation:
     if not isinstance(row, Mapping):
         raise RowError("not_an_object", f"the row is {_kind(row)}, no object", "write an object with the conversation")
     _refuse_duplicates(row)
+    if not _MEDIA_KEYS.isdisjoint(row):
+        _refuse_media(row, "the row")
     messages = _READERS[format](row)
-    system = row.get("system")
-    if isinstance(system, str) and system and format != "messages":
-        messages = [Message("system", _clean(system, "the system column")), *messages]
+    if row.get("system") is not None and (system := _text(row["system"], "the system column")):
+        repeats = bool(messages) and messages[0].role == "system" and messages[0].content == system
+        messages = messages if repeats else [Message("system", system), *messages]
     if not messages:
         raise RowError("empty_conversation", "the conversation has no turns", "give it a question and an answer")
     identity = row.get("id")
@@ -83,9 +97,36 @@ def not_json(error: ValueError) -> RowError:
     """What is wrong with a row that is no JSON, or is too large to be read."""
     if isinstance(error, RowTooLargeError):
         return too_large()
+    if isinstance(error, CellsError):
+        what = f"the row has {error.cells} cells, and the header names {error.columns} columns"
+        return RowError("too_many_cells", what, 'put a text with a comma or a line break in it into "double quotes"')
     if isinstance(error, UnicodeDecodeError):
         return RowError("wrong_encoding", f"not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8")
     return RowError("not_json", f"not JSON: {error}", "mend the line; a JSON checker shows the place")
+
+
+def ignored_columns(row: Any, format: str) -> set[str]:
+    """The names of what a row holds and nobody reads: its columns, and the keys of its turns as "turns.NAME"."""
+    if not isinstance(row, Mapping):
+        return set()
+    found = {name for name in _unread(format, tuple(row)) if _holds(row[name])}
+    for names in _ROW_KEYS[format] if format != "alpaca" else ():
+        turns = next((row[name] for name in names if name in row), None)
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, Mapping) and len(turn) > 2:
+                found.update(f"turns.{name}" for name in _unread("turn", tuple(turn)) if _holds(turn[name]))
+    return found
+
+
+@lru_cache(1024)
+def _unread(kind: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    read = {next((name for name in names if name in keys), "") for names in _ROW_KEYS[kind]}
+    read |= {DUPLICATE, *_MEDIA_KEYS} if kind == "turn" else {DUPLICATE, *_COMMON_KEYS}
+    return tuple(key for key in keys if key not in read)
+
+
+def _holds(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
 # --- the formats ------------------------------------------------------------------------------------------
@@ -166,6 +207,8 @@ def _message(turn: Any, number: int) -> Message:
 
 
 def _full_message(turn: Mapping[str, Any], role: str, content: Any, where: str) -> Message:
+    if not _MEDIA_KEYS.isdisjoint(turn):
+        _refuse_media(turn, where)
     calls = tuple(_call(call, where) for call in _listed(turn.get("tool_calls"), f"{where}'s tool_calls"))
     if content is None and calls:
         content = ""
@@ -173,17 +216,20 @@ def _full_message(turn: Mapping[str, Any], role: str, content: Any, where: str) 
     if role == "call":
         parsed = _call_of_text(text)
         role, text, calls = "assistant", "" if parsed else text, parsed or calls
-    reasoning = next((turn[key] for key in _REASONING_KEYS if isinstance(turn.get(key), str)), "")
-    name, call_id = turn.get("name"), turn.get("tool_call_id")
     return Message(
         role,
         text,
         supervised=all(_is_set(turn[flag]) for flag in _TRAIN_FLAGS if turn.get(flag) is not None),
         tool_calls=calls,
-        name=_clean(name, where) if isinstance(name, str) else "",
-        reasoning=_clean(reasoning, where),
-        call_id=_clean(call_id, where) if isinstance(call_id, str) else "",
+        name=_word(turn.get("name"), f"{where}'s name"),
+        reasoning=_reasoning(turn, where),
+        call_id=_word(turn.get("tool_call_id"), f"{where}'s tool_call_id"),
     )
+
+
+def _reasoning(turn: Mapping[str, Any], where: str) -> str:
+    given = next((key for key in _REASONING_KEYS if _holds(turn.get(key))), None)
+    return "" if given is None else _text(turn[given], f"{where}'s {given}")
 
 
 def _call(call: Any, where: str) -> ToolCall:
@@ -195,8 +241,7 @@ def _call(call: Any, where: str) -> ToolCall:
     arguments = function.get("arguments", {})
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    identity = call.get("id")
-    identity = _clean(identity, where) if isinstance(identity, str) else ""
+    identity = _word(call.get("id"), f"{where}'s call's id")
     return ToolCall(_clean(function["name"], where), _clean(arguments, where), identity)
 
 
@@ -254,8 +299,31 @@ def _text(value: Any, where: str) -> str:
         raise RowError("null_content", f"{where} has the content null", "give it a text or remove the row")
     if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
         return "".join(_text(part.get("text"), where) for part in value)
+    if isinstance(value, list) and all(
+        isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in value
+    ):
+        kind = next(part["type"] for part in value if part["type"] != "text")
+        raise _media_error(f"{where} has a content part of type {kind[:40]!r}")
     what = f"{where} has a content that is {_kind(value)}, no text"
     raise RowError("content_not_text", what, "give it a string (or a list of text parts)")
+
+
+def _word(value: Any, where: str) -> str:
+    """A name or an identifier as text, "" for none; some data sets write numbers."""
+    if value is None:
+        return ""
+    return _text(str(value) if type(value) is int else value, where)
+
+
+def _refuse_media(entry: Mapping[str, Any], where: str) -> None:
+    for key in _MEDIA_KEYS & entry.keys():
+        if _holds(entry[key]):
+            raise _media_error(f"{where} has {key!r}")
+
+
+def _media_error(what: str) -> RowError:
+    fix = "remove the row (invalid: skip does), or the column where the texts can be understood without it"
+    return RowError("media_unsupported", f"{what}, and only text is trained on", fix)
 
 
 def _clean(text: str, where: str) -> str:
@@ -279,13 +347,15 @@ def _is_utf8(text: str) -> bool:
 
 def _tools(value: Any) -> str:
     """The functions on offer as a JSON list, or "" for none."""
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError):
             raise RowError("bad_tools", "'tools' is a text that is no JSON", "write a JSON list of tools") from None
-    if not value or not isinstance(value, list | dict):
+    if not _holds(value):
         return ""
+    if not isinstance(value, list | dict):
+        raise RowError("bad_tools", f"'tools' is {_kind(value)}, no list", "write a JSON list of tools")
     return _clean(json.dumps(value if isinstance(value, list) else [value], ensure_ascii=False), "tools")
 
 
@@ -333,7 +403,8 @@ def check_order(messages: Sequence[Message]) -> None:
             "unanswered_end", f"it ends with the {previous}'s turn", "add the answer or remove that turn (repair does)"
         )
     if not any(message.is_answer and message.supervised for message in messages):
-        raise RowError("nothing_supervised", "no answer of it is to be learned", "set train, weight or loss of one")
+        what = "no answer of it is to be learned: weight, train, loss or trainable is 0 or false on each"
+        raise RowError("nothing_supervised", what, "set it to 1 on one answer, or remove the key")
 
 
 def _order_error(previous: str, role: str, number: int) -> RowError:

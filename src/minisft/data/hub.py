@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from minisft.data.readers import Chunk, row_chunks
+from minisft.data.readers import Chunk, row_chunks, with_lists
 from minisft.errors import UserError
 
 _TIMEOUT = 5.0  # seconds
@@ -35,7 +35,7 @@ def read_hub(path: str, split: str, subset: str | None, revision: str | None, in
 
     try:
         rows = datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True)
-        numbered = ((f"{split}:{i}", row) for i, row in enumerate(rows))
+        numbered = ((f"{split}:{i}", with_lists(row)) for i, row in enumerate(rows))
         yield from row_chunks(numbered, path, index)
     except Exception as error:  # the hub client raises many kinds; for the user each means the same
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,7 @@ from minisft.errors import UserError
 from minisft.files import write_atomically
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import Recipe
+from minisft.runs import RunFolder
 from minisft.text import printable
 
 if TYPE_CHECKING:
@@ -94,11 +95,13 @@ def inspect(
         html: write one self-contained page there instead of printing.
 
     Raises:
-        UserError: there is no such row or id.
+        UserError: there is no such row or id, or the page cannot be written.
     """
+    if html is not None:
+        _require_page(html)
     model = resolve_model(recipe.model, recipe.trust_remote_code, weights=False)
     tokenizer = load_tokenizer(model.folder, recipe.trust_remote_code)
-    prepare(recipe, tokenizer)
+    prepare(recipe, tokenizer, begun=RunFolder(Path(recipe.output)).has_begun())
     data = load_split(recipe.output, side)
     chosen = choose_rows(data, rows, ids, worst, only_findings, count)
     shown = [read_row(data, side, row, tokenizer) for row in chosen]
@@ -106,9 +109,36 @@ def inspect(
         for row in shown:
             console.print(as_text(row))
     else:
-        write_atomically(html, as_html(shown))
+        _write_page(html, as_html(shown))
         say(f"{len(shown)} rows are in {html}")
     return shown
+
+
+def _require_page(path: Path) -> None:
+    """Refuse to write a page over anything but an earlier page, before any work is done for it.
+
+    Raises:
+        UserError: there is a folder, or another file.
+    """
+    fix = "name a new file, such as rows.html"
+    if path.is_dir():
+        raise UserError(path, "this is a folder, and the page is a file", f"name a file, such as {path / 'rows.html'}")
+    if path.exists() and not _is_page(path):
+        raise UserError(path, "this file is no page that inspect wrote, so it is not replaced", fix)
+
+
+def _is_page(path: Path) -> bool:
+    start = PAGE.read_bytes().partition(b"<style>")[0]
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _write_page(path: Path, page: str) -> None:
+    try:
+        write_atomically(path, page)
+    except OSError as error:  # no permission, a read-only disk, a path below a file
+        what = f"the page cannot be written there ({error.strerror})"
+        raise UserError(path, what, "name a file in a folder that you may write to") from None
 
 
 def choose_rows(

@@ -168,10 +168,10 @@ class JinjaRenderer:
                 inside = [span for span in marked if span[0] < end and span[1] > start]
                 if not inside:
                     findings.append("answer_not_marked")
-                    cuts += [(start, 0, "unmarked", index), (end, 2, "close", index)]
+                    cuts += [(start, 0, "unmarked", index), (end, -1, "close", index)]
                     continue
                 start = max(start, inside[0][0])
-            cuts += [(start, 0, "open", index), (end, 2, "close", index)]
+            cuts += [(start, 0, "open", index), (end, -1, "close", index)]
         return _Skeleton(tuple(_steps(text, sorted(cuts, key=lambda cut: cut[:2]))), tuple(dict.fromkeys(findings)))
 
     def _marked_spans(self, dicts: list[dict[str, Any]], tools: Sequence[str]) -> list[tuple[int, int]]:

@@ -1,13 +1,17 @@
 """What became of every row and token."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 SHOWN = 20  # problems shown with their place; all are counted
+ENOUGH_TEST_ROWS = 20  # below it, evaluation claims no interval and no significance
+_MOST_COLUMNS = 100  # named; data may have other keys in every row
+_COLUMNS_SHOWN = 8
+OTHER_COLUMNS = "(other columns)"
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 
@@ -31,7 +35,7 @@ class Tally:
 
     Attributes:
         counts: under "rows", "skipped", "repaired", "roles", "findings", "overflow", "tokens", "turns",
-            a counter each.
+            "ignored_columns", a counter each.
         problems: the first SHOWN, in order.
         repairable: how many rows with problems `invalid: repair` would keep.
     """
@@ -49,9 +53,21 @@ class Tally:
         if len(self.problems) < SHOWN:
             self.problems.append(problem)
 
+    def note_ignored(self, columns: Iterable[str]) -> None:
+        """Count what a row holds in columns that nobody reads; past _MOST_COLUMNS names, under one name."""
+        counter = self.counts["ignored_columns"]
+        for column in columns:
+            name = column if len(column) <= 60 else f"{column[:57]}..."
+            counter[name if name in counter or len(counter) < _MOST_COLUMNS else OTHER_COLUMNS] += 1
+
     def merge(self, other: "Tally") -> None:
         for section, counter in other.counts.items():
             self.counts[section].update(counter)
+        ignored = self.counts["ignored_columns"]
+        if len(ignored) > 2 * _MOST_COLUMNS:
+            named = Counter(dict(ignored.most_common(_MOST_COLUMNS)))
+            named[OTHER_COLUMNS] += ignored.total() - named.total()
+            self.counts["ignored_columns"] = named
         self.problems.extend(other.problems[: SHOWN - len(self.problems)])
         self.repairable += other.repairable
 
@@ -94,6 +110,7 @@ def make_ledger(tally: Tally, lengths: Mapping[str, np.ndarray], facts: Mapping[
         "turns": tally.section("turns"),
         "overflow": tally.section("overflow"),
         "findings": tally.section("findings"),
+        "ignored_columns": tally.section("ignored_columns"),
         "lengths": _lengths(both),
         **facts,
     }
@@ -119,7 +136,7 @@ def _padding_share(lengths: np.ndarray, batch: int = 8) -> float:
 
 
 def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
-    """The ledger as a short table."""
+    """The ledger as a short table; `ledger_warnings` has what must not be overlooked."""
     rows, tokens = ledger["rows"], ledger["tokens"]
     share = tokens["supervised"] / tokens["kept"] if tokens["kept"] else 0.0
     lines = [
@@ -132,6 +149,12 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
         if ledger.get(title):
             listed = ", ".join(f"{name} {number:,}" for name, number in ledger[title].items())
             lines.append(f"{title:<10} {listed}")
+    if ignored := ledger.get("ignored_columns"):
+        named = [f"{name} {number:,}" for name, number in ignored.items()]
+        more = f" and {len(named) - _COLUMNS_SHOWN} more" if len(named) > _COLUMNS_SHOWN else ""
+        lines.append(
+            f"ignored    columns that are not read, and in how many rows: {', '.join(named[:_COLUMNS_SHOWN])}{more}"
+        )
     if ledger.get("lengths"):
         points = ledger["lengths"]["percentiles"]
         lines.append("lengths    " + ", ".join(f"{name}%: {points[name]:,}" for name in ("5", "50", "95", "100")))
@@ -140,5 +163,38 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
             f"doubles    {ledger['duplicates']:,} rows repeat another; of {overlap['test_ngrams']:,} "
             f"{overlap['ngram']}-token pieces of test answers {overlap['also_in_train']:,} are in train answers too"
         )
+        if shared := overlap["test_rows_with_a_train_prompt"]:
+            repeated = overlap.get("test_rows_in_train", 0)  # a data set that an older version prepared has no count
+            lines.append(
+                f"overlap    {shared:,} of {rows['test']:,} test rows begin with a train row's prompt, "
+                f"{repeated:,} are train rows"
+            )
         lines.append(f"padding    {ledger['lengths']['padding_share']:.0%} of a padded batch of 8 would be padding")
+    if rows["test"] < ENOUGH_TEST_ROWS:
+        lines.append(f"test       {_few_test_rows(rows['test'])}")
     return lines
+
+
+def _few_test_rows(number: int) -> str:
+    if number == 0:
+        return "no rows are held out: evaluate has nothing to score (see data.test_fraction and data.test)"
+    return (
+        f"{number} held-out {'row is' if number == 1 else 'rows are'} too few to tell checkpoints apart: "
+        f"hold out {ENOUGH_TEST_ROWS} or more (see data.test_fraction and data.test)"
+    )
+
+
+def ledger_warnings(ledger: Mapping[str, Any]) -> list[str]:
+    """What a user must know before training on the data: it is trained otherwise than it reads, or tested on itself."""
+    warnings = []
+    if repeated := ledger["overlap"].get("test_rows_in_train", 0):
+        warnings.append(
+            f"{repeated:,} of {ledger['rows']['test']:,} test rows are train rows too: scores on them say nothing "
+            "about new conversations; take them out of data.test or data.source"
+        )
+    if dropped := ledger["findings"].get("reasoning_dropped", 0):
+        warnings.append(
+            f"{dropped:,} rows hold reasoning that the template {ledger['template']} does not write, in part or at "
+            "all: what it does not write is not learned"
+        )
+    return warnings

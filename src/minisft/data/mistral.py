@@ -59,10 +59,10 @@ class MistralRenderer:
         return Rendered(builder.runs, builder.answers, findings)
 
     def _findings(self, messages: Sequence[Message], tools: Sequence[str]) -> list[str]:
+        findings = ["reasoning_dropped"] if any(message.reasoning for message in messages) else []
         if not self.template.tools:
             written = tools or any(message.tool_calls or message.role == "tool" for message in messages)
-            return ["tools_as_text"] if written else []
-        findings = []
+            return [*findings, "tools_as_text"] if written else findings
         if any(message.role == "tool" and not message.call_id for message in messages):
             findings.append("call_id_missing")  # mistral-common refuses it; the result is written without
         if any(message.tool_calls and message.content for message in messages):

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minisft.console import warn
 from minisft.data.cache import changes, locked, origin_of, read_ledger, tokenizer_files_hash, tokenizer_hash
 from minisft.data.choice import own_template, template_file
 from minisft.data.chunks import LEFT_OUT, schema
 from minisft.data.encoding import Encoder
-from minisft.data.ledger import SHOWN, Tally, make_ledger
+from minisft.data.ledger import SHOWN, Tally, ledger_warnings, make_ledger
 from minisft.data.overlap import overlap_report
 from minisft.data.sides import TRAIN_COLUMNS, Side, write_side
-from minisft.data.sources import Source, at_revision, parse_sources
+from minisft.data.sources import Source, at_revision, parse_sources, refuse_shared
 from minisft.data.split import choose_test
 from minisft.data.staging import Progress, stage
 from minisft.errors import UserError
 from minisft.files import whole_folder
+from minisft.manifest import mark_new
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import DataRecipe, Recipe
 from minisft.text import json_text
@@ -70,35 +72,73 @@ def prepare(
             begun are others now.
     """
     folder = Path(recipe.output) / "dataset"
+    mark_new(folder.parent, "run")
     if tokenizer is None and model_folder is None:
         model_folder = resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder
+    # 1. Look for it without the lock, which is a file: a run that is prepared may be read-only.
+    if read_ledger(folder) is not None:
+        found = _look(folder, recipe, tokenizer, model_folder, begun)
+        if found.prepared is not None:
+            return found.prepared
+        tokenizer = found.tokenizer
     with locked(folder):
-        # 1. What the data set would be made from, and whether the one that is there was made from that.
-        before = read_ledger(folder)
-        sources = _sources(recipe.data, before, begun)
-        origin = origin_of(recipe, sources, template_file(recipe.data.template))
-        files = {} if model_folder is None else {"tokenizer_files": tokenizer_files_hash(model_folder)}
-        if before is not None and files and not changes(before, origin | files, begun):
-            return _prepared(folder, before, cached=True)
-        # 2. The same with the tokenizer itself, where its files do not tell.
-        if tokenizer is None:
-            assert model_folder is not None
-            tokenizer = load_tokenizer(model_folder, recipe.trust_remote_code)
-        own = own_template(tokenizer) if recipe.data.template == "auto" else None
-        origin["tokenizer"] = tokenizer_hash(tokenizer, own)
-        if before is not None:
-            changed = changes(before, origin, begun)
-            if not changed:
-                return _prepared(folder, before, cached=True)
-            if begun:
-                raise _other_data(recipe, changed)
+        # 2. Look again: another process may have made it meanwhile.
+        found = _look(folder, recipe, tokenizer, model_folder, begun)
+        if found.prepared is not None:
+            return found.prepared
         # 3. Make it.
-        encoder = Encoder(tokenizer, recipe.data.template)
+        assert found.tokenizer is not None
+        encoder = Encoder(found.tokenizer, recipe.data.template)
         with whole_folder(folder) as aside:
-            ledger = _prepare_into(aside, recipe, sources, encoder, progress)
-            ledger["made_from"] = origin | files
+            ledger = _prepare_into(aside, recipe, found.sources, encoder, progress)
+            ledger["made_from"] = found.origin
             (aside / "ledger.json").write_text(json_text(ledger, indent=1), encoding="utf-8")
     return _prepared(folder, ledger, cached=False)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a look at a data set came to.
+
+    Args:
+        prepared: the data set, where it is the recipe's.
+        sources: those that it would be made from.
+        origin: a hash for each thing that it would be made from.
+        tokenizer: where it had to be loaded.
+    """
+
+    prepared: Prepared | None
+    sources: Mapping[str, Sequence[Source]]
+    origin: dict[str, Any]
+    tokenizer: "PreTrainedTokenizerFast | None"
+
+
+def _look(
+    folder: Path,
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerFast | None",
+    model_folder: Path | None,
+    begun: bool,
+) -> _Found:
+    """Compare what the data set would be made from with what the one that is there was made from; writes nothing."""
+    before = read_ledger(folder)
+    sources = _sources(recipe.data, before, begun)
+    origin = origin_of(recipe, sources, template_file(recipe.data.template))
+    files = {} if model_folder is None else {"tokenizer_files": tokenizer_files_hash(model_folder)}
+    if before is not None and files and not changes(before, origin | files, begun):
+        return _Found(_prepared(folder, before, cached=True), sources, origin | files, tokenizer)
+    # The same with the tokenizer itself, where its files do not tell.
+    if tokenizer is None:
+        assert model_folder is not None
+        tokenizer = load_tokenizer(model_folder, recipe.trust_remote_code)
+    own = own_template(tokenizer) if recipe.data.template == "auto" else None
+    origin["tokenizer"] = tokenizer_hash(tokenizer, own)
+    changed = [] if before is None else changes(before, origin, begun)
+    if before is not None and not changed:
+        return _Found(_prepared(folder, before, cached=True), sources, origin | files, tokenizer)
+    if changed and begun:
+        raise _other_data(recipe, changed)
+    return _Found(None, sources, origin | files, tokenizer)
 
 
 def load_train(output: Path | str) -> Any:
@@ -112,16 +152,34 @@ def load_test(output: Path | str) -> list[dict[str, Any]]:
 
 
 def load_split(output: Path | str, side: str) -> Any:
-    """One side of a run's prepared data, "train" or "test", as a `datasets.Dataset`."""
+    """One side of a run's prepared data, "train" or "test", as a `datasets.Dataset`.
+
+    Raises:
+        UserError: it is not prepared, or its files are damaged.
+    """
     import datasets
 
     folder = Path(output) / "dataset" / side
     if not folder.is_dir():
         raise UserError(folder, "there is no prepared data", "run `minisft prepare` on the recipe first")
-    return datasets.load_from_disk(str(folder))
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # a damaged file shows as anything, from KeyError to Arrow's own errors
+        raise _damaged(folder, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}") from None
+    ledger = read_ledger(folder.parent)
+    if ledger is not None and len(data) != ledger["rows"][side]:  # an Arrow stream may end after any batch
+        raise _damaged(folder, f"it holds {len(data):,} rows, and ledger.json says {ledger['rows'][side]:,}")
+    return data
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    fix = f"delete {folder.parent} and run `minisft inspect {folder.parent.parent}`, which prepares the data again"
+    return UserError(folder, f"the prepared data are damaged ({reason})", fix)
 
 
 def _prepared(folder: Path, ledger: dict[str, Any], cached: bool) -> Prepared:
+    for line in ledger_warnings(ledger):
+        warn(f"warning: {line}")
     return Prepared(folder, ledger["rows"]["train"], ledger["rows"]["test"], ledger, cached)
 
 
@@ -132,9 +190,11 @@ def _sources(data: DataRecipe, before: Mapping[str, Any] | None, begun: bool) ->
     """
     known = before["made_from"]["sources"] if before is not None else {}
     named = {"data.source": data.source} | ({} if data.test is None else {"data.test": data.test})
+    parsed = {key: parse_sources(value, key) for key, value in named.items()}
+    if not begun:
+        refuse_shared(parsed)
     return {
-        key: [at_revision(one, known.get(one.path), keep=begun) for one in parse_sources(value, key)]
-        for key, value in named.items()
+        key: [at_revision(one, known.get(one.path), keep=begun) for one in listed] for key, listed in parsed.items()
     }
 
 
@@ -142,7 +202,7 @@ def _other_data(recipe: Recipe, changed: Sequence[str]) -> UserError:
     return UserError(
         recipe.output,
         f"the data are not those that this run began with: changed since then: {', '.join(changed)}",
-        "restore what changed, choose another `output`, or pass --force to delete that run",
+        "restore what changed, choose another `output`, or pass --force to replace that run",
     )
 
 
@@ -173,11 +233,16 @@ def _prepare_into(
     for side in {train.staged.path, test.staged.path}:
         side.unlink()
     shared = np.isin(test.staged.keys[test.mask], train.staged.keys[train.mask])
+    repeated = np.isin(test.staged.identities[test.mask], train.staged.identities[train.mask])
     facts = {
         "template": encoder.template_name,
         "formats": staged.formats | (staged_test.formats if own_test else {}),
         "duplicates": len(staged.identities) - len(np.unique(staged.identities)),
-        "overlap": {"test_rows_with_a_train_prompt": int(shared.sum()), **overlap.result()},
+        "overlap": {
+            "test_rows_with_a_train_prompt": int(shared.sum()),
+            "test_rows_in_train": int(repeated.sum()),
+            **overlap.result(),
+        },
     }
     return make_ledger(tally, {"train": train.lengths, "test": test.lengths}, facts)
 
@@ -219,5 +284,15 @@ def _require_rows(tally: Tally, train: int, data: DataRecipe) -> None:
         raise UserError(
             _source_name(data),
             f"no conversation is left to train on, of {tally.count('rows', 'read'):,} rows read ({reasons})",
-            "give more rows, lower data.test_fraction, or see data.invalid and data.overflow",
+            _fix_for_no_rows(tally),
         )
+
+
+def _fix_for_no_rows(tally: Tally) -> str:
+    """How to get rows, by the reason for which most were lost."""
+    main = next(iter(tally.section("skipped")), "")
+    if main == LEFT_OUT:
+        return "raise the source's weight: it says how often each row counts, and below 1 leaves rows out"
+    if main == "nothing_supervised":
+        return "every answer is left out: set weight, train, loss or trainable of some to 1, or remove the key"
+    return "give more rows, lower data.test_fraction, or see data.invalid and data.overflow"

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,28 @@ DUPLICATE = "\0duplicate key"  # under this key a parsed object names a key that
 LARGEST_ROW = 1 << 23  # bytes: the longest conversations of published data sets have about a megabyte
 _READ = 1 << 20
 _LARGEST_ELEMENT = 1 << 28  # characters of one element of a JSON array
+# What the first bytes of a file say that its name should say too, and how to name it or what to do.
+_CONTENTS = (
+    (re.compile(rb"\x1f\x8b"), "gzip", "rename it to {name}.gz"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "zstd", "rename it to {name}.zst"),
+    (re.compile(rb"BZh[1-9]1AY&SY"), "bzip2", "unpack it, or pack it as gzip and name it {name}.gz"),
+    (re.compile(rb"\xfd7zXZ\x00"), "xz", "unpack it, or pack it as gzip and name it {name}.gz"),
+    (re.compile(rb"PK\x03\x04"), "zip", "unpack it"),
+    (re.compile(rb"PAR1[^ -~]"), "Parquet", "rename it to {stem}.parquet"),
+    (re.compile(rb"ARROW1\x00"), "Arrow", "rename it to {stem}.arrow"),
+)
+_CONTENT_OF = {".gz": "gzip", ".zst": "zstd", ".parquet": "Parquet", ".arrow": "Arrow"}
+# Columns of a table whose text may spell a list: CSV has no lists, and Parquet files often keep them as JSON text.
+_LIST_COLUMNS = ("conversations", "conversation", "messages", "history")
+_TURNS_OR_TEXT = ("prompt", "completion")  # a list of turns, or a text that only looks like a list
+
+
+class CellsError(ValueError):
+    """A CSV row with more cells than its header has columns, in place of the row."""
+
+    def __init__(self, cells: int, columns: int) -> None:
+        self.cells, self.columns = cells, columns
+        super().__init__(cells, columns)
 
 
 class RowTooLargeError(ValueError):
@@ -100,6 +123,7 @@ def _encoding_error(path: Path, error: UnicodeDecodeError) -> UserError:
 
 def _read_file(name: str, path: Path, index: int) -> Iterator[Chunk]:
     kind = file_type(path)
+    _refuse_other_content(path, kind)
     if kind in (".parquet", ".arrow"):
         yield from _read_table(name, path, index, kind)
         return
@@ -110,6 +134,21 @@ def _read_file(name: str, path: Path, index: int) -> Iterator[Chunk]:
             yield from row_chunks(_json_rows(name, path, file), name, index)
         else:
             yield from _line_chunks(file, path, name, index)
+
+
+def _refuse_other_content(path: Path, kind: str) -> None:
+    """Refuse a file whose first bytes say that it is packed or a table, where its name says otherwise."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    suffix = path.suffix.lower()
+    content, fix = next(((name, fix) for magic, name, fix in _CONTENTS if magic.match(start)), ("", ""))
+    if not content or content == _CONTENT_OF.get(suffix):
+        return
+    if kind in (".parquet", ".arrow") and content not in ("Parquet", "Arrow"):
+        fix = "unpack it: files of this kind are read unpacked"
+    bare = path.name[: -len(suffix)] if suffix in COMPRESSIONS else path.name
+    fix = fix.format(name=bare, stem=bare.rpartition(".")[0])
+    raise UserError(path, f"its content is {content}, and its name says {path.suffix}", fix)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -312,8 +351,12 @@ def _csv_rows(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     reader = csv.DictReader(_bounded_lines(name, text), restkey=DUPLICATE)
     try:
+        columns = list(reader.fieldnames or ())
+        if twice := next((column for column in columns if columns.count(column) > 1), None):
+            raise UserError(f"{name}:1", f"the header names the column {twice!r} twice", "give each column one name")
         for row in reader:
-            yield f"{name}:{reader.line_num}", {key: _cell(value) for key, value in row.items()}
+            place, extra = f"{name}:{reader.line_num}", row.pop(DUPLICATE, None)
+            yield place, with_lists(row) if extra is None else CellsError(len(columns) + len(extra), len(columns))
     except csv.Error as error:
         raise UserError(f"{name}:{reader.line_num}", f"not CSV: {error}", "mend the file there") from None
 
@@ -327,14 +370,24 @@ def _bounded_lines(name: str, text: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _cell(value: Any) -> Any:
-    """A CSV cell; one that spells a JSON list (messages, history) is that list."""
-    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
-        try:
-            return _DECODER.decode(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+def with_lists(row: Any) -> Any:
+    """A row of a table in which a conversation or history that is written as JSON text is the list that it spells."""
+    if isinstance(row, dict):
+        for column in (*_LIST_COLUMNS, *_TURNS_OR_TEXT):
+            value = row.get(column)
+            if isinstance(value, str) and value.lstrip()[:1] == "[":
+                row[column] = _list_of(value, only_turns=column in _TURNS_OR_TEXT)
+    return row
+
+
+def _list_of(text: str, only_turns: bool) -> Any:
+    """The JSON list that a text spells, where it spells one (of objects); otherwise the text."""
+    try:
+        value = _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return text
+    is_turns = isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+    return value if is_turns or (isinstance(value, list) and not only_turns) else text
 
 
 def _read_table(name: str, path: Path, index: int, kind: str) -> Iterator[Chunk]:
@@ -343,7 +396,7 @@ def _read_table(name: str, path: Path, index: int, kind: str) -> Iterator[Chunk]
     start = 0
     try:
         for batch in _table_batches(path, kind):
-            rows = batch.to_pylist()
+            rows = [with_lists(row) for row in batch.to_pylist()]
             yield Chunk(index, name, rows=tuple((f"{name}:{start + i}", row) for i, row in enumerate(rows)))
             start += len(rows)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:

@@ -213,6 +213,8 @@ class TurnRenderer:
             tools = ()
         for index, message in enumerate(messages):
             text = message.text
+            if message.reasoning:
+                findings.append("reasoning_dropped")
             if template.trim and text != text.strip():
                 findings.append("trimmed")
                 text = text.strip()

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,13 @@ from typing import Any
 from minisft.data.hub import newest_revision, read_hub
 from minisft.data.readers import COMPRESSIONS, FILE_TYPES, Chunk, file_type, read_files
 from minisft.errors import UserError
+from minisft.files import files_of_pattern, is_pattern, user_path
 from minisft.recipe import DataRecipe
+from minisft.yaml_tree import shown
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+$")
-_SOURCE_KEYS = ("path", "split", "subset", "revision", "weight", "limit")
+_HUB_KEYS = ("split", "subset", "revision")
+_SOURCE_KEYS = ("path", *_HUB_KEYS, "weight", "limit")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Source:
     """One source as the recipe names it.
 
     Args:
-        path: a file, a folder or a hub id.
+        path: a file, a folder, a pattern of files such as data/*.jsonl, or a hub id.
         split: of a hub data set.
         subset: of a hub data set.
         revision: of a hub data set: a branch, a tag or a commit; None is the newest.
@@ -53,20 +56,40 @@ def _parse_source(entry: Any, key: str) -> Source:
     if isinstance(entry, str):
         return Source(entry)
     if not isinstance(entry, dict):
-        raise UserError(key, f"{entry!r} is no source", "give a path, a hub id, or a mapping with `path`")
+        raise UserError(key, f"{shown(entry)} is no source", "give a path, a hub id, or a mapping with `path`")
     unknown = [name for name in entry if name not in _SOURCE_KEYS]
     if unknown or "path" not in entry:
-        what = f"unknown key {unknown[0]!r}" if unknown else "a source without `path`"
+        what = f"unknown key {shown(unknown[0])}" if unknown else "a source without `path`"
         raise UserError(key, what, f"use the keys {', '.join(_SOURCE_KEYS)}")
+    for name in {"path", *_HUB_KEYS} & set(entry):
+        may_be_null = name in ("subset", "revision")
+        if not isinstance(entry[name], str) and not (may_be_null and entry[name] is None):
+            raise UserError(f"{key}.{name}", f"{shown(entry[name])} is no text", "give a text, or leave it out")
     parsed = Source(**entry)
-    for name in ("path", "split", "subset", "revision"):
-        if not isinstance(entry.get(name, ""), str):
-            raise UserError(f"{key}.{name}", f"{entry[name]!r} is no text", "give a text, or leave it out")
-    if not isinstance(parsed.weight, int | float) or not 0 < parsed.weight <= 1000:
-        raise UserError(f"{key}.weight", f"{parsed.weight!r} is no weight", "give a number above 0")
-    if parsed.limit is not None and (not isinstance(parsed.limit, int) or parsed.limit < 1):
-        raise UserError(f"{key}.limit", f"{parsed.limit!r} is no number of rows", "give a whole number above 0")
+    if not _is_number(parsed.weight) or not 0 < parsed.weight <= 1000:
+        what = f"must be a number above 0 and at most 1000, and is {shown(parsed.weight)}"
+        raise UserError(f"{key}.weight", what, "give how often each row counts, such as 0.5 or 2")
+    if parsed.limit is not None and not _is_whole(parsed.limit):
+        what = f"must be a whole number above 0, and is {shown(parsed.limit)}"
+        raise UserError(f"{key}.limit", what, "give how many rows to read, or leave it out")
+    _refuse_hub_keys(parsed, entry, key)
     return parsed
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _refuse_hub_keys(source: Source, entry: Mapping[str, Any], key: str) -> None:
+    """Refuse what only a hub data set has, such as `split`, on files: nobody reads it there."""
+    given = [name for name in _HUB_KEYS if entry.get(name) is not None]
+    if given and source_files(source):
+        what = f"{source.path} is local, and only data sets of the hub have a {given[0]}"
+        raise UserError(f"{key}.{given[0]}", what, "leave it out; name the files of that split as `path`")
 
 
 def source_files(source: Source) -> list[tuple[str, Path]]:
@@ -76,14 +99,16 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
         UserError: there is no such file, or a folder holds no data.
     """
     try:
-        path = Path(source.path).expanduser()
+        path = user_path(source.path)
         if path.is_dir():
             return _folder_files(path)
         if path.is_file():
             file_type(path)
             return [(path.name, path)]
         exists = path.exists()
-    except (OSError, RuntimeError) as error:  # a loop of links, a name too long; the home of nobody
+        if not exists and not path.is_symlink() and is_pattern(path):
+            return _pattern_files(path)
+    except OSError as error:  # a loop of links, a name too long
         reason = getattr(error, "strerror", None) or error
         raise UserError(source.path, f"cannot be opened ({reason})", "give a file or a folder") from None
     if exists or path.is_symlink():
@@ -98,11 +123,41 @@ def require_sources(data: DataRecipe) -> None:
     """Find out whether the files that a recipe names are there, before anything is deleted or written.
 
     Raises:
-        UserError: one is not, or an entry makes no sense.
+        UserError: one is not, an entry makes no sense, or a file is to be trained on and to be held out.
     """
-    for key, given in (("data.source", data.source), ("data.test", data.test)):
-        for source in parse_sources(given, key) if given is not None else ():
-            source_files(source)
+    given = {"data.source": data.source} | ({} if data.test is None else {"data.test": data.test})
+    sources = {key: parse_sources(value, key) for key, value in given.items()}
+    for source in (*sources["data.source"], *sources.get("data.test", ())):
+        source_files(source)
+    refuse_shared(sources)
+
+
+def refuse_shared(sources: Mapping[str, Sequence[Source]]) -> None:
+    """Refuse a file or a hub data set that is in `data.source` and in `data.test`, by whatever name.
+
+    Args:
+        sources: the sources of "data.source", and of "data.test" where it is given.
+
+    Raises:
+        UserError: naming it.
+    """
+    train = {identity: name for one in sources["data.source"] for identity, name in _identities(one)}
+    for one in sources.get("data.test", ()):
+        for identity, name in _identities(one):
+            if identity in train:
+                other = "" if train[identity] == name else f", there called {train[identity]}"
+                what = f"{name} is a training source too (data.source{other})"
+                raise UserError("data.test", what, "name files that are not trained on, or use data.test_fraction")
+
+
+def _identities(source: Source) -> Iterator[tuple[Any, str]]:
+    """What tells a source's files apart from others, whatever links lead to them, with their names."""
+    files = source_files(source)
+    for _, path in files:
+        found = path.stat()
+        yield (found.st_dev, found.st_ino), str(path)
+    if not files:
+        yield (source.path, source.split, source.subset, source.revision), source.path
 
 
 def _folder_files(folder: Path) -> list[tuple[str, Path]]:
@@ -112,8 +167,19 @@ def _folder_files(folder: Path) -> list[tuple[str, Path]]:
     return [(path.relative_to(folder).as_posix(), path) for path in files]
 
 
+def _pattern_files(pattern: Path) -> list[tuple[str, Path]]:
+    files = files_of_pattern(pattern)
+    if not files:
+        raise UserError(
+            pattern, "no file matches this pattern", "give a pattern of existing files, such as data/*.jsonl"
+        )
+    for _, path in files:
+        file_type(path)
+    return files
+
+
 def _is_data(path: Path) -> bool:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
+    suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in COMPRESSIONS]
     try:
         return path.is_file() and bool(suffixes) and suffixes[-1] in FILE_TYPES and not path.name.startswith(".")
     except OSError:

@@ -11,7 +11,7 @@ from minisft.data.chunks import Task, schema
 from minisft.data.encoding import Encoder
 from minisft.data.formats import FORMATS, detect_format, not_json
 from minisft.data.ledger import Tally
-from minisft.data.readers import Chunk
+from minisft.data.readers import CellsError, Chunk
 from minisft.data.sources import Source, read_source
 from minisft.data.workers import process_chunks
 from minisft.errors import UserError
@@ -84,11 +84,12 @@ def _with_formats(
             opened.append(stream)
             continue
         read: list[Chunk] = []
-        name = None
+        name, looked_at = None, 0
         for chunk in stream:
             read.append(chunk)
             name = next((found for _, row in chunk.parsed() if (found := detect_format(row))), None)
-            if name is not None or len(read) == _DETECTED_IN:
+            looked_at += len(chunk) > 0  # a small weight may leave out all rows of a chunk
+            if name is not None or looked_at == _DETECTED_IN:
                 break
         formats.append(name or _unknown_format(source, read))
         opened.append(chain(read, stream))
@@ -97,10 +98,14 @@ def _with_formats(
 
 def _unknown_format(source: Source, read: Sequence[Chunk]) -> str:
     """Refuse a source none of whose first rows has a known format."""
+    if left_out := sum(chunk.left_out for chunk in read if not any(map(len, read))):
+        what = f"the weight {source.weight:g} leaves out every row, of {left_out:,}"
+        raise UserError(source.path, what, "raise the source's weight, or give more rows")
     location, row = next(((loc, row) for chunk in read for loc, row in chunk.parsed()), (source.path, None))
     if isinstance(row, ValueError):
         error = not_json(row)
-        raise UserError(location, error.what, "give UTF-8 text with one JSON object a line, or a JSON list")
+        fix = "give UTF-8 text with one JSON object a line, or a JSON list"
+        raise UserError(location, error.what, error.mend if isinstance(row, CellsError) else fix)
     keys = f"its first row has the keys {', '.join(map(str, list(row)[:8]))}" if isinstance(row, dict) else (
         "its first row is no object"
     )  # fmt: skip

@@ -12,7 +12,7 @@ from minisft.errors import UserError
 from minisft.evaluation.generation import Finish, Generated, context_length, generate
 from minisft.evaluation.loss import Row, sum_of_losses
 from minisft.evaluation.sampling import Sampling
-from minisft.models import load_config, load_model
+from minisft.models import is_out_of_memory, load_config, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ class TransformersModel:
         try:
             model = load_model(weights, dtype=dtype, trust_remote_code=trust_remote_code, base=base)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             first = str(error).strip().split("\n")[0]
             raise UserError(weights, f"{type(error).__name__}: {first}", "train anew or delete it") from error
@@ -156,11 +156,6 @@ def _without_terminator(ids: list[int], stops: Sequence[int], full: Finish) -> G
     if ids and ids[-1] in stops:
         return Generated(ids[:-1], "stop")
     return Generated(ids, full)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the machine failed, and not the file; torch has no class of its own for that on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _collect() -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minisft.claims import qualify
 from minisft.console import console, say, warn
 from minisft.data.encoding import Encoder
 from minisft.errors import UserError
@@ -51,11 +52,11 @@ def evaluate(
         dtype: of the weights; None: fp32 on a CPU or where the recipe trains in it, else bf16 or fp16.
 
     Returns:
-        The content of results.json.
+        The content of results.json; checkpoints that could not be scored stand in `failed`.
 
     Raises:
-        UserError: no checkpoints, no held-out rows, a base model that is not the run's, `max_new_tokens` that leave
-            no room for a prompt, or another evaluation at work in the folder.
+        UserError: no checkpoints, neither held-out rows nor prompts of the user's own, a base model that is not the
+            run's, `max_new_tokens` that leave no room for a prompt, or another evaluation at work in the folder.
     """
     run = RunFolder(output)
     if follow:
@@ -103,11 +104,12 @@ def _set_questions(
     """What asks every model the same questions, and the constant answer's scores on them."""
     settings = recipe.evaluation
     encoder = Encoder(load_tokenizer(base, recipe.trust_remote_code), recipe.data.template)
+    prompts = load_prompts(settings.prompts, encoder)
     examiner = Examiner(
         settings,
         encoder,
-        load_held_out(output, encoder, settings.turns, settings.limit),
-        load_prompts(settings.prompts, encoder),
+        load_held_out(output, encoder, settings.turns, settings.limit, required=not prompts),
+        prompts,
         output / "evaluation",
         ModelSpec(
             base,
@@ -142,7 +144,7 @@ def _score_models(
 ) -> tuple[dict[str, System], dict[str, Any]]:
     """Every model by name, and results.json, which is written after each; what cannot be scored stands in `failed`."""
     systems: dict[str, System] = {}
-    failed: list[dict[str, str]] = []
+    failed: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
     for name, weights in models:
         try:
@@ -151,9 +153,9 @@ def _score_models(
             if name == "base" or (isinstance(error, FileNotFoundError) and weights.exists()):
                 raise
             what = error.what if isinstance(error, UserError) else "it was removed meanwhile"
-            failed.append({"checkpoint": name, "error": what})
+            failed.append({"checkpoint": name, "error": what, **({} if weights.exists() else {"removed": True})})
             warn(f"{name} cannot be scored and is left out: {what}")
-        results = summarise(systems, constant, recipe.evaluation) | _facts(recipe, examiner, failed)
+        results = qualify(summarise(systems, constant, recipe.evaluation) | _facts(recipe, examiner, failed))
         write_atomically(examiner.folder / "results.json", json_text(results, indent=1) + "\n")
         if draw is not None:
             draw(run.root)
@@ -165,7 +167,8 @@ def summarise(systems: dict[str, System], constant: System, settings: Evaluation
     everyone = {**systems, "constant": constant}
     checkpoints = sorted((name for name in systems if name != "base"), key=lambda name: int(name.rpartition("-")[2]))
     judge = next(metric for metric in METRICS if metric in settings.metrics)
-    best = max(checkpoints, key=lambda name: systems[name].scores[judge].score, default=None)
+    scored = [name for name in checkpoints if judge in systems[name].scores]
+    best = max(scored, key=lambda name: systems[name].scores[judge].score, default=None)
     rivals = {"base": "base", "constant": "constant", **({"best": best} if best else {})}
     entries = {
         name: {
@@ -185,11 +188,12 @@ def summarise(systems: dict[str, System], constant: System, settings: Evaluation
     }
 
 
-def _facts(recipe: Recipe, examiner: Examiner, failed: list[dict[str, str]]) -> dict[str, Any]:
+def _facts(recipe: Recipe, examiner: Examiner, failed: list[dict[str, Any]]) -> dict[str, Any]:
     """What else results.json says: how the answers came about, and what has none."""
     settings, sampling = recipe.evaluation, examiner.spec.sampling
     return {
         "answers": len(examiner.held_out.questions),
+        "conversations": examiner.held_out.conversations,
         "prompts": len(examiner.prompts),
         "turns": settings.turns,
         "max_new_tokens": settings.max_new_tokens,
@@ -203,6 +207,26 @@ def _significance(name: str, metric: str, everyone: dict[str, System], rivals: d
     """The p-values of a system against each rival but itself."""
     mine = everyone[name].scores[metric]
     return {role: p_value(mine, everyone[rival].scores[metric]) for role, rival in rivals.items() if rival != name}
+
+
+def refuse_damaged(results: dict[str, Any], run: RunFolder) -> None:
+    """Say which checkpoints an evaluation could not score because they are damaged or unfinished.
+
+    Checkpoints that were removed, as `training.keep_checkpoints` does, are none of these.
+
+    Raises:
+        UserError: there are some; all others are scored, and results.json is written.
+    """
+    damaged = [failure for failure in results["failed"] if not failure.get("removed")]
+    if not damaged:
+        return
+    names = ", ".join(failure["checkpoint"] for failure in damaged)
+    them, noun = ("it", "checkpoint is") if len(damaged) == 1 else ("them", "checkpoints are")
+    raise UserError(
+        f"{run.checkpoints}: {names}",
+        f"{len(damaged)} {noun} damaged and not scored; all others are ({damaged[0]['error']})",
+        f"restore {them} from a copy or delete {them}, then evaluate again: only what is new is computed",
+    )
 
 
 def _require_checkpoints(run: RunFolder) -> None:

@@ -75,8 +75,7 @@ class Examiner:
     def repeat(self, text: str) -> System:
         """The system that always says `text`."""
         outputs = [text] * len(self.references)
-        entry = {"text": text, "exact_match": exact_match(outputs, self.references)}
-        return System(entry, outputs, self._score(outputs))
+        return System({"text": text, **self._exact_match(outputs)}, outputs, self._score(outputs))
 
     def examine(self, name: str, weights: Path) -> System:
         """Answers and loss of one model, computed where the journal lacks them, and written.
@@ -154,12 +153,16 @@ class Examiner:
             "seconds": round(journal.seconds(rows, asked), 3),
             "finish": dict(Counter(answer.finish for answer in answers)),
             "empty": sum(not output.strip() for output in outputs),
-            "mean_tokens": sum(len(answer.ids) for answer in answers) / len(answers),
-            "exact_match": exact_match(outputs, self.references),
+            "mean_tokens": sum(len(answer.ids) for answer in answers) / len(answers) if answers else None,
+            **self._exact_match(outputs),
         }
 
+    def _exact_match(self, outputs: list[str]) -> dict[str, float]:
+        return {"exact_match": exact_match(outputs, self.references)} if outputs else {}
+
     def _score(self, outputs: list[str]) -> dict[str, CorpusScore]:
-        wanted = [metric for metric in METRICS if metric in self.settings.metrics]
+        """Without held-out answers there is nothing to score."""
+        wanted = [metric for metric in METRICS if metric in self.settings.metrics and outputs]
         return {metric: CorpusScore(metric, outputs, self.references) for metric in wanted}
 
 
@@ -197,6 +200,8 @@ def _perplexity(loss: float | None) -> float | None:
 
 def _mark(name: str, entry: dict[str, Any], answers: int) -> None:
     """Says what should not pass unseen."""
+    if answers == 0:
+        return
     if entry["loss"] is None:
         warn(f"{name}: the loss on the held-out rows is not a finite number")
     if entry["empty"] == answers:

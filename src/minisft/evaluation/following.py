@@ -1,12 +1,13 @@
 """Which models are to be scored, and waiting for those that a training under way has yet to write."""
 
-import fcntl
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from minisft.console import warn
 from minisft.errors import UserError
+from minisft.evaluation.journal import holds_anything
+from minisft.files import is_held
 from minisft.runs import RunFolder, list_checkpoints
 
 _POLL_SECONDS = 5.0
@@ -74,17 +75,9 @@ def models_to_score(run: RunFolder, base: Path, follow: bool) -> Iterator[tuple[
 def _examined(run: RunFolder) -> list[Path]:
     """The checkpoints, by number, that an earlier evaluation has computed something for."""
     folders = list_checkpoints(run.root / "evaluation")
-    return [run.checkpoints / folder.name for folder in folders if (folder / "journal.jsonl").is_file()]
+    return [run.checkpoints / folder.name for folder in folders if holds_anything(folder / "journal.jsonl")]
 
 
 def is_locked(run: RunFolder) -> bool:
     """Whether training is at work in the run folder."""
-    lock = run.root / ".lock"
-    if not lock.exists():
-        return False
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return is_held(run.root / ".lock")

@@ -82,13 +82,38 @@ def prompt_key(prompt: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:24]
 
 
+def holds_anything(path: Path) -> bool:
+    """Whether a journal holds a loss or an answer; of a checkpoint that could not be loaded it holds the key alone."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return len(list(zip(file, range(2), strict=False))) > 1
+
+
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines up to the first that is torn or damaged: what stood after it is computed again."""
     lines: list[dict[str, Any]] = []
-    if not path.exists():
+    if not path.is_file():
         return lines
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # torn when the process was killed
+    for text in path.read_bytes().splitlines():
+        line = _read_line(text)
+        if line is None:
             break
+        lines.append(line)
     return lines
+
+
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    """A line of the journal, None where it is none."""
+    try:
+        line = json.loads(text)
+        if "answers" in line:
+            [(str(key), Generated(**answer)) for key, answer in line["answers"]]
+            float(line["seconds"])
+        elif "rows" in line:
+            float(line["seconds"]) + float(line["loss"] or 0)
+        elif not {"key", "how"} <= set(line):
+            return None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return line if isinstance(line, dict) else None

@@ -15,6 +15,7 @@ from minisft.data.encoding import IGNORED, Encoder
 from minisft.data.preparation import load_test, load_train
 from minisft.data.rendering import RefusedError
 from minisft.errors import UserError
+from minisft.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ class HeldOut:
     Args:
         questions: what is to be answered.
         rows: (input ids, labels) of every row, for the loss.
+        conversations: how many of the rows are asked something; with `turns: all` they are fewer than the questions.
     """
 
     questions: list[Question]
     rows: list[tuple[list[int], list[int]]]
+    conversations: int
 
     @cached_property
     def rows_fingerprint(self) -> str:
@@ -54,7 +57,7 @@ class HeldOut:
         return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()[:24]
 
 
-def load_held_out(output: Path, encoder: Encoder, turns: str, limit: int | None) -> HeldOut:
+def load_held_out(output: Path, encoder: Encoder, turns: str, limit: int | None, *, required: bool = True) -> HeldOut:
     """The questions of `<output>/dataset/test`.
 
     Args:
@@ -62,19 +65,25 @@ def load_held_out(output: Path, encoder: Encoder, turns: str, limit: int | None)
         encoder: of the run's template.
         turns: "last" or "all" answers of a conversation.
         limit: conversations, None for all.
+        required: it is an error if there are none.
 
     Raises:
         UserError: the data is not prepared, there are no held-out rows, or the template refuses a prompt.
     """
     rows = load_test(output)[:limit] if _count_test_rows(output) else []
-    if not rows:
+    if required and not rows:
         raise UserError(
             output / "dataset" / "test",
             "there are no held-out conversations to evaluate on",
-            "set data.test_fraction above 0, or data.test, and train anew",
+            "set evaluation.prompts to have prompts of your own answered, or train anew with data.test_fraction above "
+            "0, or with data.test",
         )
-    questions = [question for row in rows for question in _questions_of(row, encoder, turns)]
-    return HeldOut(questions, [(list(row["input_ids"]), list(row["labels"])) for row in rows])
+    asked = [list(_questions_of(row, encoder, turns)) for row in rows]
+    return HeldOut(
+        [question for questions in asked for question in questions],
+        [(list(row["input_ids"]), list(row["labels"])) for row in rows],
+        sum(bool(questions) for questions in asked),
+    )
 
 
 def load_prompts(given: str | list[str] | None, encoder: Encoder) -> list[Question]:
@@ -147,7 +156,11 @@ def _count_test_rows(output: Path) -> int:
     ledger = output / "dataset" / "ledger.json"
     if not ledger.is_file():
         raise UserError(ledger.parent, "there is no prepared data", "train first: minisft train")
-    return int(json.loads(ledger.read_text(encoding="utf-8"))["rows"]["test"])
+    fix = f"run `minisft inspect {output}`, which prepares the data again"
+    rows = read_json(ledger, fix, rows=dict)["rows"]
+    if not isinstance(rows.get("test"), int):
+        raise UserError(ledger, "this file is damaged (it does not say how many rows are held out)", fix)
+    return int(rows["test"])
 
 
 def _questions_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[Question]:

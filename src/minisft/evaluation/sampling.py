@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Logits divided by less overflow in fp32. Down here the likeliest token has all of the probability already.
+_LOWEST = 1e-30
+
 
 @dataclass(frozen=True)
 class Sampling:
     """Draw the next token instead of taking the likeliest one.
 
     Args:
-        temperature: above 0; divides the logits.
+        temperature: above 0; divides the logits. Near 0 the likeliest token is taken, as without sampling.
         top_p: the smallest set of tokens with this much probability is kept (Holtzman et al. 2020).
         seed: with the prompt it decides every draw.
     """
@@ -47,7 +50,7 @@ class Draws:
 
     def pick(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Next ids [rows] from logits [rows, vocabulary], by the inverse of their cumulative distribution."""
-        scaled = logits.float() / self.sampling.temperature
+        scaled = logits.float() / max(self.sampling.temperature, _LOWEST)
         probabilities, order = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= self.sampling.top_p, 0)

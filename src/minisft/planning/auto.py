@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minisft.console import say
 from minisft.errors import StoppedError, UserError
-from minisft.files import clear_scratch
+from minisft.manifest import delete_scratch, make_scratch
 from minisft.planning.machines import Machine, machine_named
 from minisft.planning.plan import choose, gigabytes, job_of, needed_bytes, predict_recipe, prepared_sizes, remedies
 from minisft.planning.prediction import Job, Prediction
@@ -131,7 +131,7 @@ def try_strategy(recipe: Recipe, run: RunFolder, job: Job, steps: int = TRIAL_ST
     """
     training = recipe.training
     root = run.root / ".trial"
-    clear_scratch(root)
+    make_scratch(root)
     try:
         folder = _make_trial(recipe, run, job, root, steps)
         alone = training.processes == 1 and training.strategy not in ZERO_STAGES
@@ -144,7 +144,7 @@ def try_strategy(recipe: Recipe, run: RunFolder, job: Job, steps: int = TRIAL_ST
             raise
         return Trial(training.strategy, None)
     finally:
-        clear_scratch(root)
+        delete_scratch(root)
 
 
 def _make_trial(recipe: Recipe, run: RunFolder, job: Job, root: Path, steps: int) -> RunFolder:

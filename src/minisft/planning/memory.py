@@ -34,6 +34,7 @@ class Setting:
     checkpointing: bool = False
     offload: bool = False
     lora: LoraRecipe | None = None
+    optimizer_bytes: int = 8  # for each trained parameter: of Adam's two moments
 
     def __post_init__(self) -> None:
         assert self.strategy in ("vanilla", *ZERO)
@@ -49,7 +50,7 @@ class Memory:
     Attributes:
         parameters: weights, and those gathered or cast for a forward.
         gradients: of the step.
-        optimizer: fp32 weights where they are kept apart, and Adam's moments.
+        optimizer: fp32 weights where they are kept apart, and the optimizer's states.
         activations: kept for the backward, of the heaviest row.
         logits: of its supervised tokens, and what is made of them.
         buffers: for communication.
@@ -74,6 +75,7 @@ def model_states(footprint: Footprint, setting: Setting) -> tuple[float, float, 
 
     Vanilla keeps fp32 weights whatever the arithmetic, so 4 + 4 + 8; ZeRO in half precision 2 + 2 + 12, sharded by
     stage; ZeRO in fp32 keeps its fp32 copy all the same, 4 + 4 + 12. Frozen weights are in the arithmetic's format.
+    Another optimizer than Adam keeps another number of bytes in place of the 8.
     """
     trained, frozen = footprint.trainable, footprint.parameters - footprint.trainable
     zero = setting.strategy in ZERO
@@ -81,7 +83,7 @@ def model_states(footprint: Footprint, setting: Setting) -> tuple[float, float, 
     frozen_width = _NF4_BYTES if setting.lora and setting.lora.load_in_4bit else (2 if setting.half else 4)
     weights = width * trained + frozen_width * frozen
     gradients = width * trained
-    optimizer = (12 if zero else 8) * trained
+    optimizer = (setting.optimizer_bytes + (4 if zero else 0)) * trained
     shards = setting.processes
     return (
         weights / (shards if setting.strategy == "zero3" else 1),

@@ -15,6 +15,7 @@ from minisft.planning.workload import Workload, workload_assumed, workload_of
 from minisft.recipe import STRATEGIES, LoraRecipe, Recipe
 from minisft.training.batching import Sizes
 from minisft.training.hardware import default_row_tokens
+from minisft.training.optimizers import bytes_of_states
 
 # A setting that is faster by less than this is not worth being less simple: no prediction is much more exact.
 _WORTH = 0.1
@@ -114,6 +115,7 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
         precision=precision,
         workload=_workload(recipe, config, sizes, row_tokens, processes),
         row_tokens=row_tokens,
+        optimizer_bytes=bytes_of_states(training.optimizer),
     )
 
 

@@ -29,6 +29,7 @@ class Job:
         precision: fp32, bf16 or fp16.
         workload: of the run.
         row_tokens: tokens of a row at most.
+        optimizer_bytes: that the optimizer keeps for each trained parameter.
     """
 
     model: Footprints
@@ -38,6 +39,7 @@ class Job:
     precision: str
     workload: Workload
     row_tokens: int
+    optimizer_bytes: int = 8
 
     def footprint(self, strategy: str, lora: LoraRecipe | None) -> Footprint:
         arithmetic: Arithmetic = "half" if strategy != "vanilla" else "autocast"
@@ -118,7 +120,7 @@ def predict(
     machine, workload = job.machine, job.workload
     setting = Setting(
         strategy=strategy, processes=job.processes, half=job.precision != "fp32", on_cpu=machine.kind == "cpu",
-        checkpointing=checkpointing, offload=offload, lora=lora,
+        checkpointing=checkpointing, offload=offload, lora=lora, optimizer_bytes=job.optimizer_bytes,
     )  # fmt: skip
     footprint = job.footprint(strategy, lora)
     if row is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from minisft.claims import is_below_base
 from minisft.files import write_atomically
 from minisft.report.comparison_page import comparison_page
 from minisft.report.comparison_verdict import comparison_verdict, is_trained
@@ -118,12 +119,15 @@ def measure(run: RunFiles) -> dict[str, Any]:
 def _scores(run: RunFiles) -> dict[str, Any]:
     """Return loss, BLEU and chrF of the best checkpoint on the held-out rows."""
     best = next((entry for name, entry in run.systems if run.results and name == run.results["best"]), None)
-    if best is None:
+    if best is None or run.results is None:
         return {"best": None, "test_loss": None}
     scores: dict[str, Any] = {
-        m: {key: best[m][key] for key in ("score", "low", "high")} for m in ("bleu", "chrf") if m in best
+        m: {key: best[m][key] for key in ("score", "low", "high", "reliable") if key in best[m]}
+        for m in ("bleu", "chrf")
+        if m in best
     }
-    return {"best": best["checkpoint"], "test_loss": best.get("loss"), **scores}
+    below = {"below_base": True} if is_below_base(run.results) else {}
+    return {"best": best["checkpoint"], "test_loss": best.get("loss"), **scores, **below}
 
 
 def differences(reference: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) -> dict[str, Any]:

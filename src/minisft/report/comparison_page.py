@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from minisft.claims import MIN_CONVERSATIONS, is_reliable
 from minisft.report.comparison_verdict import is_trained
 from minisft.report.html import rounded, table, whole_page
 from minisft.report.tables import comparison_table
@@ -19,9 +20,9 @@ _BARS = (
 )
 _NOTES = """<p class="soft">s/step is the median of all steps but the first, tokens/s the supervised tokens of those
 steps by their time. GB is the peak of the largest process. MB sent is what a process sends in a step, counted at every
-collective as the least that it needs. Test loss, BLEU and chrF are those of the best checkpoint, with 95 % intervals.
-differs is the largest difference of loss or gradient norm in any step, as a share of the first variant's of the same
-trajectory.</p>
+collective as the least that it needs. Test loss, BLEU and chrF are those of the best checkpoint{intervals}; below base:
+the base model scores higher. differs is the largest difference of loss or gradient norm in any step, as a share of the
+first variant's of the same trajectory.</p>
 """
 
 
@@ -118,8 +119,17 @@ def _figures(found: dict[str, Any]) -> str:
     shown = table(heads, list(zip(rows, takes, strict=True)))
     return (
         f'<h2 id="figures">Figures</h2>\n<div class="scroll" tabindex="0" role="region" aria-labelledby="figures">'
-        f"{shown}</div>\n{_NOTES}"
+        f"{shown}</div>\n{_NOTES.format(intervals=_intervals(found['variants']))}"
     )
+
+
+def _intervals(variants: Sequence[dict[str, Any]]) -> str:
+    """What the notes say of intervals: of how many variants they are told."""
+    told = [is_reliable(v[metric]) for v in variants for metric in ("bleu", "chrf") if metric in v]
+    if all(told):
+        return ", with 95 % intervals"
+    few = f"fewer than {MIN_CONVERSATIONS} held-out conversations support"
+    return f", with 95 % intervals; {few} none" if any(told) else f"; {few} no interval"
 
 
 def _variants(output: Path, found: dict[str, Any]) -> str:

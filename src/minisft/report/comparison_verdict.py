@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from minisft.claims import MIN_CONVERSATIONS, is_reliable
+
 SAME_SPEED = 0.03  # times of a step that are this close are taken for equal: a machine does not repeat itself better
 
 
@@ -141,18 +143,27 @@ def _best(best: dict[str, Any], variants: list[dict[str, Any]]) -> str:
     if metric is None:
         return f"{best['name']} has the lowest test loss, {best['test_loss']:.4f}."
     name = {"bleu": "BLEU", "chrf": "chrF"}[metric]
-    text = f"{best['name']} scores best: {name} {_interval(best[metric])}, with {best['best']}"
+    below = ", which is below its base model" if best.get("below_base") else ""
+    text = f"{best['name']} scores best: {name} {_interval(best[metric])}, with {best['best']}{below}"
     rivals = [v for v in variants if metric in v and v["trajectory"] != best["trajectory"]]
     second = max(rivals, key=lambda variant: variant[metric]["score"], default=None)
     if second is None:
         return text + "."
-    apart = best[metric]["low"] > second[metric]["high"]
-    chance = "the intervals do not meet" if apart else "the intervals overlap, so it may be chance"
-    return f"{text}; next is {second['name']} with {_interval(second[metric])}: {chance}."
+    return (
+        f"{text}; next is {second['name']} with {_interval(second[metric])}: {_chance(best[metric], second[metric])}."
+    )
 
 
-def _interval(score: dict[str, float]) -> str:
-    return f"{score['score']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
+def _chance(best: dict[str, Any], second: dict[str, Any]) -> str:
+    if not (is_reliable(best) and is_reliable(second)):
+        return f"it may be chance, since fewer than {MIN_CONVERSATIONS} held-out conversations were scored"
+    apart = best["low"] > second["high"]
+    return "the intervals do not meet" if apart else "the intervals overlap, so it may be chance"
+
+
+def _interval(score: dict[str, Any]) -> str:
+    interval = f" [{score['low']:.1f}, {score['high']:.1f}]" if is_reliable(score) else ""
+    return f"{score['score']:.1f}{interval}"
 
 
 # --- what went wrong --------------------------------------------------------------------------------------

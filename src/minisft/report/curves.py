@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft.report.run_files import RunFiles, read_run
+from minisft.claims import best_label, is_reliable
+from minisft.manifest import record
+from minisft.report.run_files import RunFiles, metrics_of, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,8 +18,8 @@ _OVERLAID = ("#56b4e9", "#e69f00", "#009e73", "#1a1a1a", "#cc79a7", "#0072b2", "
 _TRAIN, _TEST, _MARK = "#4c78a8", "#e45756", "#888888"
 
 
-def draw_curves(output: Path) -> list[Path]:
-    """Draw `evaluation/loss.png` and, where there are scores, `evaluation/scores.png` of a run folder.
+def draw_curves(output: Path, to: Path | None = None) -> list[Path]:
+    """Draw `evaluation/loss.png` and, where there are scores, `evaluation/scores.png` of a run folder, or into `to`.
 
     Returns:
         The files written; none where the run has neither steps nor results.
@@ -26,11 +28,13 @@ def draw_curves(output: Path) -> list[Path]:
         UserError: the folder is no run.
     """
     run = read_run(output)
+    folder = (to or output) / "evaluation"
     drawn = []
     if run.steps or run.systems:
-        drawn.append(_save(output / "evaluation" / "loss.png", "loss per supervised token", _draw_loss, run))
-    if run.systems:
-        drawn.append(_save(output / "evaluation" / "scores.png", "score, 95 % interval", _draw_scores, run))
+        drawn.append(_save(folder / "loss.png", "loss per supervised token", _draw_loss, run))
+    if metrics_of(run):
+        label = "score, 95 % interval" if run.results and is_reliable(run.results) else "score"
+        drawn.append(_save(folder / "scores.png", label, _draw_scores, run))
     return drawn
 
 
@@ -78,6 +82,7 @@ def _finish(axes: "Axes", label: str) -> None:
 def _write(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")
+    record(aside, path)
     figure.savefig(aside, dpi=150, format="png")
     aside.replace(path)
     return path
@@ -101,17 +106,23 @@ def _draw_scores(axes: "Axes", run: RunFiles) -> None:
         if not entries:
             continue
         scores = [entry[metric] for entry in entries]
-        below = [max(0.0, score["score"] - score["low"]) for score in scores]
-        above = [max(0.0, score["high"] - score["score"]) for score in scores]
         xs, ys = [entry["step"] for entry in entries], [score["score"] for score in scores]
-        axes.errorbar(xs, ys, (below, above), fmt="o-", color=color, capsize=3, markersize=4, label=name)
+        bars = _error_bars(scores) if is_reliable(run.results) else None
+        axes.errorbar(xs, ys, bars, fmt="o-", color=color, capsize=3, markersize=4, label=name)
         constant = run.results["constant"][metric]["score"]
         axes.axhline(constant, color=color, linestyle=":", linewidth=1, label=f"{name} of the constant answer")
     axes.set_ylim(bottom=0)
     _mark_best(axes, run)
 
 
+def _error_bars(scores: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """How far the intervals reach below and above the scores."""
+    below = [max(0.0, score["score"] - score["low"]) for score in scores]
+    return below, [max(0.0, score["high"] - score["score"]) for score in scores]
+
+
 def _mark_best(axes: "Axes", run: RunFiles) -> None:
     best = next((e["step"] for name, e in run.systems if run.results and name == run.results["best"]), None)
-    if best is not None:
-        axes.axvline(best, color=_MARK, linestyle="--", linewidth=1, label="best checkpoint")
+    if best is not None and run.results is not None:
+        label = best_label(run.results).replace("best", "best checkpoint")
+        axes.axvline(best, color=_MARK, linestyle="--", linewidth=1, label=label)

@@ -7,7 +7,7 @@ from typing import Any
 from minisft.files import write_atomically
 from minisft.report.curves import draw_curves
 from minisft.report.page_data import page_data
-from minisft.report.run_files import RunFiles, read_run
+from minisft.report.run_files import RunFiles, metrics_of, read_run
 from minisft.report.tables import markdown, score_table
 from minisft.report.verdict import verdict
 from minisft.text import printable
@@ -17,28 +17,28 @@ _SHOWN = 300  # characters of a text
 _ACTIVE = re.compile(r"([\\`*_\[\]<>#~&])")
 
 
-def write_results(output: Path) -> Path:
-    """Write `<output>/results.md`, and draw the curves that it shows.
+def write_results(output: Path, to: Path | None = None) -> Path:
+    """Write `results.md` of the run folder `output`, into it or into the folder `to`, and draw the curves in it.
 
     Raises:
         UserError: the folder is no run.
     """
     run = read_run(output)
-    drawn = draw_curves(output)
+    target = to or output
+    drawn = draw_curves(output, to)
     parts = [f"# {as_text(output.resolve().name)}", as_text(verdict(run))]
     if run.results is not None:
         heads, rows = score_table(run)
         cells = [[f"**{as_text(row[0])}**" if best else as_text(row[0]), *row[1:]] for row, best in rows]
-        parts += [
-            markdown(heads, cells).rstrip(),
-            f"constant: {as_text(repr(run.results['constant'].get('text', '')))}",
-        ]
+        parts.append(markdown(heads, cells).rstrip())
+        if metrics_of(run):
+            parts.append(f"constant: {as_text(repr(run.results['constant'].get('text', '')))}")
         parts += [
             f"{as_text(f['checkpoint'])} could not be scored: {as_text(f['error'])}" for f in run.results["failed"]
         ]
-    parts += [f"![{path.stem}]({path.relative_to(output).as_posix()})" for path in drawn]
+    parts += [f"![{path.stem}]({path.relative_to(target).as_posix()})" for path in drawn]
     parts += _examples(run)
-    path = output / "results.md"
+    path = target / "results.md"
     write_atomically(path, printable("\n\n".join(parts) + "\n"))
     return path
 

@@ -10,8 +10,9 @@ function drawScores() {
   for (const [metric, title, color] of [["bleu", "BLEU", "c0"], ["chrf", "chrF", "c1"]]) {
     const figure = document.getElementById(metric);
     if (!figure) continue;
-    chart(figure, [{name: title, points: data.scores[metric].points, color, dots: true, level: data.scores[metric].constant}],
-      {zero: true, label: `${title} by step, with 95 % intervals`});
+    const {points, constant} = data.scores[metric];
+    const intervals = points.some((point) => point.length > 2) ? ", with 95 % intervals" : "";
+    chart(figure, [{name: title, points, color, dots: true, level: constant}], {zero: true, label: `${title} by step${intervals}`});
   }
 }
 
@@ -32,7 +33,7 @@ function showExample() {
     if (!all && name !== "base" && name !== data.best) return;
     const card = element("div", {class: "card"});
     const score = row.scores[place];
-    card.append(element("h3", {}, name + (name === data.best ? " (best)" : "") + (score === null ? "" : `, ${data.scoreName} ${score}`)));
+    card.append(element("h3", {}, name + (name === data.best ? ` (${data.bestLabel})` : "") + (score === null ? "" : `, ${data.scoreName} ${score}`)));
     card.append(element("pre", {}, row.texts[row.outputs[place]] || "(empty)"));
     cards.append(card);
   });

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from minisft.claims import best_label, is_reliable
 from minisft.report.html import rounded
-from minisft.report.run_files import METRIC_NAMES, RunFiles, metrics_of, read_lines
+from minisft.report.run_files import METRIC_NAMES, RunFiles, metrics_of, read_answers
 
 CURVE_POINTS = 1500
 EXAMPLE_BYTES = 1_500_000  # of example text on the page; all of it lies in outputs.jsonl
@@ -22,19 +23,22 @@ def page_data(run: RunFiles) -> dict[str, Any]:
         "scores": _score_points(run),
         "systems": [name for name, _ in run.systems],
         "best": run.results["best"] if run.results else None,
+        "bestLabel": best_label(run.results) if run.results else None,
         "scoreName": "chrF" if "chrf" in metrics_of(run) else "BLEU",
         "examples": [*_prompt_rows(run), *_example_rows(run)],
     }
 
 
 def _score_points(run: RunFiles) -> dict[str, Any] | None:
+    """(step, score, low, high) of every model; without low and high where they would claim too much."""
     if run.results is None:
         return None
+    keys = ("score", "low", "high") if is_reliable(run.results) else ("score",)
     points = {}
     for metric in metrics_of(run):
         scores = [(entry["step"], entry[metric]) for _, entry in run.systems]
         points[metric] = {
-            "points": [[step, *(rounded(s[key]) for key in ("score", "low", "high"))] for step, s in scores],
+            "points": [[step, *(rounded(s[key]) for key in keys)] for step, s in scores],
             "constant": rounded(run.results["constant"][metric]["score"]),
         }
     return points
@@ -42,7 +46,7 @@ def _score_points(run: RunFiles) -> dict[str, Any] | None:
 
 def _example_rows(run: RunFiles) -> list[dict[str, Any]]:
     """Rows with the answer of every system: the first, the most changed, then as many as there is room for."""
-    lines = [read_lines(run.root / "evaluation" / name / "outputs.jsonl") for name, _ in run.systems]
+    lines = [read_answers(run, name, "outputs.jsonl") for name, _ in run.systems]
     if not lines or not all(len(rows) == len(lines[0]) for rows in lines):
         return []
     metric = "chrf" if "chrf" in metrics_of(run) else "bleu"
@@ -59,7 +63,7 @@ def _example_rows(run: RunFiles) -> list[dict[str, Any]]:
 
 def _prompt_rows(run: RunFiles) -> list[dict[str, Any]]:
     """The user's own prompts, where every system has answered the same ones."""
-    lines = [read_lines(run.root / "evaluation" / name / "prompts.jsonl") for name, _ in run.systems]
+    lines = [read_answers(run, name, "prompts.jsonl") for name, _ in run.systems]
     if not lines or not all([row["id"] for row in rows] == [row["id"] for row in lines[0]] for rows in lines):
         return []
     return [_side_by_side(list(rows), f"your {rows[0]['id']}", None) for rows in zip(*lines, strict=True)]

@@ -1,11 +1,12 @@
 """What a run folder says: read leniently, since a page about a half-finished run is better than none."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minisft.claims import read_results
 from minisft.errors import UserError
+from minisft.json_files import read_json, read_json_lines
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 
@@ -51,21 +52,24 @@ def read_run(root: Path) -> RunFiles:
     """Read what there is of a run.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is no run, or a file of it is damaged.
     """
     if not (root / "recipe.yaml").is_file() and not (root / "metrics.jsonl").is_file():
         raise UserError(
             root, "this is no run folder (it has neither recipe.yaml nor metrics.jsonl)", "give a run's `output`"
         )
     recipe = root / "recipe.yaml"
+    again = f"run `minisft inspect {root}`, which prepares the data again"
+    without = "delete it: the page does without it"
+    preview = _read_json(root / "dataset" / "preview.json", without, rows=list)
     return RunFiles(
         root,
-        read_lines(root / "metrics.jsonl"),
-        _read_json(root / "evaluation" / "results.json"),
-        _read_json(root / "dataset" / "ledger.json"),
-        recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        (_read_json(root / "dataset" / "preview.json") or {}).get("rows", []),
-        _read_json(root / "environment.json"),
+        read_json_lines(root / "metrics.jsonl", "delete the damaged lines: the page does without them", step=int),
+        read_results(root),
+        _read_json(root / "dataset" / "ledger.json", again, rows=dict),
+        recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        preview["rows"] if preview else [],
+        _read_json(root / "environment.json", without),
     )
 
 
@@ -74,18 +78,15 @@ def metrics_of(run: RunFiles) -> list[str]:
     return [metric for metric in METRIC_NAMES if run.results is not None and metric in run.results["base"]]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a torn last one is left out, a missing file is empty."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+def read_answers(run: RunFiles, system: str, name: str) -> list[dict[str, Any]]:
+    """Read `evaluation/SYSTEM/NAME`, a line for each answer; a missing file is empty.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    fix = f"run `minisft evaluate {run.root}`, which writes it again: no answer is computed twice"
+    return read_json_lines(run.root / "evaluation" / system / name, fix, id=str, prompt=str, output=str)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _read_json(path: Path, fix: str, **fields: type) -> dict[str, Any] | None:
+    return read_json(path, fix, **fields) if path.is_file() else None

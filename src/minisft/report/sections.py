@@ -4,6 +4,7 @@ from html import escape
 from statistics import median
 from typing import Any
 
+from minisft.claims import is_reliable, why_withheld
 from minisft.report.html import environment, table
 from minisft.report.run_files import METRIC_NAMES, RunFiles, metrics_of
 from minisft.report.tables import score_table
@@ -37,28 +38,43 @@ def _curves(run: RunFiles) -> str:
 
 
 def _scores(run: RunFiles) -> str:
+    """Without held-out answers nothing is scored, which the verdict says."""
     if run.results is None:
         return ""
-    metrics = metrics_of(run)
-    figures = [
-        f'<figure id="{metric}"><figcaption>{METRIC_NAMES[metric]}, 95 % intervals; dotted: the constant answer.'
-        "</figcaption></figure>"
-        for metric in metrics
-    ]
-    heads, rows = score_table(run)
     failed = [
         f'<p class="bad">{escape(f["checkpoint"])} could not be scored: {escape(f["error"])}</p>'
         for f in run.results.get("failed", [])
     ]
-    constant = escape(repr(run.results["constant"].get("text", "")))
+    metrics = metrics_of(run)
+    if not metrics:
+        return "".join(failed)
+    intervals = ", 95 % intervals" if is_reliable(run.results) else ""
+    figures = [
+        f'<figure id="{metric}"><figcaption>{METRIC_NAMES[metric]}{intervals}; dotted: the constant answer.'
+        "</figcaption></figure>"
+        for metric in metrics
+    ]
+    heads, rows = score_table(run)
     return (
         f'<h2 id="scores">Scores on {run.results.get("answers", "the")} held-out answers</h2>\n'
         f'<div class="pair">{"".join(figures)}</div>\n'
         f'<div class="scroll" tabindex="0" role="region" aria-labelledby="scores">{table(heads, rows)}</div>\n'
-        f'{"".join(failed)}<p class="soft">constant is the train answer that scores best when it is always given: '
-        f"{constant}. p: how easily chance alone would give the difference of {METRIC_NAMES[metrics[0]]} from base, "
-        f"constant and best, by the paired bootstrap.</p>\n"
+        f"{''.join(failed)}{_score_notes(run.results, metrics)}"
     )
+
+
+def _score_notes(results: dict[str, Any], metrics: list[str]) -> str:
+    """What the rows and columns mean, or why they tell no more."""
+    constant = escape(repr(results["constant"].get("text", "")))
+    told = f"constant is the train answer that scores best when it is always given: {constant}. "
+    if is_reliable(results):
+        told += (
+            f"p: how easily chance alone would give the difference of {METRIC_NAMES[metrics[0]]} from base, constant "
+            "and best, by the paired bootstrap."
+        )
+    else:
+        told += f"{why_withheld(results)}."
+    return f'<p class="soft">{told}</p>\n'
 
 
 def _examples(run: RunFiles) -> str:

@@ -1,7 +1,9 @@
 """Tables as text cells, for the terminal, the pages and Markdown alike: a run's scores, and a comparison."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from minisft.claims import best_label, is_below_base, is_reliable
 from minisft.report.run_files import RunFiles, metrics_of
 
 _NAMES = {"bleu": "BLEU", "chrf": "chrF"}
@@ -9,20 +11,33 @@ _RIVALS = ("base", "constant", "best")  # of whom the differences are told
 
 
 def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]:
-    """Return heads and rows of cells, with whether a row is the best: base, checkpoints and the constant answer."""
+    """Return heads and rows of cells, with whether a row is the best: base, checkpoints and the constant answer.
+
+    With too few held-out conversations there are no p-values; without any there are no scores, and no constant answer.
+    """
     assert run.results is not None
-    metrics = metrics_of(run)
-    names = [_NAMES[metric] for metric in metrics]
-    heads = ["", "step", "loss", "perplexity", *names, *(f"p: {rival}" for rival in _RIVALS), "exact", "seconds"]
-    everyone = [*run.systems, ("constant", run.results["constant"])]
-    return heads, [(_score_cells(name, entry, metrics), name == run.results["best"]) for name, entry in everyone]
+    metrics, best = metrics_of(run), run.results["best"]
+    rivals = _RIVALS if metrics and is_reliable(run.results) else ()
+    scored = [
+        *(_NAMES[metric] for metric in metrics),
+        *(f"p: {rival}" for rival in rivals),
+        *(["exact"] if metrics else []),
+    ]
+    everyone = [*run.systems, *([("constant", run.results["constant"])] if metrics else [])]
+    below = f"{best} ({best_label(run.results)})" if is_below_base(run.results) else best
+    rows = [
+        (_score_cells(below if name == best else name, entry, metrics, rivals), name == best)
+        for name, entry in everyone
+    ]
+    return ["", "step", "loss", "perplexity", *scored, "seconds"], rows
 
 
-def _score_cells(name: str, entry: dict[str, Any], metrics: list[str]) -> list[str]:
+def _score_cells(label: str, entry: dict[str, Any], metrics: list[str], rivals: Sequence[str]) -> list[str]:
     chances = entry[metrics[0]].get("p", {}) if metrics else {}
+    exact = [f"{100 * entry.get('exact_match', 0):.0f} %"] if metrics else []
     cells = [
-        name, entry.get("step"), entry.get("loss"), entry.get("perplexity"), *(_score(entry[m], True) for m in metrics),
-        *(chance(chances.get(rival)) for rival in _RIVALS), f"{100 * entry.get('exact_match', 0):.0f} %",
+        label, entry.get("step"), entry.get("loss"), entry.get("perplexity"),
+        *(_score(entry[metric], True) for metric in metrics), *(chance(chances.get(rival)) for rival in rivals), *exact,
         entry.get("seconds"),
     ]  # fmt: skip
     return [_cell(cell) for cell in cells]
@@ -57,6 +72,7 @@ def comparison_table(found: dict[str, Any], intervals: bool = True) -> tuple[lis
         for head, (key, form, scale) in columns.items()
     }
     cells |= {name: [_score(variant.get(metric), intervals) for variant in variants] for metric, name in _NAMES.items()}
+    cells["best"] = ["below base" if variant.get("below_base") else "" for variant in variants]
     cells["differs"] = [_difference(variant.get("against")) for variant in variants]
     kept = {head: column for head, column in cells.items() if any(column)}
     names = [_name(variant) for variant in variants]
@@ -74,10 +90,11 @@ def _figure(value: float | None, form: str, scale: float) -> str:
     return "" if value is None else form.format(value * scale)
 
 
-def _score(score: dict[str, float] | None, interval: bool) -> str:
+def _score(score: dict[str, Any] | None, interval: bool) -> str:
     if score is None:
         return ""
-    return f"{score['score']:.1f}" + (f" [{score['low']:.1f}, {score['high']:.1f}]" if interval else "")
+    told = interval and is_reliable(score)
+    return f"{score['score']:.1f}" + (f" [{score['low']:.1f}, {score['high']:.1f}]" if told else "")
 
 
 def _difference(against: dict[str, Any] | None) -> str:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from minisft.report.run_files import RunFiles
+from minisft.claims import is_reliable, why_withheld
+from minisft.report.run_files import RunFiles, metrics_of
 from minisft.report.tables import chance
 
 SURE = 0.05  # the p-value below which a difference counts as more than chance
@@ -13,6 +14,8 @@ def verdict(run: RunFiles) -> str:
     results = run.results
     if results is None:
         return "Not evaluated yet: minisft evaluate scores the base model and every checkpoint."
+    if not metrics_of(run):
+        return "There are no held-out conversations, so nothing is scored; the answers to your own prompts are below."
     best = next((entry for name, entry in run.systems if name == results["best"]), None)
     if best is None:
         return "No checkpoint could be scored."
@@ -20,9 +23,12 @@ def verdict(run: RunFiles) -> str:
     score, base = best[metric], results["base"][metric]
     gain = score["score"] - base["score"]
     p = score.get("p", {}).get("base")
-    where = f"{name} {score['score']:.1f} (95 % interval {score['low']:.1f} to {score['high']:.1f})"
+    interval = f" (95 % interval {score['low']:.1f} to {score['high']:.1f})" if is_reliable(score) else ""
+    where = f"{name} {score['score']:.1f}{interval}"
     above = f"{gain:.1f} above the base model"
-    if gain > 0 and _sure(p):
+    if gain > 0 and not is_reliable(score):
+        first = f"{results['best']} is best with {where}, {above}."
+    elif gain > 0 and _sure(p):
         first = f"Take {results['best']}: {where}, {above}, which is more than chance{_p(p)}."
     elif gain > 0:
         first = f"{results['best']} is best with {where}, {above}, but that may be chance{_p(p)}."
@@ -30,7 +36,8 @@ def verdict(run: RunFiles) -> str:
         first = (
             f"No checkpoint beats the base model ({name} {base['score']:.1f}); best is {results['best']} with {where}."
         )
-    return f"{first} {_against_constant(score, results['constant'][metric], name)}"
+    reason = f" {why_withheld(results)}." if why_withheld(results) else ""
+    return f"{first} {_against_constant(score, results['constant'][metric], name)}{reason}"
 
 
 def _against_constant(score: dict[str, Any], constant: dict[str, Any], name: str) -> str:
@@ -38,6 +45,8 @@ def _against_constant(score: dict[str, Any], constant: dict[str, Any], name: str
     phrase = f"the best stock phrase ({name} {constant['score']:.1f})"
     if score["score"] <= constant["score"]:
         return f"It does not beat {phrase}: that score is no proof of learning."
+    if not is_reliable(score):
+        return f"It scores above {phrase}."
     return f"It beats {phrase}{' beyond chance' if _sure(p) else ', which may be chance'}{_p(p)}."
 
 

@@ -2,16 +2,22 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from minisft.files import clear_scratch, whole_folder
+from minisft.console import warn
+from minisft.files import follow_umask, remove_left_overs, whole_folder
+from minisft.json_files import read_json, read_json_lines
+from minisft.manifest import foreign_files, in_marked_folder, record_folder, record_scratch, shown
 from minisft.recipe import TrainingRecipe
+from minisft.replacement import free_name
 from minisft.runs import RunFolder, list_checkpoints
 from minisft.training.held_out import eval_losses, stops_early
 
-_ORIGIN = "written_by.json"
+ORIGIN = "written_by.json"
 _STAGING = ".unfinished"
 _REMOVED = ".removed-"
 # What only resuming needs; for a 7B model it is several times the size of the model itself.
@@ -27,7 +33,10 @@ def staging_folder(folder: Path) -> Path:
 def clear_left_overs(folder: Path) -> None:
     """Remove what a killed process was writing or removing."""
     for path in (folder / _STAGING, *folder.glob(f"{_REMOVED}*")):
-        clear_scratch(path)
+        if path.is_symlink():  # not ours: it goes, and what it names stays
+            path.unlink()
+        record_scratch(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,20 +62,31 @@ def _sync(path: Path) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Give a completely written checkpoint its name, replacing one of the same step."""
-    if final.exists():
-        remove_checkpoint(final)
+    if final.exists() and not remove_checkpoint(final):
+        final.rename(free_name(final, "kept"))
+    record_folder(staged, final)
     staged.rename(final)
     with contextlib.suppress(OSError):
         _sync(final.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint; it loses its name first, so that none is ever seen half removed."""
+def remove_checkpoint(checkpoint: Path) -> bool:
+    """Remove a checkpoint; it loses its name first, so that none is ever seen half removed.
+
+    Returns:
+        Whether it is gone: one that holds what MiniSFT did not write stays, and a warning names it.
+    """
+    foreign = foreign_files(checkpoint) if in_marked_folder(checkpoint) else []
+    if foreign:
+        warn(f"{checkpoint} is kept, since it holds what MiniSFT did not write: {shown(foreign)}")
+        return False
     aside = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+    record_scratch(aside)
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
     shutil.rmtree(aside)
+    return True
 
 
 def drop_optimizer_states(folder: Path, keep: Path) -> None:
@@ -76,7 +96,10 @@ def drop_optimizer_states(folder: Path, keep: Path) -> None:
             continue
         for pattern in _STATES:
             for path in checkpoint.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if not path.is_dir() or path.is_symlink():
+                    path.unlink()
+                elif not (in_marked_folder(path) and foreign_files(path)):
+                    shutil.rmtree(path)
 
 
 def tidy(run: RunFolder, training: TrainingRecipe, newest: Path) -> None:
@@ -98,7 +121,9 @@ def retain(run: RunFolder, count: int) -> None:
 def best_checkpoints(run: RunFolder) -> set[str]:
     """Name the checkpoint of the lowest held-out loss and the one that the evaluation calls best, where known."""
     results = run.root / "evaluation" / "results.json"
-    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {"checkpoints": [], "best": None}
+    scores: dict[str, Any] = {"checkpoints": [], "best": None}
+    if results.is_file():
+        scores = read_json(results, "delete it, then go on with --resume", checkpoints=list, best=(str, type(None)))
     losses = _losses_in_training(run) or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
     there = {path.name for path in run.list_checkpoints()}
     known = [name for name, loss in losses.items() if name in there and loss is not None]
@@ -108,9 +133,7 @@ def best_checkpoints(run: RunFolder) -> set[str]:
 
 def _losses_in_training(run: RunFolder) -> dict[str, float]:
     """Held-out losses by the name of the checkpoint that the step has, if it has one."""
-    if not run.metrics.is_file():
-        return {}
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_json_lines(run.metrics, "delete the damaged lines", step=int)
     return {f"checkpoint-{line['step']}": line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
@@ -127,21 +150,38 @@ def latest_resumable(folder: Path) -> Path | None:
 
 def note_origin(checkpoint: Path, strategy: str, processes: int) -> None:
     """Write into a checkpoint how its optimizer state is laid out."""
-    (checkpoint / _ORIGIN).write_text(json.dumps({"strategy": strategy, "processes": processes}), encoding="utf-8")
+    (checkpoint / ORIGIN).write_text(json.dumps({"strategy": strategy, "processes": processes}), encoding="utf-8")
 
 
 def layout_of(checkpoint: Path) -> tuple[str, int]:
     """Return the strategy and the number of processes that wrote a checkpoint's optimizer state."""
-    origin = json.loads((checkpoint / _ORIGIN).read_text(encoding="utf-8"))
+    origin = read_json(checkpoint / ORIGIN, _without(checkpoint), strategy=str, processes=int)
     return str(origin["strategy"]), int(origin["processes"])
 
 
-def is_last(checkpoint: Path, early_stopping: int | None = None) -> bool:
-    """Say whether training was over with this checkpoint: at the last step, or stopped early."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"]) or stops_early(
+def _without(checkpoint: Path) -> str:
+    return f"delete {checkpoint}: --resume goes on from the checkpoint before it"
+
+
+def is_last(checkpoint: Path, early_stopping: int | None = None, last: int | None = None) -> bool:
+    """Say whether training is over with this checkpoint: at the step `last`, by default its own, or stopped early."""
+    state = _trainer_state(checkpoint)
+    return bool(state["global_step"] >= (last or state["max_steps"])) or stops_early(
         eval_losses(state["log_history"]), early_stopping
     )
+
+
+def last_step(checkpoint: Path, training: TrainingRecipe) -> int:
+    """Return the last step of a run that goes on from a checkpoint, which may be later than when that was written."""
+    state = _trainer_state(checkpoint)
+    steps_of_epoch = round(state["global_step"] / state["epoch"])
+    return training.max_steps or math.ceil(training.epochs * steps_of_epoch)
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    kinds: dict[str, Any] = {"global_step": int, "max_steps": int, "log_history": list}
+    state: dict[str, Any] = read_json(checkpoint / "trainer_state.json", _without(checkpoint), **kinds)
+    return state
 
 
 def publish_final_model(run: RunFolder) -> None:
@@ -150,14 +190,14 @@ def publish_final_model(run: RunFolder) -> None:
     Raises:
         OSError: the disk is full, and the like; nothing of it stays.
     """
-    for left_over in run.root.glob(f".{run.model.name}.*"):
-        shutil.rmtree(left_over)
+    remove_left_overs(run.model)
     with whole_folder(run.model) as aside:
         copy_model(run.list_checkpoints()[-1], aside)
+        follow_umask(aside)  # a checkpoint of an earlier version does not
         sync_folder(aside)
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint into a new or empty folder, without what only resuming needs."""
-    unneeded = shutil.ignore_patterns(*_STATES, _ORIGIN, "trainer_state.json")
+    unneeded = shutil.ignore_patterns(*_STATES, ORIGIN, "trainer_state.json")
     shutil.copytree(checkpoint, folder, ignore=unneeded, dirs_exist_ok=True)

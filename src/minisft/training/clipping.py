@@ -4,9 +4,17 @@ On a CPU torch adds up the squares of a tensor in one run of fp32: the norm of a
 out up to 1e-3 too small, and what is clipped by it is off by as much. DeepSpeed adds up in fp64.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
+
+from minisft.recipe import TrainingRecipe
+
+
+def clipping_norm(training: TrainingRecipe) -> float:
+    """Return the norm that gradients are clipped to: infinity changes none, and their norm is logged all the same."""
+    return math.inf if training.max_grad_norm is None else training.max_grad_norm
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

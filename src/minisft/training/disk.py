@@ -7,7 +7,6 @@ the fp32 weight). The rest is counted as large as the base model's tokenizer and
 
 import math
 import shutil
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +18,12 @@ from minisft.runs import RunFolder, step_of
 from minisft.training.batching import measure, steps_of_epoch
 from minisft.training.checkpoints import has_state
 from minisft.training.hardware import choose_precision
+from minisft.training.optimizers import bytes_of_states
+from minisft.training.schedules import require_steps
 from minisft.training.writing import size_text
 
 _FP32 = 4
 _HALF = 2
-# Bytes an optimizer keeps for each trained parameter, by a part of its name; others are taken for Adam's two moments.
-_MOMENTS = {"4bit": 1, "8bit": 2, "adafactor": 0, "sgd": 0, "lion": 4, "rmsprop": 4, "adagrad": 4}
-_ADAM = 8
 # Random states, headers, the log of the steps and what DeepSpeed adds for tools of its own.
 _SMALL_FILES = 150_000
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -39,7 +37,15 @@ class CheckpointSize:
     state: int
 
 
-def require_disk(recipe: Recipe, run: RunFolder, model_folder: Path, resume_from: Path | None) -> None:
+def require_disk(
+    recipe: Recipe,
+    run: RunFolder,
+    model_folder: Path,
+    resume_from: Path | None,
+    *,
+    freed: int = 0,
+    place: Path | None = None,
+) -> None:
     """Make sure that the checkpoints that a run will write have room.
 
     Args:
@@ -47,21 +53,27 @@ def require_disk(recipe: Recipe, run: RunFolder, model_folder: Path, resume_from
         run: its folder, which must be there.
         model_folder: of the base model.
         resume_from: the checkpoint it goes on from.
+        freed: bytes that an earlier run gives back before the first checkpoint is written.
+        place: where the run will lie, if that is not the folder of `run`; it may not be there yet.
 
     Raises:
         UserError: they have not; it says how much they need and how much is free.
     """
     size = checkpoint_size(recipe, model_folder)
     begun_at = step_of(resume_from) if resume_from else 0
-    count = checkpoints_to_write(recipe.training, run, begun_at, recipe.data.max_length, recipe.seed)
+    steps = StepsOfRun.of(recipe.training, run, recipe.data.max_length, recipe.seed)
+    require_steps(recipe.training, steps.last)
+    count = steps.checkpoints_after(begun_at, recipe.training)
     states = [has_state(path) for path in run.list_checkpoints()]
     needed = most_added(states, count, size, recipe.training)
-    free = shutil.disk_usage(run.root).free
+    place = place or run.root
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free + freed
     model, state = size_text(size.model), size_text(size.state)
     what = f"{size_text(needed)} for {count} checkpoints of {model}, {state} of state for resuming"
     if needed > free:
         raise UserError(
-            run.root,
+            place,
             f"the run needs {what} and model/, and {size_text(free)} are free there",
             "make room, name an `output` on another disk, or keep less: training.keep_checkpoints, training.save_every",
         )
@@ -77,7 +89,7 @@ def checkpoint_size(recipe: Recipe, model_folder: Path) -> CheckpointSize:
     training = recipe.training
     every, trained = count_parameters(model_folder, training.lora, recipe.trust_remote_code)
     saved = trained if training.lora else every
-    moments = next((size for name, size in _MOMENTS.items() if name in training.optimizer), _ADAM)
+    moments = bytes_of_states(training.optimizer)
     small = sum(path.stat().st_size for pattern in _TOKENIZER_FILES for path in model_folder.glob(pattern))
     if training.strategy == "vanilla":
         return CheckpointSize(saved * _FP32 + small, trained * moments + _SMALL_FILES)
@@ -103,20 +115,33 @@ def count_parameters(folder: Path, lora: LoraRecipe | None, trust_remote_code: b
 
 def checkpoints_to_write(training: TrainingRecipe, run: RunFolder, begun_at: int, max_length: int, seed: int) -> int:
     """Return how many checkpoints come after the step `begun_at`."""
-    from datasets import load_from_disk
+    return StepsOfRun.of(training, run, max_length, seed).checkpoints_after(begun_at, training)
 
-    an_epoch = len(
-        steps_of_epoch(
-            measure(load_from_disk(str(run.dataset / "train"))).tokens,
+
+@dataclass(frozen=True)
+class StepsOfRun:
+    """How many steps an epoch has, and the number of the last step."""
+
+    an_epoch: int
+    last: int
+
+    @classmethod
+    def of(cls, training: TrainingRecipe, run: RunFolder, max_length: int, seed: int) -> "StepsOfRun":
+        """Count the steps of a run whose data is prepared."""
+        from minisft.data.preparation import load_split
+
+        epoch = steps_of_epoch(
+            measure(load_split(run.root, "train")).tokens,
             global_batch=training.batch_size * training.processes * training.gradient_accumulation,
             pack_tokens=max_length if training.packing else None,
             seed=seed,
             epoch=0,
         )
-    )
-    last = training.max_steps or math.ceil(training.epochs * an_epoch)
-    every = an_epoch if training.save_every == "epoch" else training.save_every
-    return last // every - begun_at // every + (last % every != 0)
+        return cls(len(epoch), training.max_steps or math.ceil(training.epochs * len(epoch)))
+
+    def checkpoints_after(self, begun_at: int, training: TrainingRecipe) -> int:
+        every = self.an_epoch if training.save_every == "epoch" else training.save_every
+        return self.last // every - begun_at // every + (self.last % every != 0)
 
 
 def most_added(states: list[bool], count: int, size: CheckpointSize, training: TrainingRecipe) -> int:
@@ -130,20 +155,25 @@ def most_added(states: list[bool], count: int, size: CheckpointSize, training: T
         size: of one.
         training: what it keeps.
     """
-    holders = deque(number for number, holds in enumerate(states) if holds)
-    first, last, added, most = 0, len(states), 0, 0
-    for _ in range(count):
-        holders.append(last)
-        last += 1
-        added += size.model + size.state
-        most = max(most, added)
-        if training.keep_optimizer == "newest":
-            added -= size.state * (len(holders) - 1)
-            holders = deque([holders[-1]])
-        while training.keep_checkpoints is not None and last - first > training.keep_checkpoints + 1:  # and the best
-            added -= size.model
-            if holders[0] == first:
-                holders.popleft()
-                added -= size.state
-            first += 1
-    return max(most, added + size.model)
+
+    def added(written: int, more: int) -> int:
+        """Bytes once `written` checkpoints are tidied and `more` are whole beside them, against those before."""
+        models, holding = _kept(states, written, training)
+        return (models + more - len(states)) * size.model + (holding + more - sum(states)) * size.state
+
+    # From the first one on, what is kept only grows: the most is with the first of them, or with the last.
+    most = max(added(0, 1), added(count - 1, 1)) if count else 0
+    return max(most, added(count, 0) + size.model)
+
+
+def _kept(states: list[bool], written: int, training: TrainingRecipe) -> tuple[int, int]:
+    """Return how many checkpoints there are after `written` new ones, and how many of them hold their state."""
+    if written == 0:
+        return len(states), sum(states)
+    models = len(states) + written
+    if training.keep_checkpoints is not None:
+        models = min(models, training.keep_checkpoints + 1)  # and the best
+    if training.keep_optimizer == "newest":
+        return models, 1
+    earlier = max(models - written, 0)
+    return models, min(models, written) + sum(states[len(states) - earlier :])

@@ -1,5 +1,6 @@
 """When a run logs, evaluates, saves and ends: what the Trainer's own flow does not know."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -22,6 +23,18 @@ class ResumedState(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.epoch = state.global_step // len(self.sampler)
+
+
+class FirstStep(TrainerCallback):
+    """Call a function once, when the first step of this process's part of a run is taken."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.call is not None:
+            call, self.call = self.call, None
+            call()
 
 
 class HeldOutLoss(TrainerCallback):

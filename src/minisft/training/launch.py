@@ -14,17 +14,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minisft.errors import StoppedError, UserError
+from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.processes import die_with_parent, leave, stop_signals
 from minisft.text import printable, tame_libraries
 from minisft.training.hardware import on_cpu, threads_of_a_process
 from minisft.training.interruption import STOP_FILE, StopRequest
+from minisft.training.killed import MemoryKills, killed_worker
 from minisft.training.machines import Machines
 from minisft.training.strategies import ZERO_STAGES, start_communication
 
 _PATIENCE = timedelta(hours=12)  # the first process may have much data to prepare
 _ERROR_FILE = "MINISFT_ERROR_FILE"
 _LAUNCHER = "MINISFT_LAUNCHER"
+_TRACEBACK = "traceback-{}.txt"  # beside the error file, by the rank
 
 
 def is_joined() -> bool:
@@ -95,8 +97,8 @@ def launch(module: str, arguments: list[str], processes: int, machines: Machines
         Whether they were asked to stop.
 
     Raises:
-        UserError: the one that a process raised.
-        RuntimeError: a process failed otherwise; its traceback is on stderr.
+        UserError: the one that a process raised, or the kernel killed one for memory.
+        WorkerError: a process failed or was killed otherwise; the traceback of the first that failed is on stderr.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -107,13 +109,15 @@ def launch(module: str, arguments: list[str], processes: int, machines: Machines
         nproc_per_node=processes, run_id="minisft", max_restarts=0, start_method="spawn", monitor_interval=0.2,
         signals_to_handle="SIGHUP,SIGQUIT", **_meeting(machines),
     )  # fmt: skip
+    kills = MemoryKills()
     with _workers_environment(processes) as (error_file, stop):
         try:
             with stop_signals(stop.receive):
                 elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
         except ChildFailedError as error:
             _raise_handed_over(error_file)
-            raise RuntimeError(f"a training process failed: {error.get_first_failure()[1].message}") from None
+            ends = {rank: (failure.exitcode, failure.pid) for rank, failure in error.failures.items()}
+            raise _failure(error_file, ends, processes * (machines.count if machines else 1), kills) from None
         except SignalException:
             raise KeyboardInterrupt from None
     return stop.signalled
@@ -128,15 +132,17 @@ def launch_alone(module: str, arguments: list[str]) -> bool:
         Whether it was asked to stop.
 
     Raises:
-        UserError: the one that the process raised.
-        RuntimeError: it failed otherwise; its traceback is on stderr.
+        UserError: the one that the process raised, or the kernel killed it for memory.
+        WorkerError: it failed or was killed otherwise; its traceback is on stderr.
     """
+    kills = MemoryKills()
     with _workers_environment(1) as (error_file, stop), stop_signals(stop.receive):
         command = [sys.executable, "-u", "-m", module, *arguments]
-        done = subprocess.run(command, start_new_session=True)  # a terminal's Ctrl-C is for this process
+        with subprocess.Popen(command, start_new_session=True) as process:  # a terminal's Ctrl-C is for this process
+            status = process.wait()
         _raise_handed_over(error_file)
-    if done.returncode:
-        raise RuntimeError(f"a training process failed: {_how_it_ended(done.returncode)}")
+        if status:
+            raise _failure(error_file, {0: (status, process.pid)}, 1, kills)
     return stop.signalled
 
 
@@ -156,8 +162,27 @@ def _workers_environment(processes: int) -> Iterator[tuple[Path, StopRequest]]:
                 del os.environ[name]
 
 
-def _how_it_ended(status: int) -> str:
-    return f"exit status {status}" if status > 0 else f"Signal {-status} ({signal.Signals(-status).name})"
+def _failure(error_file: Path, ends: dict[int, tuple[int, int]], processes: int, kills: MemoryKills) -> Exception:
+    """Return the error to raise for processes that failed; where none was killed, print the first one's traceback.
+
+    The others lose a process that is killed, and fail for that: theirs would hide the reason.
+
+    Args:
+        error_file: beside which the processes leave their tracebacks.
+        ends: of each failed rank the exit status, below zero for a signal, and the process id.
+        processes: all of them.
+        kills: counted since before they started.
+    """
+    # Elastic ends the fellows of a failed process with SIGTERM.
+    by_themselves = {rank: end for rank, end in ends.items() if end[0] != -signal.SIGTERM} or ends
+    for rank, (status, pid) in sorted(by_themselves.items(), key=lambda end: end[1][0] != -signal.SIGKILL):
+        if status < 0:
+            return killed_worker(rank, processes, signal.Signals(-status).name, pid, kills)
+    tracebacks = sorted(error_file.parent.glob(_TRACEBACK.format("*")), key=lambda path: path.stat().st_mtime_ns)
+    if tracebacks:
+        print(tracebacks[0].read_text(encoding="utf-8"), file=sys.stderr, end="")
+    rank, (status, _) = next(iter(by_themselves.items()))
+    return WorkerError(f"a training process failed: rank {rank} of {processes} with exit status {status}; see above")
 
 
 def _meeting(machines: Machines | None) -> dict[str, Any]:
@@ -196,7 +221,7 @@ def _status_of(work: Callable[[], None]) -> int:
         _hand_over(error)
         return 2
     except BaseException:
-        print(printable(traceback.format_exc()), file=sys.stderr, end="")
+        _leave_traceback(printable(traceback.format_exc()))
         return 1
     return 0
 
@@ -209,6 +234,15 @@ def _hand_over(error: UserError) -> None:
     aside = Path(f"{target}.{os.getpid()}")
     aside.write_text(json.dumps([error.where, error.what, error.mend]), encoding="utf-8")
     aside.replace(target)
+
+
+def _leave_traceback(text: str) -> None:
+    """Leave a traceback to the launcher, which prints the one that says why; without one, print it."""
+    target = os.environ.get(_ERROR_FILE)
+    if target is None:
+        print(text, file=sys.stderr, end="")
+    else:
+        Path(target).with_name(_TRACEBACK.format(os.environ.get("RANK", "0"))).write_text(text, encoding="utf-8")
 
 
 def _die_with_launcher() -> None:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from minisft.console import error_console
 from minisft.files import write_atomically
+from minisft.manifest import record
 from minisft.training.communication import bytes_sent
 
 LOGGED = (
@@ -51,11 +52,12 @@ def peak_memory_mb() -> float:
 
 def keep_steps_up_to(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a torn last one, so that a resumed run has one line a step."""
+    record(path)
     if not path.exists():
         path.unlink(missing_ok=True)  # a link to nowhere: what is appended would make a file there
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -120,7 +122,8 @@ class ProgressLine(TrainerCallback):
             self._print_line(state, status)
 
     def stop(self) -> None:
-        self.progress.stop()
+        if self.progress.live.is_started:  # else it would print an empty line
+            self.progress.stop()
 
     def _print_line(self, state: Any, status: str) -> None:
         """Where there is no terminal, a line now and then, and one for the last step."""

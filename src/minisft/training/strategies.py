@@ -20,8 +20,13 @@ from typing import Any
 
 import torch
 
+from minisft.console import warn
 from minisft.errors import UserError
 from minisft.files import cache_folder
+from minisft.training.compilation import compile_apart
+from minisft.training.quiet import without_lines
+
+_SAYS_BUILT = "built successfully"  # DeepSpeed prints that of an op that it loads
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -106,7 +111,8 @@ def start_communication(on_cpu: bool, timeout: timedelta = timedelta(minutes=30)
     if on_cpu:
         with _extensions_guarded():
             _load_shared_memory_op()
-    deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=timeout)
+    with without_lines(_SAYS_BUILT):
+        deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=timeout)
 
 
 @contextlib.contextmanager
@@ -273,11 +279,36 @@ def _part_here(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _compile_communication(where: str) -> None:
-    """Build DeepSpeed's shared-memory op once; the first time takes about 40 s."""
+    """Build DeepSpeed's shared-memory op once, and say so before: it takes about a minute.
+
+    Raises:
+        UserError: it does not compile.
+        StoppedError: SIGINT or SIGTERM came meanwhile.
+    """
     set_deepspeed_environment(on_cpu=True)
-    with _extensions_guarded() as extensions:
-        if not list(extensions.glob("**/deepspeed_shm_comm*.so")):
-            _build_shared_memory_op(where)
+    extensions = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    if not _is_built(extensions):
+        warn(f"compiling DeepSpeed's communication, once, which takes a minute or two; it is kept in {extensions}")
+    with _extensions_guarded():
+        if _is_built(extensions):  # before, or by another process meanwhile
+            return
+        reason = compile_apart(clean_up=lambda: _remove_locks(extensions / "deepspeed_shm_comm"))
+    if reason is not None:
+        raise UserError(
+            where,
+            f"DeepSpeed's communication does not compile here ({reason})",
+            "install a C++ compiler, ninja and the Python headers, or use strategy vanilla",
+        )
+
+
+def _is_built(extensions: Path) -> bool:
+    return any(extensions.glob("**/deepspeed_shm_comm*.so"))
+
+
+def _remove_locks(extensions: Path) -> None:
+    """Remove what torch's builds that were killed left: the next build would wait for it for ever."""
+    for left_over in extensions.glob("**/lock"):
+        left_over.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -292,8 +323,7 @@ def _extensions_guarded() -> Iterator[Path]:
     with (extensions / ".minisft.lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if os.environ.get("TORCH_EXTENSIONS_DIR") == str(extensions):  # else it is not ours alone
-            for left_over in extensions.glob("**/lock"):
-                left_over.unlink()
+            _remove_locks(extensions)
         yield extensions
 
 
@@ -303,16 +333,10 @@ def _extensions_folder() -> Path:
     return cache_folder() / "torch_extensions" / build
 
 
-def _build_shared_memory_op(where: str) -> None:
-    try:
-        _load_shared_memory_op()
-    except Exception as error:  # a compiler's or ninja's failure comes as RuntimeError, OSError or worse
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            where,
-            f"DeepSpeed's communication does not compile here ({reason})",
-            "install a C++ compiler, ninja and the Python headers, or use strategy vanilla",
-        ) from None
+def build_communication() -> None:
+    """Compile DeepSpeed's shared-memory op in this process, where that is not done."""
+    set_deepspeed_environment(on_cpu=True)
+    _load_shared_memory_op()
 
 
 def _load_shared_memory_op() -> None:

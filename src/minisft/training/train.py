@@ -1,5 +1,7 @@
 """Training, from a prepared data set to checkpoints and the final model."""
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,15 +10,26 @@ from typing import TYPE_CHECKING, Any
 from minisft.console import say
 from minisft.data.encoding import Encoder
 from minisft.errors import StoppedError, UserError
+from minisft.manifest import record, refuse_foreign_files
 from minisft.models import ResolvedModel, is_adapter, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
-from minisft.runs import RunFolder, load_run, remember_environment, step_of, worker_consent
+from minisft.runs import (
+    RunFolder,
+    delete_replaced_run,
+    load_run,
+    remember_environment,
+    rewrite_recipe,
+    step_of,
+    worker_consent,
+)
 from minisft.training.checkpoints import (
     clear_left_overs,
     is_last,
+    last_step,
     publish_final_model,
     tidy,
 )
+from minisft.training.clipping import clipping_norm
 from minisft.training.communication import start_counting
 from minisft.training.environment import describe_environment
 from minisft.training.hardware import (
@@ -29,6 +42,9 @@ from minisft.training.hardware import (
 from minisft.training.interruption import listening
 from minisft.training.launch import is_joined, launch
 from minisft.training.machines import Machines, processes_here, use_network_of
+from minisft.training.optimizers import own_optimizer, require_optimizer, trainer_name
+from minisft.training.quiet import hold_back_notices
+from minisft.training.schedules import require_schedule
 from minisft.training.strategies import (
     ZERO_STAGES,
     deepspeed_config,
@@ -43,11 +59,13 @@ if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
 
 _WORKER = "minisft.training.worker"
-# Those of transformers that need no settings of their own.
-_SCHEDULERS = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-)  # fmt: skip
-_OPTIMIZERS = {"adamw": "adamw_torch_fused"}
+# Where the package has another name than the tracker.
+_TRACKER_PACKAGES = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub mlflow",
+    "flyte": "flytekit",
+}
 
 
 def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
@@ -58,7 +76,9 @@ def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
     """
     training = recipe.training
     set_deepspeed_environment(on_cpu())
-    _check_names(training)
+    require_optimizer(training.optimizer)
+    require_schedule(training)
+    _check_trackers(training)
     choose_precision(training.precision)
     _check_lora(recipe)
     if not is_joined():
@@ -74,7 +94,7 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machi
         UserError: the model or the data cannot be trained so.
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
-    if resume_from is not None and is_last(resume_from, recipe.training.early_stopping):
+    if resume_from is not None and _ended_with(resume_from, recipe.training):
         with naming_failed_writes(run.model):
             publish_final_model(run)  # it ended before this was done
         return
@@ -88,6 +108,23 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machi
     launch(_WORKER, arguments, processes_here(training.processes, machines), machines)
     if not run.is_trained():
         raise _stopped(run)
+
+
+def _ended_with(checkpoint: Path, training: TrainingRecipe) -> bool:
+    return is_last(checkpoint, training.early_stopping, last_step(checkpoint, training))
+
+
+def go_beyond_end(recipe: Recipe, run: RunFolder, checkpoint: Path) -> None:
+    """Take up a recipe with more epochs or steps than the run had, if it has; `model/` is made anew at the new end.
+
+    Nothing is lost: `model/` is a copy of the last checkpoint. Killed between the two, the run is as before its end.
+    """
+    if _ended_with(checkpoint, recipe.training):
+        return
+    refuse_foreign_files(run.model)
+    if run.model.exists():
+        shutil.rmtree(run.model.resolve())  # a link stays, and leads to the new one
+    rewrite_recipe(run, recipe)
 
 
 def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> None:
@@ -135,6 +172,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     """
     import torch
 
+    hold_back_notices()
     prepare_cpu_memory(recipe.training.strategy, choose_precision(recipe.training.precision))
     start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
@@ -150,6 +188,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
 
 def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: Path | None = None) -> None:
     """Train, from the beginning or from a checkpoint, until the last step or until asked to stop."""
+    from minisft.training.flow import FirstStep
     from minisft.training.metrics import ProgressLine, keep_steps_up_to
 
     progress = ProgressLine()
@@ -157,6 +196,7 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         trainer.add_callback(progress)
     if trainer.args.should_save:
         clear_left_overs(run.checkpoints)
+        trainer.add_callback(FirstStep(partial(delete_replaced_run, run)))
         keep_steps_up_to(run.metrics, _begun_at(resume_from))
         arguments = trainer.args
         precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
@@ -172,18 +212,23 @@ def _begun_at(resume_from: Path | None) -> int:
     return step_of(resume_from) if resume_from else 0
 
 
-def _check_names(training: TrainingRecipe) -> None:
-    from transformers.integrations.integration_utils import get_available_reporting_integrations
-    from transformers.training_args import OptimizerNames
+def _check_trackers(training: TrainingRecipe) -> None:
+    """Make sure that the trackers of a recipe are installed."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
-    for key, value, known in (
-        ("optimizer", training.optimizer, [*_OPTIMIZERS, *(name.value for name in OptimizerNames)]),
-        ("scheduler", training.scheduler, _SCHEDULERS),
-        *(("report_to", name, get_available_reporting_integrations()) for name in training.report_to),
-    ):
-        if value not in known:
-            mend = f"use one of {', '.join(known)}" if known else "leave it out: none is installed"
-            raise UserError(f"training.{key}", f"there is no {key} {value!r} here", mend)
+    here = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name in here:
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            package = _TRACKER_PACKAGES.get(name, name)
+            what, fix = f"the package of {name} is not installed", f"run `pip install {package}`, or leave {name} out"
+        else:
+            what, fix = f"there is no tracker {name!r}", f"use one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+        raise UserError("training.report_to", what, fix)
 
 
 def _arguments(recipe: Recipe, run: RunFolder) -> Any:
@@ -200,10 +245,11 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         gradient_accumulation_steps=1,  # the split of a step happens inside training_step
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        optim=_OPTIMIZERS.get(training.optimizer, training.optimizer),
+        optim=trainer_name(training.optimizer),
         lr_scheduler_type=training.scheduler,
+        lr_scheduler_kwargs=dict(training.scheduler_args),
         warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
-        max_grad_norm=training.max_grad_norm,
+        max_grad_norm=clipping_norm(training),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         **_save_options(training),
@@ -221,7 +267,7 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         deepspeed=deepspeed_config(
             training.strategy,
             precision=precision,
-            max_grad_norm=training.max_grad_norm,
+            max_grad_norm=clipping_norm(training),
             batch_size=training.batch_size,
             offload=training.offload,
             on_cpu=on_cpu(),
@@ -280,15 +326,15 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
 def _trainer(
     recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any, begun_at: int, begins_with: Path
 ) -> "SupervisedTokenTrainer":
-    from datasets import load_from_disk
     from transformers.integrations import TensorBoardCallback
 
+    from minisft.data.preparation import load_split
     from minisft.training.batching import StepSampler, measure
     from minisft.training.metrics import MetricsFile
     from minisft.training.trainer import SupervisedTokenTrainer
 
     training = recipe.training
-    dataset = load_from_disk(str(run.dataset / "train"))
+    dataset = load_split(run.root, "train")
     sampler = StepSampler(
         measure(dataset),
         global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
@@ -312,23 +358,25 @@ def _trainer(
         held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
         eval_every=training.eval_every,
         early_stopping=training.early_stopping,
+        optimizer_cls_and_kwargs=own_optimizer(training.optimizer, training.learning_rate),
         callbacks=[MetricsFile(run.metrics)],
     )
     if trainer.is_world_process_zero():
         from torch.utils.tensorboard import SummaryWriter
 
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.tensorboard), purge_step=begun_at + 1)))
+        writer = SummaryWriter(str(run.tensorboard), purge_step=begun_at + 1)
+        record(*run.tensorboard.glob(f"events.out.tfevents.*.{os.getpid()}.*"))
+        trainer.add_callback(TensorBoardCallback(writer))
     return trainer
 
 
 def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -> "HeldOutRows | None":
-    from datasets import load_from_disk
-
+    from minisft.data.preparation import load_split
     from minisft.training.held_out import HeldOutRows
 
     if recipe.training.eval_every is None:
         return None
-    dataset = load_from_disk(str(run.dataset / "test"))
+    dataset = load_split(run.root, "test")
     if len(dataset) == 0:
         what = "there are no held-out conversations to compute a loss on"
         raise UserError("training.eval_every", what, "set data.test_fraction above 0, or data.test, and train anew")

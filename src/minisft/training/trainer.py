@@ -20,6 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minisft.errors import UserError
+from minisft.files import follow_umask
 from minisft.training.batching import RowDataset, StepBatch, StepSampler, join_rows
 from minisft.training.checkpoints import clear_left_overs, note_origin, publish, staging_folder, sync_folder
 from minisft.training.clipping import clip_gradients
@@ -28,13 +29,16 @@ from minisft.training.conversion import is_laid_out_for, keep_exact_weights, tak
 from minisft.training.embedding import Lookups, one_gradient
 from minisft.training.flow import HeldOutLoss, ResumedState, StopAtStepEnd
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows
+from minisft.training.integrity import naming_damage
 from minisft.training.interruption import StopRequest
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import row_loss
 from minisft.training.metrics import StepMetrics, peak_memory_mb
 from minisft.training.state_files import refusing_code
 from minisft.training.strategies import zero_state_is_plain, zero_writes_through
-from minisft.training.writing import Attempts, failed_write
+from minisft.training.writing import Attempts, failed_write, what_is_left
+
+_NEW_RUN = "that makes another run, which needs --force or another `output`"
 
 
 class SupervisedTokenTrainer(Trainer):
@@ -86,8 +90,27 @@ class SupervisedTokenTrainer(Trainer):
         """Load a checkpoint's state as the Trainer does, or convert it where another layout wrote it.
 
         Raises:
-            UserError: the checkpoint holds something else than plain state, which could run code.
+            UserError: the checkpoint is damaged, or holds something else than plain state, which could run code.
         """
+        with naming_damage(resume_from_checkpoint):
+            return self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with naming_damage(resume_from_checkpoint), refusing_code(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say which weights a checkpoint lacks, but for those that are tied to others, which are not saved twice."""
+        tied = set(getattr(self._model(), "_tied_weights_keys", None) or ())
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        refusing = refusing_code(Path(checkpoint)) if checkpoint else contextlib.nullcontext()
+        with naming_damage(checkpoint), refusing:
+            super()._load_rng_state(checkpoint)
+
+    def _prepare_or_resume(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if checkpoint is None:
             ready = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -101,14 +124,6 @@ class SupervisedTokenTrainer(Trainer):
             ready = super()._prepare_for_training(max_steps, train_dataloader, None)
             take_over(self, checkpoint)
             return ready
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with refusing_code(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_rng_state(self, checkpoint: Any) -> None:
-        with refusing_code(Path(checkpoint)) if checkpoint else contextlib.nullcontext():
-            super()._load_rng_state(checkpoint)
 
     # --- batches
 
@@ -166,9 +181,8 @@ class SupervisedTokenTrainer(Trainer):
         rows = self.describe_rows(tuple(index for row in batch.rows for index in row.indexes))
         raise UserError(
             f"step {self.state.global_step + 1}",
-            f"the loss is {loss}; rows of the step: {rows}",
-            "lower training.learning_rate, use precision fp32 or bf16, or look at those rows; the checkpoints "
-            "written before are whole, so --resume goes on from the newest",
+            f"the loss is {loss}; rows of the step: {rows}; {what_is_left(Path(str(self.args.output_dir)))}",
+            f"look at those rows, or lower training.learning_rate or use precision fp32 or bf16; {_NEW_RUN}",
         )
 
     @contextlib.contextmanager
@@ -239,10 +253,11 @@ class SupervisedTokenTrainer(Trainer):
             UserError: the step's gradient was no number, so the weights are spoiled; or the file system refused.
         """
         if not (self._norm is None or self.args.fp16 or math.isfinite(float(self._norm))):  # fp16 skips such a step
+            left = what_is_left(Path(str(self.args.output_dir)))
             raise UserError(
                 f"step {self.state.global_step}",
-                f"the gradient norm is {float(self._norm)}: these weights are not worth a checkpoint",
-                "lower training.learning_rate; the checkpoints written before are whole",
+                f"the gradient norm is {float(self._norm)}, so no checkpoint was written of this step; {left}",
+                f"lower training.learning_rate or use precision fp32; {_NEW_RUN}",
             )
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(str(self.args.output_dir))
@@ -256,6 +271,7 @@ class SupervisedTokenTrainer(Trainer):
         self._agree_written(name)  # all of it, by every process
         if self.args.should_save:
             self._writing(note_origin, staging / name, self.strategy, self.args.world_size)
+            self._writing(follow_umask, staging / name)
             self._writing(sync_folder, staging / name)
             self._writing(publish, staging / name, folder / name)
         self._agree_written(name)

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 
 from minisft.errors import UserError
 from minisft.files import REFUSED
+from minisft.runs import list_checkpoints
 
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "write(): ")  # in torch.save's RuntimeErrors
-_MEND = "free some room or mend the disk, then go on with --resume"
+_MEND = "free some room or repair the disk, then go on with --resume"
 
 
 def is_write_failure(error: BaseException) -> bool:
@@ -49,7 +50,7 @@ class Attempts:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if error is None or not is_write_failure(error):
             return False
-        self.failure = self.failure or _reason(error)
+        self.failure = self.failure or reason_of(error)
         return True
 
 
@@ -69,7 +70,7 @@ def naming_failed_writes(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_failure(error):
             raise
-        raise failed_write(folder, "writing failed", _reason(error)) from None
+        raise failed_write(folder, "writing failed", reason_of(error)) from None
     finally:
         threading.excepthook = told
 
@@ -82,7 +83,16 @@ def failed_write(where: Path, what: str, reason: str) -> UserError:
     """Return the error of a write at or below `where` that was refused for `reason`."""
     there = next(folder for folder in (where, *where.parents) if folder.exists())
     free = size_text(shutil.disk_usage(there).free)
-    return UserError(where, f"{what} ({reason}; {free} free); the checkpoints written before are whole", _MEND)
+    return UserError(where, f"{what} ({reason}; {free} free); {what_is_left(where)}", _MEND)
+
+
+def what_is_left(where: Path) -> str:
+    """Say which checkpoints there are of a run that failed: at its folder, or at one or two levels below it."""
+    found = (list_checkpoints(folder / "checkpoints") for folder in (where, *where.parents[:2]))
+    checkpoints = next((some for some in found if some), [])
+    if not checkpoints:
+        return "no checkpoint was written yet"
+    return f"the checkpoints written before are whole, the last of them {checkpoints[-1].name}"
 
 
 def size_text(size: int) -> str:
@@ -93,7 +103,7 @@ def size_text(size: int) -> str:
     return f"{size / 1e3:.0f} kB"
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the file system's own words where the error has them."""
     text = str(error)
     known = next((os.strerror(code) for code in REFUSED if os.strerror(code) in text), None)

@@ -77,7 +77,7 @@ def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file, 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), StoppedError("stopped as asked")])
 def test_a_check_that_is_stopped_leaves_nothing_and_says_nothing(recipe_file, monkeypatch, capsys, stop):
     def raise_it(subject):
-        subject.scratch.mkdir()
+        (subject.scratch / "left").touch()
         raise stop
 
     monkeypatch.setattr(check.examine, "__kwdefaults__", {"checks": (Check("a.stopped", "", raise_it),)})

@@ -167,11 +167,11 @@ def test_a_source_of_a_wrong_kind_is_named(tmp_path, chat_bpe):
         ([], "list of sources is empty"),
         ([5], "5 is no source"),
         ({"path": "x.jsonl", "wieght": 2}, "unknown key 'wieght'"),
-        ({"path": "x.jsonl", "weight": -1}, "-1 is no weight"),
-        ({"path": "x.jsonl", "limit": 0}, "0 is no number of rows"),
+        ({"path": "x.jsonl", "weight": -1}, "must be a number above 0 and at most 1000, and is -1"),
+        ({"path": "x.jsonl", "limit": 0}, "must be a whole number above 0, and is 0"),
         ("x" * 300, "cannot be opened"),
         ("x/" * 3000, "cannot be opened"),
-        ("~nobody-of-that-name/x.jsonl", "cannot be opened"),
+        ("~nobody-of-that-name/x.jsonl", "a home folder that does not exist"),
     ):
         with pytest.raises(UserError, match=words):
             prepare_source(source, tmp_path / "run", chat_bpe)

@@ -214,3 +214,11 @@ def test_joining_the_bytes_of_tokens_is_what_the_tokenizer_decodes(text):
     assert encoder._runs._table is not None
     ids = encoder._runs.ids(text) + list(encoder.stop_token_ids)
     assert encoder.decode_answers([ids]) == [encoder._runs.plain.decode(ids, skip_special_tokens=False)]
+
+
+def test_a_template_that_writes_nothing_between_two_turns(chat_bpe):
+    encoder = Encoder(chat_bpe, "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    encoded = encoder.encode(Conversation(TALK))
+    texts = [encoder.decode_answer(encoded.input_ids[a.start : a.end]) for a in encoded.answers]
+    assert texts == ["I'm fine.", "The answer is 42."]
+    assert all(encoded.input_ids[a.end - 1] == encoder.stop_token_ids[0] for a in encoded.answers)

@@ -270,8 +270,8 @@ def test_a_template_may_be_a_long_text_and_a_long_name_is_refused(tmp_path, chat
     path = write_rows(tmp_path / "a.jsonl", many(20))
     text = Encoder(chat_bpe, "chatml").chat_template + "{# " + "long " * 2000 + "#}"
     assert prepare_source(path, tmp_path / "run", chat_bpe, template=text).train_rows == 18
-    for name in ("x" * 300, "~nobody-of-that-name/x.jinja"):
-        with pytest.raises(UserError, match="there is no template"):
+    for name, words in (("x" * 300, "there is no template"), ("~nobody-of-that-name/x.jinja", "home folder")):
+        with pytest.raises(UserError, match=words):
             prepare_source(path, tmp_path / "run", chat_bpe, template=name)
 
 

@@ -1,0 +1,108 @@
+"""What resuming needs of a checkpoint: all of it is there and can be read, or the user is told which file is not."""
+
+import contextlib
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from minisft.errors import UserError
+from minisft.runs import list_checkpoints
+from minisft.training.checkpoints import ORIGIN, has_state, layout_of
+
+_NEEDED = ("trainer_state.json", "scheduler.pt", ORIGIN)
+_KEYS = {
+    "trainer_state.json": ("global_step", "max_steps", "epoch", "log_history"),
+    ORIGIN: ("strategy", "processes"),
+}
+_ARCHIVES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*/*.pt")  # of torch.save
+_WEIGHTS = "*.safetensors"
+# In the RuntimeErrors with which torch.load meets an archive whose content is not what its directory says.
+_TORCH_READERS = ("PytorchStreamReader", "zip archive", "storage has wrong")
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Make sure that every file that resuming reads is there and has its end, without reading all of it.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for name in _NEEDED:
+        if not (checkpoint / name).is_file():
+            raise damaged(checkpoint, f"{name} is missing")
+    for path in _each(checkpoint, tuple(_KEYS)):
+        with _naming(checkpoint, path):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or not set(_KEYS[path.name]) <= set(found):
+                raise ValueError(f"it does not hold {', '.join(_KEYS[path.name])}")
+    _refuse_missing_shards(checkpoint)
+    for path in _each(checkpoint, _ARCHIVES):
+        with _naming(checkpoint, path), zipfile.ZipFile(path):  # its directory is at its end
+            pass
+    for path in _each(checkpoint, (_WEIGHTS,)):
+        with _naming(checkpoint, path), safe_open(path, "pt"):
+            pass
+
+
+def _refuse_missing_shards(checkpoint: Path) -> None:
+    """Make sure that DeepSpeed's folder has a file of each process, and is the one that `latest` names."""
+    for folder in checkpoint.glob("global_step*"):
+        latest = checkpoint / "latest"
+        if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != folder.name:
+            raise damaged(checkpoint, f"the file `latest` does not name {folder.name}")
+        for rank in range(layout_of(checkpoint)[1]):
+            pattern = f"*zero_pp_rank_{rank}_mp_rank_*optim_states.pt"
+            if not list(folder.glob(pattern)):
+                raise damaged(checkpoint, f"{folder.name}/{pattern} is missing")
+
+
+@contextlib.contextmanager
+def naming_damage(checkpoint: Path | str | None) -> Iterator[None]:
+    """Turn an error of reading a checkpoint inside the block into one that says so."""
+    try:
+        yield
+    except (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, json.JSONDecodeError) as error:
+        raise _damaged_by(checkpoint, error) from None
+    except RuntimeError as error:
+        if not any(word in str(error) for word in _TORCH_READERS):
+            raise
+        raise _damaged_by(checkpoint, error) from None
+
+
+def damaged(checkpoint: Path, what: str) -> UserError:
+    """Return the error of a checkpoint that cannot be resumed from, and how to go on without it."""
+    earlier = [path for path in list_checkpoints(checkpoint.parent) if path != checkpoint and has_state(path)]
+    if earlier:
+        fix = f"restore the file, or remove {checkpoint.name}: --resume then goes on from {earlier[-1].name}"
+    else:
+        fix = "restore the file, or train anew with --force: no other checkpoint holds an optimizer state"
+    return UserError(checkpoint, f"this checkpoint is damaged: {what}", fix)
+
+
+def _damaged_by(checkpoint: Path | str | None, error: Exception) -> Exception:
+    if checkpoint is None:
+        return error
+    if isinstance(error, pickle.UnpicklingError):  # torch's words are about trust
+        return damaged(Path(checkpoint), "a file of its states does not hold what is expected there")
+    return damaged(Path(checkpoint), _first_line(error))
+
+
+@contextlib.contextmanager
+def _naming(checkpoint: Path, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, zipfile.BadZipFile, SafetensorError) as error:
+        size = path.stat().st_size
+        reason = _first_line(error) if size else "it is empty"
+        raise damaged(checkpoint, f"{path.relative_to(checkpoint)} cannot be read ({reason})") from None
+
+
+def _each(checkpoint: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in checkpoint.glob(pattern) if path.is_file())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,193 @@
+"""YAML text as a tree of values with their lines: strict about keys, and bounded whatever the text says.
+
+PyYAML parses; this module sets limits that it has not. References (`*name`) may repeat a value, so that a few lines
+can stand for billions of values; a value may contain itself; brackets may nest deeper than Python can recurse. Each
+of these is an error with its line here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from yaml.constructor import SafeConstructor
+
+from minisft.errors import UserError
+
+MOST_CHARACTERS = 1 << 20  # parsed in about 5 seconds
+MOST_VALUES = 20_000  # references counted as often as they are used
+MOST_DEPTH = 40
+_MOST_DIGITS = 100  # of a number; PyYAML reads some forms in quadratic time
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS = (f"{_TAG}int", f"{_TAG}float", f"{_TAG}timestamp")
+# What PyYAML raises for a value that is not what its tag says, such as `!!int x`, or for a date such as 2024-13-45.
+_UNREADABLE = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
+
+
+class NotYamlError(UserError):
+    """A text that is not YAML, or a value in it that cannot be read."""
+
+
+@dataclass
+class Node:
+    """A YAML value with the line it stands on.
+
+    Args:
+        value: a dict of nodes, a list of nodes, or a scalar.
+        line: from 1; None: it came from the command line.
+        empty: nothing at all was written, as in `key:`. The word `null` is not empty; both have the value None.
+    """
+
+    value: Any
+    line: int | None
+    empty: bool = False
+
+    def plain(self) -> Any:
+        """Return the value without lines; a key without a value is left out."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items() if not child.empty}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+
+def parse(text: str, where: str, *, lines: bool = True) -> Node:
+    """Parse one YAML document; a text without any value is an empty node.
+
+    Args:
+        text: the document.
+        where: the file or key, for messages.
+        lines: whether nodes and messages have line numbers; False for a value of the command line.
+
+    Raises:
+        NotYamlError: it is not YAML, or holds a value that cannot be read.
+        UserError: it is too large, too deep, refers to itself, or gives a key twice.
+    """
+    if len(text) > MOST_CHARACTERS:
+        what = f"the YAML text has {len(text):,} characters, and may have {MOST_CHARACTERS:,}"
+        raise UserError(where, what, "keep long lists in files of their own")
+    reader = _Reader(where, lines)
+    root = reader.compose(text)
+    return Node(None, None, empty=True) if root is None else reader.to_node(root, 1)
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """A loader that composes at most MOST_VALUES nodes, at most MOST_DEPTH deep."""
+
+    def __init__(self, text: str, reader: "_Reader") -> None:
+        super().__init__(text)
+        self._reader, self._depth, self._composed = reader, 0, 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        self._composed += 1
+        self._reader.check_limits(self._composed, self._depth, self.peek_event())  # type: ignore[no-untyped-call]
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+
+class _Reader:
+    """Composes one text and turns its graph of YAML nodes into a tree."""
+
+    def __init__(self, where: str, lines: bool) -> None:
+        self._where, self._lines, self._visited = where, lines, 0
+
+    def compose(self, text: str) -> yaml.Node | None:
+        """The root of the graph, None for a text without a value."""
+        try:
+            loader = _BoundedLoader(text, self)
+            return loader.get_single_node()
+        except yaml.reader.ReaderError as error:
+            what = f"the character {error.character!r} at position {error.position:,} is not allowed in YAML"
+            raise NotYamlError(self._where, what, "remove it, or write it as an escape in double quotes") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{self._where}:{mark.line + 1}" if mark and self._lines else self._where
+            problem = getattr(error, "problem", None) or str(error)
+            raise NotYamlError(where, f"this is not YAML ({problem})", _fix_for(text, mark)) from None
+        except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF"
+            raise NotYamlError(self._where, f"this is not YAML ({error})", "check the escapes in it") from None
+
+    def check_limits(self, values: int, depth: int, at: Any) -> None:
+        if values > MOST_VALUES:
+            what = f"there are more than {MOST_VALUES:,} values, references (*name) counted as often as they are used"
+            raise UserError(self._place(at), what, "write out what is needed, and keep long lists in files")
+        if depth > MOST_DEPTH:
+            what = f"the values are nested more than {MOST_DEPTH} deep, or one refers to itself"
+            raise UserError(self._place(at), what, "write it without so many brackets, and without the reference")
+
+    def to_node(self, node: yaml.Node, depth: int) -> Node:
+        self._visited += 1
+        self.check_limits(self._visited, depth, node)
+        if isinstance(node, yaml.ScalarNode):
+            empty = node.tag == f"{_TAG}null" and node.value == ""
+            return Node(self._scalar(node), self._line(node), empty)
+        if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
+            return Node(self._mapping(node, depth), self._line(node))
+        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
+            return Node([self.to_node(item, depth + 1) for item in node.value], self._line(node))
+        raise self._unreadable(node, f"the tag {node.tag} is unknown here")
+
+    def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Node]:
+        entries: dict[str, Node] = {}
+        merged: list[Node] = []
+        for key_node, value_node in node.value:
+            if key_node.tag == f"{_TAG}merge":
+                merged += self._merged(value_node, depth)
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise self._unreadable(key_node, "a key must be a single word")
+            key = str(key_node.value)
+            if key in entries:
+                raise UserError(self._place(key_node), f"the key {shown(key)} stands twice", "remove one")
+            entries[key] = child = self.to_node(value_node, depth + 1)
+            if not isinstance(value_node, yaml.MappingNode):
+                child.line = self._line(key_node)
+        for mapping in merged:
+            for key, child in mapping.value.items():
+                entries.setdefault(key, child)
+        return entries
+
+    def _merged(self, node: yaml.Node, depth: int) -> list[Node]:
+        """The mappings of a merge key, `<<: *name` or `<<: [*name, *other]`; of two with a key, the first counts."""
+        listed = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        found = [self.to_node(one, depth + 1) for one in listed]
+        if not all(isinstance(one.value, dict) for one in found):
+            raise self._unreadable(node, "<< takes a mapping, or a list of mappings")
+        return found
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
+            raise self._unreadable(node, f"a number of more than {_MOST_DIGITS} characters")
+        try:
+            value = SafeConstructor().construct_object(node)  # type: ignore[no-untyped-call]
+        except _UNREADABLE as error:
+            raise self._unreadable(node, getattr(error, "problem", None) or str(error)) from None
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise self._unreadable(node, "a number of more than 63 bits")
+        return value
+
+    def _unreadable(self, node: yaml.Node, reason: str) -> NotYamlError:
+        return NotYamlError(self._place(node), f"this value cannot be read ({reason})", "put it in quotes")
+
+    def _line(self, at: Any) -> int | None:
+        return at.start_mark.line + 1 if self._lines else None
+
+    def _place(self, at: Any) -> str:
+        return f"{self._where}:{self._line(at)}" if self._lines else self._where
+
+
+def _fix_for(text: str, mark: Any) -> str:
+    """What most often makes a line no YAML: a text with a mark of YAML's own that stands without quotes."""
+    lines = text.splitlines()
+    line = lines[mark.line] if mark and mark.line < len(lines) else ""
+    if any(sign in line for sign in ("?", ": ", "[", "{", "*", "&", "%", "@", "`")):
+        return "correct the line; a text with one of ? : [ ] { } , * & % @ in it needs quotes"
+    return "correct the line"
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message names it: not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
