@@ -57,6 +57,7 @@ def _run(words: list[str]) -> int:
     verb = VERBS.get(words[0])
     if verb is None:
         raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
+    os.environ.setdefault("DS_LOG_LEVEL", "error")  # DeepSpeed reads it when peft or accelerate imports it
     arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
     arguments.verb = words[0]
     _note_unread(words[0], arguments.words)
@@ -105,7 +106,7 @@ def prepare(arguments: Arguments) -> None:
 
     require_sources(recipe.data)
     with start_run(recipe, force=arguments.force, prepares_only=True) as started:
-        prepare_run(started.recipe, with_weights=False)
+        prepare_run(started.recipe, with_weights=False, output=Path(recipe.output))
         started.take_place()
         delete_replaced_run(started.run)
 
@@ -351,12 +352,12 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
 def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
     """Print what is done on what, before anything heavy is imported, which takes several seconds.
 
-    It is no part of what a verb prints for programs, so where stdout holds that it goes to stderr. Of the processes
+    Where stdout is what another program reads, it goes to stderr. Of the processes
     that a launcher started, the first one prints it.
     """
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
-    for_programs = getattr(arguments, "json", False) or arguments.verb == "chat"
+    for_programs = getattr(arguments, "json", False) or arguments.verb in ("chat", "plan")
     line = " ".join(filter(None, ["minisft", arguments.verb, subject, f"-> {output}" if output else ""]))
     print(printable(line), file=sys.stderr if for_programs else sys.stdout, flush=True)
 

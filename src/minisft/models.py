@@ -7,6 +7,7 @@ user says so: `trust_remote_code: true` in a recipe of his own, or `--trust-remo
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from minisft.console import warn
 from minisft.errors import UserError
 from minisft.files import cache_folder, follow_umask, hash_files, hold_lock, refuse_huge_files, whole_folder
 from minisft.recipe import BUILT_IN_MODELS
@@ -396,7 +398,8 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
 
 def _convert_gguf(path: Path, folder: Path) -> None:
     """Save the model and tokenizer of a GGUF file as a plain fp32 model folder."""
-    with _quiet():
+    warn(f"converting {path.name}, once; it is kept in the cache")
+    with _quiet(), _without_gguf_bar():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -418,6 +421,22 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     _remove_paths(folder / "tokenizer_config.json")
     follow_umask(folder)
+
+
+@contextlib.contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """Keep the bar of transformers' GGUF reader off the terminal, which has no setting for it."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:  # another version
+        yield
+        return
+    reader.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 def _without_quantisation(config: dict[str, Any]) -> dict[str, Any]:

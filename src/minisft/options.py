@@ -131,7 +131,11 @@ def force(parser: Parser) -> None:
 
 
 def resume(parser: Parser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest whole checkpoint, with more epochs or steps where the learning rate is constant",
+    )
 
 
 def dry_run(parser: Parser) -> None:

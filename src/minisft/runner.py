@@ -16,8 +16,14 @@ if TYPE_CHECKING:
     from minisft.training.machines import Machines
 
 
-def prepare_run(recipe: "Recipe", with_weights: bool = True) -> Path:
-    """Prepare the data where that is not done; return the base model's folder."""
+def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None = None) -> Path:
+    """Prepare the data where that is not done; return the base model's folder.
+
+    Args:
+        recipe: the recipe; its `output` is the folder to prepare in.
+        with_weights: find the model's weights too, and remember which they are.
+        output: how messages name the folder, where the run is going to have another name.
+    """
     from minisft.console import say
     from minisft.data.ledger import ledger_lines
     from minisft.data.preparation import prepare as prepare_data
@@ -34,7 +40,7 @@ def prepare_run(recipe: "Recipe", with_weights: bool = True) -> Path:
     with counting_rows() as progress:
         prepared = prepare_data(recipe, progress=progress, model_folder=resolved.folder, begun=run.has_begun())
     write_preview(run.root, resolved.folder, recipe.trust_remote_code)
-    say(f"data {prepared.folder}" + (" (prepared before)" if prepared.cached else ""))
+    say(f"data {(output or run.root) / 'dataset'}" + (" (prepared before)" if prepared.cached else ""))
     for line in ledger_lines(prepared.ledger):
         say(f"  {line}")
     return resolved.folder
@@ -59,7 +65,7 @@ def train_run(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
     require_sources(recipe.data)
     with start_run(recipe, force=force, resume=resume) as started:
-        model = prepare_run(started.recipe)
+        model = prepare_run(started.recipe, output=Path(recipe.output))
         checkpoint = _checkpoint_to_resume(recipe, started.run, resume)
         started.recipe, checkpoint = _settled(started.recipe, started.run, checkpoint)
         require_disk(started.recipe, started.run, model, checkpoint, freed=started.freed)
@@ -97,7 +103,7 @@ def try_start(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
     with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
         elsewhere = replace(recipe, output=str(Path(folder) / "run"))
         with open_run(elsewhere) as trial:
-            model = prepare_run(elsewhere)
+            model = prepare_run(elsewhere, output=run.root)
             freed = written_bytes(run.root.resolve()) if replaced else 0
             require_disk(recipe, trial, model, checkpoint, freed=freed, place=run.root)
     say(f"dry run: every check passed, and nothing was written to {run.root}")
@@ -157,7 +163,7 @@ def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
         def begin() -> None:
             require_sources(recipe.data)
             started = held.enter_context(start_run(recipe, force=force, resume=resume))
-            model = prepare_run(started.recipe)
+            model = prepare_run(started.recipe, output=Path(recipe.output))
             checkpoint = latest_resumable(run.checkpoints) if resume else None
             require_disk(started.recipe, started.run, model, checkpoint, freed=started.freed)
             if checkpoint is not None:

@@ -12,6 +12,7 @@ import pytest
 
 from minisft.cli import main
 from tests.tiny import heed_ctrl_c, minisft
+from tests.unit.test_models import write_gguf
 
 # Ends at the first thing that is printed, and says what had been imported by then.
 FIRST_WORDS = """
@@ -54,7 +55,7 @@ def trained(tmp_path_factory, tiny_model, conversations):
         (["prepare", "RECIPE"], "stdout"),
         (["check", "RECIPE"], "stdout"),
         (["check", "RECIPE", "--json"], "stderr"),
-        (["plan", "RECIPE"], "stdout"),
+        (["plan", "RECIPE"], "stderr"),
         (["plan", "RECIPE", "--json"], "stderr"),
         (["inspect", "RUN"], "stdout"),
         (["evaluate", "RUN"], "stdout"),
@@ -137,6 +138,21 @@ def test_several_processes_print_no_line_of_a_library(trained, tmp_path, strateg
     prints_only_ours("train", trained[0], f"output={tmp_path / 'run'}", *how)
 
 
+def test_a_gguf_file_is_converted_without_a_librarys_bar(trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MINISFT_CACHE", str(tmp_path / "cache"))
+    main(["prepare", str(trained[0]), f"model={write_gguf(tmp_path / 'tiny.gguf')}", f"output={tmp_path / 'run'}"])
+    said = capfd.readouterr().err.splitlines()
+    assert said[0] == "converting tiny.gguf, once; it is kept in the cache"
+    assert not any("GGUF tensors" in line for line in said)
+
+
+def test_an_export_prints_no_line_of_a_library(trained, tmp_path):
+    done = minisft("export", trained[1], tmp_path / "exported", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 2
+
+
 def test_what_is_not_known_is_not_held_back(capsys):
     import logging
     import warnings
@@ -182,6 +198,7 @@ def test_the_compilation_is_announced_and_stops_at_once(trained, tmp_path, numbe
         "training.strategy=zero2",
     ]
     environment = {**os.environ, "MINISFT_CACHE": str(tmp_path / "cache")}
+    environment.pop("TORCH_EXTENSIONS_DIR", None)  # which a run in this process has set
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
     )

@@ -33,7 +33,7 @@ def staging_folder(folder: Path) -> Path:
 def clear_left_overs(folder: Path) -> None:
     """Remove what a killed process was writing or removing."""
     for path in (folder / _STAGING, *folder.glob(f"{_REMOVED}*")):
-        if path.is_symlink():  # not ours: it goes, and what it names stays
+        if path.is_symlink():
             path.unlink()
         record_scratch(path)
         shutil.rmtree(path, ignore_errors=True)
