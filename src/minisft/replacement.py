@@ -15,6 +15,8 @@ from minisft.errors import UserError
 from minisft.files import is_held
 from minisft.manifest import delete_written, mark, read_marker, shown
 
+STAYS = "stays, since it holds what MiniSFT did not write"
+
 
 def require_replaceable(folder: Path, kind: str) -> None:
     """Refuse to replace a folder that MiniSFT did not make, or that cannot be renamed.
@@ -129,4 +131,4 @@ def _delete(aside: Path, name: Path) -> str | None:
     if not os.path.lexists(name):
         aside.rename(name)
         aside = name
-    return f"{aside} stays, since it holds what MiniSFT did not write: {shown(foreign)}"
+    return f"{aside} {STAYS}: {shown(foreign)}"

@@ -149,6 +149,18 @@ def test_suffixes_in_capitals_are_read(capsys, recipe_file, tmp_path):
     assert "9 read" in prepared(capsys, recipe_file, f"data.source={folder}")[0]
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(capsys, recipe_file, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "a.jsonl", talks(3))
+    (folder / "b.tsv").write_text("mine")
+    (folder / ".hidden").write_text("mine")
+    said, _ = prepared(capsys, recipe_file, f"data.source={folder}")
+    assert "not read" in said
+    assert "b.tsv" in said
+    assert ".hidden" not in said
+
+
 PACKED = {
     "a.json": (gzip.compress, "its content is gzip, and its name says .json", "rename it to a.json.gz"),
     "a.jsonl": (gzip.compress, "its content is gzip", "rename it to a.jsonl.gz"),

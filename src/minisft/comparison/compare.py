@@ -17,6 +17,7 @@ from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
 from minisft.manifest import record, record_folder, record_scratch
 from minisft.recipe import load_recipe
+from minisft.replacement import STAYS
 from minisft.report.comparison import Entry, write_comparison
 from minisft.runs import RunFolder, refuse_foreign_folder, restore_run, start_run
 
@@ -184,14 +185,20 @@ class _Run:
 
 @contextlib.contextmanager
 def _following(name: str) -> Iterator[Callable[[str], object]]:
-    """Show what a child prints last: in one line of a terminal, else the lines of its progress."""
+    """Show what a child prints last: in one line of a terminal, else the lines of its progress; always what stays."""
     if not console.is_terminal:
-        yield lambda line: say(f"  {name}: {line}") if line.startswith("step ") else None
+        yield lambda line: say(f"  {name}: {line}") if line.startswith("step ") or STAYS in line else None
         return
     from rich.text import Text
 
     with console.status(Text(name)) as status:
-        yield lambda line: status.update(Text(f"{name}: {line}", overflow="ellipsis", no_wrap=True))
+
+        def show(line: str) -> None:
+            if STAYS in line:
+                say(f"  {name}: {line}")
+            status.update(Text(f"{name}: {line}", overflow="ellipsis", no_wrap=True))
+
+        yield show
 
 
 def share(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 SHOWN = 20  # problems shown with their place; all are counted
 ENOUGH_TEST_ROWS = 20  # below it, evaluation claims no interval and no significance
 _MOST_COLUMNS = 100  # named; data may have other keys in every row
-_COLUMNS_SHOWN = 8
+_IGNORED_SHOWN = 8
 OTHER_COLUMNS = "(other columns)"
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
@@ -150,11 +150,10 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
             listed = ", ".join(f"{name} {number:,}" for name, number in ledger[title].items())
             lines.append(f"{title:<10} {listed}")
     if ignored := ledger.get("ignored_columns"):
-        named = [f"{name} {number:,}" for name, number in ignored.items()]
-        more = f" and {len(named) - _COLUMNS_SHOWN} more" if len(named) > _COLUMNS_SHOWN else ""
-        lines.append(
-            f"ignored    columns that are not read, and in how many rows: {', '.join(named[:_COLUMNS_SHOWN])}{more}"
-        )
+        listed = _some([f"{name} {number:,}" for name, number in ignored.items()])
+        lines.append(f"ignored    columns that are not read, and in how many rows: {listed}")
+    if files := ledger.get("ignored_files"):
+        lines.append(f"ignored    files that are not read, since their names are not those of data: {_some(files)}")
     if ledger.get("lengths"):
         points = ledger["lengths"]["percentiles"]
         lines.append("lengths    " + ", ".join(f"{name}%: {points[name]:,}" for name in ("5", "50", "95", "100")))
@@ -173,6 +172,11 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
     if rows["test"] < ENOUGH_TEST_ROWS:
         lines.append(f"test       {_few_test_rows(rows['test'])}")
     return lines
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _IGNORED_SHOWN} more" if len(names) > _IGNORED_SHOWN else ""
+    return ", ".join(names[:_IGNORED_SHOWN]) + more
 
 
 def _few_test_rows(number: int) -> str:

@@ -16,7 +16,7 @@ from minisft.data.encoding import Encoder
 from minisft.data.ledger import SHOWN, Tally, ledger_warnings, make_ledger
 from minisft.data.overlap import overlap_report
 from minisft.data.sides import TRAIN_COLUMNS, Side, write_side
-from minisft.data.sources import Source, at_revision, parse_sources, refuse_shared
+from minisft.data.sources import Source, at_revision, ignored_files, parse_sources, refuse_shared
 from minisft.data.split import choose_test
 from minisft.data.staging import Progress, stage
 from minisft.errors import UserError
@@ -237,6 +237,7 @@ def _prepare_into(
     facts = {
         "template": encoder.template_name,
         "formats": staged.formats | (staged_test.formats if own_test else {}),
+        "ignored_files": [name for listed in sources.values() for one in listed for name in ignored_files(one)],
         "duplicates": len(staged.identities) - len(np.unique(staged.identities)),
         "overlap": {
             "test_rows_with_a_train_prompt": int(shared.sum()),

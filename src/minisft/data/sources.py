@@ -167,6 +167,15 @@ def _folder_files(folder: Path) -> list[tuple[str, Path]]:
     return [(path.relative_to(folder).as_posix(), path) for path in files]
 
 
+def ignored_files(source: Source) -> list[str]:
+    """The files in a source's folder that are not read, since their names are not those of data; none elsewhere."""
+    folder = user_path(source.path)
+    if not folder.is_dir():
+        return []
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    return [str(path) for path in files if not _is_data(path)]
+
+
 def _pattern_files(pattern: Path) -> list[tuple[str, Path]]:
     files = files_of_pattern(pattern)
     if not files:
