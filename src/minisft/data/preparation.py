@@ -1,5 +1,6 @@
 """The pipeline: sources to `<output>/dataset`, with the split, the cache and the ledger."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
