@@ -1,5 +1,6 @@
 """The pipeline: sources to `<output>/dataset`, with the split, the cache and the ledger."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ def prepare(
     if read_ledger(folder) is not None:
         found = _look(folder, recipe, tokenizer, model_folder, begun)
         if found.prepared is not None:
+            _clear_left_overs(folder)
             return found.prepared
         tokenizer = found.tokenizer
     with locked(folder):
@@ -94,6 +96,13 @@ def prepare(
             ledger["made_from"] = found.origin
             (aside / "ledger.json").write_text(json_text(ledger, indent=1), encoding="utf-8")
     return _prepared(folder, ledger, cached=False)
+
+
+def _clear_left_overs(folder: Path) -> None:
+    """Remove what a killed preparation left beside the data, where the run can be written at all."""
+    if any(path.is_dir() for path in folder.parent.glob(f".{folder.name}.*")):
+        with contextlib.suppress(OSError, UserError), locked(folder):
+            pass
 
 
 @dataclass(frozen=True)
