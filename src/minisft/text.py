@@ -18,9 +18,9 @@ def printable(text: str) -> str:
     r"""Return `text` with every character that a terminal would obey written out as an escape, such as `\x1b`.
 
     Everything that comes from data, models, file names or errors passes through here before it reaches a terminal,
-    or a file that is meant to be read in one. Tabs and line feeds stay.
+    or a file that is meant to be read in one. Tabs and line feeds stay, and line ends of Windows become line feeds.
     """
-    return _UNPRINTABLE.sub(lambda found: _escape(ord(found[0])), text)
+    return _UNPRINTABLE.sub(lambda found: _escape(ord(found[0])), text.replace("\r\n", "\n"))
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -155,7 +155,7 @@ def test_files_of_a_folder_that_are_not_read_are_named(capsys, recipe_file, tmp_
     write(folder / "a.jsonl", talks(3))
     (folder / "b.tsv").write_text("mine")
     (folder / ".hidden").write_text("mine")
-    said, _ = prepared(capsys, recipe_file, f"data.source={folder}")
+    said = prepared(capsys, recipe_file, f"data.source={folder}")[0]
     assert "not read" in said
     assert "b.tsv" in said
     assert ".hidden" not in said

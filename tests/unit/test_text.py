@@ -13,6 +13,7 @@ from minisft.text import printable
         ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
         ("\x9b2J and \x7f", "\\x9b2J and \\x7f"),
         ("over\rwritten", "over\\x0dwritten"),
+        ("of\r\nWindows", "of\nWindows"),
         ("a\u202eb", "a\\u202eb"),
         ("half \ud800", "half \\ud800"),
     ],
