@@ -53,7 +53,7 @@ def test_a_variant_that_fails_is_named_and_the_others_go_on(compared, tiny_model
     assert good["steps"] == 2
     assert good["communication_mb"] == 0
     assert good["test_loss"] > 0
-    assert set(good["bleu"]) == {"score", "low", "high"}
+    assert set(good["bleu"]) == {"score", "low", "high", "reliable"}, "three held-out rows are too few"
     page = (output / "comparison.html").read_text()
     assert "the loss is nan" in page
     assert bad["name"] in done.stdout

@@ -88,7 +88,7 @@ OURS = [
     r"minisft (train|evaluate|chat|demo)\b.*",
     r"model .*: the folder .*",
     r"data .*/dataset( \(prepared before\))?",
-    r"  (rows|tokens|turns|lengths|doubles|padding|template|format|findings|split) .*",
+    r"  (rows|tokens|turns|lengths|doubles|padding|template|format|findings|split|test) .*",
     rf"disk {NUMBER} .B for \d+ checkpoints? of .*; .* free",
     rf"step \d+/\d+  epoch {NUMBER}  loss {NUMBER}  \d+ supervised tokens/s  {NUMBER} GB  \d+ s left",
     r"trained: .* \(checkpoints beside it, curve in .*\)",
@@ -117,7 +117,7 @@ EVALUATED = [
     r"constant: always '.*'",
     r"All answers and examples: .*",
     r"(base|checkpoint-\d+): \d+ of \d+ answers",
-    r".*\b20 (rows|replies|answers)\b.*",  # what is said of so few
+    r"\d+ held-out conversations: fewer than 20 support neither .*",
 ]
 CHATTED = [r"\(cut: the answer reached --max-new-tokens\)"]
 

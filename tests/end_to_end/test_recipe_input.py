@@ -149,8 +149,8 @@ def test_every_path_may_lie_in_the_home_folder(capsys, recipe_file, home):
     (home / "own.jinja").write_text("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
     (home / "mine.txt").write_text("Hello\n")
     accepted(
-        capsys, "prepare", recipe_file, "data.source=[~/a.jsonl, {path: ~/b.jsonl}, ~/c*]", "data.test=~/test.jsonl",
-        "data.template=~/own.jinja", "evaluation.prompts=~/mine.txt",
+        capsys, "train", recipe_file, "data.source=[~/a.jsonl, {path: ~/b.jsonl}, ~/c*]", "data.test=~/test.jsonl",
+        "data.template=~/own.jinja", "evaluation.prompts=~/mine.txt", "training.max_steps=1",
     )  # fmt: skip
     resolved = yaml.safe_load((recipe_file.parent / "run" / "recipe.yaml").read_text())
     sources = [str(home / "a.jsonl"), {"path": str(home / "b.jsonl")}, str(home / "c*")]
@@ -186,7 +186,9 @@ def test_an_empty_value_is_the_default(capsys, recipe_file):
     text = text.replace("training:\n", "training:\n  lora:\n")
     text = text.replace("evaluation:\n  max_new_tokens: 8\n", "evaluation:\n  # max_new_tokens: 8\n")
     recipe_file.write_text(text)
-    assert "30 train + 3 test" in accepted(capsys, "prepare", recipe_file, "training.epochs=", "training.report_to=")
+    assert "30 train + 3 test" in accepted(
+        capsys, "train", recipe_file, "training.epochs=", "training.report_to=", "training.max_steps=1"
+    )
     resolved = yaml.safe_load((recipe_file.parent / "run" / "recipe.yaml").read_text())
     assert (resolved["training"]["lora"], resolved["training"]["epochs"]) == (None, 8.0)
     assert resolved["evaluation"]["max_new_tokens"] == 256
