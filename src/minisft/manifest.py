@@ -280,7 +280,7 @@ def append_plain(path: Path, text: str) -> None:
 def _read_plain(path: Path) -> str:
     """Return the text of a plain file; links, pipes and devices are errors."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(handle, encoding="utf-8") as file:  # noqa: PTH123 (a handle)
+    with open(handle, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 (a handle)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.ENXIO, "not a plain file", str(path))
         return file.read()

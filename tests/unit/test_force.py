@@ -321,3 +321,11 @@ def test_a_process_killed_after_the_renames_leaves_the_old_run_for_a_successor_t
     restore_run(run)
     assert content(tmp_path / "run") == before
     assert (tmp_path / "run" / MARKER).exists()
+
+
+def test_a_damaged_manifest_lists_less_and_deletes_less(recipe, tmp_path):
+    train(recipe, "old")
+    (tmp_path / "run" / ".minisft.files").write_bytes(b'\x93\xff\x00garbage\n"metrics.jsonl"\n')
+    train(recipe, "new", force=True)
+    assert content(tmp_path / "run", WRITTEN[1:]) == dict.fromkeys(WRITTEN[1:], b"new")
+    assert content(tmp_path / "run.old-1", ("model/config.json", "metrics.jsonl")) == {"model/config.json": b"old"}
