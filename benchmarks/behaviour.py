@@ -44,15 +44,18 @@ TIMEOUT = 300  # seconds that a command may take
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    parser = make_parser()
+    arguments = parser.parse_args()
     if arguments.action == "record":
         record(arguments.folder, arguments.source.resolve(), arguments.only)
     elif arguments.action == "compare":
         rewordings = read_rewordings(arguments.reword) if arguments.reword else []
         sys.exit(compare(arguments.before, arguments.after, rewordings))
+    else:
+        parser.print_help()
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action")
     recording = actions.add_parser("record", help="run all commands and keep what they print and write")
@@ -63,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
     comparing.add_argument("--reword", type=Path, metavar="FILE", help="lines `old => new`, applied to `before`")
-    return parser.parse_args()
+    return parser
 
 
 # --- commands ----------------------------------------------------------------------------------------------
