@@ -20,18 +20,21 @@ rewording drops out of the diff. Lines that begin with # are comments.
 """
 
 import argparse
+import contextlib
 import difflib
+import fcntl
 import hashlib
 import json
 import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 VERBS = (
     "demo", "prepare", "inspect", "check", "plan", "train", "evaluate", "compare", "report", "export", "chat",
 )  # fmt: skip
+WORK = "minisft-behaviour"  # folder under the one for temporary files
 TIMEOUT = 300  # seconds that a command may take
 
 
@@ -306,12 +310,12 @@ def record(folder: Path, source: Path, only: str = "") -> None:
         only: Of which commands, as a regular expression on their names; all run.
 
     Raises:
-        SystemExit: The folder exists, or Python imports another MiniSFT than that of `source`.
+        SystemExit: The folder exists, another `record` is at work, or Python imports another MiniSFT than that of
+            `source`.
     """
     if folder.exists():
         raise SystemExit(f"{folder} exists: name a folder that does not")
-    with tempfile.TemporaryDirectory(prefix="behaviour-") as name:
-        work = Path(name).resolve()
+    with work_folder() as work:
         environment = make_environment(work, source)
         require_source(source, environment)
         (work / "here").mkdir()
@@ -329,6 +333,27 @@ def record(folder: Path, source: Path, only: str = "") -> None:
             before = after
             print(f"{command.name}: exit {finished.returncode}, {time.monotonic() - started:.1f} s", flush=True)
         print(f"{time.monotonic() - began:.0f} s in all")
+
+
+@contextlib.contextmanager
+def work_folder() -> Iterator[Path]:
+    """Give an empty folder of always the same path, since hashes that MiniSFT records depend on paths.
+
+    Raises:
+        SystemExit: Another `record` is at work in it.
+    """
+    work = Path(tempfile.gettempdir()).resolve() / WORK
+    with work.with_name(f"{WORK}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another `record` is at work in {work}: wait for it to end") from None
+        shutil.rmtree(work, ignore_errors=True)  # a killed one left it
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work)
 
 
 def make_environment(work: Path, source: Path) -> dict[str, str]:
@@ -422,11 +447,12 @@ _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
 # Keys of JSON whose values are measured, random, or depend on folders and on the source tree.
 _VOLATILE = re.compile(
     r"seconds|(^|_)(time|times|timestamp|date|started|ended|created)$|_mb$|_gb$|memory|rate$|per_second|speed|inode|"
-    r"^path$|^pid$|^host|fingerprint|flops|free|_runtime$"
+    r"^pid$|^host|fingerprint|flops|free|_runtime$"
 )
-_VOLATILE_HASHES = ("made_from.recipe", "made_from.program")  # of paths, and of the source code
+_SOURCE_HASH = "made_from.program"  # of the source code
 _KEPT = ("learning_rate", "warmup_rate", "memory_limit_gb")  # keys that only look like these
 _TEXT = [
+    (re.compile(rf'("seconds": ){_NUMBER}'), r"\1<time>"),
     (re.compile(r"\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?([.,]\d+)?(Z|[+-]\d\d:?\d\d)?\]?"), "<date>"),
     (re.compile(r"\d{4}-\d\d-\d\d"), "<date>"),
     (re.compile(r"\b[WIE]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ "), "<date> "),
@@ -445,7 +471,21 @@ _TEXT = [
 _LOOSE = re.compile(rf"(?<!\w)(?<![A-Za-z]-){_NUMBER}")  # neither that of zero2 nor that of checkpoint-2
 _COLUMNS = ("seconds", "s/step", "tokens/s", "GB")  # heads of tables over what is measured
 _PASSING = re.compile(r"\d+%\||\(load [\d.]+ ")  # a bar of tqdm; that the machine is busy
+_STEP = re.compile(r"\bstep (\d+)/(\d+)  epoch ")  # a line every few seconds
+_SPENT = re.compile(r"(<td>[^<]*\b(?:seconds?|memory|[MG]B)\b[^<]*</td>\n<td>)[^<]*\d[^<]*")
+_BAR = re.compile(r'(<rect class="bar"[^>]* width=")[^"]*("[^>]*>\n<text x=")[^"]*("[^>]*>)[^<]*')
 _RULES = re.compile(r"([─━═╌-])\1{3,}")
+
+
+def without_passing(lines: Iterable[str]) -> Iterator[str]:
+    """Leave out progress: bars, that the machine is busy, and steps but for the first and the last of a training."""
+    running = False
+    for line in lines:
+        step = _STEP.search(line)
+        if _PASSING.search(line) or (step and running and step[1] != step[2]):
+            continue
+        running = step[1] != step[2] if step else running
+        yield line
 
 
 def without_columns(lines: Sequence[str], between: str) -> list[str]:
@@ -516,7 +556,7 @@ class Plain:
 
     def printed(self, text: str, command: Command) -> str:
         """What a command printed: without progress bars, and in columns that do not depend on a number's width."""
-        lines = [line for whole in text.split("\n") for line in whole.split("\r") if not _PASSING.search(line)]
+        lines = list(without_passing(line for whole in text.split("\n") for line in whole.split("\r")))
         if not command.name.startswith("help"):
             lines = [re.sub(r"(?<=\S) {2,}", "  ", line).rstrip() for line in lines]
             lines = [re.sub(r"^ {3,}", "   ", _RULES.sub(r"\1\1\1", line)) for line in lines]
@@ -545,6 +585,8 @@ class Plain:
             return "".join(sorted(set(self.text(path.read_text(encoding="utf-8")).splitlines(keepends=True))))
         try:
             text = path.read_text(encoding="utf-8")
+            if path.suffix == ".log":
+                text = "\n".join(without_passing(text.splitlines())) + "\n"
             if path.suffix == ".md":
                 text = "\n".join(without_columns(text.splitlines(), "|")) + "\n"
             return self.text(text, loose) or "empty\n"
@@ -565,7 +607,7 @@ class Plain:
 
     def _value(self, value: Any, loose: bool, key: str = "") -> Any:
         name = key.rpartition(".")[2]
-        volatile = (_VOLATILE.search(name) and name not in _KEPT) or key.endswith(_VOLATILE_HASHES)
+        volatile = (_VOLATILE.search(name) and name not in _KEPT) or key.endswith(_SOURCE_HASH)
         if isinstance(value, dict):
             return {self.text(name): self._value(one, loose, f"{key}.{name}") for name, one in value.items()}
         if isinstance(value, list):
@@ -587,7 +629,9 @@ class Plain:
 
         text = re.sub(r'(<script type="application/json"[^>]*>)(.*?)(</script>)', data, text, flags=re.DOTALL)
         text = text.replace("><", ">\n<")
-        return self.text(re.sub(r"<table>.*?</table>", without_html_columns, text, flags=re.DOTALL), loose)
+        text = re.sub(r"<table>.*?</table>", without_html_columns, text, flags=re.DOTALL)
+        text = _BAR.sub(r"\1<number>\2<number>\3<number>", _SPENT.sub(r"\1<number>", text))
+        return self.text(text, loose)
 
     def _arrow(self, path: Path, loose: bool) -> str:
         import pyarrow

@@ -29,6 +29,7 @@ def plain(behaviour):
         ("/old/src/minisft/cli.py:12: Warning", "<source>/minisft/cli.py:<line>: Warning"),
         ("[2026-11-25 21:13:20,930] [WARNING]", "<date> [WARNING]"),
         ("done in 3.2 s, 1,200 ms or 2 minutes", "done in <time>, <time> or <time>"),
+        ('{"seconds": 0.127, "score": 1.2}', '{"seconds": <time>, "score": 1.2}'),
         ("left 0:00:12", "left <time>"),
         ("5,387 supervised tokens/s  0.53 GB", "<speed>  <size>"),
         ("epoch 0.33  loss 5.5614", "epoch 0.33  loss 5.5614"),
@@ -62,17 +63,29 @@ def test_progress_bars_are_left_out_and_help_is_kept_as_it_is(behaviour, plain):
     assert plain.printed("  --a     in 3 s", behaviour.Command("help-a", "a --help")) == "  --a     in 3 s"
 
 
+def test_of_the_steps_of_a_training_the_first_and_the_last_are_kept(behaviour):
+    lines = [f"step {step}/9  epoch 0.{step}" for step in (4, 6, 9)]
+    assert list(behaviour.without_passing(["a", *lines, "b", *lines])) == [
+        "a",
+        lines[0],
+        lines[2],
+        "b",
+        lines[0],
+        lines[2],
+    ]
+
+
 def test_the_lines_of_several_processes_are_sorted(behaviour, plain):
     command = behaviour.Command("train", "train x", spread=True)
     assert plain.printed("b\na\n", command) == plain.printed("a\nb\n", command) == "a\nb"
 
 
 def test_json_keeps_its_order_and_all_that_is_not_measured(plain, tmp_path):
-    value = {"step": 1, "seconds": 2.5, "peak_memory_mb": None, "learning_rate": 0.1, "made_from": {"recipe": "ab"}}
+    value = {"step": 1, "seconds": 2.5, "peak_memory_mb": None, "learning_rate": 0.1, "made_from": {"program": "ab"}}
     (tmp_path / "a.json").write_text(json.dumps(value))
     found = json.loads(plain.file(tmp_path / "a.json", loose=False))
     assert list(found) == list(value)
-    assert found == value | {"seconds": "<number>", "made_from": {"recipe": "<text>"}}
+    assert found == value | {"seconds": "<number>", "made_from": {"program": "<text>"}}
     (tmp_path / "a.jsonl").write_text(json.dumps(value) + "\n" + json.dumps({"loss": 1}) + "\n")
     assert plain.file(tmp_path / "a.jsonl", loose=True).splitlines()[1] == '{"loss": "<number>"}'
 
@@ -87,6 +100,15 @@ def test_html_is_a_tag_a_line_without_what_is_measured(plain, tmp_path):
     found = plain.file(tmp_path / "a.html", loose=False)
     assert "<td>5.5</td>\n<td><number></td>" in found
     assert '"text": "a</b",\n "seconds": "<number>"' in found
+
+
+def test_what_a_page_says_of_speed_is_replaced(plain, tmp_path):
+    bar = '<rect class="bar" x="0" width="31" height="14"/><text x="37" y="3">0.02</text>'
+    (tmp_path / "a.html").write_text(f"<tr><td>tokens a second</td><td>15,656</td></tr><td>epochs</td><td>3</td>{bar}")
+    found = plain.file(tmp_path / "a.html", loose=False)
+    assert "<td>tokens a second</td>\n<td><number></td>" in found
+    assert "<td>epochs</td>\n<td>3</td>" in found
+    assert 'width="<number>" height="14"/>\n<text x="<number>" y="3"><number></text>' in found
 
 
 def test_what_is_no_text_has_a_word(plain, tmp_path):
