@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from minisft.chat import Session
+from minisft.chat.terminal import Session
 from minisft.data.conversation import Message
-from minisft.data.encoding import Encoder
+from minisft.data.encoder import Encoder
 from minisft.evaluation.generation import generate
 from minisft.models import load_model, load_tokenizer, resolve_model
 from minisft.recipe import EvaluationRecipe

@@ -28,10 +28,11 @@ from prepare import CHATML, DEMO
 from train import CONTENDERS, Contender, Work, reason_of, train_once
 from transformers import LlamaConfig
 
-from minisft.data.preparation import load_train, prepare
+from minisft.data.preparation import prepare
+from minisft.data.prepared import load_train
 from minisft.models import load_tokenizer
-from minisft.planning.counting import count_footprint
 from minisft.planning.machines import machine_named
+from minisft.planning.model_cost import count_footprint
 from minisft.recipe import DataRecipe, LoraRecipe, Recipe
 from minisft.training.batching import measure
 

@@ -25,12 +25,13 @@ import psutil
 from minisft.data.preparation import prepare
 from minisft.models import resolve_model
 from minisft.planning.auto import try_strategy
-from minisft.planning.counting import Footprints
 from minisft.planning.machines import Machine
-from minisft.planning.plan import job_of, predict_recipe, prepared_sizes
+from minisft.planning.model_cost import Footprints
+from minisft.planning.planner import job_of, predict_recipe, prepared_sizes
 from minisft.planning.prediction import Job, Prediction
 from minisft.recipe import STRATEGIES, DataRecipe, LoraRecipe, Recipe, TrainingRecipe
-from minisft.runs import RunFolder, load_run, open_run
+from minisft.run_folder import RunFolder, load_run
+from minisft.run_start import open_run
 
 DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.sharegpt.jsonl"
 STEPS = 3
@@ -206,7 +207,7 @@ def jobs_of(folder: Path) -> Iterator[tuple[int, Job]]:
 
 def report_time(root: Path) -> None:
     """Compare the wall time of a finished run's steps with what is predicted now, on this machine."""
-    from minisft.planning import predict_run
+    from minisft.planning.planner import predict_run
 
     lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     actual, prediction = sum(line["seconds"] for line in lines), predict_run(load_run(root))

@@ -58,7 +58,7 @@ OURS = REPOSITORY / "src" / "minisft"
 
 # --- names that have to follow the moves and renames of the project ----------------------------------------
 
-TRAIN = ("minisft.training.train",)  # the file or files that implement `minisft train`
+TRAIN = ("minisft.training.run_training",)  # the file or files that implement `minisft train`
 OPENS_SOURCE = "minisft.data.readers:read_files"  # its first call is the first read of a row
 LOSS = "minisft.training.loss:row_loss"  # its first return is the loss of the first step, which has one row
 LOADS_MODEL = "minisft.evaluation.backends:TransformersModel.__init__"  # called for the base and each checkpoint

@@ -25,7 +25,8 @@ from peers import swift_python, trl_python
 from prepare import CHATML, DEMO, usable_conversations, write_inputs
 
 from minisft.data.conversation import Conversation
-from minisft.data.preparation import load_train, prepare
+from minisft.data.preparation import prepare
+from minisft.data.prepared import load_train
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import DataRecipe, Recipe
 from minisft.training.batching import Sizes, deal, measure, steps_of_epoch

@@ -13,10 +13,10 @@ import torch
 from measuring import Timer
 
 from minisft.recipe import DataRecipe, LoraRecipe, Recipe, TrainingRecipe
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from minisft.training import batching
 from minisft.training import trainer as trainer_module
-from minisft.training.train import make_trainer, take_steps
+from minisft.training.run_training import make_trainer, take_steps
 
 
 class InsideTimer(Timer):

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from minisft import __version__, options
 from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.files import REFUSED, user_path
+from minisft.library_output import tame_libraries
 from minisft.options import Arguments, Verb
 from minisft.runner import prepare_run, train_along, train_joined, train_run, try_start
-from minisft.text import json_text, printable, tame_libraries
+from minisft.text import json_text, printable
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
-    from minisft.runs import RunFolder
+    from minisft.run_folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +119,8 @@ def _within(key: str, section: str) -> bool:
 def prepare(arguments: Arguments) -> None:
     recipe = _load(arguments)
     from minisft.data.sources import require_sources
-    from minisft.runs import delete_replaced_run, start_run
+    from minisft.run_folder import delete_replaced_run
+    from minisft.run_start import start_run
 
     require_sources(recipe.data)
     with start_run(recipe, force=arguments.force, prepares_only=True) as started:
@@ -130,7 +132,8 @@ def prepare(arguments: Arguments) -> None:
 def inspect(arguments: Arguments) -> None:
     recipe = _recipe_or_run(arguments)
     from minisft.data.inspect import inspect as show_rows
-    from minisft.runs import RunFolder, is_same_run, open_run
+    from minisft.run_folder import RunFolder, is_same_run
+    from minisft.run_start import open_run
 
     if not is_same_run(RunFolder(Path(recipe.output)), recipe):
         with open_run(recipe, prepares_only=True):
@@ -151,17 +154,16 @@ def check(arguments: Arguments) -> None:
     recipe = _load(arguments)
     from minisft.console import say
     from minisft.files import write_atomically
-    from minisft.runs import open_run
-    from minisft.training.hardware import on_cpu
-    from minisft.training.strategies import set_deepspeed_environment
+    from minisft.run_start import open_run
+    from minisft.training.device import on_cpu
+    from minisft.training.zero import set_deepspeed_environment
 
     set_deepspeed_environment(on_cpu())  # before transformers is imported
     if not arguments.quick:
-        from minisft.training.train import refuse_impossible
+        from minisft.training.run_training import refuse_impossible
 
         refuse_impossible(recipe)
-    from minisft.checking.check import as_report, examine
-    from minisft.checking.table import show, summary
+    from minisft.checking.run_checks import as_report, examine, show, summary
 
     with open_run(recipe, prepares_only=True) as run:
         results = examine(recipe, run, quick=arguments.quick, tell=(lambda _: None) if arguments.json else show)
@@ -182,8 +184,8 @@ def check(arguments: Arguments) -> None:
 
 def plan(arguments: Arguments) -> None:
     recipe = _load(arguments)
-    from minisft.planning.command import Wish, plan_for
-    from minisft.planning.table import plan_as_json, show_plan
+    from minisft.planning.plan_table import plan_as_json, show_plan
+    from minisft.planning.planner import Wish, plan_for
 
     made = plan_for(recipe, Wish(arguments.gpu, arguments.count, arguments.nodes))
     if arguments.json:
@@ -195,8 +197,8 @@ def plan(arguments: Arguments) -> None:
 def train(arguments: Arguments) -> None:
     recipe = _load(arguments)
     from minisft.processes import leave
-    from minisft.training.launch import adopt_slurm, is_joined
-    from minisft.training.machines import parse_machines
+    from minisft.training.distributed import adopt_slurm, is_joined
+    from minisft.training.nodes import parse_machines
 
     adopt_slurm()
     machines = parse_machines(arguments.nodes, arguments.node_rank, arguments.rendezvous)
@@ -245,7 +247,7 @@ def report(arguments: Arguments) -> None:
     from minisft.console import say
     from minisft.report.markdown import write_results
     from minisft.report.page import require_target, write_report
-    from minisft.runs import refuse_strangers_links
+    from minisft.run_start import refuse_strangers_links
 
     to = None if arguments.to is None else user_path(arguments.to, "--to")
     if to is None:
@@ -271,7 +273,7 @@ def export(arguments: Arguments) -> None:
     folder = user_path(arguments.words.pop(1), "the folder to write")
     recipe = _recipe_or_run(arguments)
     from minisft.console import say
-    from minisft.export import export as export_model
+    from minisft.model_export import export as export_model
 
     source = export_model(
         recipe,
@@ -297,7 +299,7 @@ def chat(arguments: Arguments) -> None:
             _note_unread(arguments.verb, overrides)
         if path.is_dir():  # else it is refused
             _announce(arguments, folder)
-    from minisft.chat import chat as start_chat
+    from minisft.chat.terminal import chat as start_chat
 
     start_chat(
         path,
@@ -314,7 +316,7 @@ def chat(arguments: Arguments) -> None:
 
 def demo(arguments: Arguments) -> None:
     from minisft.recipe import load_recipe
-    from minisft.runs import RunFolder, is_same_run
+    from minisft.run_folder import RunFolder, is_same_run
 
     recipe = load_recipe(built_in_recipe("demo"), arguments.words)
     _announce(arguments, "", recipe.output)
@@ -336,7 +338,7 @@ def demo(arguments: Arguments) -> None:
 def _load(arguments: Arguments) -> "Recipe":
     """Read the recipe with its overrides; one that lies in a run folder is that run's, and carries no consent."""
     from minisft.recipe import load_recipe
-    from minisft.runs import NO_CONSENT, is_of_a_run, load_run, run_of
+    from minisft.run_folder import NO_CONSENT, is_of_a_run, load_run, run_of
 
     path = arguments.words[0]
     root = run_of(Path(path))
@@ -354,14 +356,14 @@ def _load(arguments: Arguments) -> "Recipe":
 
 def _consent(arguments: Arguments) -> list[str]:
     """Return the override that `--trust-remote-code` stands for, where it was given."""
-    from minisft.runs import CONSENT
+    from minisft.run_folder import CONSENT
 
     return [CONSENT] if getattr(arguments, "trust_remote_code", False) else []
 
 
 def _recipe_or_run(arguments: Arguments) -> "Recipe":
     """Read the recipe, or that of the run folder given in its place; overrides hold for both."""
-    from minisft.runs import load_run
+    from minisft.run_folder import load_run
 
     path = arguments.words[0]
     if not Path(path).is_dir():
@@ -393,10 +395,11 @@ def _evaluate(
     shown: Callable[[Path], object] | None = None,
 ) -> None:
     """Score the run, call `shown` with its folder, and only then refuse checkpoints that are damaged."""
-    from minisft.evaluation.evaluate import evaluate as score_checkpoints
-    from minisft.evaluation.evaluate import refuse_damaged
-    from minisft.report.curves import draw_curves
-    from minisft.runs import RunFolder, refuse_strangers_links
+    from minisft.evaluation.run_evaluation import evaluate as score_checkpoints
+    from minisft.evaluation.run_evaluation import refuse_damaged
+    from minisft.report.plots import draw_curves
+    from minisft.run_folder import RunFolder
+    from minisft.run_start import refuse_strangers_links
 
     output = Path(recipe.output)
     refuse_strangers_links(output)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minisft.claims import read_results
 from minisft.console import say
+from minisft.results import read_results
 
 _SHOWN = 3
 _NAMES = {"bleu": "BLEU", "chrf": "chrF"}

@@ -12,8 +12,8 @@ from minisft.errors import UserError
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
-    from minisft.runs import RunFolder
-    from minisft.training.machines import Machines
+    from minisft.run_folder import RunFolder
+    from minisft.training.nodes import Machines
 
 
 def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None = None) -> Path:
@@ -24,13 +24,12 @@ def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None
         with_weights: find the model's weights too, and remember which they are.
         output: how messages name the folder, where the run is going to have another name.
     """
-    from minisft.console import say
-    from minisft.data.ledger import ledger_lines
+    from minisft.console import counting_rows, say
+    from minisft.data.inspect import write_preview
     from minisft.data.preparation import prepare as prepare_data
-    from minisft.data.preview import write_preview
-    from minisft.data.progress import counting_rows
+    from minisft.data.stats import ledger_lines
     from minisft.models import resolve_model, weights_fingerprint
-    from minisft.runs import RunFolder, remember_model
+    from minisft.run_folder import RunFolder, remember_model
 
     run = RunFolder(Path(recipe.output))
     resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=with_weights)
@@ -55,11 +54,11 @@ def train_run(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
     """
     from minisft.data.sources import require_sources
     from minisft.models import resolve_model
-    from minisft.report.curves import draw_curves
-    from minisft.runs import start_run
+    from minisft.report.plots import draw_curves
+    from minisft.run_start import start_run
     from minisft.training.disk import require_disk
-    from minisft.training.train import go_beyond_end, refuse_impossible
-    from minisft.training.train import train as start_training
+    from minisft.training.run_training import go_beyond_end, refuse_impossible
+    from minisft.training.run_training import train as start_training
 
     refuse_impossible(recipe, machines)
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
@@ -89,9 +88,10 @@ def try_start(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
     from minisft.data.sources import require_sources
     from minisft.manifest import written_bytes
     from minisft.models import resolve_model
-    from minisft.runs import RunFolder, describe_run, open_run, refuse_start
+    from minisft.run_folder import RunFolder, describe_run
+    from minisft.run_start import open_run, refuse_start
     from minisft.training.disk import require_disk
-    from minisft.training.train import refuse_impossible
+    from minisft.training.run_training import refuse_impossible
 
     refuse_impossible(recipe, machines)
     resolve_model(recipe.model, recipe.trust_remote_code)
@@ -115,10 +115,10 @@ def train_along(recipe: "Recipe", machines: "Machines", *, resume: bool) -> None
     """Train as one of several machines, once the first has prepared; the run folder is the first's to write."""
     from minisft.console import say
     from minisft.models import resolve_model
-    from minisft.runs import RunFolder
-    from minisft.training.machines import wait_for_first
-    from minisft.training.train import refuse_impossible
-    from minisft.training.train import train as start_training
+    from minisft.run_folder import RunFolder
+    from minisft.training.nodes import wait_for_first
+    from minisft.training.run_training import refuse_impossible
+    from minisft.training.run_training import train as start_training
 
     refuse_impossible(recipe, machines)
     resolve_model(recipe.model, recipe.trust_remote_code)
@@ -131,7 +131,7 @@ def train_along(recipe: "Recipe", machines: "Machines", *, resume: bool) -> None
 def _settled(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tuple["Recipe", Path | None]:
     """Settle on a strategy where the recipe leaves it open; a checkpoint goes on with its own."""
     from minisft.planning.auto import settle_strategy
-    from minisft.runs import rewrite_recipe
+    from minisft.run_folder import rewrite_recipe
     from minisft.training.checkpoints import layout_of
 
     if recipe.training.strategy != "auto":
@@ -146,11 +146,12 @@ def _settled(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tup
 def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     """Train as one process of a launch under way: the first prepares, the others wait for it."""
     from minisft.data.sources import require_sources
-    from minisft.runs import RunFolder, start_run
+    from minisft.run_folder import RunFolder
+    from minisft.run_start import start_run
     from minisft.training.checkpoints import latest_resumable
     from minisft.training.disk import require_disk
-    from minisft.training.launch import join, world_size
-    from minisft.training.train import go_beyond_end, refuse_impossible, train_in_this_process
+    from minisft.training.distributed import join, world_size
+    from minisft.training.run_training import go_beyond_end, refuse_impossible, train_in_this_process
 
     recipe = replace(recipe, training=replace(recipe.training, processes=world_size()))
     if recipe.training.strategy == "auto":
@@ -177,8 +178,8 @@ def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
 def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> Path | None:
     from minisft.console import say
     from minisft.training.checkpoints import latest_resumable, layout_of
-    from minisft.training.conversion import refuse_inconvertible
     from minisft.training.integrity import refuse_damaged
+    from minisft.training.resharding import refuse_inconvertible
 
     if not resume:
         return None

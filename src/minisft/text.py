@@ -1,12 +1,7 @@
 """Text that is not ours, made safe to read in a terminal."""
 
 import json
-import logging
 import re
-import sys
-import traceback
-import warnings
-from types import TracebackType
 from typing import Any
 
 # What a terminal obeys in place of showing it: control characters (C0 but tab and line feed, DEL, C1), the controls
@@ -27,31 +22,6 @@ def json_text(value: Any, indent: int | None = None) -> str:
     """Return `value` as JSON that is safe to print; what `printable` would write out is an escape of JSON's own."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return _UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
-
-
-def tame_libraries() -> None:
-    """Let what libraries log and warn of, and tracebacks, pass through `printable` too, in this process."""
-    make_record = logging.getLogRecordFactory()
-    if getattr(make_record, "is_tame", False):
-        return
-
-    def make_tame_record(*args: Any, **options: Any) -> logging.LogRecord:
-        record = make_record(*args, **options)
-        if isinstance(record.msg, str):
-            record.msg = printable(record.msg)
-        if isinstance(record.args, tuple):
-            record.args = tuple(printable(one) if isinstance(one, str) else one for one in record.args)
-        return record
-
-    make_tame_record.is_tame = True  # type: ignore[attr-defined]
-    logging.setLogRecordFactory(make_tame_record)
-    format_warning = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **options: printable(format_warning(*args, **options))
-    sys.excepthook = _print_traceback
-
-
-def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(printable("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
 
 def _escape(code: int) -> str:

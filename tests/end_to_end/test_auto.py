@@ -7,7 +7,8 @@ import pytest
 from minisft.planning.auto import job_of, prepared_sizes, try_strategy
 from minisft.planning.machines import machine_named
 from minisft.recipe import load_recipe
-from minisft.runs import RunFolder, load_run, open_run
+from minisft.run_folder import RunFolder, load_run
+from minisft.run_start import open_run
 from tests.tiny import minisft
 
 pytestmark = pytest.mark.long

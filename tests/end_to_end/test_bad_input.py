@@ -132,7 +132,7 @@ def test_fp16_on_a_cpu(capsys, recipe_file, monkeypatch):
 
 
 def test_zero_where_deepspeed_is_missing(capsys, recipe_file, monkeypatch):
-    monkeypatch.setattr("minisft.training.strategies.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("minisft.training.zero.importlib.util.find_spec", lambda name: None)
     assert "DeepSpeed is not installed" in refused(capsys, "train", recipe_file, "training.strategy=zero2")
 
 

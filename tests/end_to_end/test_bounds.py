@@ -31,7 +31,7 @@ BOMBS = {
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr("minisft.data.template_limits.SECONDS", 0.5)
+    monkeypatch.setattr("minisft.data.renderers.jinja_limits.SECONDS", 0.5)
 
 
 def refused(capsys, *words):

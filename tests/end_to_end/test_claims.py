@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from minisft.cli import main
-from minisft.evaluation.examiner import Examiner
+from minisft.evaluation.evaluator import Examiner
 from tests.browser import Browser, find_browser
 from tests.tiny import write_conversations, write_recipe
 

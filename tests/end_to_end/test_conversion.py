@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minisft.models import load_model
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from tests.tiny import minisft, write_recipe
 
 # 2 epochs of 4 steps; the weight decay shows whether each parameter is in the group that it was in.

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from tests.tiny import minisft, write_recipe
 
 SETTINGS = "{epochs: 15, learning_rate: 1.0e-3, precision: fp32, save_every: 3}"  # 60 steps

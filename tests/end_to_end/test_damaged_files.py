@@ -26,7 +26,7 @@ UNREAD = (".lock", ".png", ".html", ".md", ".txt")
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr("minisft.evaluation.scoring.RESAMPLES", 20)
+    monkeypatch.setattr("minisft.evaluation.metrics.RESAMPLES", 20)
 
 
 def holds(capsys, run, verb):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from minisft.recipe import load_recipe
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from minisft.training.disk import checkpoint_size
 from tests.tiny import minisft, write_recipe
 

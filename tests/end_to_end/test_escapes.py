@@ -7,7 +7,7 @@ import re
 import pytest
 
 from minisft.cli import main
-from minisft.data.encoding import Encoder
+from minisft.data.encoder import Encoder
 
 EVIL = "\x1b]0;owned\x07\x1b[31m\x9b2J\u202egpj"
 PEACEFUL = "猫 é 👩‍👩‍👧 שלום \U0001f600"

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from tests.tiny import minisft, write_conversations, write_recipe
 
 

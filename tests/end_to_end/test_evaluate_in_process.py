@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from minisft.cli import main
-from minisft.comparison.child import Ended
+from minisft.processes import Ended
 from tests.tiny import write_recipe
 
 

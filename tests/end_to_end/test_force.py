@@ -97,13 +97,13 @@ def test_force_says_what_it_replaces_and_keeps_what_others_wrote(capsys, recipe,
 
 
 def test_the_old_run_comes_back_where_training_fails_before_its_first_step(capsys, recipe, tmp_path, monkeypatch):
-    from minisft.training import train
+    from minisft.training import run_training
 
     def broken(*args, **kwargs):
         assert (tmp_path / "run.old-1").is_dir()
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(train, "run_steps", broken)
+    monkeypatch.setattr(run_training, "run_steps", broken)
     before = tree(tmp_path / "run")
     assert "No space left" in refused(capsys, "train", recipe, "--force")
     assert tree(tmp_path / "run").items() >= {k: v for k, v in before.items() if k != ".minisft.json"}.items()

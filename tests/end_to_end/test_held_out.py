@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minisft.data.preparation import load_test, prepare
-from minisft.evaluation.loss import loss_batches, mean_loss, sum_of_losses
+from minisft.data.preparation import prepare
+from minisft.data.prepared import load_test
+from minisft.evaluation.metrics import loss_batches, mean_loss, sum_of_losses
 from minisft.models import load_model
 from minisft.recipe import load_recipe
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from minisft.training.checkpoints import is_last
-from minisft.training.train import train_in_this_process
+from minisft.training.run_training import train_in_this_process
 from tests.tiny import minisft, write_recipe
 
 SETTINGS = "{epochs: 3, learning_rate: 1.0e-3, precision: fp32, eval_every: epoch, row_tokens: 200}"

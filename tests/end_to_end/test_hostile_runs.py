@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from minisft.cli import main
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from tests.end_to_end.test_untrusted_code import with_own_code
 from tests.tiny import minisft, write_recipe
 
@@ -178,7 +178,7 @@ def test_deepspeed_reads_no_more_than_that(canary, tmp_path):
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    from minisft.training.strategies import zero_state_is_plain
+    from minisft.training.zero import zero_state_is_plain
 
     scale = DynamicLossScaler(2**16, 2.0, 1000, 1.0, 2, False, dtype=torch.float16)
     state = [LossScaler(1.0), scale, ZeroStageEnum(2), fragment_address(numel=3, start=5), torch.ones(2)]
@@ -319,7 +319,7 @@ def test_a_recipe_that_is_a_bomb_is_refused(run, tmp_path, text):
 
 @every_verb
 def test_templates_that_are_bombs_are_stopped(run, capsys, monkeypatch, verb):
-    monkeypatch.setattr("minisft.data.template_limits.SECONDS", 1.0)
+    monkeypatch.setattr("minisft.data.renderers.jinja_limits.SECONDS", 1.0)
     if verb == "resume":
         unfinished(run)
     if verb == "prepare":  # else it stops at what is prepared already

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from tests.tiny import heed_ctrl_c, minisft, write_recipe
 
 

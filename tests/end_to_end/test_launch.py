@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from minisft.cli import main
-from minisft.runs import RunFolder, load_run
+from minisft.run_folder import RunFolder, load_run
 from tests.tiny import minisft, write_recipe
 
 SPLIT = ("training.batch_size=4",)
@@ -129,7 +129,7 @@ def test_a_killed_worker_is_named_with_the_likely_reason(rank_1):
 @pytest.mark.long
 def test_what_the_kernel_says_of_memory_is_repeated(rank_1, monkeypatch):
     words = "Out of memory: Killed process 7 (python)"
-    monkeypatch.setattr("minisft.training.killed.MemoryKills.evidence", lambda kills, pid: words)
+    monkeypatch.setattr("minisft.training.distributed.MemoryKills.evidence", lambda kills, pid: words)
     status, said = rank_1("os.kill(os.getpid(), signal.SIGKILL)")
     assert status == 2
     assert f"the kernel killed it (SIGKILL), since memory ran out: {words}" in said

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisft.models import load_model
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from tests.tiny import minisft, write_recipe
 
 

@@ -157,7 +157,7 @@ def test_what_is_not_known_is_not_held_back(capsys):
     import logging
     import warnings
 
-    from minisft.training.quiet import hold_back_notices, without_lines
+    from minisft.library_output import hold_back_notices, without_lines
 
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from tests.tiny import minisft, write_recipe
 
 

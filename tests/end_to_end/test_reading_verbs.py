@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from minisft.cli import main
-from minisft.comparison.child import Ended
 from minisft.console import console
+from minisft.processes import Ended
 from tests.tiny import write_recipe
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from tests.end_to_end.test_bad_input import refused, run
 
 

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisft.models import load_model
-from minisft.runs import RunFolder, load_run
+from minisft.run_folder import RunFolder, load_run
 from minisft.training.batching import StepSampler, measure
 from minisft.training.checkpoints import publish_final_model
-from minisft.training.train import run_steps
+from minisft.training.run_training import run_steps
 from tests.padded import padded_loop
 from tests.tiny import minisft, write_recipe
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minisft.runs import RunFolder
-from minisft.training.optimizers import Lion
+from minisft.run_folder import RunFolder
+from minisft.training.optimization import Lion
 from tests.end_to_end.test_bad_input import refused, run
 from tests.tiny import minisft
 
@@ -172,7 +172,7 @@ def test_lion_without_clipping_under_zero_takes_vanillas_steps(train, recipe_fil
 
 
 def test_lion_keeps_half_of_adams_state(recipe_file):
-    from minisft.planning.command import Wish, plan_for
+    from minisft.planning.planner import Wish, plan_for
     from minisft.recipe import load_recipe
 
     adam = load_recipe(recipe_file)

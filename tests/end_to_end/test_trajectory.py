@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from minisft.training.batching import measure, steps_of_epoch
-from minisft.training.conversion import _Shards
+from minisft.training.resharding import _Shards
 from tests.padded import padded_loop
 from tests.tiny import minisft, write_conversations, write_recipe, write_tiny_model
 

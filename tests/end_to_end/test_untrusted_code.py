@@ -6,7 +6,7 @@ import os
 import pytest
 
 from minisft.cli import main
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from tests.tiny import minisft, write_recipe, write_tiny_model
 
 CODE = """
@@ -125,7 +125,7 @@ def test_without_consent_nothing_asks_on_stdin(tmp_path, recipe, canary):
 def test_a_worker_is_told_by_what_started_it(own_run, canary, monkeypatch, capsys):
     """The recipe in the run folder is what a worker reads; its consent is the starter's."""
     from minisft.errors import UserError
-    from minisft.training.train import train_as_worker
+    from minisft.training.run_training import train_as_worker
 
     with pytest.raises(UserError, match="consent"):
         train_as_worker(own_run.root, None)

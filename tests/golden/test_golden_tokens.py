@@ -13,8 +13,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from minisft.data.conversation import Conversation, Message, ToolCall
-from minisft.data.encoding import Encoder
-from minisft.data.rendering import RefusedError
+from minisft.data.encoder import Encoder
+from minisft.data.renderers.base import RefusedError
 from tests.unit.data.mistral import fast_tokenizer
 from tests.unit.data.test_published_templates import FOLDER as PUBLISHED
 

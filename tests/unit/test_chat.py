@@ -19,16 +19,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minisft.chat import Session, chat, choose_model
 from minisft.chat.session import load_model_and_encoder
-from minisft.chat.terminal import Terminal
+from minisft.chat.terminal import Session, Terminal, chat, choose_model
 from minisft.data.conversation import Conversation, Message
-from minisft.data.encoding import Encoder
-from minisft.data.rendering import RefusedError
+from minisft.data.encoder import Encoder
+from minisft.data.renderers.base import RefusedError
 from minisft.errors import UserError
-from minisft.evaluation.sampling import Sampling
+from minisft.evaluation.generation import Sampling
 from minisft.recipe import DataRecipe, Recipe
-from minisft.runs import open_run
+from minisft.run_start import open_run
 from minisft.text import printable
 from tests.tiny import heed_ctrl_c
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from minisft.training import checkpoints
 from minisft.training.checkpoints import (
     clear_left_overs,

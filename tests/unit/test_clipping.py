@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minisft.training.clipping import clip_gradients, gradient_norm
+from minisft.training.optimization import clip_gradients, gradient_norm
 
 
 def test_the_norm_of_a_large_tensor_is_exact():

@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 from torch.multiprocessing.spawn import spawn
 
-from minisft.training.communication import bytes_sent, size_in_bytes, start_counting
+from minisft.training.step_metrics import bytes_sent, size_in_bytes, start_counting
 
 NUMBERS = 1_000_000  # fp32: 4 MB
 MB = 4 * NUMBERS

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from minisft.comparison.child import Ended, run_verb
 from minisft.comparison.compare import share
 from minisft.errors import StoppedError
+from minisft.processes import Ended, run_verb
 
 
 def test_an_error_that_the_user_can_mend(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from minisft.errors import UserError
 from minisft.report.comparison import Entry, differences, measure, relative_difference, write_comparison
-from minisft.report.run_files import read_run
+from minisft.report.run_data import read_run
 from tests.browser import Browser, find_browser
 from tests.unit.test_page import Elements
 

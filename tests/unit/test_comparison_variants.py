@@ -6,7 +6,7 @@ import pytest
 
 from minisft.comparison.variants import choose_variants, read_axes, refuse_other_run, trajectory
 from minisft.errors import UserError
-from minisft.runs import open_run
+from minisft.run_start import open_run
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from minisft.errors import UserError
 from minisft.recipe import TrainingRecipe
-from minisft.training import conversion
-from minisft.training.conversion import _Shards, _Whole, is_laid_out_for, refuse_inconvertible
+from minisft.training import resharding
+from minisft.training.resharding import _Shards, _Whole, is_laid_out_for, refuse_inconvertible
 
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "norm": (2,)}  # 15 and 7 leave something over for two processes
 
@@ -20,7 +20,7 @@ def values():
     """A tensor of each parameter for each kind, none like another."""
     torch.manual_seed(0)
     return {
-        kind: {name: torch.rand(shape) for name, shape in SHAPES.items()} for kind in ("weight", *conversion.MOMENTS)
+        kind: {name: torch.rand(shape) for name, shape in SHAPES.items()} for kind in ("weight", *resharding.MOMENTS)
     }
 
 
@@ -29,7 +29,7 @@ def check(state, values):
     assert state.steps == 4
     for name in SHAPES:
         assert torch.equal(state.weight(name), values["weight"][name].flatten())
-        for kind in conversion.MOMENTS:
+        for kind in resharding.MOMENTS:
             assert torch.equal(state.read(name, kind), values[kind][name].flatten())
 
 
@@ -44,7 +44,7 @@ def test_a_whole_state_is_in_the_order_of_the_optimizer(tmp_path, values):
     weights = {name: torch.nn.Parameter(values["weight"][name].clone()) for name in SHAPES}
     optimizer = torch.optim.AdamW([{"params": [weights[name] for name in group]} for group in groups])
     for name, weight in weights.items():
-        moments = {kind: values[kind][name] for kind in conversion.MOMENTS}
+        moments = {kind: values[kind][name] for kind in resharding.MOMENTS}
         optimizer.state[weight] = {"step": torch.tensor(4.0), **moments}
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     save_file(values["weight"], tmp_path / "model.safetensors")
@@ -121,7 +121,7 @@ def test_shards_of_stage_3_are_joined_without_their_padding(tmp_path, values):
 
 
 def moments(piece):
-    return {"step": torch.tensor(4.0), **{kind: piece[kind] for kind in conversion.MOMENTS}}
+    return {"step": torch.tensor(4.0), **{kind: piece[kind] for kind in resharding.MOMENTS}}
 
 
 def part(tensor, rank):
@@ -159,7 +159,7 @@ ASKED = TrainingRecipe(strategy="vanilla", processes=1, precision="fp32")
     [({"optimizer": "adafactor"}, "only AdamW's state"), ({"precision": "fp16"}, "the loss scale of fp16")],
 )
 def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch, changes, said):
-    monkeypatch.setattr(conversion, "choose_precision", lambda precision: precision)
+    monkeypatch.setattr(resharding, "choose_precision", lambda precision: precision)
     checkpoint = origin(tmp_path, "zero2", 2)
     with pytest.raises(UserError) as refused:
         refuse_inconvertible(checkpoint, replace(ASKED, **changes))
@@ -170,7 +170,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch, changes, sai
 
 
 def test_reading_shards_needs_deepspeed(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(resharding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="DeepSpeed, which is not installed"):
         refuse_inconvertible(origin(tmp_path, "zero3", 2), ASKED)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from minisft.errors import UserError
-from minisft.report.curves import draw_curves
+from minisft.report.plots import draw_curves
 
 SCORE = {"score": 12.0, "low": 9.0, "high": 14.5, "signature": "s"}
 
@@ -51,5 +51,5 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 def test_the_report_imports_no_torch():
-    code = "import sys, minisft.report.curves; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, minisft.report.plots; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from minisft.errors import UserError
 from minisft.recipe import LoraRecipe, TrainingRecipe, load_recipe
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from minisft.training import disk
 from minisft.training.disk import CheckpointSize, checkpoint_size, checkpoints_to_write, count_parameters, most_added
 

@@ -12,26 +12,27 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minisft.data.encoding import Encoder
-from minisft.data.preparation import load_test, load_train, prepare
-from minisft.data.rendering import RefusedError
+from minisft.data.encoder import Encoder
+from minisft.data.preparation import prepare
+from minisft.data.prepared import load_test, load_train
+from minisft.data.renderers.base import RefusedError
 from minisft.errors import UserError
-from minisft.evaluation import backends, following
-from minisft.evaluation import evaluate as module
-from minisft.evaluation.evaluate import evaluate
-from minisft.evaluation.loss import loss_batches, mean_loss, sum_of_losses
-from minisft.evaluation.questions import load_held_out, train_answers
+from minisft.evaluation import backends, monitor
+from minisft.evaluation import run_evaluation as module
+from minisft.evaluation.examples import load_held_out, train_answers
+from minisft.evaluation.metrics import loss_batches, mean_loss, sum_of_losses
+from minisft.evaluation.run_evaluation import evaluate
 from minisft.files import hold_lock
 from minisft.models import weights_fingerprint
 from minisft.recipe import DataRecipe, EvaluationRecipe, Recipe
-from minisft.runs import RunFolder, remember_model
+from minisft.run_folder import RunFolder, remember_model
 
 MARKERS = ["<|im_start|>", "<|im_end|>"]
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr("minisft.evaluation.scoring.RESAMPLES", 40)
+    monkeypatch.setattr("minisft.evaluation.metrics.RESAMPLES", 40)
 
 
 def conversations(rows):
@@ -149,7 +150,7 @@ def test_all_turns_have_the_earlier_answers_of_the_data_in_their_prompts(made, r
 
 
 def test_the_loss_is_the_mean_over_all_supervised_tokens(made, run, monkeypatch):
-    monkeypatch.setattr("minisft.evaluation.loss.BATCH_TOKENS", 150)
+    monkeypatch.setattr("minisft.evaluation.metrics.BATCH_TOKENS", 150)
     model = LlamaForCausalLM.from_pretrained(made.model).eval()
     total, count = 0.0, 0
     rows = [(row["input_ids"], row["labels"]) for row in load_test(run)]
@@ -383,7 +384,7 @@ def test_data_that_is_not_prepared_is_named(made, run):
 
 
 def test_systems_that_never_differ_have_a_p_of_one(made, run, monkeypatch):
-    monkeypatch.setattr("minisft.claims.MIN_CONVERSATIONS", len(load_test(run)))
+    monkeypatch.setattr("minisft.results.MIN_CONVERSATIONS", len(load_test(run)))
     for name in ("checkpoint-9", "checkpoint-10"):
         shutil.copy(Path(made.model) / "model.safetensors", run / "checkpoints" / name / "model.safetensors")
     results = evaluate(made, run)
@@ -453,15 +454,15 @@ def test_following_scores_checkpoints_as_they_appear(made, run, monkeypatch):
         hidden.rename(late)
         shutil.copytree(late, run / "model")
 
-    monkeypatch.setattr(following.time, "sleep", training_goes_on)
+    monkeypatch.setattr(monitor.time, "sleep", training_goes_on)
     results = evaluate(made, run, follow=True)
     assert [c["step"] for c in results["checkpoints"]] == [9, 10]
 
 
 def test_following_ends_where_training_died(made, run, monkeypatch):
     locked = [True, True, True, False]
-    monkeypatch.setattr(following, "is_locked", lambda run: locked.pop(0))
-    monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(monitor, "is_locked", lambda run: locked.pop(0))
+    monkeypatch.setattr(monitor.time, "sleep", lambda seconds: None)
     assert len(evaluate(made, run, follow=True)["checkpoints"]) == 2
     assert locked == []
 
@@ -469,7 +470,7 @@ def test_following_ends_where_training_died(made, run, monkeypatch):
 def test_following_waits_for_the_data_of_a_training_that_has_only_begun(made, run, monkeypatch, capsys):
     aside = (run / "dataset").rename(run / "aside")
     locked = [False, True, True, True, False]
-    monkeypatch.setattr(following, "is_locked", lambda run: locked.pop(0))
+    monkeypatch.setattr(monitor, "is_locked", lambda run: locked.pop(0))
     slept: list[float] = []
 
     def prepare_at_the_second(seconds):
@@ -477,7 +478,7 @@ def test_following_waits_for_the_data_of_a_training_that_has_only_begun(made, ru
         if len(slept) == 2:
             aside.rename(run / "dataset")
 
-    monkeypatch.setattr(following.time, "sleep", prepare_at_the_second)
+    monkeypatch.setattr(monitor.time, "sleep", prepare_at_the_second)
     assert len(evaluate(made, run, follow=True)["checkpoints"]) == 2
     assert locked == []
     assert capsys.readouterr().err.count("waiting for the data") == 1
@@ -485,31 +486,31 @@ def test_following_waits_for_the_data_of_a_training_that_has_only_begun(made, ru
 
 def test_following_does_not_wait_for_data_that_will_not_come(tmp_path, monkeypatch):
     slept: list[float] = []
-    monkeypatch.setattr(following.time, "sleep", slept.append)
+    monkeypatch.setattr(monitor.time, "sleep", slept.append)
     with pytest.raises(UserError, match="no training is at work here"):
-        following.wait_for_data(RunFolder(tmp_path))
+        monitor.wait_for_data(RunFolder(tmp_path))
     assert sum(slept) == 60
     locked = [True, False]
-    monkeypatch.setattr(following, "is_locked", lambda run: locked.pop(0))
+    monkeypatch.setattr(monitor, "is_locked", lambda run: locked.pop(0))
     with pytest.raises(UserError, match="ended before it prepared the data"):
-        following.wait_for_data(RunFolder(tmp_path))
+        monitor.wait_for_data(RunFolder(tmp_path))
 
 
 def test_following_ends_where_no_training_begins(made, run, monkeypatch):
     slept: list[float] = []
-    monkeypatch.setattr(following.time, "sleep", slept.append)
-    names = [name for name, _ in following.models_to_score(RunFolder(run), Path(made.model), follow=True)]
+    monkeypatch.setattr(monitor.time, "sleep", slept.append)
+    names = [name for name, _ in monitor.models_to_score(RunFolder(run), Path(made.model), follow=True)]
     assert names == ["base", "checkpoint-9", "checkpoint-10"]
     assert sum(slept) == 60
 
 
 def test_the_lock_of_a_training_is_seen(tmp_path):
     run = RunFolder(tmp_path)
-    assert not following.is_locked(run)
+    assert not monitor.is_locked(run)
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert following.is_locked(run)
-    assert not following.is_locked(run)
+        assert monitor.is_locked(run)
+    assert not monitor.is_locked(run)
 
 
 def test_what_was_scored_stays_when_its_checkpoint_is_removed(made, run):
@@ -533,7 +534,7 @@ def test_a_checkpoint_that_goes_while_it_is_scored_is_left_out(made, run, monkey
             (folder / "config.json").read_text()
         return fingerprint(folder)
 
-    monkeypatch.setattr("minisft.evaluation.examiner.weights_fingerprint", removed_first)
+    monkeypatch.setattr("minisft.evaluation.evaluator.weights_fingerprint", removed_first)
     results = evaluate(made, run)
     assert [entry["checkpoint"] for entry in results["checkpoints"]] == ["checkpoint-10"]
     assert results["failed"] == [{"checkpoint": "checkpoint-9", "error": "it was removed meanwhile", "removed": True}]

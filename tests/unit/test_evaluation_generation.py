@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from minisft.evaluation.cache import PromptCache, new_cache
-from minisft.evaluation.generation import Generated, generate, inference_dtype, plan_batches
-from minisft.evaluation.sampling import Draws, Sampling
+from minisft.evaluation.generation import Draws, Generated, Sampling, generate, inference_dtype, plan_batches
+from minisft.evaluation.kv_cache import PromptCache, new_cache
 
 VOCABULARY = 97
 

@@ -10,7 +10,7 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
-from minisft.evaluation.scoring import CorpusScore, best_constant, exact_match, p_value
+from minisft.evaluation.metrics import CorpusScore, best_constant, exact_match, p_value
 
 TEXT = "yes no coffee tea with milk and sugar please , . ! small large the a one two it's ready - [/INST]"
 WORDS = TEXT.split()

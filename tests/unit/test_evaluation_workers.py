@@ -13,10 +13,17 @@ import torch
 
 from minisft.errors import UserError
 from minisft.evaluation import backends
-from minisft.evaluation.backends import TransformersModel, VllmModel, require_vllm
-from minisft.evaluation.generation import Generated
-from minisft.evaluation.sampling import Sampling
-from minisft.evaluation.workers import AnswerTask, LossTask, ModelSpec, Workers, default_processes
+from minisft.evaluation.backends import (
+    AnswerTask,
+    LossTask,
+    ModelSpec,
+    TransformersModel,
+    VllmModel,
+    Workers,
+    default_processes,
+    require_vllm,
+)
+from minisft.evaluation.generation import Generated, Sampling
 from tests.tiny import byte_tokenizer
 
 

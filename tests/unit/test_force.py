@@ -17,7 +17,8 @@ from minisft.errors import UserError
 from minisft.files import hold_lock, whole_folder, write_atomically
 from minisft.manifest import MARKER, foreign_files, read_marker, record
 from minisft.recipe import DataRecipe, Recipe
-from minisft.runs import RunFolder, delete_replaced_run, open_run, restore_run, start_run
+from minisft.run_folder import RunFolder, delete_replaced_run
+from minisft.run_start import open_run, restore_run, start_run
 
 WRITTEN = ("recipe.yaml", "metrics.jsonl", "dataset/ledger.json", "dataset/train/data.arrow", "model/config.json",
            "checkpoints/checkpoint-4/model.safetensors", "evaluation/results.json")  # fmt: skip

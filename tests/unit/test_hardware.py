@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from minisft.training import hardware
-from minisft.training.hardware import keeps_freed_memory, prepare_cpu_memory
-from minisft.training.kernels import Shape, plain
+from minisft.training import device
+from minisft.training.attention import Shape, plain
+from minisft.training.device import keeps_freed_memory, prepare_cpu_memory
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -16,8 +16,8 @@ CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 def kept(monkeypatch):
     """Whether freed memory was asked to be kept, without telling this process's allocator."""
     asked = []
-    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
-    monkeypatch.setattr(hardware, "_keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr(device, "on_cpu", lambda: True)
+    monkeypatch.setattr(device, "_keep_freed_memory", lambda: asked.append(True))
     for name in CACHES:
         monkeypatch.setenv(name, "")  # so that it is set back afterwards
         monkeypatch.delenv(name)
@@ -42,7 +42,7 @@ def test_a_users_own_number_of_kernels_stays(kept, monkeypatch):
 
 
 def test_a_gpus_process_is_left_alone(kept, monkeypatch):
-    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
     prepare_cpu_memory("vanilla", "bf16")
     assert not kept
     assert not {*CACHES} & {*os.environ}

@@ -10,11 +10,11 @@ from datasets import Dataset
 
 from minisft.errors import UserError
 from minisft.recipe import load_recipe
-from minisft.report.run_files import read_run
-from minisft.runs import RunFolder, identity
+from minisft.report.run_data import read_run
+from minisft.run_folder import RunFolder, identity
+from minisft.training.callbacks import MetricsFile
 from minisft.training.checkpoints import best_checkpoints, is_last
 from minisft.training.held_out import HeldOutRows, is_due, stops_early
-from minisft.training.metrics import MetricsFile
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from minisft.training import attention
-from minisft.training.attention import PADDING_FREE, register
-from minisft.training.kernels import (
+from minisft.training.attention import (
     KERNELS,
+    PADDING_FREE,
     Shape,
     first_proven,
     flash_attn,
+    register,
     torch_varlen,
     torch_varlen_repeated,
     usable,

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from minisft.errors import UserError, WorkerError
-from minisft.training import killed
-from minisft.training.killed import MemoryKills, killed_worker
+from minisft.training import distributed
+from minisft.training.distributed import MemoryKills, killed_worker
 
 
 @pytest.fixture
@@ -18,8 +18,8 @@ def groups(tmp_path, monkeypatch):
         pytest.skip("no control groups of version 2 here")
     folder = tmp_path / own.removeprefix("0::").lstrip("/")
     folder.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr(killed, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(killed, "_LOG", tmp_path / "none")
+    monkeypatch.setattr(distributed, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(distributed, "_LOG", tmp_path / "none")
     return folder / "memory.events"
 
 
@@ -57,8 +57,8 @@ def test_the_kernels_log_names_the_process(groups, monkeypatch):
             raise record
         return record
 
-    monkeypatch.setattr(killed.os, "open", lambda path, flags: read)
-    monkeypatch.setattr(killed.os, "read", next_record)
+    monkeypatch.setattr(distributed.os, "open", lambda path, flags: read)
+    monkeypatch.setattr(distributed.os, "read", next_record)
     assert kills.evidence(7) == "Out of memory: Killed process 7 (python), UID 0"
     os.close(write)
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTNeoXConfig, LlamaConfig, PhiConfig
 
-from minisft.training import attention, head, loss
+from minisft.training import attention, loss
 from minisft.training.batching import Row, lay_out
 
 VOCABULARY = 300
@@ -49,7 +49,7 @@ def loss_and_gradients(model, row, how, factor=1.0):
 
 @pytest.fixture(autouse=True)
 def chunks_of_seven(monkeypatch):
-    monkeypatch.setattr(head, "_CHUNK_ON_CPU", 7 * VOCABULARY)
+    monkeypatch.setattr(loss, "_CHUNK_ON_CPU", 7 * VOCABULARY)
 
 
 @pytest.fixture

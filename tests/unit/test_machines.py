@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from minisft.errors import UserError
-from minisft.training.machines import Machines, parse_machines, processes_here, use_network_of
+from minisft.training.nodes import Machines, parse_machines, processes_here, use_network_of
 
 
 def test_one_machine_needs_no_options():

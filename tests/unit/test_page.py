@@ -13,7 +13,7 @@ import pytest
 from minisft.errors import UserError
 from minisft.report.markdown import write_results
 from minisft.report.page import write_report
-from minisft.report.run_files import read_run
+from minisft.report.run_data import read_run
 from minisft.report.tables import chance
 from minisft.report.verdict import verdict
 

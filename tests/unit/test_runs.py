@@ -9,7 +9,8 @@ import pytest
 
 from minisft.errors import UserError
 from minisft.recipe import DataRecipe, Recipe, TrainingRecipe
-from minisft.runs import RunFolder, identity, is_same_run, load_run, open_run, remember_model, start_run
+from minisft.run_folder import RunFolder, identity, is_same_run, load_run, remember_model
+from minisft.run_start import open_run, start_run
 
 
 @pytest.fixture

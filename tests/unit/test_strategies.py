@@ -11,13 +11,13 @@ import psutil
 import pytest
 
 from minisft.errors import StoppedError
-from minisft.training import compilation, strategies
-from minisft.training.strategies import deepspeed_config
+from minisft.training import zero
+from minisft.training.zero import deepspeed_config
 
 SETTINGS: dict[str, Any] = {"precision": "bf16", "max_grad_norm": 1.0, "batch_size": 4}
 
 
-def zero(strategy, offload, on_cpu=False):
+def zero_config(strategy, offload, on_cpu=False):
     config = deepspeed_config(strategy, **SETTINGS, offload=offload, on_cpu=on_cpu)
     assert config is not None
     return config["zero_optimization"]
@@ -29,20 +29,20 @@ def test_vanilla_needs_no_deepspeed():
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_stays_on_the_gpu_and_what_goes_to_the_host(stage):
-    assert zero(f"zero{stage}", None)["stage"] == stage
-    assert not any("offload" in key for key in zero(f"zero{stage}", None))
-    assert zero(f"zero{stage}", "optimizer")["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
-    assert "offload_param" not in zero(f"zero{stage}", "optimizer")
+    assert zero_config(f"zero{stage}", None)["stage"] == stage
+    assert not any("offload" in key for key in zero_config(f"zero{stage}", None))
+    assert zero_config(f"zero{stage}", "optimizer")["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert "offload_param" not in zero_config(f"zero{stage}", "optimizer")
 
 
 def test_parameters_go_with_the_optimizer_and_a_cpu_pins_nothing():
-    found = zero("zero3", "parameters", on_cpu=True)
+    found = zero_config("zero3", "parameters", on_cpu=True)
     assert found["offload_optimizer"] == found["offload_param"] == {"device": "cpu", "pin_memory": False}
 
 
 @pytest.fixture
 def extensions(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(strategies, "_extensions_folder", lambda: tmp_path)
+    monkeypatch.setattr(zero, "_extensions_folder", lambda: tmp_path)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     op = tmp_path / "deepspeed_shm_comm"
     op.mkdir()
@@ -53,7 +53,7 @@ def extensions(tmp_path, monkeypatch) -> Path:
 def test_a_lock_left_by_a_killed_build_is_removed(extensions):
     left_over = extensions / "deepspeed_shm_comm" / "lock"
     left_over.touch()
-    strategies._compile_communication("training.strategy=zero2")
+    zero._compile_communication("training.strategy=zero2")
     assert not left_over.exists()
 
 
@@ -71,14 +71,14 @@ def test_nobody_takes_the_lock_of_a_process_that_is_loading(extensions, monkeypa
 
     def worker() -> None:
         started.wait()
-        strategies.start_communication(on_cpu=True)
+        zero.start_communication(on_cpu=True)
 
     def another_job() -> None:
         started.wait()
         for _ in range(20):
-            strategies._compile_communication("training.strategy=zero2")
+            zero._compile_communication("training.strategy=zero2")
 
-    monkeypatch.setattr(strategies, "_load_shared_memory_op", load)
+    monkeypatch.setattr(zero, "_load_shared_memory_op", load)
     monkeypatch.setattr(deepspeed, "init_distributed", lambda *_, **__: None)
     threads = [threading.Thread(target=target) for target in (worker, worker, another_job)]
     for thread in threads:
@@ -96,11 +96,11 @@ def test_a_compilation_is_stopped_with_what_it_started(tmp_path, monkeypatch):
         f"made = subprocess.Popen(['sleep', '600'], start_new_session=True); Path({str(child)!r}).write_text(str(made.pid)); "
         "time.sleep(600)"
     )
-    monkeypatch.setattr(compilation, "_COMMAND", ("-c", code))
+    monkeypatch.setattr(zero, "_COMMAND", ("-c", code))
     threading.Thread(target=stop_when, args=(child,)).start()
     begun = time.monotonic()
     with pytest.raises(StoppedError, match="SIGTERM"):
-        compilation.compile_apart(lambda: cleaned.append(True))
+        zero.compile_apart(lambda: cleaned.append(True))
     assert time.monotonic() - begun < 60
     assert cleaned == [True]
     assert ended(int(child.read_text()))
@@ -122,5 +122,5 @@ def stop_when(path):
 
 
 def test_the_reason_of_a_failed_compilation_is_its_last_line(monkeypatch):
-    monkeypatch.setattr(compilation, "_COMMAND", ("-c", "print('c++: not today'); raise SystemExit(3)"))
-    assert compilation.compile_apart(lambda: None) == "c++: not today"
+    monkeypatch.setattr(zero, "_COMMAND", ("-c", "print('c++: not today'); raise SystemExit(3)"))
+    assert zero.compile_apart(lambda: None) == "c++: not today"

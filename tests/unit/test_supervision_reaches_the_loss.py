@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minisft.data.conversation import Conversation, Message
-from minisft.data.encoding import Encoder
+from minisft.data.encoder import Encoder
 from minisft.models import load_model, load_tokenizer
 from minisft.training import attention
 from minisft.training.batching import IGNORED, lay_out

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from minisft.errors import UserError
-from minisft.training.writing import Attempts, naming_failed_writes
+from minisft.training.checkpoints import Attempts, naming_failed_writes
 
 TENSOR = torch.zeros(50_000)
 FULL = Path("/dev/full")  # every write to it finds no space

@@ -10,10 +10,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from minisft.data.conversation import Message
-    from minisft.data.encoding import Encoder
-    from minisft.evaluation.cache import PromptCache
-    from minisft.evaluation.generation import Generated
-    from minisft.evaluation.sampling import Sampling
+    from minisft.data.encoder import Encoder
+    from minisft.evaluation.generation import Generated, Sampling
+    from minisft.evaluation.kv_cache import PromptCache
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Session:
         Raises:
             UserError: the template refuses the conversation.
         """
-        from minisft.data.rendering import RefusedError
+        from minisft.data.renderers.base import RefusedError
 
         try:
             return self.encoder.encode_prompt(self.messages())
@@ -107,8 +106,8 @@ class Session:
             UserError: the template refuses the conversation.
         """
         from minisft.data.conversation import Message
-        from minisft.evaluation.cache import PromptCache
         from minisft.evaluation.generation import generate
+        from minisft.evaluation.kv_cache import PromptCache
 
         ids: list[int] = []
         shown = ""
@@ -158,8 +157,8 @@ def load_model_and_encoder(
 
 
 def _encoder(tokenizer: "PreTrainedTokenizerFast", template: str) -> "Encoder":
-    from minisft.data.encoding import Encoder
-    from minisft.data.templates import NATIVE_TEMPLATES
+    from minisft.data.encoder import Encoder
+    from minisft.data.renderers.templates import NATIVE_TEMPLATES
 
     try:
         return Encoder(tokenizer, template)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from minisft.checking.context import Example, Subject, flat_columns, shown
 from minisft.checking.result import Failed, NotRun
-from minisft.checking.subject import Example, Subject, flat_columns, shown
 from minisft.data.conversation import Conversation, Message
-from minisft.data.encoding import Encoder
-from minisft.data.rendering import RefusedError
+from minisft.data.encoder import Encoder
+from minisft.data.renderers.base import RefusedError
 
 LEAST_SUPERVISED, MOST_SUPERVISED = 0.01, 0.99
 MOST_CUT = 0.25  # of the tokens
@@ -47,7 +47,7 @@ def system_prompts_survive(subject: Subject) -> str:
     """Look for every system prompt in the tokens before its conversation's last answer."""
     _refuse_lost_systems(subject)
     rows = [row for row in subject.source.rows if row["messages"][0]["role"] == "system"]
-    texts = subject.encoder.decode_answers([_context(row) for row in rows])
+    texts = subject.encoder.decode_answers([_prompt_tokens(row) for row in rows])
     for row, text in zip(rows, texts, strict=True):
         system = row["messages"][0]["content"].strip()
         if system not in text and subject.encoder.round_trip(system).strip() not in text:
@@ -63,7 +63,7 @@ def _refuse_lost_systems(subject: Subject) -> None:
         raise Failed(f"the template loses system prompts, and their rows with them ({counted})", _TEMPLATE)
 
 
-def _context(row: dict[str, Any]) -> list[int]:
+def _prompt_tokens(row: dict[str, Any]) -> list[int]:
     learned = np.flatnonzero(np.asarray(row["labels"]) >= 0)
     return list(row["input_ids"][: learned[-1]]) if len(learned) else list(row["input_ids"])
 
@@ -202,8 +202,8 @@ def _control_counts(subject: Subject, conversation: Conversation) -> Counter[int
     except RefusedError:
         return None
     controls = set(subject.controls.values())
-    context = zip(encoded.input_ids, encoded.labels, strict=True)
-    return Counter(id for id, label in context if label < 0 and id in controls)
+    labelled = zip(encoded.input_ids, encoded.labels, strict=True)
+    return Counter(id for id, label in labelled if label < 0 and id in controls)
 
 
 def tokens_are_conserved(subject: Subject) -> str:

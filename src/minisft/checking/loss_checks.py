@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from minisft.checking.context import Subject
 from minisft.checking.reference import count_learned, padded_loss, plain_attention
 from minisft.checking.result import Failed, NotRun
-from minisft.checking.steps import switch_off_dropout
-from minisft.checking.subject import Subject
+from minisft.checking.scratch import switch_off_dropout
 from minisft.training.batching import IGNORED, Row, RowDataset, StepBatch, StepSampler, join_rows, lay_out, measure
-from minisft.training.hardware import choose_precision
+from minisft.training.device import choose_precision
 from minisft.training.loss import row_loss
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from minisft.checking.subject import Subject
+    from minisft.checking.context import Subject
 
 Status = Literal["ok", "FAILED", "not run"]
 

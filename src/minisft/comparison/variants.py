@@ -12,7 +12,7 @@ import yaml
 
 from minisft.errors import UserError
 from minisft.recipe import STRATEGIES, Recipe, load_recipe
-from minisft.runs import RunFolder, identity, load_run
+from minisft.run_folder import RunFolder, identity, load_run
 
 FOLDER = "compare"  # inside the recipe's output
 _STRATEGY = "training.strategy"

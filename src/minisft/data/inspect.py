@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minisft.console import console, say
-from minisft.data.preparation import load_split, prepare
+from minisft.data.preparation import prepare
+from minisft.data.prepared import load_split, load_train
 from minisft.errors import UserError
 from minisft.files import write_atomically
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import Recipe
-from minisft.runs import RunFolder
+from minisft.run_folder import RunFolder
 from minisft.text import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerFast
+
 
 WORST = ("length", "cut", "share")
 PAGE = Path(__file__).with_name("inspect.html")
@@ -242,3 +244,36 @@ def as_html(rows: Sequence[InspectedRow]) -> str:
     ]
     data = json.dumps(listed, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     return PAGE.read_text(encoding="utf-8").replace("/*ROWS*/[]", data)
+
+
+ROWS = 3
+TOKENS = 600  # of a row
+
+
+def write_preview(output: Path, model_folder: Path, trust_remote_code: bool = False) -> Path:
+    """Write `<output>/dataset/preview.json` where it is not yet there: the first train rows, the beginning of each.
+
+    The file is {"rows": [{"title", "tokens": [[text, 1 if supervised else 0], ...], "left_out"}]}; `left_out` counts
+    the tokens past the beginning.
+
+    Args:
+        output: a run folder whose data is prepared.
+        model_folder: with the tokenizer that it was prepared with.
+        trust_remote_code: let code from that folder run.
+    """
+    path = output / "dataset" / "preview.json"
+    if path.exists():  # new data comes in a new folder
+        return path
+    tokenizer = load_tokenizer(model_folder, trust_remote_code)
+    data = load_train(output)
+    rows = [read_row(data, "train", number, tokenizer) for number in range(min(ROWS, len(data)))]
+    listed = [
+        {
+            "title": row.title,
+            "tokens": [[token.text, int(token.supervised)] for token in row.tokens[:TOKENS]],
+            "left_out": max(0, len(row.tokens) - TOKENS),
+        }
+        for row in rows
+    ]
+    write_atomically(path, json.dumps({"rows": listed}, ensure_ascii=False) + "\n")
+    return path

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minisft.console import warn
-from minisft.data.cache import changes, locked, origin_of, read_ledger, tokenizer_files_hash, tokenizer_hash
-from minisft.data.choice import own_template, template_file
-from minisft.data.chunks import LEFT_OUT, schema
-from minisft.data.encoding import Encoder
-from minisft.data.ledger import SHOWN, Tally, ledger_warnings, make_ledger
-from minisft.data.overlap import overlap_report
-from minisft.data.sides import TRAIN_COLUMNS, Side, write_side
+from minisft.data.encoder import Encoder
+from minisft.data.fingerprint import changes, locked, origin_of, tokenizer_files_hash, tokenizer_hash
+from minisft.data.pipeline import LEFT_OUT, schema
+from minisft.data.prepared import read_ledger
+from minisft.data.renderers.resolve import own_template, template_file
+from minisft.data.shards import TRAIN_COLUMNS, Progress, Side, stage, write_side
 from minisft.data.sources import Source, at_revision, ignored_files, parse_sources, refuse_shared
 from minisft.data.split import choose_test
-from minisft.data.staging import Progress, stage
+from minisft.data.stats import SHOWN, Tally, ledger_warnings, make_ledger, overlap_report
 from minisft.errors import UserError
 from minisft.files import whole_folder
 from minisft.manifest import mark_new
@@ -148,42 +147,6 @@ def _look(
     if changed and begun:
         raise _other_data(recipe, changed)
     return _Found(None, sources, origin | files, tokenizer)
-
-
-def load_train(output: Path | str) -> Any:
-    """The `datasets.Dataset` of train rows of a run."""
-    return load_split(output, "train")
-
-
-def load_test(output: Path | str) -> list[dict[str, Any]]:
-    """The test rows of a run, each with its `messages` and `tools`."""
-    return list(load_split(output, "test"))
-
-
-def load_split(output: Path | str, side: str) -> Any:
-    """One side of a run's prepared data, "train" or "test", as a `datasets.Dataset`.
-
-    Raises:
-        UserError: it is not prepared, or its files are damaged.
-    """
-    import datasets
-
-    folder = Path(output) / "dataset" / side
-    if not folder.is_dir():
-        raise UserError(folder, "there is no prepared data", "run `minisft prepare` on the recipe first")
-    try:
-        data = datasets.load_from_disk(str(folder))
-    except Exception as error:  # a damaged file shows as anything, from KeyError to Arrow's own errors
-        raise _damaged(folder, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}") from None
-    ledger = read_ledger(folder.parent)
-    if ledger is not None and len(data) != ledger["rows"][side]:  # an Arrow stream may end after any batch
-        raise _damaged(folder, f"it holds {len(data):,} rows, and ledger.json says {ledger['rows'][side]:,}")
-    return data
-
-
-def _damaged(folder: Path, reason: str) -> UserError:
-    fix = f"delete {folder.parent} and run `minisft inspect {folder.parent.parent}`, which prepares the data again"
-    return UserError(folder, f"the prepared data are damaged ({reason})", fix)
 
 
 def _prepared(folder: Path, ledger: dict[str, Any], cached: bool) -> Prepared:

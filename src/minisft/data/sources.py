@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minisft.data.hub import newest_revision, read_hub
-from minisft.data.readers import COMPRESSIONS, FILE_TYPES, Chunk, file_type, read_files
+from minisft.data.readers import COMPRESSIONS, FILE_TYPES, Chunk, file_type, read_files, row_chunks, with_lists
 from minisft.errors import UserError
 from minisft.files import files_of_pattern, is_pattern, user_path
 from minisft.recipe import DataRecipe
@@ -245,3 +244,43 @@ def at_revision(source: Source, known: str | None, keep: bool) -> Source:
         return source
     newest = None if keep and known else newest_revision(source.path, source.revision)
     return replace(source, revision=newest or known or source.revision)
+
+
+_TIMEOUT = 5.0  # seconds
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def newest_revision(path: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag (None: the main one) of a data set stands at; None where the hub says nothing."""
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return None
+    try:
+        return HfApi().dataset_info(path, revision=revision, timeout=_TIMEOUT).sha
+    except Exception:  # no answer, whatever its kind: reading the data set says why
+        return None
+
+
+def read_hub(path: str, split: str, subset: str | None, revision: str | None, index: int) -> Iterator[Chunk]:
+    """The rows of a data set of the hub, streamed, as chunks of the source `index`.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True)
+        numbered = ((f"{split}:{i}", with_lists(row)) for i, row in enumerate(rows))
+        yield from row_chunks(numbered, path, index)
+    except Exception as error:  # the hub client raises many kinds; for the user each means the same
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            path,
+            f"there is no such file, and the hub does not give a data set of that name ({reason})",
+            "check the path, or the hub id, split and subset, and the connection",
+        ) from None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minisft.data.conversation import Conversation
-from minisft.data.encoding import AnswerSpan, EncodedBatch, Encoder
+from minisft.data.encoder import AnswerSpan, EncodedBatch, Encoder
 
 
 class VerificationError(AssertionError):

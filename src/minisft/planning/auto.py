@@ -1,25 +1,41 @@
-"""`training.strategy=auto`: the cheapest strategy that by the plan fits, confirmed by a step before the run starts."""
+"""`training.strategy=auto`: the cheapest strategy that fits by the plan, confirmed by a trial step."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minisft.console import say
 from minisft.errors import StoppedError, UserError
 from minisft.manifest import delete_scratch, make_scratch
-from minisft.planning.machines import Machine, machine_named
-from minisft.planning.plan import choose, gigabytes, job_of, needed_bytes, predict_recipe, prepared_sizes, remedies
+from minisft.planning.machines import machine_named
+from minisft.planning.planner import (
+    choose,
+    gigabytes,
+    job_of,
+    limited,
+    needed_bytes,
+    predict_recipe,
+    prepared_sizes,
+    remedies,
+)
 from minisft.planning.prediction import Job, Prediction
-from minisft.planning.trial import OUT_OF_MEMORY, PROCESS_FILE
 from minisft.recipe import STRATEGIES, Recipe
-from minisft.runs import RunFolder, open_run, rewrite_recipe, worker_consent
-from minisft.training.hardware import on_cpu
-from minisft.training.launch import launch, launch_alone
-from minisft.training.strategies import ZERO_STAGES, require_deepspeed
+from minisft.run_folder import RunFolder, rewrite_recipe, worker_consent
+from minisft.run_start import open_run
+from minisft.training.device import on_cpu
+from minisft.training.distributed import launch, launch_alone
+from minisft.training.zero import ZERO_STAGES, require_deepspeed
+
+if TYPE_CHECKING:
+    from minisft.recipe import TrainingRecipe
+
 
 TRIAL_STEPS = 2  # the optimizer's states are made at the end of the first
-_MODULE = "minisft.planning.trial"
+_MODULE = "minisft.planning.auto"
 _KILLED = "SIGKILL"  # how the kernel takes memory back
 _WHERE = "training.strategy=auto"
 
@@ -39,12 +55,6 @@ class Trial:
     peak: float | None
     process: float = 0.0
     seconds: float = 0.0
-
-
-def limited(machine: Machine, recipe: Recipe) -> Machine:
-    """Return the machine with no more memory than the recipe allows a process."""
-    limit = recipe.training.memory_limit_gb
-    return machine if limit is None else replace(machine, memory=limit * 1e9)
 
 
 def settle_strategy(recipe: Recipe, run: RunFolder) -> Recipe:
@@ -168,3 +178,81 @@ def _read(folder: RunFolder, strategy: str) -> Trial:
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     process = float((folder.root / PROCESS_FILE).read_text(encoding="utf-8"))
     return Trial(strategy, max(line["peak_memory_mb"] for line in lines) * 1e6, process, lines[-1]["seconds"])
+
+
+PROCESS_FILE = "process_bytes"  # in the trial's folder
+
+OUT_OF_MEMORY = "out of memory"  # where an error of the trial was, for the process that started it
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is about memory: torch raises its own on a GPU, a plain RuntimeError on a CPU."""
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in _NO_MEMORY)
+
+
+def main() -> None:
+    from minisft.run_folder import TRUST_OPTION
+    from minisft.training.distributed import run_worker
+
+    run_worker(lambda: take_trial(Path(sys.argv[1]), TRUST_OPTION in sys.argv[2:]))
+
+
+def take_trial(root: Path, trust_remote_code: bool = False) -> None:
+    """Take the steps of a trial's run folder, without a checkpoint.
+
+    Raises:
+        UserError: `OUT_OF_MEMORY`, this process ran out of it.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    from minisft.console import error_console
+    from minisft.run_folder import RunFolder, load_run
+    from minisft.training.device import on_cpu
+    from minisft.training.run_training import make_trainer, take_steps
+    from minisft.training.zero import set_deepspeed_environment
+
+    class NoCheckpoint(TrainerCallback):
+        def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+            control.should_save = False  # type: ignore[attr-defined]
+
+        on_epoch_end = on_step_end
+
+    set_deepspeed_environment(on_cpu())
+    error_console.quiet = True
+    run = RunFolder(root)
+    recipe = load_run(root, trust_remote_code=trust_remote_code)
+    _note_process(root, recipe.training)
+    try:
+        trainer = make_trainer(recipe, run)
+        trainer.add_callback(NoCheckpoint())
+        take_steps(trainer, run)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(OUT_OF_MEMORY, str(error), "try another strategy") from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _note_process(root: Path, training: "TrainingRecipe") -> None:
+    """Write down what the process holds before the model: Python and the libraries."""
+    import datasets  # noqa: F401
+    import psutil
+    import torch.utils.tensorboard  # noqa: F401
+
+    import minisft.training.trainer  # noqa: F401
+    from minisft.training.device import on_cpu
+    from minisft.training.zero import ZERO_STAGES, start_communication
+
+    if training.strategy in ZERO_STAGES:
+        start_communication(on_cpu())  # which imports DeepSpeed
+    if training.lora is not None:
+        import peft  # noqa: F401
+    if os.environ.get("RANK", "0") == "0":
+        (root / PROCESS_FILE).write_text(str(psutil.Process().memory_info().rss), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,10 +9,10 @@ training adds to the paper is said where it is added. All sizes are bytes of the
 
 from dataclasses import dataclass
 
-from minisft.planning.footprint import Footprint
+from minisft.planning.model_cost import Footprint
 from minisft.recipe import LoraRecipe
-from minisft.training.hardware import keeps_freed_memory
-from minisft.training.head import chunk_length
+from minisft.training.device import keeps_freed_memory
+from minisft.training.loss import chunk_length
 
 ZERO = ("zero1", "zero2", "zero3")
 # DeepSpeed's default: gradients are reduced in buckets of at most so many elements, allocated whole on a GPU.

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from minisft.files import write_atomically
-from minisft.report.curves import draw_curves
-from minisft.report.page_data import page_data
-from minisft.report.run_files import RunFiles, metrics_of, read_run
+from minisft.report.plots import draw_curves
+from minisft.report.run_data import RunFiles, metrics_of, page_data, read_run
 from minisft.report.tables import markdown, score_table
 from minisft.report.verdict import verdict
 from minisft.text import printable

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from minisft.claims import best_label, is_below_base, is_reliable
-from minisft.report.run_files import RunFiles, metrics_of
+from minisft.report.run_data import RunFiles, metrics_of
+from minisft.results import best_label, is_below_base, is_reliable
 
 _NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 _RIVALS = ("base", "constant", "best")  # of whom the differences are told

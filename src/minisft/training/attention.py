@@ -1,16 +1,24 @@
-"""Attention over a padding-free row: causal, within each conversation alone.
+"""Attention over a padding-free row: causal, within each conversation alone, by a GPU kernel where one is verified.
 
 Without a mask, transformers would build a dense block-diagonal one of (tokens, tokens) for a row of several
 conversations. The function here runs causal attention on each conversation instead: by a kernel of the GPU for rows of
 several conversations, or by scaled-dot-product attention on one conversation after the other.
+
+FlashAttention (Dao 2023, arXiv 2307.08691) where the package `flash-attn` is installed, else torch's own
+variable-length attention, which has the same kernels built in. Which of them a machine has, and what it can do there,
+depends on versions and on the GPU. So each is tried on a small row first, and one that fails, or differs from plain
+attention on each conversation alone, is not taken.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from minisft.errors import UserError
-from minisft.training.kernels import Shape, plain, usable
 
 PADDING_FREE = "minisft_padding_free"
 
@@ -87,3 +95,176 @@ def _refuse(
     ):
         if kwargs.get(option) is not None:
             raise UserError(name, f"this model needs {meaning} its attention scores", mend)
+
+
+_PROBED_LENGTHS, _PROBED_WINDOW = (37, 1, 150, 20), 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides whether a kernel can be used.
+
+    Attributes:
+        heads: of the queries.
+        key_heads: of keys and values; they divide `heads`.
+        head_size: numbers of a head.
+        dtype: of all three.
+        device: where they are.
+        scaling: factor on the scores; None is 1 / sqrt(head_size).
+        window: how many tokens back a token sees, itself included; None for all.
+    """
+
+    heads: int
+    key_heads: int
+    head_size: int
+    dtype: torch.dtype
+    device: torch.device
+    scaling: float | None
+    window: int | None
+
+    def __post_init__(self) -> None:
+        assert self.heads % self.key_heads == 0
+        assert self.window is None or self.window > 0
+
+
+# Takes queries, keys and values as (tokens, heads, head size), and the lengths of the conversations.
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...], Shape], torch.Tensor]
+
+
+def flash_attn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: Shape
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    ends, longest = _ends(lengths, shape.device), max(lengths)
+    window = (-1, -1) if shape.window is None else (shape.window - 1, 0)
+    return flash_attn_varlen_func(  # type: ignore[no-any-return]
+        q, k, v, ends, ends, longest, longest, softmax_scale=shape.scaling, causal=True, window_size=window
+    )
+
+
+def torch_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: Shape
+) -> torch.Tensor:
+    """Let torch's kernel share a key head among several heads, as its newer versions can."""
+    return _torch_varlen(q, k, v, lengths, shape, enable_gqa=True)
+
+
+def torch_varlen_repeated(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: Shape
+) -> torch.Tensor:
+    """Give each head a copy of its key head."""
+    times = shape.heads // shape.key_heads
+    return _torch_varlen(q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1), lengths, shape)
+
+
+def _torch_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: Shape, **options: bool
+) -> torch.Tensor:
+    from torch.nn.attention import varlen
+
+    attend: Any = varlen.varlen_attn  # its options differ between versions
+    ends, longest = _ends(lengths, shape.device), max(lengths)
+    window = (-1 if shape.window is None else shape.window - 1, 0)
+    return attend(  # type: ignore[no-any-return]
+        q, k, v, ends, ends, longest, longest, scale=shape.scaling, window_size=window, **options
+    )
+
+
+KERNELS: tuple[Kernel, ...] = (flash_attn, torch_varlen, torch_varlen_repeated)
+
+
+@lru_cache(maxsize=8)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return (conversations + 1,) where each conversation begins, and the end; every layer of a row asks for it."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def usable(shape: Shape, dropout: float) -> Kernel | None:
+    """Return the kernel for such attention; None where there is none, and on a CPU, in fp32 and with dropout."""
+    if shape.device.type != "cuda" or shape.dtype not in (torch.float16, torch.bfloat16) or dropout > 0:
+        return None
+    return _proven(shape)
+
+
+@lru_cache
+def _proven(shape: Shape) -> Kernel | None:
+    return first_proven(KERNELS, shape)
+
+
+def first_proven(kernels: Sequence[Kernel], shape: Shape) -> Kernel | None:
+    """Return the first kernel whose outputs and gradients are those of plain attention; None where there is none.
+
+    A window is probed with a short one, which a short row shows.
+    """
+    shape = replace(shape, window=None if shape.window is None else _PROBED_WINDOW)
+    generator = torch.Generator(shape.device).manual_seed(0)  # its own: training's random state stays as it is
+
+    def numbers(heads: int) -> torch.Tensor:
+        size = (sum(_PROBED_LENGTHS), heads, shape.head_size)
+        return torch.randn(size, generator=generator, device=shape.device).to(shape.dtype)
+
+    inputs = [numbers(shape.heads), numbers(shape.key_heads), numbers(shape.key_heads)]
+    direction = numbers(shape.heads)
+    exact = _results(plain, [one.float() for one in inputs], direction.float(), shape)
+    for kernel in kernels:
+        try:
+            found = _results(kernel, inputs, direction, shape)
+        except Exception:  # whatever a package says that is not there, too old, or not made for this GPU
+            continue
+        if all(_close(one, other) for one, other in zip(found, exact, strict=True)):
+            return kernel
+    return None
+
+
+def _results(
+    kernel: Kernel, inputs: list[torch.Tensor], direction: torch.Tensor, shape: Shape
+) -> tuple[torch.Tensor, ...]:
+    with torch.enable_grad(), torch.autocast(shape.device.type, enabled=False):
+        leaves = [one.detach().clone().requires_grad_() for one in inputs]
+        output = kernel(leaves[0], leaves[1], leaves[2], _PROBED_LENGTHS, shape)
+        return output.detach(), *torch.autograd.grad(output, leaves, direction)
+
+
+def _close(found: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Say whether they are the same up to half precision: within a tenth of the typical number everywhere."""
+    difference = (found.float() - exact).abs().max() / exact.square().mean().sqrt()
+    return found.shape == exact.shape and bool(difference < 0.1)
+
+
+def plain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: tuple[int, ...],
+    shape: Shape,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attend within each conversation by torch's scaled-dot-product attention, whatever the device and format.
+
+    A CPU in half precision computes it in fp32: as fast for long conversations, and with many short ones a step took
+    0.86 of the time.
+    """
+    if q.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or v.dtype in (torch.bfloat16, torch.float16)):
+        with torch.autocast("cpu", enabled=False):
+            return plain(q.float(), k.float(), v.float(), lengths, shape, dropout).to(v.dtype)
+    grouped, outputs = shape.heads != shape.key_heads, []
+    parts = [one.transpose(0, 1)[None].split(list(lengths), 2) for one in (q, k, v)]
+    for query, key, value in zip(*parts, strict=True):
+        mask = _window_mask(query, shape.window)
+        outputs.append(
+            scaled_dot_product_attention(
+                query, key, value, mask, dropout, mask is None, scale=shape.scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+
+def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """Return the (tokens, tokens) mask of a sliding window, or None where causal attention is the same."""
+    tokens = query.shape[2]
+    if window is None or tokens <= window:
+        return None
+    at = torch.arange(tokens, device=query.device)
+    back = at[:, None] - at[None, :]
+    return (back >= 0) & (back < window)

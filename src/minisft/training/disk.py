@@ -14,13 +14,11 @@ from minisft.console import say
 from minisft.errors import UserError
 from minisft.models import lay_out_model, load_config
 from minisft.recipe import LoraRecipe, Recipe, TrainingRecipe
-from minisft.runs import RunFolder, step_of
+from minisft.run_folder import RunFolder, step_of
 from minisft.training.batching import measure, steps_of_epoch
-from minisft.training.checkpoints import has_state
-from minisft.training.hardware import choose_precision
-from minisft.training.optimizers import bytes_of_states
-from minisft.training.schedules import require_steps
-from minisft.training.writing import size_text
+from minisft.training.checkpoints import has_state, size_text
+from minisft.training.device import choose_precision
+from minisft.training.optimization import bytes_of_states, require_steps
 
 _FP32 = 4
 _HALF = 2
@@ -128,7 +126,7 @@ class StepsOfRun:
     @classmethod
     def of(cls, training: TrainingRecipe, run: RunFolder, max_length: int, seed: int) -> "StepsOfRun":
         """Count the steps of a run whose data is prepared."""
-        from minisft.data.preparation import load_split
+        from minisft.data.prepared import load_split
 
         epoch = steps_of_epoch(
             measure(load_split(run.root, "train")).tokens,

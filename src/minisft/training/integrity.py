@@ -1,8 +1,13 @@
-"""What resuming needs of a checkpoint: all of it is there and can be read, or the user is told which file is not."""
+"""Whether a checkpoint is intact: every file is there and can be read, and no pickle can run code.
+
+A pickle is a program, and a run folder can come from a stranger. torch's `weights_only=True` reads tensors and plain
+containers alone; what else these files hold is named in `strategies` (DeepSpeed's) and in transformers (numpy's).
+"""
 
 import contextlib
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +15,32 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from minisft.errors import UserError
-from minisft.runs import list_checkpoints
+from minisft.run_folder import list_checkpoints
 from minisft.training.checkpoints import ORIGIN, has_state, layout_of
+
+_CLASS = re.compile(r"GLOBAL ([\w.]+)")  # as torch names what it refuses
+
+
+@contextlib.contextmanager
+def refusing_code(checkpoint: Path) -> Iterator[None]:
+    """Turn torch's refusal to read something else than plain state, inside the block, into one that says what to do.
+
+    Raises:
+        UserError: a file of the checkpoint holds an object that could run code, or is no whole pickle.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        named = _CLASS.search(str(error))
+        what = (
+            f"its training state holds objects that could run code ({named[1]}): none of it was run"
+            if named
+            else "its training state cannot be read as tensors and numbers: it is damaged, or holds objects that could "
+            "run code, and none of it was run"
+        )
+        mend = "delete this checkpoint, and resume from an earlier one or train anew; do not trust where it came from"
+        raise UserError(checkpoint, what, mend) from None
+
 
 _NEEDED = ("trainer_state.json", "scheduler.pt", ORIGIN)
 _KEYS = {

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from minisft.errors import UserError
 from minisft.recipe import LoraRecipe
-from minisft.training.hardware import on_cpu
+from minisft.training.device import on_cpu
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # peft writes a form for the authors of a model to fill in.

@@ -22,21 +22,25 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from minisft.errors import UserError
 from minisft.files import follow_umask
 from minisft.training.batching import RowDataset, StepBatch, StepSampler, join_rows
-from minisft.training.checkpoints import clear_left_overs, note_origin, publish, staging_folder, sync_folder
-from minisft.training.clipping import clip_gradients
-from minisft.training.communication import bytes_sent
-from minisft.training.conversion import is_laid_out_for, keep_exact_weights, take_over
-from minisft.training.embedding import Lookups, one_gradient
-from minisft.training.flow import HeldOutLoss, ResumedState, StopAtStepEnd
+from minisft.training.callbacks import HeldOutLoss, ResumedState, StopAtStepEnd, StopRequest
+from minisft.training.checkpoints import (
+    Attempts,
+    clear_left_overs,
+    failed_write,
+    note_origin,
+    publish,
+    staging_folder,
+    sync_folder,
+    what_is_left,
+)
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows
-from minisft.training.integrity import naming_damage
-from minisft.training.interruption import StopRequest
+from minisft.training.integrity import naming_damage, refusing_code
 from minisft.training.lora import has_adapters, save_adapters
-from minisft.training.loss import row_loss
-from minisft.training.metrics import StepMetrics, peak_memory_mb
-from minisft.training.state_files import refusing_code
-from minisft.training.strategies import zero_state_is_plain, zero_writes_through
-from minisft.training.writing import Attempts, failed_write, what_is_left
+from minisft.training.loss import Lookups, one_gradient, row_loss
+from minisft.training.optimization import clip_gradients
+from minisft.training.resharding import is_laid_out_for, keep_exact_weights, take_over
+from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
+from minisft.training.zero import zero_state_is_plain, zero_writes_through
 
 _NEW_RUN = "that makes another run, which needs --force or another `output`"
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 
 def main() -> None:
-    from minisft.runs import TRUST_OPTION
-    from minisft.training.launch import run_worker
+    from minisft.run_folder import TRUST_OPTION
+    from minisft.training.distributed import run_worker
 
     root, *checkpoint = [word for word in sys.argv[1:] if word != TRUST_OPTION]
 
     def work() -> None:
-        from minisft.training.train import train_as_worker
+        from minisft.training.run_training import train_as_worker
 
         train_as_worker(Path(root), Path(checkpoint[0]) if checkpoint else None, TRUST_OPTION in sys.argv[1:])
 

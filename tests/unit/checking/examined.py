@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from minisft.checking.check import CHECKS, examine
-from minisft.checking.steps import take_steps_twice
+from minisft.checking.run_checks import CHECKS, examine
+from minisft.checking.scratch import take_steps_twice
 from minisft.recipe import load_recipe
-from minisft.runs import open_run
+from minisft.run_start import open_run
 
 
 def examined(recipe_file, *overrides, quick=False, only=None):

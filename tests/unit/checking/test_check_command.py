@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from minisft.checking import check
+from minisft.checking import run_checks
 from minisft.checking.result import Check
 from minisft.cli import main
 from minisft.errors import StoppedError
@@ -33,7 +33,7 @@ def test_a_sound_recipe_is_ok_and_the_table_is_what_is_written(recipe_file, repo
     assert table(capsys.readouterr().out) == [
         (one["status"], one["name"], one["detail"], one["mend"]) for one in written["checks"]
     ]
-    assert [one["name"] for one in written["checks"]] == [one.name for one in check.CHECKS]
+    assert [one["name"] for one in written["checks"]] == [one.name for one in run_checks.CHECKS]
     assert not (recipe_file.parent / "run" / ".check").exists()
 
 
@@ -65,8 +65,12 @@ def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file, 
     def raise_it(subject):
         raise ValueError("no such thing")
 
-    checks = (Check("a.broken", "raises", raise_it), *check.CHECKS[:4], Check("b.after", "", raise_it, ("a.broken",)))
-    monkeypatch.setattr(check.examine, "__kwdefaults__", {"checks": checks})
+    checks = (
+        Check("a.broken", "raises", raise_it),
+        *run_checks.CHECKS[:4],
+        Check("b.after", "", raise_it, ("a.broken",)),
+    )
+    monkeypatch.setattr(run_checks.examine, "__kwdefaults__", {"checks": checks})
     assert main(["check", str(recipe_file), "--quick"]) == 2
     found = {one["name"]: one for one in report()["checks"]}
     assert "ValueError: no such thing (raise_it, line" in found["a.broken"]["detail"]
@@ -80,7 +84,7 @@ def test_a_check_that_is_stopped_leaves_nothing_and_says_nothing(recipe_file, mo
         (subject.scratch / "left").touch()
         raise stop
 
-    monkeypatch.setattr(check.examine, "__kwdefaults__", {"checks": (Check("a.stopped", "", raise_it),)})
+    monkeypatch.setattr(run_checks.examine, "__kwdefaults__", {"checks": (Check("a.stopped", "", raise_it),)})
     assert main(["check", str(recipe_file), "--quick"]) == 1
     run = recipe_file.parent / "run"
     assert not (run / ".check").exists()

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from minisft.data.encoding import Encoder
+from minisft.data.encoder import Encoder
 from tests.unit.checking.examined import assert_first_to_fail, depending_on, examined
 
 TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
@@ -114,14 +114,14 @@ def test_bos_twice(with_template):
 
 
 def test_text_that_becomes_a_control_token(recipe_file, monkeypatch):
-    from minisft.data import run_encoder
+    from minisft.data import segment_encoder
 
-    def careless(tokenizer, markers, own=run_encoder._plain_copy):
+    def careless(tokenizer, markers, own=segment_encoder._plain_copy):
         copy = own(tokenizer, markers)
         copy.encode_special_tokens = False
         return copy
 
-    monkeypatch.setattr(run_encoder, "_plain_copy", careless)
+    monkeypatch.setattr(segment_encoder, "_plain_copy", careless)
     assert "became a control token" in assert_first_to_fail(examined(recipe_file, quick=True), "data.control")
 
 
@@ -170,12 +170,12 @@ def test_a_stop_token_that_was_never_trained(recipe_file, monkeypatch):
 
 
 def test_a_saved_template_that_differs(recipe_file, monkeypatch):
-    from minisft.data import choice
+    from minisft.data.renderers import resolve
 
-    def with_a_line(template, own=choice.mistral_jinja):
+    def with_a_line(template, own=resolve.mistral_jinja):
         return own(template).replace("' [/INST]'", "' [/INST]\\n'")
 
-    monkeypatch.setattr(choice, "mistral_jinja", with_a_line)
+    monkeypatch.setattr(resolve, "mistral_jinja", with_a_line)
     assert "[/INST]" in assert_first_to_fail(examined(recipe_file, quick=True), "serve.template")
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from minisft.checking import spend, strategy_checks
+from minisft.checking import strategy_checks
 from minisft.console import console, error_console
-from minisft.planning import plan, prediction
+from minisft.planning import planner, prediction
 from tests.unit.checking.examined import assert_first_to_fail, examined, steps_in_this_process
 
 
@@ -27,19 +27,19 @@ def test_a_prediction_that_knows_nothing_of_the_process_itself(recipe_file, monk
 def test_a_run_that_does_not_fit(recipe_file, monkeypatch):
     """The steps of the check are small and fit; the run's do not."""
 
-    def on_a_small_machine(recipe, own=plan.predict_here):
+    def on_a_small_machine(recipe, own=planner.predict_here):
         made = own(recipe)
         return made if ".check" in recipe.output else replace(made, usable_bytes=made.process_bytes)
 
-    monkeypatch.setattr(plan, "predict_here", on_a_small_machine)
-    monkeypatch.setattr(spend, "MOST_OFF", 1e9)  # what the tests before this one took counts here
+    monkeypatch.setattr(planner, "predict_here", on_a_small_machine)
+    monkeypatch.setattr(strategy_checks, "MOST_OFF", 1e9)  # what the tests before this one took counts here
     assert "the run needs" in assert_first_to_fail(examined(recipe_file, only="spend.memory"), "spend.memory")
 
 
 def test_steps_that_take_far_longer_than_planned(recipe_file, monkeypatch):
     """As a tiny model's do, whose steps are hardly arithmetic, if short ones were not spared."""
-    monkeypatch.setattr(spend, "SLOW", 0.0)
-    monkeypatch.setattr(spend, "MOST_SLOWER", 1e-3)
+    monkeypatch.setattr(strategy_checks, "SLOW", 0.0)
+    monkeypatch.setattr(strategy_checks, "MOST_SLOWER", 1e-3)
     results = examined(recipe_file, only="spend.time")
     assert "the plan says" in assert_first_to_fail(results, "spend.time")
 
@@ -57,7 +57,7 @@ def test_what_one_process_cannot_hold_is_no_failure(recipe_file, monkeypatch):
     def too_large(subject, recipe):
         raise torch.OutOfMemoryError("tried to allocate 28 GiB")
 
-    monkeypatch.setattr("minisft.checking.subject.Subject.train_in_scratch", too_large)
+    monkeypatch.setattr("minisft.checking.context.Subject.train_in_scratch", too_large)
     results = examined(recipe_file, only="checkpoint.plain")
     assert "tried to allocate 28 GiB" in results["loss.mask"].detail
     assert {result.status for result in results.values()} == {"ok", "not run"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minisft.checking import learning, steps, strategy_checks
+from minisft.checking import overfit_check, scratch, strategy_checks
 from minisft.console import console, error_console
 from minisft.evaluation import generation
 from minisft.training.trainer import SupervisedTokenTrainer
@@ -84,7 +84,7 @@ def test_a_checkpoint_with_other_weights(recipe_file, monkeypatch):
     from safetensors.torch import load_file, save_file
 
     def spoil(run):
-        file = run.checkpoints / f"checkpoint-{steps.RESUME_AT}" / "model.safetensors"
+        file = run.checkpoints / f"checkpoint-{scratch.RESUME_AT}" / "model.safetensors"
         weights = load_file(file)
         name = next(name for name in weights if name.endswith("embed_tokens.weight"))
         save_file({**weights, name: weights[name] * 1.5}, file, metadata={"format": "pt"})
@@ -98,7 +98,7 @@ def test_a_checkpoint_with_other_weights(recipe_file, monkeypatch):
 @pytest.mark.long
 def test_a_checkpoint_with_another_template(recipe_file, monkeypatch):
     def spoil(run):
-        template = run.checkpoints / f"checkpoint-{steps.RESUME_AT}" / "chat_template.jinja"
+        template = run.checkpoints / f"checkpoint-{scratch.RESUME_AT}" / "chat_template.jinja"
         template.write_text(template.read_text(encoding="utf-8") + "!", encoding="utf-8")
 
     after_the_steps(monkeypatch, spoil)
@@ -108,7 +108,7 @@ def test_a_checkpoint_with_another_template(recipe_file, monkeypatch):
 @pytest.mark.long
 def test_a_checkpoint_whose_generation_stops_elsewhere(recipe_file, monkeypatch):
     def spoil(run):
-        file = run.checkpoints / f"checkpoint-{steps.RESUME_AT}" / "generation_config.json"
+        file = run.checkpoints / f"checkpoint-{scratch.RESUME_AT}" / "generation_config.json"
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"eos_token_id": 5}))
 
     after_the_steps(monkeypatch, spoil)
@@ -120,7 +120,7 @@ def test_a_checkpoint_whose_generation_stops_elsewhere(recipe_file, monkeypatch)
 def test_a_resumed_run_whose_optimizer_begins_anew(recipe_file, monkeypatch):
     """The step's loss and gradient norm are right, and the weights that come out are not."""
 
-    def without_moments(trainer, run, resume_from=None, own=steps.take_steps):
+    def without_moments(trainer, run, resume_from=None, own=scratch.take_steps):
         if resume_from is not None:
             file = resume_from / "optimizer.pt"
             state = torch.load(file, weights_only=True)
@@ -129,7 +129,7 @@ def test_a_resumed_run_whose_optimizer_begins_anew(recipe_file, monkeypatch):
             torch.save(state, file)
         own(trainer, run, resume_from)
 
-    monkeypatch.setattr(steps, "take_steps", without_moments)
+    monkeypatch.setattr(scratch, "take_steps", without_moments)
     assert "a weight differs" in assert_first_to_fail(
         examined(recipe_file, only="checkpoint.resume"), "checkpoint.resume"
     )
@@ -145,13 +145,13 @@ def test_generation_that_sees_its_padding(recipe_file, monkeypatch):
 
 
 def test_a_model_whose_weights_are_frozen_but_one(recipe_file, monkeypatch):
-    def frozen(subject, recipe, own=learning.Subject.train_in_scratch):
+    def frozen(subject, recipe, own=overfit_check.Subject.train_in_scratch):
         trainer = own(subject, recipe)
         if recipe.output.endswith("learning"):
             for name, weight in trainer.model.named_parameters():
                 weight.requires_grad_(name.endswith("norm.weight") and "layers" not in name)
         return trainer
 
-    monkeypatch.setattr(learning.Subject, "train_in_scratch", frozen)
-    monkeypatch.setattr(learning, "MOST_STEPS", 20)
+    monkeypatch.setattr(overfit_check.Subject, "train_in_scratch", frozen)
+    monkeypatch.setattr(overfit_check, "MOST_STEPS", 20)
     assert "after 20 steps" in assert_first_to_fail(examined(recipe_file, only="learning.recall"), "learning.recall")

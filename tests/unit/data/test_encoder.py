@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.data.conversation import Conversation, Message
-from minisft.data.encoding import Encoder
+from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from tests.unit.data.mistral import fast_tokenizer
 from tests.unit.data.toys import bpe_tokenizer

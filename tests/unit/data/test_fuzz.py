@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.data.chunks import Task, process_chunk
-from minisft.data.encoding import Encoder
+from minisft.data.encoder import Encoder
 from minisft.data.formats import FORMATS, detect_format
+from minisft.data.pipeline import Task, process_chunk
 from minisft.data.sources import Source, read_source
 from minisft.errors import UserError
 from minisft.recipe import DataRecipe

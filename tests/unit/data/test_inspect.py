@@ -7,7 +7,8 @@ import pytest
 
 from minisft.console import console
 from minisft.data.inspect import as_html, choose_rows, inspect, token_texts
-from minisft.data.preparation import load_split, prepare
+from minisft.data.preparation import prepare
+from minisft.data.prepared import load_split
 from minisft.errors import UserError
 from minisft.models import load_tokenizer
 from minisft.recipe import DataRecipe, Recipe

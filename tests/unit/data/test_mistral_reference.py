@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.data.conversation import Conversation, Message
-from minisft.data.encoding import Encoder
+from minisft.data.encoder import Encoder
 from minisft.data.formats import RowError, to_conversation
 from tests.unit.data.mistral import fast_tokenizer, reference_ids, reference_labels, reference_prompt
 

@@ -11,7 +11,7 @@ from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall, 
 from mistral_common.protocol.instruct.tool_calls import ToolCall as ReferenceCall
 
 from minisft.data.conversation import Conversation, Message, ToolCall
-from minisft.data.encoding import Encoder
+from minisft.data.encoder import Encoder
 from minisft.data.verification import verify
 from tests.unit.data.mistral import fast_tokenizer, prompt_reference, reference
 

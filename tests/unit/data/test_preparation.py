@@ -13,14 +13,15 @@ import datasets
 import numpy as np
 import pytest
 
-from minisft.data import cache, chunks, preparation, sources
+from minisft.data import fingerprint, pipeline, preparation, sources
 from minisft.data.conversation import Conversation, messages_from_rows
-from minisft.data.encoding import Encoder
+from minisft.data.encoder import Encoder
 from minisft.data.formats import to_conversation
-from minisft.data.ledger import ledger_lines
-from minisft.data.preparation import load_test, load_train, prepare
+from minisft.data.preparation import prepare
+from minisft.data.prepared import load_test, load_train
 from minisft.data.readers import Chunk
 from minisft.data.split import choose_test
+from minisft.data.stats import ledger_lines
 from minisft.data.verification import VerificationError
 from minisft.errors import UserError
 from minisft.recipe import DataRecipe, Recipe
@@ -178,7 +179,7 @@ def test_the_cache_is_found_and_a_changed_byte_makes_it_new(tmp_path, chat_bpe, 
 def test_another_program_makes_it_new(tmp_path, chat_bpe, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl", many(20))
     assert not prepare_source(path, tmp_path / "run", chat_bpe).cached
-    monkeypatch.setattr(cache, "__version__", "another")
+    monkeypatch.setattr(fingerprint, "__version__", "another")
     assert prepare_source(path, tmp_path / "run", chat_bpe, begun=True).cached  # a run goes on with its data
     assert not prepare_source(path, tmp_path / "run", chat_bpe).cached
 
@@ -400,7 +401,7 @@ def test_cut_rows_are_verified_wherever_the_cut_falls(template, tmp_path, chat_b
 
 
 def test_verification_finds_a_cut_row_that_reads_otherwise(tmp_path, chat_bpe, monkeypatch):
-    whole = chunks.fit
+    whole = pipeline.fit
 
     def wrong(*arguments):
         fitted = whole(*arguments)
@@ -408,7 +409,7 @@ def test_verification_finds_a_cut_row_that_reads_otherwise(tmp_path, chat_bpe, m
         fitted.encoded.input_ids[-1] = fitted.encoded.labels[-1] = chat_bpe.eos_token_id
         return fitted
 
-    monkeypatch.setattr(chunks, "fit", wrong)
+    monkeypatch.setattr(pipeline, "fit", wrong)
     path = write_rows(tmp_path / "a.jsonl", [talk("Hi", "word " * 100)] * 3)
     with pytest.raises(VerificationError, match="the supervised tokens read"):
         prepare_source(path, tmp_path / "run", chat_bpe, max_length=50)

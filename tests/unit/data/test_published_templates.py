@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from minisft.data.conversation import Conversation, Message, ToolCall
-from minisft.data.encoding import Encoder
-from minisft.data.rendering import RefusedError
+from minisft.data.encoder import Encoder
+from minisft.data.renderers.base import RefusedError
 from tests.unit.data.toys import bpe_tokenizer
 
 FOLDER = Path(__file__).parent / "published"

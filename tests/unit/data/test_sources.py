@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minisft.data.preparation import load_test, load_train
+from minisft.data.prepared import load_test, load_train
 from minisft.data.sources import Source, read_source
 from tests.unit.data.helpers import many, prepare_source, talk, write_rows
 

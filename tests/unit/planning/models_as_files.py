@@ -3,8 +3,7 @@
 import functools
 from pathlib import Path
 
-from minisft.planning.counting import Footprints
-from minisft.planning.footprint import read_config
+from minisft.planning.model_cost import Footprints, read_config
 
 MODELS = Path(__file__).parent / "models"
 

@@ -9,13 +9,13 @@ from minisft.cli import main
 from minisft.data.preparation import prepare
 from minisft.errors import StoppedError, UserError
 from minisft.planning import auto
-from minisft.planning.auto import Trial, settle_strategy, try_strategy
+from minisft.planning.auto import OUT_OF_MEMORY, Trial, is_out_of_memory, settle_strategy, try_strategy
 from minisft.planning.machines import GPUS
-from minisft.planning.trial import OUT_OF_MEMORY, is_out_of_memory
 from minisft.planning.workload import workload_assumed
 from minisft.recipe import load_recipe
-from minisft.runs import load_run, open_run
-from minisft.training.launch import launch_alone
+from minisft.run_folder import load_run
+from minisft.run_start import open_run
+from minisft.training.distributed import launch_alone
 from tests.unit.planning.models_as_files import footprints
 
 GPU_RECIPE = ("training.strategy=auto", "training.precision=bf16", "training.gradient_checkpointing=true")

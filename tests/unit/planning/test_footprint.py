@@ -15,8 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from minisft.planning.counting import count_footprint
-from minisft.planning.footprint import read_config
+from minisft.planning.model_cost import count_footprint, read_config
 from minisft.recipe import LoraRecipe
 from minisft.training import attention
 from minisft.training.lora import add_lora

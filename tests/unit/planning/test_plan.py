@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minisft.planning import predict_run
 from minisft.planning.machines import GPUS
-from minisft.planning.plan import job_of, largest_row, make_plan, needed_bytes, predict_recipe
+from minisft.planning.planner import job_of, largest_row, make_plan, needed_bytes, predict_recipe, predict_run
 from minisft.planning.prediction import Job, predict
 from minisft.planning.workload import workload_assumed, workload_of
 from minisft.recipe import LoraRecipe, load_recipe

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from minisft.planning.counting import count_footprint
-from minisft.planning.footprint import Footprint, read_config
 from minisft.planning.machines import GPUS
 from minisft.planning.memory import Setting, memory_of, model_states
-from minisft.planning.speed import traffic
+from minisft.planning.model_cost import Footprint, count_footprint, read_config
+from minisft.planning.prediction import traffic
 from minisft.recipe import LoraRecipe
 
 MODELS = Path(__file__).parent / "models"

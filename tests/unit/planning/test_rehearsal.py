@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from minisft.planning import rehearsal
-from minisft.planning.counting import Footprints
-from minisft.planning.machines import GPUS
-from minisft.planning.rehearsal import with_rate_of_layers
+from minisft.planning import machines
+from minisft.planning.machines import GPUS, with_rate_of_layers
+from minisft.planning.model_cost import Footprints
 
 CPU = replace(
     GPUS["l40s"], name="cpu", kind="cpu", flops={"fp32": 1e11}, utilisation=0.75, per_node=2, measured=True, source="x"
@@ -34,8 +33,8 @@ def test_layers_are_tried_in_the_precision(config, precision):
 
 
 def test_the_rate_is_that_of_the_operations_that_footprints_count(config, monkeypatch):
-    monkeypatch.setattr(rehearsal, "_seconds", lambda body, half: 2.0)
-    monkeypatch.setattr(rehearsal, "_LENGTHS", (30, 10))
+    monkeypatch.setattr(machines, "_seconds", lambda body, half: 2.0)
+    monkeypatch.setattr(machines, "_LENGTHS", (30, 10))
     machine = with_rate_of_layers(CPU, config, "fp32", 2)
     config.num_hidden_layers = 2
     footprint = Footprints(config).of("fp32")
@@ -44,7 +43,7 @@ def test_the_rate_is_that_of_the_operations_that_footprints_count(config, monkey
 
 
 def test_large_layers_are_not_tried(config, monkeypatch):
-    monkeypatch.setattr(rehearsal, "_MOST_PARAMETERS", 1e4)
+    monkeypatch.setattr(machines, "_MOST_PARAMETERS", 1e4)
     assert with_rate_of_layers(CPU, config, "fp32", 1) is CPU
 
 

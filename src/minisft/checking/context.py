@@ -1,0 +1,297 @@
+"""What the checks look at: the recipe's tokenizer, rows and model, each made when a check first asks for it."""
+
+import gc
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from minisft.data.conversation import Conversation, Message, messages_from_rows
+from minisft.data.encoder import IGNORED, Encoder
+from minisft.data.preparation import Prepared, prepare
+from minisft.data.prepared import load_split
+from minisft.data.shards import stage
+from minisft.data.sources import at_revision, parse_sources
+from minisft.data.stats import Tally
+from minisft.data.verification import VerificationError
+from minisft.manifest import delete_scratch
+from minisft.models import ResolvedModel, load_config, load_tokenizer, resolve_model
+from minisft.planning.auto import predicted_strategy
+from minisft.planning.planner import predict_run
+from minisft.recipe import Recipe
+from minisft.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from minisft.checking.scratch import Steps
+    from minisft.planning.prediction import Prediction
+    from minisft.training.trainer import SupervisedTokenTrainer
+
+
+EXAMPLES = 4000  # rows of the source whose messages are compared with their tokens
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One prepared row.
+
+    Args:
+        ids: its tokens.
+        labels: the same where they are learned, -100 elsewhere.
+        findings: what was found about it.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    findings: tuple[str, ...] = ()
+
+    @property
+    def is_cut(self) -> bool:
+        return any(name.startswith("cut_") for name in self.findings)
+
+    def answers(self) -> list[tuple[int, int]]:
+        """(start, end) of every stretch of learned tokens."""
+        learned = np.concatenate([[False], np.asarray(self.labels) != IGNORED, [False]])
+        edges = np.flatnonzero(np.diff(learned.astype(np.int8)))
+        return [(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Rows of the source.
+
+    Args:
+        rows: in order, with messages, ids and labels.
+        skipped: how many others were left out, by reason.
+    """
+
+    rows: list[dict[str, Any]]
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation of the source beside its row of the training data.
+
+    Args:
+        conversation: as much of it as the row holds.
+        row: from `<output>/dataset`.
+    """
+
+    conversation: Conversation
+    row: TokenRow
+
+    @property
+    def learned(self) -> tuple[Message, ...]:
+        """The answers that are to be learned."""
+        return tuple(message for message in self.conversation.answers if message.supervised)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its answers are texts alone, without calls or reasoning that a template may write its own way."""
+        return not any(m.tool_calls or m.reasoning or "</think>" in m.content for m in self.conversation.answers)
+
+
+class Subject:
+    """A recipe under examination.
+
+    Args:
+        recipe: the recipe.
+        run: its run folder; what the checks train goes to a scratch folder in it.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.scratch = run.scratch
+        self.doubt: VerificationError | None = None  # what `prepare` found wrong with its own tokens
+        self.live: SupervisedTokenTrainer | None = None
+
+    # --- model and tokenizer
+
+    @cached_property
+    def model(self) -> ResolvedModel:
+        return resolve_model(self.recipe.model, self.recipe.trust_remote_code, weights=False)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        tokenizer = load_tokenizer(self.model.folder, self.recipe.trust_remote_code)
+        return Encoder(tokenizer, self.recipe.data.template)
+
+    @cached_property
+    def width(self) -> int:
+        """The width of the model's layers."""
+        config = load_config(self.model.folder, self.recipe.trust_remote_code)
+        return int(getattr(config.get_text_config(), "hidden_size", 512))
+
+    @cached_property
+    def controls(self) -> dict[str, int]:
+        """The control tokens: special ones, and the ordinary added ones that the template writes."""
+        tokenizer = self.encoder.tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        written = {
+            str(token.content): id
+            for id, token in added
+            if token.special or token.content in self.encoder.chat_template
+        }
+        named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        return {name: id for name, id in {**named, **written}.items() if name.strip()}
+
+    @cached_property
+    def saved_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer as training saves it, with the template, and as others then load it."""
+        own = load_tokenizer(self.model.folder, self.recipe.trust_remote_code)
+        own.chat_template = self.encoder.chat_template
+        own.save_pretrained(self.scratch / "tokenizer")
+        return load_tokenizer(self.scratch / "tokenizer", self.recipe.trust_remote_code)
+
+    # --- data
+
+    @cached_property
+    def source(self) -> "SourceRows":
+        """Rows of the source beside their tokens, encoded aside: train rows do not keep their messages.
+
+        Rows that the template refuses are left out and counted: checks name the reason.
+        """
+        data = replace(self.recipe.data, limit=min(self.recipe.data.limit or EXAMPLES, EXAMPLES), verify=False)
+        tally, path = Tally(), self.scratch / "source.arrow"
+        sources = [at_revision(one, None, keep=False) for one in parse_sources(data.source)]
+        path.parent.mkdir(exist_ok=True)
+        stage(path, sources, replace(self.recipe, data=data), self.encoder, tally)
+        with path.open("rb") as file:
+            rows = pa.ipc.open_stream(file).read_all().to_pylist()
+        return SourceRows(rows, tally.section("skipped"))
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The data set that training learns from.
+
+        Where `prepare` doubts its own tokens the data set is made aside, unverified, for the checks to find out what
+        is wrong: it must not lie where training would take it for good.
+        """
+        try:
+            return prepare(self.recipe, self.encoder.tokenizer, begun=self.run.has_begun())
+        except VerificationError as error:
+            self.doubt = error
+            unverified = replace(self.recipe.data, verify=False)
+            aside = replace(self.recipe, output=str(self.scratch / "unverified"), data=unverified)
+            return prepare(aside, self.encoder.tokenizer)
+
+    @cached_property
+    def sides(self) -> dict[str, Any]:
+        """The prepared sides by name, as `datasets`."""
+        return {side: load_split(self.prepared.folder.parent, side) for side in ("train", "test")}
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """Conversations of the source beside their rows of the prepared data."""
+        columns = ["location", "input_ids", "labels", "findings"]
+        rows: dict[str, TokenRow] = {}
+        wanted = {row["location"] for row in self.source.rows}
+        for data in self.sides.values():
+            for row in data.select_columns(columns):
+                if row["location"] in wanted:
+                    rows[row["location"]] = as_token_row(row)
+        paired = ((as_conversation(row), rows.get(row["location"])) for row in self.source.rows)
+        return [Example(conversation, row) for conversation, row in paired if row is not None]
+
+    def sample(self, count: int) -> list[Example]:
+        """`count` examples from the whole of them, at even distances."""
+        step = max(1, len(self.examples) // count)
+        return list(itertools.islice(self.examples[::step], count))
+
+    # --- steps in scratch runs
+
+    @cached_property
+    def strategy(self) -> str:
+        """The strategy of the recipe; where it leaves that open, the one that by the plan fits.
+
+        Raises:
+            UserError: nothing fits; naming what would.
+        """
+        chosen = self.recipe if self.recipe.training.strategy != "auto" else predicted_strategy(self.recipe)
+        return chosen.training.strategy
+
+    @cached_property
+    def steps(self) -> "Steps":
+        from minisft.checking.scratch import choose_steps
+
+        return choose_steps(self)
+
+    @cached_property
+    def chosen_recipe(self) -> Recipe:
+        """The scratch run of the steps as the recipe has them."""
+        from minisft.checking.scratch import make_scratch, step_recipe
+
+        recipe = step_recipe(self, "steps", self.steps, strategy=self.strategy)
+        make_scratch(self, recipe, self.steps.rows)
+        return recipe
+
+    @property
+    def chosen_run(self) -> RunFolder:
+        return RunFolder(Path(self.chosen_recipe.output))
+
+    @cached_property
+    def reference_recipe(self) -> Recipe:
+        """The scratch run of the same steps on one process, without a strategy."""
+        from minisft.checking.scratch import make_scratch, step_recipe
+
+        batch = self.steps.conversations
+        recipe = step_recipe(self, "reference", self.steps, strategy="vanilla", processes=1, batch_size=batch)
+        make_scratch(self, recipe, self.steps.rows)
+        return recipe
+
+    @cached_property
+    def predictions(self) -> "tuple[Prediction, Prediction]":
+        """What `plan` says of the scratch run and of the whole one."""
+        training = replace(self.recipe.training, strategy=self.strategy)  # type: ignore[arg-type]
+        return predict_run(self.chosen_recipe), predict_run(replace(self.recipe, training=training))
+
+    def train_in_scratch(self, recipe: Recipe) -> "SupervisedTokenTrainer":
+        """A trainer of a scratch recipe in this process; the one before it is let go first."""
+        from minisft.training.run_training import make_trainer
+
+        self.let_go()
+        self.live = make_trainer(recipe, RunFolder(Path(recipe.output)))
+        return self.live
+
+    def let_go(self) -> None:
+        """Free the live model."""
+        if self.live is not None:
+            self.live = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def clear(self) -> None:
+        """Remove what the checks wrote."""
+        self.let_go()
+        delete_scratch(self.scratch)
+
+
+def as_token_row(row: dict[str, Any]) -> TokenRow:
+    findings = tuple(name for name in (row.get("findings") or "").split(",") if name)
+    return TokenRow(list(row["input_ids"]), list(row["labels"]), findings)
+
+
+def as_conversation(row: dict[str, Any]) -> Conversation:
+    return Conversation(messages_from_rows(row["messages"]), row["id"], row["location"], row["tools"] or "")
+
+
+def flat_columns(data: Any, name: str) -> Iterator[np.ndarray]:
+    """The values of a list column of a `datasets.Dataset`, all rows of a chunk end to end."""
+    for chunk in data.data.column(name).chunks:
+        yield chunk.flatten().to_numpy()
+
+
+def shown(items: Sequence[object], most: int = 3) -> str:
+    """A few of the items, and how many more there are."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more

@@ -1,0 +1,238 @@
+"""`minisft check`: the list of checks, in the order in which they run, and their results in the terminal."""
+
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.text import Text
+
+from minisft import __version__
+from minisft.checking import data_checks, loss_checks, overfit_check, serving_checks, strategy_checks
+from minisft.checking.context import Subject
+from minisft.checking.result import Check, Failed, NotRun, Result
+from minisft.checking.scratch import quiet_libraries
+from minisft.console import console
+from minisft.errors import StoppedError, UserError
+from minisft.manifest import make_scratch
+from minisft.processes import stop_signals
+from minisft.recipe import Recipe, dump_recipe
+from minisft.run_folder import RunFolder
+
+_FAILED = " failed"
+_QUICK = "--quick loads no weights"
+_VERSIONS = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "peft")
+
+
+CHECKS = (
+    Check("data.template", "the template says where answers end", data_checks.template_does),
+    Check("data.source", "the source is conversations", data_checks.source_is_conversations, ("data.template",)),
+    Check("data.system", "system prompts survive the template", data_checks.system_prompts_survive, ("data.source",)),
+    Check("data.rows", "the rows are prepared", data_checks.rows_are_prepared, ("data.system",)),
+    Check("data.tokens", "no token is lost", data_checks.tokens_are_conserved, ("data.rows",)),
+    Check("data.bos", "there is one BOS, or none", data_checks.one_bos, ("data.rows",)),
+    Check("data.control", "text stays text", data_checks.control_text_stays_text, ("data.rows",)),
+    Check("data.terminators", "every answer's end is learned", data_checks.terminators_are_learned, ("data.rows",)),
+    Check(
+        "data.answers", "answers are learned, and nothing else", data_checks.answers_are_learned, ("data.terminators",)
+    ),
+    Check("data.split", "test rows are not train rows", data_checks.held_out_stays_out, ("data.rows",)),
+    Check("data.shares", "sane shares are learned, cut, skipped", data_checks.shares_are_sane, ("data.rows",)),
+    Check(
+        "serve.prompts", "what is sent is what was trained", serving_checks.prompts_are_those_trained, ("data.answers",)
+    ),
+    Check(
+        "serve.stops", "generation stops where answers end", serving_checks.stops_are_those_trained, ("data.answers",)
+    ),
+    Check(
+        "serve.template",
+        "the saved template renders the same",
+        serving_checks.saved_template_renders_alike,
+        ("serve.prompts",),
+    ),
+    Check("serve.vllm", "in vLLM's way too", serving_checks.vllm_renders_alike, ("serve.template",)),
+    Check(
+        "loss.mask",
+        "the mask reaches the loss",
+        loss_checks.mask_reaches_the_loss,
+        ("data.answers",),
+        True,
+    ),
+    Check(
+        "loss.padding",
+        "padding-free equals padded",
+        loss_checks.padding_changes_nothing,
+        ("loss.mask",),
+        True,
+    ),
+    Check(
+        "loss.rows",
+        "conversations in a row stay apart",
+        loss_checks.rows_keep_conversations_apart,
+        ("loss.padding",),
+        True,
+    ),
+    Check(
+        "loss.split",
+        "a split batch equals a whole one",
+        loss_checks.splitting_changes_nothing,
+        ("loss.rows",),
+        True,
+    ),
+    Check(
+        "strategy.steps",
+        "the strategy takes vanilla's steps",
+        strategy_checks.strategy_takes_the_same_steps,
+        ("loss.split",),
+        True,
+    ),
+    Check(
+        "checkpoint.plain",
+        "a checkpoint loads anywhere",
+        strategy_checks.checkpoint_loads_anywhere,
+        ("strategy.steps",),
+        True,
+    ),
+    Check(
+        "checkpoint.resume",
+        "resumed, the next step is the same",
+        strategy_checks.resuming_goes_on_alike,
+        ("strategy.steps",),
+        True,
+    ),
+    Check(
+        "learning.recall",
+        "rows can be learned by heart",
+        overfit_check.rows_are_learned_by_heart,
+        ("loss.split", "serve.prompts", "serve.stops"),
+        True,
+    ),
+    Check("spend.memory", "memory is as planned", strategy_checks.memory_is_as_planned, ("strategy.steps",), True),
+    Check("spend.time", "time is as planned", strategy_checks.time_is_as_planned, ("strategy.steps",), True),
+)
+
+
+def examine(
+    recipe: Recipe, run: RunFolder, *, quick: bool, tell: Callable[[Result], None], checks: Sequence[Check] = CHECKS
+) -> list[Result]:
+    """Run the checks on a recipe.
+
+    Args:
+        recipe: the recipe.
+        run: its run folder, held by this process.
+        quick: leave out what needs the model's weights.
+        tell: called with each result as it comes.
+        checks: in an order in which each comes after those that it needs.
+    """
+    subject = Subject(recipe, run)
+    make_scratch(run.scratch)
+    results: dict[str, Result] = {}
+    try:
+        with stop_signals(_stop), quiet_libraries():
+            for check in checks:
+                results[check.name] = _result(check, subject, results, quick)
+                tell(results[check.name])
+    finally:
+        subject.clear()
+    return list(results.values())
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # so that SIGTERM, too, leaves no scratch folder behind
+
+
+def _result(check: Check, subject: Subject, earlier: Mapping[str, Result], quick: bool) -> Result:
+    reason = _obstacle(check, earlier)
+    if reason is None and quick and check.weights:
+        reason = _QUICK
+    if reason is not None:
+        return Result(check.name, check.claim, "not run", f"because {reason}")
+    begun = time.perf_counter()
+    result = _run(check, subject)
+    return Result(**{**vars(result), "seconds": round(time.perf_counter() - begun, 2)})
+
+
+def _obstacle(check: Check, earlier: Mapping[str, Result]) -> str | None:
+    """Why a check would say nothing: one that it needs failed, or was not run because another did."""
+    for name in check.needs:
+        if earlier[name].status == "FAILED":
+            return f"{name}{_FAILED}"
+        if earlier[name].status == "not run" and earlier[name].detail.endswith(_FAILED):
+            return earlier[name].detail.removeprefix("because ")
+    return None
+
+
+def _run(check: Check, subject: Subject) -> Result:
+    try:
+        return Result(check.name, check.claim, "ok", check.run(subject))
+    except NotRun as reason:
+        return Result(check.name, check.claim, "not run", f"because {reason}")
+    except Failed as failure:
+        return Result(check.name, check.claim, "FAILED", failure.what, failure.mend)
+    except UserError as error:
+        return Result(check.name, check.claim, "FAILED", f"{error.where}: {error.what}", error.mend)
+    except StoppedError:
+        raise
+    except (
+        torch.OutOfMemoryError,
+        MemoryError,
+    ) as error:  # of this process, which takes all weights without a strategy
+        subject.let_go()
+        return Result(check.name, check.claim, "not run", f"because one process is too small for it ({error})")
+    except Exception as error:  # whatever a model, a template or a library raises, the other checks go on
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {str(error).strip() or 'no message'} ({where.name}, line {where.lineno})"
+        return Result(check.name, check.claim, "FAILED", what, "if the message does not say it, report it")
+
+
+def as_report(recipe: Recipe, results: Iterable[Result], *, quick: bool) -> dict[str, Any]:
+    """What `check.json` holds."""
+    listed = list(results)
+    return {
+        "status": "FAILED" if any(result.status == "FAILED" for result in listed) else "ok",
+        "quick": quick,
+        "seconds": round(sum(result.seconds for result in listed), 2),
+        "checks": [result.as_dict() for result in listed],
+        "recipe": dump_recipe(recipe),
+        "versions": {"minisft": __version__, "python": platform.python_version(), **_versions()},
+        "machine": f"{platform.machine()} {platform.system()}",
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+_STYLES = {"ok": "green", "FAILED": "bold red", "not run": "yellow"}
+_INDENT = " " * 28
+
+
+def show(result: Result) -> None:
+    """Print one result."""
+    line = Text.assemble(
+        (f"{result.status:<8} ", _STYLES[result.status]),
+        f"{result.name:<18} ",
+        f"{result.seconds:>5.1f} s  " if result.status != "not run" else " " * 9,
+        result.claim,
+    )
+    console.print(line)
+    console.print(Text(f"{_INDENT}{result.detail}", style="dim" if result.status == "ok" else ""))
+    if result.mend:
+        console.print(Text(f"{_INDENT}To mend it: {result.mend}"))
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Say how many came out how."""
+    counts = {status: sum(result.status == status for result in results) for status in _STYLES}
+    seconds = sum(result.seconds for result in results)
+    return f"{counts['ok']} ok, {counts['FAILED']} FAILED, {counts['not run']} not run, in {seconds:.0f} s"

@@ -1,0 +1,241 @@
+"""Conversation to segments of text and control tokens, with the answers marked, and the prompt-only twin.
+
+The same code renders for training, evaluation and chat. A run is a text that is encoded on its own, or one control
+token: content is always text, so nothing that a user types becomes a control token, and an answer always starts a
+new run, so the prompt is an id prefix of the training row.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from minisft.data.conversation import Message
+from minisft.data.renderers.templates import TurnTemplate, with_tools
+
+# How a run stands in the whole text. It matters to tokenizers that put a space before a text.
+START, AFTER_CONTROL, CONTINUE = 0, 1, 2
+
+
+class Run(NamedTuple):
+    """A text to encode on its own, or (where `control` is not -1) one control token.
+
+    `context` is START, AFTER_CONTROL or CONTINUE; `answer` says whether an answer's text or end stands in it.
+    """
+
+    text: str
+    control: int
+    supervised: bool
+    context: int
+    answer: bool
+
+
+class Answer(NamedTuple):
+    """Where an answer lies: runs[start:end], the terminator being the last; `text` is what they must decode to."""
+
+    message: int
+    start: int
+    end: int
+    text: str
+    terminated: bool
+
+
+@dataclass(slots=True)
+class Rendered:
+    """A conversation as runs; `findings` names what the template did to it that the user should know."""
+
+    runs: list[Run]
+    answers: list[Answer]
+    findings: list[str]
+
+
+class RefusedError(Exception):
+    """A conversation that the template cannot render faithfully; `reason` is the ledger's name for it."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        self.reason = reason
+        self.what = what
+        super().__init__(reason, what)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control token as the splitting of a template's text sees it."""
+
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+class MarkerSplitter:
+    """Splits a template's own text at the control tokens that it spells, as the tokenizer would.
+
+    Results are remembered, as a template writes few different texts.
+    """
+
+    def __init__(self, controls: Mapping[str, Control]) -> None:
+        self.controls = dict(controls)
+        longest_first = sorted((name for name in controls if name), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._memo: dict[tuple[str, bool, bool], tuple[str, list[Run], str]] = {}
+
+    def split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Run], str]:
+        """The text before the first control token, the runs from there to the last one, and the text after it."""
+        key = (text, supervised, answer)
+        found = self._memo.get(key)
+        if found is None:
+            found = self._split(text, supervised, answer)
+            if len(self._memo) < 4096:
+                self._memo[key] = found
+        return found
+
+    def _split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Run], str]:
+        head, position = "", 0
+        runs: list[Run] = []
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            control = self.controls[match.group()]
+            before = text[position : match.start()]
+            if control.lstrip:
+                before = before.rstrip()
+            if not runs:
+                head = before
+            elif before:
+                runs.append(Run(before, -1, supervised, AFTER_CONTROL, answer))
+            runs.append(Run("", control.id, supervised, 0, answer))
+            position = match.end()
+            if control.rstrip:
+                position += len(text[position:]) - len(text[position:].lstrip())
+        return (head, runs, text[position:]) if runs else (text, [], "")
+
+
+class RunBuilder:
+    """Collects runs: adjoining texts are joined, and a control token or a boundary ends a run."""
+
+    __slots__ = ("_buffer", "_context", "_pending", "_start", "answers", "runs", "splitter")
+
+    def __init__(self, splitter: MarkerSplitter) -> None:
+        self.splitter = splitter
+        self.runs: list[Run] = []
+        self.answers: list[Answer] = []
+        self._buffer: list[str] = []  # texts of the run under way
+        self._pending = ""  # text of the template that is still to be split
+        self._context = START
+        self._start = 0
+
+    def template(self, text: str) -> None:
+        """Add text of the template, in which control tokens are recognised."""
+        self._pending += text
+
+    def template_in_answer(self, text: str, supervised: bool) -> None:
+        """Add text of the template that stands within an answer."""
+        self._settle()
+        self._split(text, supervised, True)
+
+    def content(self, text: str) -> None:
+        """Add text of the conversation, which is never a control token."""
+        self._settle()
+        self._buffer.append(text)
+
+    def flush(self, supervised: bool = False, answer: bool = False) -> None:
+        self._settle()
+        self._end_run(supervised, answer)
+
+    def apart(self) -> None:
+        """End the run; the next text is encoded as if it stood alone."""
+        self.flush()
+        self._context = START
+
+    def open_answer(self) -> None:
+        self.flush()
+        self._start = len(self.runs)
+
+    def close_answer(self, message: int, text: str, supervised: bool, terminated: bool = True) -> None:
+        self.flush(supervised, True)
+        self.answers.append(Answer(message, self._start, len(self.runs), text, terminated))
+
+    def control(self, token: int, supervised: bool, answer: bool = False) -> None:
+        self.flush(supervised, answer)
+        self.runs.append(Run("", token, supervised, 0, answer))
+        self._context = AFTER_CONTROL
+
+    def _settle(self) -> None:
+        if self._pending:
+            text, self._pending = self._pending, ""
+            self._split(text, False, False)
+
+    def _split(self, text: str, supervised: bool, answer: bool) -> None:
+        head, runs, tail = self.splitter.split(text, supervised, answer)
+        if head:
+            self._buffer.append(head)
+        if runs:
+            self._end_run(supervised, answer)
+            self.runs.extend(runs)
+            self._context = AFTER_CONTROL
+            if tail:
+                self._buffer.append(tail)
+
+    def _end_run(self, supervised: bool, answer: bool) -> None:
+        if self._buffer:
+            text = "".join(self._buffer)
+            self._buffer.clear()
+            if text:
+                self.runs.append(Run(text, -1, supervised, self._context, answer))
+                self._context = CONTINUE
+
+
+Renderer = Callable[[Sequence[Message], Sequence[str], bool], Rendered]
+
+
+# --- turn templates ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TurnRenderer:
+    """Renders a turn template on one tokenizer.
+
+    Args:
+        template: the template.
+        splitter: the tokenizer's control tokens.
+        terminator: the id that ends an answer: the template's end, or EOS where that is no token.
+    """
+
+    template: TurnTemplate
+    splitter: MarkerSplitter
+    terminator: int
+
+    def __call__(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> Rendered:
+        template, findings = self.template, []
+        builder = RunBuilder(self.splitter)
+        if template.begin:
+            builder.template(template.begin)
+        if tools and (not messages or messages[0].role != "system"):
+            self._turn(builder, "system", with_tools("", tools))
+            tools = ()
+        for index, message in enumerate(messages):
+            text = message.text
+            if message.reasoning:
+                findings.append("reasoning_dropped")
+            if template.trim and text != text.strip():
+                findings.append("trimmed")
+                text = text.strip()
+            if message.is_answer:
+                self._answer(builder, index, text, message.supervised)
+            else:
+                self._turn(builder, message.role, with_tools(text, tools if index == 0 else ()))
+        if prompt:
+            builder.template(template.open_turn("assistant"))
+        builder.flush()
+        return Rendered(builder.runs, builder.answers, findings)
+
+    def _turn(self, builder: RunBuilder, role: str, text: str) -> None:
+        builder.template(self.template.open_turn(role))
+        builder.content(text)
+        builder.template(self.template.end + self.template.after)
+
+    def _answer(self, builder: RunBuilder, index: int, text: str, supervised: bool) -> None:
+        builder.template(self.template.open_turn("assistant"))
+        builder.open_answer()
+        builder.content(text)
+        builder.control(self.terminator, supervised, True)
+        builder.close_answer(index, text, supervised)
+        builder.template(self.template.after)

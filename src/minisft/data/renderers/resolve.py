@@ -1,0 +1,237 @@
+"""Which template is in use with a tokenizer, and what becomes of its markers there."""
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from minisft.data.conversation import ROLES
+from minisft.data.renderers.base import AFTER_CONTROL, CONTINUE, START, Control, MarkerSplitter, Renderer, TurnRenderer
+from minisft.data.renderers.mistral import INSTRUCTION, TOOLS, MistralRenderer
+from minisft.data.renderers.templates import (
+    EOS,
+    NATIVE_TEMPLATES,
+    TURN_TEMPLATES,
+    MistralTemplate,
+    TurnTemplate,
+    mistral_jinja,
+    turn_jinja,
+)
+from minisft.data.segment_encoder import RunEncoder
+from minisft.errors import UserError
+from minisft.files import user_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A template as it stands on one tokenizer.
+
+    Args:
+        name: the template's; for `mistral` the form that was chosen.
+        chat_template: the Jinja text to save with the model.
+        renderer: conversations to runs.
+        stop_token_ids: the terminators; the first is the main one.
+        markers: the tokens that the template writes, as control tokens.
+        plain_markers: what it writes as text, since the tokenizer has no such token.
+        answer_context: how an answer's text stands after its prompt.
+        joint: whether the tokenizer itself would encode a prompt and its answer in one piece.
+    """
+
+    name: str
+    chat_template: str
+    renderer: Renderer
+    stop_token_ids: tuple[int, ...]
+    markers: list[str] = field(default_factory=list)
+    plain_markers: list[str] = field(default_factory=list)
+    answer_context: int = START
+    joint: bool = False
+
+
+class Chooser:
+    """Finds the template that a recipe names, and fits it to a tokenizer.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        probe: its texts' encoding, to see where it puts spaces.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", probe: RunEncoder) -> None:
+        self.tokenizer = tokenizer
+        self._probe = probe
+        self._added = {token.content: (id, token) for id, token in tokenizer.added_tokens_decoder.items()}
+
+    def choose(self, template: str) -> Choice:
+        if template == "auto":
+            return self._choose_own()
+        if template in NATIVE_TEMPLATES:
+            return self._native(template)
+        if _is_jinja(template):
+            return self._jinja_or_native(template, "jinja")
+        path = template_file(template)
+        if path is None:
+            known = ", ".join((*NATIVE_TEMPLATES, "auto"))
+            raise UserError(
+                "data.template", f"there is no template {template!r}", f"use one of {known} or a .jinja file's path"
+            )
+        return self._jinja_or_native(_read_template(path), path.name)
+
+    def _choose_own(self) -> Choice:
+        own = own_template(self.tokenizer)
+        if not own:
+            raise UserError(
+                "data.template",
+                "the model's tokenizer has no chat template of its own",
+                f"name one in the recipe, data.template: {' or '.join(NATIVE_TEMPLATES)}, or a .jinja file",
+            )
+        return self._jinja_or_native(own, "auto")
+
+    def _jinja_or_native(self, text: str, name: str) -> Choice:
+        """Our own renderer where the text is the twin of one of ours, so that it goes on as it was trained."""
+        match = re.match(r"\{# minisft: ([\w-]+) #\}", text)
+        if match:
+            named = {"mistral-text": "mistral"}.get(match[1], match[1])
+            if named in NATIVE_TEMPLATES:
+                choice = self._native(named)
+                if choice.chat_template == text:
+                    return choice
+        return self._jinja(text, name)
+
+    def _native(self, name: str) -> Choice:
+        if name in TURN_TEMPLATES:
+            return self._turns(TURN_TEMPLATES[name])
+        return self._mistral(name)
+
+    def _turns(self, template: TurnTemplate) -> Choice:
+        if template.end == EOS:
+            self._require_eos(template.name)
+            template = replace(template, end=str(self.tokenizer.eos_token))
+        headers = "".join(map(template.open_turn, ROLES))
+        written = [template.begin, template.end, *re.findall(r"<\|\w+\|>", headers)]
+        controls = {name: self._control(name) for name in written if self._is_special(name)}
+        stop = controls[template.end].id if template.end in controls else self._require_eos(template.name)
+        if template.begin not in controls:
+            template = replace(template, begin="")
+        plain = [name for name in written if name and name not in controls]
+        answer_end = template.end if template.end in controls else str(self.tokenizer.eos_token)
+        return Choice(
+            template.name,
+            turn_jinja(template, answer_end),
+            TurnRenderer(template, MarkerSplitter(controls), stop),
+            (stop,),
+            markers=list(controls),
+            plain_markers=plain,
+            answer_context=CONTINUE,
+            joint=True,
+        )
+
+    def _mistral(self, name: str) -> Choice:
+        has_controls = all(map(self._is_special, INSTRUCTION))
+        if name == "mistral-v3" and not has_controls:
+            raise UserError(
+                "data.template",
+                "mistral-v3 needs a tokenizer with the control tokens [INST] and [/INST], and this one has none",
+                "use data.template: mistral, which writes the same form as plain text",
+            )
+        if name == "mistral-v1" and has_controls:
+            raise UserError(
+                "data.template",
+                "mistral-v1 writes [INST] as text, and for this tokenizer it is a control token",
+                "use data.template: mistral, which is mistral-v3 here",
+            )
+        eos = self._require_eos(name)
+        bos = self.tokenizer.bos_token if has_controls or self._adds_bos() else None
+        gap, gap_after_control = self._gaps()
+        form = "mistral-v3" if has_controls else ("mistral-v1" if name == "mistral-v1" or bos else "mistral-text")
+        has_tools = has_controls and all(map(self._is_special, TOOLS))
+        written = MistralTemplate(
+            form, has_controls, has_tools, bos or "", str(self.tokenizer.eos_token), gap, gap_after_control
+        )
+        controls = (*(INSTRUCTION if has_controls else ()), *(TOOLS if has_tools else ()))
+        ids = {control: self._id(control) for control in controls}
+        return Choice(
+            form,
+            mistral_jinja(written),
+            MistralRenderer(written, self._id(bos) if bos else None, eos, ids),
+            (eos,),
+            markers=list(controls),
+            plain_markers=[] if has_controls else list(INSTRUCTION),
+            answer_context=START,
+        )
+
+    def _jinja(self, text: str, name: str) -> Choice:
+        from minisft.data.renderers.jinja import JinjaRenderer
+
+        spelled = [name for name in self._added if name.strip() and (self._is_special(name) or name in text)]
+        renderer = JinjaRenderer(
+            self.tokenizer,
+            text,
+            MarkerSplitter({name: self._control(name) for name in spelled}),
+            frozenset(filter(self._is_special, spelled)),
+        )
+        return Choice(name, text, renderer, (renderer.stop,), markers=spelled, answer_context=CONTINUE, joint=True)
+
+    # --- what the tokenizer has ---------------------------------------------------------------------------
+
+    def _is_special(self, name: str) -> bool:
+        return name in self._added and self._added[name][1].special
+
+    def _id(self, name: str) -> int:
+        return (
+            self._added[name][0]
+            if name in self._added
+            else int(cast("int", self.tokenizer.convert_tokens_to_ids(name)))
+        )
+
+    def _control(self, name: str) -> Control:
+        id, token = self._added[name]
+        return Control(id, token.lstrip, token.rstrip)
+
+    def _require_eos(self, template: str) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "model", f"its tokenizer has no EOS token, with which {template} ends an answer", "set eos_token"
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts a BOS before a text: its post-processor says so."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
+
+    def _gaps(self) -> tuple[str, str]:
+        """The spaces a joint encoding needs to come out as encoding apart: in a text, and after a control token."""
+        if not self._probe.adds_space():
+            return "", ""
+        after = " " if self._probe.guards[AFTER_CONTROL] else ""
+        return " ", after
+
+
+def own_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """The tokenizer's own chat template, of several the default one."""
+    own: Any = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def template_file(template: str) -> Path | None:
+    """The file that `data.template` names; None where it is a template's name or a Jinja text, or there is no file."""
+    if template in ("auto", *NATIVE_TEMPLATES) or _is_jinja(template):
+        return None
+    try:
+        path = user_path(template, "data.template")
+        return path if path.is_file() else None
+    except OSError:  # a name too long
+        return None
+
+
+def _is_jinja(template: str) -> bool:
+    return "{{" in template or "{%" in template
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, f"the template cannot be read ({error})", "give a readable UTF-8 file") from None

@@ -1,0 +1,204 @@
+"""Sources to encoded shards (Arrow files), and shards to the train and test splits."""
+
+import json
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from minisft.data.encoder import Encoder
+from minisft.data.formats import FORMATS, detect_format, not_json
+from minisft.data.pipeline import Task, process_chunks, schema
+from minisft.data.readers import CellsError, Chunk
+from minisft.data.sources import Source, read_source
+from minisft.data.stats import Part, Tally
+from minisft.errors import UserError
+from minisft.recipe import DataRecipe, Recipe
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+Progress = Callable[[int], None]
+_DETECTED_IN = 4  # chunks of a source, at most
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Encoded rows in an Arrow file, and for each its split key, identity and length."""
+
+    path: Path
+    keys: np.ndarray
+    identities: np.ndarray
+    lengths: np.ndarray
+    formats: dict[str, str]
+
+
+def stage(
+    path: Path,
+    sources: Sequence[Source],
+    recipe: Recipe,
+    encoder: Encoder,
+    tally: Tally,
+    progress: Progress | None = None,
+) -> Staged:
+    """Encode all rows of the sources into one Arrow file, in their order.
+
+    Args:
+        path: of the Arrow file.
+        sources: whose rows are read, one after the other.
+        recipe: how.
+        encoder: in the recipe's template.
+        tally: takes the counts.
+        progress: called with the number of rows read so far.
+
+    Raises:
+        UserError: a source cannot be read, or its format is unknown.
+    """
+    import pyarrow as pa
+
+    streams = [read_source(one, index, recipe.seed) for index, one in enumerate(sources)]
+    chunks, detected = _with_formats(streams, sources, recipe.data)
+    task = Task(recipe.data, tuple(detected), recipe.seed)
+    columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in (np.uint64, np.uint64, np.int32)]
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema()) as writer:
+        for result in process_chunks(_limited(chunks, recipe.data.limit), encoder, task):
+            writer.write_batch(pa.ipc.read_record_batch(pa.py_buffer(result.table), schema()))
+            for column, part in zip(columns, (result.keys, result.identities, result.lengths), strict=True):
+                column.append(part)
+            tally.merge(result.tally)
+            if progress is not None:
+                progress(tally.count("rows", "read"))
+    formats = {one.path: name for one, name in zip(sources, detected, strict=True)}
+    keys, identities, lengths = (np.concatenate(column) for column in columns)
+    return Staged(path, keys, identities, lengths, formats)
+
+
+def _with_formats(
+    streams: Sequence[Iterator[Chunk]], sources: Sequence[Source], data: DataRecipe
+) -> tuple[Iterator[Chunk], list[str]]:
+    """All chunks in order, and each source's format, stated or detected from its first rows."""
+    formats: list[str] = []
+    opened: list[Iterable[Chunk]] = []
+    for stream, source in zip(streams, sources, strict=True):
+        if data.format != "auto":
+            formats.append(data.format)
+            opened.append(stream)
+            continue
+        read: list[Chunk] = []
+        name, looked_at = None, 0
+        for chunk in stream:
+            read.append(chunk)
+            name = next((found for _, row in chunk.parsed() if (found := detect_format(row))), None)
+            looked_at += len(chunk) > 0  # a small weight may leave out all rows of a chunk
+            if name is not None or looked_at == _DETECTED_IN:
+                break
+        formats.append(name or _unknown_format(source, read))
+        opened.append(chain(read, stream))
+    return chain.from_iterable(opened), formats
+
+
+def _unknown_format(source: Source, read: Sequence[Chunk]) -> str:
+    """Refuse a source none of whose first rows has a known format."""
+    if left_out := sum(chunk.left_out for chunk in read if not any(map(len, read))):
+        what = f"the weight {source.weight:g} leaves out every row, of {left_out:,}"
+        raise UserError(source.path, what, "raise the source's weight, or give more rows")
+    location, row = next(((loc, row) for chunk in read for loc, row in chunk.parsed()), (source.path, None))
+    if isinstance(row, ValueError):
+        error = not_json(row)
+        fix = "give UTF-8 text with one JSON object a line, or a JSON list"
+        raise UserError(location, error.what, error.mend if isinstance(row, CellsError) else fix)
+    keys = f"its first row has the keys {', '.join(map(str, list(row)[:8]))}" if isinstance(row, dict) else (
+        "its first row is no object"
+    )  # fmt: skip
+    raise UserError(
+        location,
+        f"the format is unknown: {keys}",
+        "bring the rows into one of the formats: `conversations` (ShareGPT), `messages`, `instruction`/`output` "
+        f"(Alpaca), `prompt`/`completion`; data.format: {', '.join(FORMATS)}",
+    )
+
+
+def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
+    left = limit
+    for chunk in chunks:
+        if left is not None:
+            chunk = chunk.head(left)
+            left -= len(chunk)
+        yield chunk
+        if left == 0:
+            return
+
+
+TRAIN_COLUMNS = ("input_ids", "labels", "id", "location", "rendered", "findings")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows of a staging file that go to one side."""
+
+    staged: Staged
+    mask: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.staged.lengths[self.mask]
+
+    def batches(self, names: Sequence[str]) -> Iterator["pa.RecordBatch"]:
+        """The named columns of the side's rows, batch by batch."""
+        import pyarrow as pa
+
+        start = 0
+        with pa.OSFile(str(self.staged.path)) as file:  # mapped, its pages would count as this process's memory
+            for batch in pa.ipc.open_stream(file):
+                chosen = self.mask[start : start + batch.num_rows]
+                start += batch.num_rows
+                if chosen.any():
+                    columns = batch.select(names)
+                    yield columns if chosen.all() else columns.filter(pa.array(chosen))
+
+    def parts(self) -> Iterator[Part]:
+        """(ids, labels, offsets) of the side's rows, batch by batch."""
+        for batch in self.batches(("input_ids", "labels")):
+            ids, labels = batch.column("input_ids"), batch.column("labels")
+            offsets = ids.offsets.to_numpy()
+            yield ids.flatten().to_numpy(), labels.flatten().to_numpy(), offsets - offsets[0]
+
+
+def write_side(folder: Path, side: Side, names: Sequence[str]) -> None:
+    """Write a side as a `datasets` folder, batch by batch.
+
+    `datasets` writes the folder for no rows, and its data file is then written anew: it would map all rows into
+    memory to copy them.
+    """
+    import pyarrow as pa
+
+    kept = pa.schema([schema().field(name) for name in names])
+    data = _write_empty(folder, kept)
+    with pa.OSFile(str(data), "wb") as file, pa.ipc.new_stream(file, kept) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist([], kept))  # a file without any batch is not loaded
+        for batch in side.batches(names):
+            writer.write_batch(batch)
+
+
+def _write_empty(folder: Path, kept: "pa.Schema") -> Path:
+    """Write a `datasets` folder without rows; the path of its data file."""
+    import datasets
+
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        features = datasets.Features.from_arrow_schema(kept)
+        empty = datasets.Dataset.from_dict({name: [] for name in kept.names}, features=features)
+        empty.save_to_disk(str(folder), num_shards=1)
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state["_fingerprint"] = secrets.token_hex(8)  # that of no rows would be the same for all data
+    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    return folder / str(state["_data_files"][0]["filename"])

@@ -1,0 +1,289 @@
+"""Statistics of a data set: what became of every row and token, and how far test answers overlap train answers."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+SHOWN = 20  # problems shown with their place; all are counted
+ENOUGH_TEST_ROWS = 20  # below it, evaluation claims no interval and no significance
+_MOST_COLUMNS = 100  # named; data may have other keys in every row
+_IGNORED_SHOWN = 8
+OTHER_COLUMNS = "(other columns)"
+PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that is not kept, and why."""
+
+    location: str
+    reason: str
+    what: str
+    mend: str
+    repairable: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.what}; {self.mend}"
+
+
+@dataclass
+class Tally:
+    """Counts of some rows, to be added up.
+
+    Attributes:
+        counts: under "rows", "skipped", "repaired", "roles", "findings", "overflow", "tokens", "turns",
+            "ignored_columns", a counter each.
+        problems: the first SHOWN, in order.
+        repairable: how many rows with problems `invalid: repair` would keep.
+    """
+
+    counts: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    problems: list[Problem] = field(default_factory=list)
+    repairable: int = 0
+
+    def add(self, section: str, name: str, number: int = 1) -> None:
+        self.counts[section][name] += number
+
+    def skip(self, problem: Problem) -> None:
+        self.add("skipped", problem.reason)
+        self.repairable += problem.repairable
+        if len(self.problems) < SHOWN:
+            self.problems.append(problem)
+
+    def note_ignored(self, columns: Iterable[str]) -> None:
+        """Count what a row holds in columns that nobody reads; past _MOST_COLUMNS names, under one name."""
+        counter = self.counts["ignored_columns"]
+        for column in columns:
+            name = column if len(column) <= 60 else f"{column[:57]}..."
+            counter[name if name in counter or len(counter) < _MOST_COLUMNS else OTHER_COLUMNS] += 1
+
+    def merge(self, other: "Tally") -> None:
+        for section, counter in other.counts.items():
+            self.counts[section].update(counter)
+        ignored = self.counts["ignored_columns"]
+        if len(ignored) > 2 * _MOST_COLUMNS:
+            named = Counter(dict(ignored.most_common(_MOST_COLUMNS)))
+            named[OTHER_COLUMNS] += ignored.total() - named.total()
+            self.counts["ignored_columns"] = named
+        self.problems.extend(other.problems[: SHOWN - len(self.problems)])
+        self.repairable += other.repairable
+
+    def section(self, name: str) -> dict[str, int]:
+        return dict(sorted(self.counts[name].items(), key=lambda item: (-item[1], item[0])))
+
+    def count(self, section: str, name: str) -> int:
+        return self.counts[section][name]
+
+    @property
+    def skipped(self) -> int:
+        return sum(self.counts["skipped"].values())
+
+
+def make_ledger(tally: Tally, lengths: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The ledger of a preparation.
+
+    Args:
+        tally: the counts over all rows.
+        lengths: tokens per row of "train" and "test".
+        facts: what else is to be recorded.
+    """
+    train, test = len(lengths["train"]), len(lengths["test"])
+    rows = {
+        "read": tally.count("rows", "read"),
+        "kept": train + test,
+        "skipped": tally.skipped,
+        "train": train,
+        "test": test,
+    }
+    tokens = {name: tally.count("tokens", name) for name in ("rendered", "kept", "cut", "supervised")}
+    assert rows["read"] == rows["kept"] + rows["skipped"], "every row read is kept or skipped"
+    assert tokens["rendered"] == tokens["kept"] + tokens["cut"], "every token rendered is kept or cut"
+    both = np.concatenate([lengths["train"], lengths["test"]])
+    return {
+        "rows": rows,
+        "skipped": tally.section("skipped"),
+        "repaired": tally.section("repaired"),
+        "tokens": tokens,
+        "turns": tally.section("turns"),
+        "overflow": tally.section("overflow"),
+        "findings": tally.section("findings"),
+        "ignored_columns": tally.section("ignored_columns"),
+        "lengths": _lengths(both),
+        **facts,
+    }
+
+
+def _lengths(lengths: np.ndarray) -> dict[str, Any]:
+    if not len(lengths):
+        return {}
+    points = np.percentile(lengths, PERCENTILES, method="nearest").astype(int).tolist()
+    edges = [0, *(2**power for power in range(4, int(lengths.max()).bit_length() + 1))]
+    counts, _ = np.histogram(lengths, bins=[*edges, np.inf]) if len(edges) > 1 else ([len(lengths)], None)
+    return {
+        "percentiles": {str(name): point for name, point in zip(PERCENTILES, points, strict=True)},
+        "histogram": {str(edge): int(count) for edge, count in zip(edges, counts, strict=False) if count},
+        "padding_share": _padding_share(lengths),
+    }
+
+
+def _padding_share(lengths: np.ndarray, batch: int = 8) -> float:
+    """The share of padding that batches of eight, padded to their longest row in reading order, would have."""
+    padded = sum(int(lengths[i : i + batch].max()) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
+    return round(1 - float(lengths.sum()) / padded, 4) if padded else 0.0
+
+
+def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
+    """The ledger as a short table; `ledger_warnings` has what must not be overlooked."""
+    rows, tokens = ledger["rows"], ledger["tokens"]
+    share = tokens["supervised"] / tokens["kept"] if tokens["kept"] else 0.0
+    lines = [
+        f"rows       {rows['read']:,} read = {rows['train']:,} train + {rows['test']:,} test "
+        f"+ {rows['skipped']:,} skipped",
+        f"tokens     {tokens['rendered']:,} rendered = {tokens['kept']:,} kept + {tokens['cut']:,} cut; "
+        f"{tokens['supervised']:,} supervised ({share:.0%})",
+    ]
+    for title in ("skipped", "repaired", "turns", "overflow", "findings"):
+        if ledger.get(title):
+            listed = ", ".join(f"{name} {number:,}" for name, number in ledger[title].items())
+            lines.append(f"{title:<10} {listed}")
+    if ignored := ledger.get("ignored_columns"):
+        listed = _some([f"{name} {number:,}" for name, number in ignored.items()])
+        lines.append(f"ignored    columns that are not read, and in how many rows: {listed}")
+    if files := ledger.get("ignored_files"):
+        lines.append(f"ignored    files that are not read, since their names are not those of data: {_some(files)}")
+    if ledger.get("lengths"):
+        points = ledger["lengths"]["percentiles"]
+        lines.append("lengths    " + ", ".join(f"{name}%: {points[name]:,}" for name in ("5", "50", "95", "100")))
+        overlap = ledger["overlap"]
+        lines.append(
+            f"doubles    {ledger['duplicates']:,} rows repeat another; of {overlap['test_ngrams']:,} "
+            f"{overlap['ngram']}-token pieces of test answers {overlap['also_in_train']:,} are in train answers too"
+        )
+        if shared := overlap["test_rows_with_a_train_prompt"]:
+            repeated = overlap.get("test_rows_in_train", 0)  # a data set that an older version prepared has no count
+            lines.append(
+                f"overlap    {shared:,} of {rows['test']:,} test rows begin with a train row's prompt, "
+                f"{repeated:,} are train rows"
+            )
+        lines.append(f"padding    {ledger['lengths']['padding_share']:.0%} of a padded batch of 8 would be padding")
+    if rows["test"] < ENOUGH_TEST_ROWS:
+        lines.append(f"test       {_few_test_rows(rows['test'])}")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _IGNORED_SHOWN} more" if len(names) > _IGNORED_SHOWN else ""
+    return ", ".join(names[:_IGNORED_SHOWN]) + more
+
+
+def _few_test_rows(number: int) -> str:
+    if number == 0:
+        return "no rows are held out: evaluate has nothing to score (see data.test_fraction and data.test)"
+    return (
+        f"{number} held-out {'row is' if number == 1 else 'rows are'} too few to tell checkpoints apart: "
+        f"hold out {ENOUGH_TEST_ROWS} or more (see data.test_fraction and data.test)"
+    )
+
+
+def ledger_warnings(ledger: Mapping[str, Any]) -> list[str]:
+    """What a user must know before training on the data: it is trained otherwise than it reads, or tested on itself."""
+    warnings = []
+    if repeated := ledger["overlap"].get("test_rows_in_train", 0):
+        warnings.append(
+            f"{repeated:,} of {ledger['rows']['test']:,} test rows are train rows too: scores on them say nothing "
+            "about new conversations; take them out of data.test or data.source"
+        )
+    if dropped := ledger["findings"].get("reasoning_dropped", 0):
+        warnings.append(
+            f"{dropped:,} rows hold reasoning that the template {ledger['template']} does not write, in part or at "
+            "all: what it does not write is not learned"
+        )
+    return warnings
+
+
+NGRAM = 13  # tokens, as in the contamination report of the GPT-3 paper (appendix C)
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_TO_2ND, _TO_4TH = (np.uint64(pow(int(_MULTIPLIER), power, 1 << 64)) for power in (2, 4))
+_MOST = 200_000  # n-grams of test rows looked for; of more, a share chosen by their hashes
+_TABLE_BITS = 22  # of a table by the hashes' last bits: a glance at it tells most n-grams that are not wanted
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, offsets of some rows
+
+
+def overlap_report(train: Iterable[Part], test: Iterable[Part], test_tokens: int) -> dict[str, Any]:
+    """How many of the answers' n-grams of the test rows are also in an answer of a train row.
+
+    Args:
+        train: the train rows in parts.
+        test: the test rows in parts.
+        test_tokens: how many tokens the test rows have, for the choice of a sample.
+    """
+    every = np.uint64(max(1, test_tokens // _MOST))
+    hashes, rows = _test_ngrams(test, every)
+    wanted = np.unique(hashes)
+    found = _found(train, wanted, every) if len(wanted) else np.zeros(0, dtype=bool)
+    hit = found[np.searchsorted(wanted, hashes)]
+    per_row = np.bincount(rows, minlength=1)
+    hits_per_row = np.bincount(rows, weights=hit, minlength=len(per_row))
+    return {
+        "ngram": NGRAM,
+        "sampled": f"1/{every}",
+        "test_ngrams": len(hashes),
+        "also_in_train": int(hit.sum()),
+        "test_rows_half_in_train": int(((hits_per_row * 2 >= per_row) & (per_row > 0)).sum()),
+    }
+
+
+def _found(train: Iterable[Part], wanted: np.ndarray, every: np.uint64) -> np.ndarray:
+    """Which of the wanted n-grams (sorted hashes) stand in an answer of the train rows."""
+    mask = np.uint64((1 << _TABLE_BITS) - 1)
+    table = np.zeros(1 << _TABLE_BITS, dtype=bool)
+    table[wanted & mask] = True
+    found = np.zeros(len(wanted), dtype=bool)
+    for ids, labels, _ in train:
+        there = _sample(_ngrams(ids, labels)[0], every)
+        there = there[table[there & mask]]
+        places = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)
+        found[places[wanted[places] == there]] = True
+    return found
+
+
+def _test_ngrams(parts: Iterable[Part], every: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+    hashes, rows, base = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
+    for ids, labels, offsets in parts:
+        made, starts = _ngrams(ids, labels)
+        kept = made % every == 0
+        hashes.append(made[kept])
+        rows.append(np.searchsorted(offsets, starts[kept], side="right") - 1 + base)
+        base += len(offsets) - 1
+    return np.concatenate(hashes), np.concatenate(rows)
+
+
+def _sample(hashes: np.ndarray, every: np.uint64) -> np.ndarray:
+    return hashes if every == 1 else hashes[hashes % every == 0]
+
+
+def _ngrams(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes and places of the n-grams that lie wholly in one answer (between two answers stands a prompt)."""
+    count = len(ids) - NGRAM + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    supervised = np.concatenate([[0], np.cumsum(labels >= 0)])
+    starts = np.flatnonzero(supervised[NGRAM:] - supervised[:-NGRAM] == NGRAM)
+    hashes = _polynomial(ids.astype(np.uint64) + np.uint64(1))
+    hashes = hashes[starts]
+    hashes ^= hashes >> np.uint64(29)  # the low bits alone depend on the last tokens alone
+    return hashes * _MULTIPLIER ^ (hashes >> np.uint64(32)), starts
+
+
+def _polynomial(tokens: np.ndarray) -> np.ndarray:
+    """The polynomial of every 13 tokens in a row, of those of 1, 2, 4 and 8 tokens: five passes instead of twelve."""
+    assert NGRAM == 8 + 4 + 1
+    two = tokens[:-1] * _MULTIPLIER + tokens[1:]
+    four = two[:-2] * _TO_2ND + two[2:]
+    eight = four[:-4] * _TO_4TH + four[4:]
+    twelve = eight[:-4] * _TO_4TH + four[8:]
+    return twelve[:-1] * _MULTIPLIER + tokens[12:]

@@ -1,0 +1,202 @@
+"""BLEU and chrF by sacrebleu with bootstrap intervals, exact match, held-out loss, and the constant baseline.
+
+Every number equals that of sacrebleu's command line on files that hold one answer a line (a line break inside
+an answer counts as a space there): `sacrebleu refs.txt -i outputs.txt -m bleu chrf --confidence`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.helpers import extract_all_word_ngrams
+from transformers import PreTrainedModel
+
+from minisft.data.encoder import IGNORED
+from minisft.evaluation.generation import forward_arguments
+
+# sacrebleu's own defaults: its `--confidence` draws these very resamples.
+RESAMPLES = 1000
+SEED = 12345
+_ORDER = 4  # of BLEU's longest n-grams
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A corpus score (0 to 100) and its 95 % interval: the resamples' `mean` plus or minus `half`."""
+
+    score: float
+    mean: float
+    half: float
+    signature: str
+
+    @property
+    def low(self) -> float:
+        return max(0.0, self.mean - self.half)
+
+    @property
+    def high(self) -> float:
+        return min(100.0, self.mean + self.half)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "score": self.score,
+            "low": self.low,
+            "high": self.high,
+            "mean": self.mean,
+            "half_width": self.half,
+            "signature": self.signature,
+        }
+
+
+class CorpusScore:
+    """One metric over outputs and their references, from the counts of each row.
+
+    Args:
+        metric: "bleu" or "chrf".
+        outputs: one text per row.
+        references: one text per row.
+    """
+
+    def __init__(self, metric: str, outputs: Sequence[str], references: Sequence[str]) -> None:
+        assert len(outputs) == len(references) > 0
+        self._metric: Any = {"bleu": BLEU, "chrf": CHRF}[metric]()
+        self._metric._force = True  # no hint about tokenised text: an answer may end in " ."
+        rows = self._metric._extract_corpus_statistics(
+            [one_line(text) for text in outputs], [[one_line(text) for text in references]]
+        )
+        self.counts = np.array(rows, dtype="int64")  # [rows, counts]
+
+    @cached_property
+    def score(self) -> float:
+        return self._of(self.counts.sum(0))
+
+    @cached_property
+    def resamples(self) -> np.ndarray:
+        """Scores [1000] of seeded resamples of the rows; the same rows for every system of as many rows."""
+        counts = self.counts.astype("float32")  # as sacrebleu does, for the same bits
+        draws = np.random.default_rng(SEED).choice(len(counts), size=(RESAMPLES, len(counts)), replace=True)
+        return np.array([self._metric._compute_score_from_stats(counts[rows].sum(0)).score for rows in draws])
+
+    def rows(self) -> list[float]:
+        """Each row's own score; BLEU of one sentence is rough: good for finding examples only."""
+        return [self._of(counts) for counts in self.counts]
+
+    def interval(self) -> Interval:
+        ordered = np.sort(self.resamples)
+        outside = len(ordered) // 40
+        half = 0.5 * (ordered[-outside - 1] - ordered[outside])
+        self._metric.n_bootstrap, self._metric.seed = RESAMPLES, SEED
+        signature = str(self._metric.get_signature())
+        return Interval(self.score, float(ordered.mean()), float(half), signature)
+
+    def _of(self, counts: np.ndarray) -> float:
+        return float(self._metric._compute_score_from_stats(counts).score)
+
+
+def p_value(system: CorpusScore, baseline: CorpusScore) -> float:
+    """How easily chance alone would give the difference of two systems on the same rows: paired bootstrap.
+
+    Two-sided, as `sacrebleu --paired-bs` computes it; 1 where the two never differ, for which it gives the
+    smallest p there is.
+    """
+    assert len(system.counts) == len(baseline.counts)
+    gaps = np.abs(system.resamples - baseline.resamples)
+    if not gaps.any():
+        return 1.0
+    beyond = np.sum(gaps - gaps.mean() > abs(system.score - baseline.score))
+    return float((beyond + 1) / (len(gaps) + 1))
+
+
+def exact_match(outputs: Sequence[str], references: Sequence[str]) -> float:
+    """The share (0 to 1) of outputs that equal their reference, blanks at both ends aside."""
+    hits = (a.strip() == b.strip() for a, b in zip(outputs, references, strict=True))
+    return sum(hits) / len(outputs)
+
+
+def one_line(text: str) -> str:
+    """The text as one line, which is how sacrebleu's command line would read it."""
+    return " ".join(text.splitlines())
+
+
+def best_constant(answers: Sequence[str]) -> str:
+    """The answer that, repeated for every row, has the highest corpus BLEU against `answers` themselves.
+
+    Every distinct answer is tried, exactly: for each n-gram the matches over all rows are looked up in how
+    many rows hold it at least once, twice and so on. Of equals the most frequent one wins, then the first.
+    """
+    metric = BLEU()
+    lines = [metric._preprocess_segment(one_line(answer)) for answer in answers]
+    grams = {line: extract_all_word_ngrams(line, 1, _ORDER) for line in dict.fromkeys(lines)}
+    frequency = Counter(lines)
+    holders: Counter[tuple[tuple[str, ...], int]] = Counter()
+    for line, times in frequency.items():
+        for gram, count in grams[line][0].items():
+            for at_least in range(1, count + 1):
+                holders[gram, at_least] += times
+    reference_length = sum(grams[line][1] * times for line, times in frequency.items())
+
+    def score(line: str) -> float:
+        counts, length = grams[line]
+        correct = [0] * _ORDER
+        for gram, count in counts.items():
+            correct[len(gram) - 1] += sum(holders[gram, at_least] for at_least in range(1, count + 1))
+        total = [len(lines) * max(0, length - order) for order in range(_ORDER)]
+        return metric._compute_score_from_stats([len(lines) * length, reference_length, *correct, *total]).score
+
+    candidates = sorted(grams, key=lambda line: -frequency[line])  # stable: first of equals stays first
+    return answers[lines.index(max(candidates, key=score))]
+
+
+Row = tuple[Sequence[int], Sequence[int]]  # input ids, and labels: unshifted, -100 where not supervised
+# Tokens in a batch, padding included; their logits in fp32 over a vocabulary of 49,152 take 400 MB.
+BATCH_TOKENS = 2048
+
+
+def mean_loss(sums: Iterable[tuple[float, int]]) -> tuple[float, int]:
+    """Mean negative log-likelihood, in nats per supervised token, and how many tokens that is.
+
+    Args:
+        sums: (sum of losses, tokens) of each batch, in order.
+    """
+    total, count = 0.0, 0
+    for loss, tokens in sums:
+        total, count = total + loss, count + tokens
+    return (total / count if count else float("nan")), count
+
+
+def loss_batches(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of similar length together, longest first."""
+    batches: list[list[Row]] = []
+    room = 0
+    for row in sorted(rows, key=lambda row: -len(row[0])):
+        if not batches or len(batches[-1]) >= room:
+            batches.append([])
+            room = max(1, BATCH_TOKENS // len(row[0]))
+        batches[-1].append(row)
+    return batches
+
+
+@torch.inference_mode()
+def sum_of_losses(model: PreTrainedModel, rows: Sequence[Row]) -> tuple[float, int]:
+    """The summed loss of one batch's supervised tokens, and how many they are; the first row is the longest."""
+    longest = len(rows[0][0])
+    ids = torch.tensor([[*i, *[0] * (longest - len(i))] for i, _ in rows], device=model.device)
+    labels = torch.tensor([[*label, *[IGNORED] * (longest - len(label))] for _, label in rows], device=model.device)
+    mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i, _ in rows], device=model.device)
+    targets = labels[:, 1:]
+    wanted = (targets != IGNORED).any(dim=0).nonzero()[:, 0]  # positions whose logits some row needs
+    if len(wanted) == 0:
+        return 0.0, 0
+    if "logits_to_keep" in forward_arguments(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=wanted).logits
+    else:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, wanted]
+    targets = targets[:, wanted]
+    kept = targets != IGNORED
+    loss = torch.nn.functional.cross_entropy(logits[kept].float(), targets[kept], reduction="sum")
+    return loss.item(), int(kept.sum())

@@ -1,0 +1,224 @@
+"""Files of one scored model: the result cache, outputs.jsonl, and examples to read.
+
+One process writes it. Answers stand under their prompts and the loss under its rows, so that other questions later
+(more turns, a limit, prompts of the user's own) leave what is there of use.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minisft.evaluation.examples import Question
+from minisft.evaluation.generation import Generated
+from minisft.evaluation.metrics import CorpusScore
+from minisft.files import write_atomically
+from minisft.text import json_text, printable
+
+
+class Journal:
+    """A file of JSON lines: the key first, then losses, and the answers of each batch.
+
+    Lines under another key (other weights or another way of decoding) are of no use and go; a torn last line goes too.
+
+    Args:
+        path: `<output>/evaluation/NAME/journal.jsonl`.
+        key: what every answer depends on besides its prompt, hashed; None: the weights are gone, whatever
+            was computed with them in the way that `how` names holds, and nothing is written.
+        how: the same without the weights.
+    """
+
+    def __init__(self, path: Path, key: str | None, how: str) -> None:
+        self.path = path
+        self._losses: dict[str, tuple[float | None, float]] = {}
+        self._answers: dict[str, tuple[Generated, float]] = {}
+        lines = _whole_lines(path)
+        known = lines[0] if lines else {}
+        holds = known.get("how") == how if key is None else known.get("key") == key
+        lines = lines[1:] if holds else []
+        for line in lines:
+            self._take(line)
+        if key is not None:
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in ({"key": key, "how": how}, *lines)))
+
+    def has_answer(self, prompt: Sequence[int]) -> bool:
+        return prompt_key(prompt) in self._answers
+
+    def answer(self, prompt: Sequence[int]) -> Generated:
+        return self._answers[prompt_key(prompt)][0]
+
+    def has_loss(self, rows: str) -> bool:
+        return rows in self._losses
+
+    def loss(self, rows: str) -> float | None:
+        """The loss on the rows with this fingerprint; None where it is no finite number."""
+        return self._losses[rows][0]
+
+    def seconds(self, rows: str, prompts: Sequence[Sequence[int]]) -> float:
+        """What the loss and these prompts' answers took, added up over processes."""
+        keys = {prompt_key(prompt) for prompt in prompts}
+        return self._losses[rows][1] + sum(self._answers[key][1] for key in keys)
+
+    def add_loss(self, rows: str, loss: float | None, seconds: float) -> None:
+        self._append({"rows": rows, "loss": loss, "seconds": seconds})
+
+    def add_answers(self, prompts: Sequence[Sequence[int]], answers: Sequence[Generated], seconds: float) -> None:
+        given = [[prompt_key(prompt), asdict(answer)] for prompt, answer in zip(prompts, answers, strict=True)]
+        self._append({"answers": given, "seconds": seconds})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "loss" in line:
+            self._losses[line["rows"]] = line["loss"], line["seconds"]
+        for key, answer in line.get("answers", []):
+            self._answers[key] = Generated(**answer), line["seconds"] / len(line["answers"])
+
+
+def prompt_key(prompt: Sequence[int]) -> str:
+    """What a prompt's answer stands under: a hash of its token ids."""
+    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:24]
+
+
+def holds_anything(path: Path) -> bool:
+    """Whether a journal holds a loss or an answer; of a checkpoint that could not be loaded it holds the key alone."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return len(list(zip(file, range(2), strict=False))) > 1
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines up to the first that is torn or damaged: what stood after it is computed again."""
+    lines: list[dict[str, Any]] = []
+    if not path.is_file():
+        return lines
+    for text in path.read_bytes().splitlines():
+        line = _read_line(text)
+        if line is None:
+            break
+        lines.append(line)
+    return lines
+
+
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    """A line of the journal, None where it is none."""
+    try:
+        line = json.loads(text)
+        if "answers" in line:
+            [(str(key), Generated(**answer)) for key, answer in line["answers"]]
+            float(line["seconds"])
+        elif "rows" in line:
+            float(line["seconds"]) + float(line["loss"] or 0)
+        elif not {"key", "how"} <= set(line):
+            return None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return line if isinstance(line, dict) else None
+
+
+CHANGES = 3  # most improved, and as many most worsened
+
+
+def write_outputs(
+    folder: Path,
+    questions: Sequence[Question],
+    answers: Sequence[Generated],
+    outputs: Sequence[str],
+    scores: Mapping[str, CorpusScore],
+) -> None:
+    """Write `outputs.jsonl`: a line per answer, with its own scores and how it ended."""
+    own = {metric: score.rows() for metric, score in scores.items()}
+    lines = []
+    for place, (question, answer, output) in enumerate(zip(questions, answers, outputs, strict=True)):
+        line: dict[str, Any] = {
+            "id": question.id,
+            "turn": question.turn,
+            "prompt": question.prompt,
+            "reference": question.reference,
+            "output": output,
+            "finish": answer.finish,
+            "tokens": len(answer.ids),
+        }
+        line |= {metric: round(rows[place], 4) for metric, rows in own.items()}
+        lines.append(_one_line(line) + "\n")
+    write_atomically(folder / "outputs.jsonl", "".join(lines))
+
+
+def write_examples(folder: Path, questions: Sequence[Question], outputs: Sequence[str]) -> None:
+    """Write `examples.txt`: the given questions, to read."""
+    parts = []
+    for number, (question, output) in enumerate(zip(questions, outputs, strict=False), 1):
+        heading = f"===== example {number} of {len(questions)}: {question.id}, answer {question.turn} ====="
+        sections = {"prompt": question.prompt, "reference": question.reference, "output": output}
+        parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
+    write_atomically(folder / "examples.txt", printable("\n\n".join(parts) + "\n"))
+
+
+def write_prompts(
+    folder: Path, prompts: Sequence[Question], answers: Sequence[Generated], outputs: Sequence[str]
+) -> None:
+    """Write `prompts.jsonl`: a line for each of the user's own prompts, or no such file where there are none."""
+    path = folder / "prompts.jsonl"
+    if not prompts:
+        path.unlink(missing_ok=True)
+        return
+    lines = [
+        {"id": p.id, "prompt": p.prompt, "output": output, "finish": answer.finish, "tokens": len(answer.ids)}
+        for p, answer, output in zip(prompts, answers, outputs, strict=True)
+    ]
+    write_atomically(path, "".join(_one_line(line) + "\n" for line in lines))
+
+
+def write_side_by_side(folder: Path, prompts: Sequence[Question], outputs: Mapping[str, Sequence[str]]) -> None:
+    """Write `prompts.txt`: each of the user's own prompts with every system's answer beneath, to read."""
+    path = folder / "prompts.txt"
+    if not prompts:
+        path.unlink(missing_ok=True)
+        return
+    parts = []
+    for place, prompt in enumerate(prompts):
+        heading = f"===== {prompt.id} of {len(prompts)} =====\n--- prompt ---\n{prompt.prompt}"
+        parts.append("\n".join([heading, *(f"--- {name} ---\n{given[place]}" for name, given in outputs.items())]))
+    write_atomically(path, printable("\n\n".join(parts) + "\n"))
+
+
+def write_changes(
+    folder: Path,
+    base: tuple[str, Sequence[str]],
+    best: tuple[str, Sequence[str]],
+    questions: Sequence[Question],
+) -> None:
+    """Write `changes.txt`: where the best checkpoint gained most over the base model, and where it lost most."""
+    references = [question.reference for question in questions]
+    before, after = (CorpusScore("chrf", outputs, references).rows() for _, outputs in (base, best))
+    gains = [late - early for early, late in zip(before, after, strict=True)]
+    order = sorted(range(len(gains)), key=lambda place: -gains[place])
+    improved = [place for place in order[:CHANGES] if gains[place] > 0]
+    worsened = [place for place in order[::-1][:CHANGES] if gains[place] < 0]
+    parts = [f"{best[0]} against {base[0]}, by the chrF of each answer"]
+    for title, places in (("improved", improved), ("worsened", worsened)):
+        for place in places:
+            question = questions[place]
+            heading = (
+                f"===== {title}: {before[place]:.1f} to {after[place]:.1f}: {question.id}, answer {question.turn} ====="
+            )
+            sections = {
+                "prompt": question.prompt, "reference": question.reference,
+                base[0]: base[1][place], best[0]: best[1][place],
+            }  # fmt: skip
+            parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
+    write_atomically(folder / "changes.txt", printable("\n\n".join(parts) + "\n"))
+
+
+def _one_line(fields: dict[str, Any]) -> str:
+    """JSON in one line for every reader: some take these two, and U+0085, for line ends."""
+    text = json_text(fields)
+    for separator in "\u2028\u2029":
+        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text

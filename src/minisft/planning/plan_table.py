@@ -1,0 +1,162 @@
+"""A plan as tables for the terminal, 80 columns wide, and as JSON."""
+
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from minisft.console import console, say
+from minisft.planning.planner import Plan
+from minisft.planning.prediction import Prediction
+
+_PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "workspace")
+_HEADS = ("weights", "grads", "optim.", "activ.", "logits", "buffers", "temp.")
+
+
+def show_plan(plan: Plan) -> None:
+    """Print the plan."""
+    for line in _headline(plan):
+        say(line)
+    console.print(_memory_table(plan))
+    console.print(_time_table(plan))
+    console.print(_grid_table(plan))
+    _say_choice(plan)
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    job, footprint = plan.job, plan.job.footprint("zero1", None)
+    return {
+        "model": plan.recipe.model,
+        "parameters": footprint.parameters,
+        "machine": {"name": job.machine.name, "processes": job.processes, "nodes": job.nodes,
+                    "usable_bytes": round(job.machine.memory), "source": job.machine.source},
+        "precision": job.precision,
+        "row_tokens": job.row_tokens,
+        "steps": job.workload.steps,
+        "tokens_per_step": job.workload.tokens,
+        "choice": plan.chosen.setting.strategy if plan.chosen else None,
+        "reason": plan.reason,
+        "remedies": list(plan.remedies),
+        "largest_row": plan.largest_row,
+        "notes": list(plan.notes),
+        "strategies": [row.as_json() for row in plan.rows],
+        "grid": [row.as_json() for row in plan.grid],
+    }  # fmt: skip
+
+
+def _headline(plan: Plan) -> list[str]:
+    job, training = plan.job, plan.recipe.training
+    footprint = job.footprint("zero1", training.lora)
+    lines = [
+        f"{plan.recipe.model}: {_count(footprint.parameters)} parameters, {_count(footprint.trainable)} trained, "
+        f"{job.precision}" + (", gradient checkpointing" if training.gradient_checkpointing else ""),
+        f"{job.processes} x {job.machine.name} on {job.nodes} node(s), {_gb(job.machine.memory)} GB usable each "
+        f"({job.machine.source})",
+    ]
+    work = job.workload
+    steps = f"{work.steps:,} steps of " if work.steps else "steps of "
+    lines.append(
+        f"{steps}{work.tokens:,.0f} tokens, {work.rows:.3g} row(s) a process, the longest of {work.row_tokens.max():,}"
+    )
+    return lines + [f"note: {note}" for note in plan.notes]
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = Table(title="Memory of the largest process, GB", box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("")
+    on_cpu = plan.job.machine.kind == "cpu"
+    for head in (*_HEADS, *(["python"] if on_cpu else []), "peak"):
+        table.add_column(head, justify="right")
+    for row in plan.rows:
+        parts = [_gb(getattr(row.memory, part)) for part in _PARTS] + ([_gb(row.process_bytes)] if on_cpu else [])
+        table.add_row(_label(row), *parts, _peak(row, _needed(row)))
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    table = Table(title="A step, and the run", box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("")
+    for head in ("compute", "update", "sending", "step", "GB sent", "host GB", "run"):
+        table.add_column(head, justify="right")
+    for row in plan.rows:
+        step = row.step
+        table.add_row(
+            _label(row), _seconds(step.products), _seconds(step.update + step.offload), _seconds(step.communication),
+            _seconds(step.total), _gb(row.traffic_bytes), _gb(row.memory.host) if row.setting.offload else "",
+            _duration(row.total_seconds),
+        )  # fmt: skip
+    return table
+
+
+def _grid_table(plan: Plan) -> Table:
+    """Peak memory and step time with and without checkpointing and LoRA."""
+    lora = (plan.recipe.training.lora or plan.grid[-1].setting.lora).rank  # type: ignore[union-attr]
+    table = Table(
+        title="Peak GB / seconds of a step, with and without gradient checkpointing (gc) and LoRA",
+        box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    table.add_column("")
+    for head in ("full", "full, gc", f"LoRA r={lora}", f"LoRA r={lora}, gc"):
+        table.add_column(head, justify="right")
+    columns = len(plan.grid) // 4
+    for at in range(columns):
+        cells = plan.grid[at::columns]
+        table.add_row(
+            _label(cells[0]), *[_peak(cell, _needed(cell)) + f" / {_seconds(cell.step.total)}" for cell in cells]
+        )
+    return table
+
+
+def _say_choice(plan: Plan) -> None:
+    work = plan.job.workload
+    say(f"choice: {plan.reason}" if plan.chosen else plan.reason, style="bold")
+    for remedy in plan.remedies:
+        say(f"  would fit: {remedy}")
+    if plan.largest_row:
+        mean = float(work.row_tokens.mean())
+        say(
+            f"largest row that fits: {plan.largest_row:,} tokens (training.row_tokens), which is also the longest\n"
+            f"conversation. batch_size costs no memory: a step's rows, now of {mean:,.0f} tokens as a mean, come one\n"
+            "after another."
+        )
+    if any(row.setting.offload for row in plan.rows):
+        say("offload: with training.offload=optimizer; the choice considers it where the recipe asks for it.")
+    if not all(row.fits for row in plan.grid):
+        say("* does not fit.")
+
+
+def _label(row: Prediction) -> str:
+    return row.setting.strategy + (" offload" if row.setting.offload else "")
+
+
+def _peak(row: Prediction, size: float) -> str:
+    return escape(_gb(size)) if row.fits else f"[red]{_gb(size)}*[/red]"
+
+
+def _needed(row: Prediction) -> float:
+    return row.memory.peak + row.process_bytes
+
+
+def _gb(size: float) -> str:
+    if size >= 99.95e9:
+        return f"{size / 1e9:.0f}"
+    return f"{size / 1e9:.1f}" if size >= 0.95e8 or size == 0 else f"{size / 1e9:.2f}"
+
+
+def _seconds(value: float) -> str:
+    if value >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _count(elements: int) -> str:
+    return f"{elements / 1e9:.2f}B" if elements >= 1e9 else f"{elements / 1e6:.1f}M"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,79 @@
+"""evaluation/results.json: read in one place, and what its scores can support."""
+
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+from minisft.files import read_json
+from minisft.recipe import METRICS
+
+# Held-out conversations below which a bootstrap interval is too narrow and its p-value too small to be told. They are
+# counted, not their answers: with `turns: all` the answers of one conversation are not independent of each other.
+MIN_CONVERSATIONS = 20
+
+
+def read_results(root: Path) -> dict[str, Any] | None:
+    """Read `evaluation/results.json` of a run folder, as `qualify` gives it; None where there is none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = root / "evaluation" / "results.json"
+    if not path.is_file():
+        return None
+    fix = f"delete it and run `minisft evaluate {root}`, which writes it again: no answer is computed twice"
+    kinds: dict[str, Any] = {"base": dict, "constant": dict, "checkpoints": list}
+    results = {"failed": [], **read_json(path, fix, best=(str, type(None)), **kinds)}
+    if not all(isinstance(entry, dict) and "checkpoint" in entry for entry in results["checkpoints"]):
+        raise UserError(path, "this file is damaged (an entry names no checkpoint)", fix)
+    return qualify(results)
+
+
+def qualify(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of results.json with `"reliable": false` and p-values of None where it scored too few rows.
+
+    The file itself and all that is read from it pass through here, so that results of earlier versions, which say how
+    many answers but not how many conversations they scored, claim no more than new ones.
+    """
+    count = results.get("conversations", results.get("answers"))
+    if count is None or count >= MIN_CONVERSATIONS:
+        return results
+    checkpoints = [_withhold(entry) for entry in results["checkpoints"]]
+    systems = {name: _withhold(results[name]) for name in ("base", "constant")}
+    return {**results, **systems, "checkpoints": checkpoints, "reliable": False}
+
+
+def _withhold(entry: dict[str, Any]) -> dict[str, Any]:
+    scores = {metric: entry[metric] for metric in METRICS if metric in entry}
+    marked = {
+        metric: {**score, "p": dict.fromkeys(score.get("p", {})), "reliable": False} for metric, score in scores.items()
+    }
+    return {**entry, **marked}
+
+
+def is_reliable(score: dict[str, Any]) -> bool:
+    """Say whether the interval and the p-values of one score, or of whole results, may be told."""
+    return bool(score.get("reliable", True))
+
+
+def why_withheld(results: dict[str, Any]) -> str:
+    """Return why results tell no interval and no significance; "" where they tell them."""
+    if is_reliable(results):
+        return ""
+    count = results.get("conversations", results.get("answers"))
+    held_out = "1 held-out conversation" if count == 1 else f"{count} held-out conversations"
+    return f"{held_out}: fewer than {MIN_CONVERSATIONS} support neither an interval nor a claim of significance"
+
+
+def best_label(results: dict[str, Any]) -> str:
+    """Return what stands beside the best checkpoint: "best", and that the base model scores higher where it does."""
+    return "best, but below base" if is_below_base(results) else "best"
+
+
+def is_below_base(results: dict[str, Any]) -> bool:
+    """Say whether the best checkpoint scores below the base model, by the metric that chose it."""
+    best = next((entry for entry in results["checkpoints"] if entry["checkpoint"] == results["best"]), None)
+    judge = next((metric for metric in METRICS if best is not None and metric in best), None)
+    if best is None or judge is None:
+        return False
+    return bool(best[judge]["score"] < results["base"][judge]["score"])

@@ -1,0 +1,239 @@
+"""The run folder: its paths, its resolved recipe, and what identifies a run."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+from minisft.files import read_json, refuse_huge_files, write_atomically
+from minisft.manifest import written_bytes
+from minisft.recipe import Recipe, dump_recipe, load_recipe
+from minisft.replacement import delete_replaced
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# The first line of a run's recipe: what tells a run folder from a folder that happens to hold a recipe.
+_MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from, not this file.\n"
+_RUN = "run"  # of the marker
+# A user's consent to a model's own code, as a word of the command line, and its absence.
+CONSENT, NO_CONSENT = "trust_remote_code=true", "trust_remote_code=false"
+TRUST_OPTION = "--trust-remote-code"
+# Bytes that the small files of a run have at most, far above what any run came to.
+_LARGEST = {
+    "recipe.yaml": 1 << 20, "*.json": 64 << 20, "dataset/*.json": 64 << 20, "evaluation/*.json": 64 << 20,
+    "checkpoints/*/trainer_state.json": 256 << 20, "metrics.jsonl": 256 << 20, "evaluation/*/*.jsonl": 256 << 20,
+    "model/*.json": 128 << 20, "model/*.jinja": 1 << 20, "checkpoints/*/*.jinja": 1 << 20,
+    "checkpoints/*/*config.json": 16 << 20, "checkpoints/*/tokenizer.json": 128 << 20,
+}  # fmt: skip
+# Keys that may change on resume, since the trajectory does not depend on them.
+_FREE_DATA_KEYS = ("verify", "processes")
+_FREE_TRAINING_KEYS = (
+    "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
+    "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to", "keep_optimizer", "keep_checkpoints",
+    "offload",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run, as the contract names them."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def base_model(self) -> Path:
+        return self.root / "base_model.json"
+
+    @property
+    def check(self) -> Path:
+        return self.root / "check.json"
+
+    @property
+    def scratch(self) -> Path:
+        """Where `check` trains a few steps; it removes the folder at its end."""
+        return self.root / ".check"
+
+    def list_checkpoints(self) -> list[Path]:
+        """Return the checkpoint folders in the order of their steps."""
+        return list_checkpoints(self.checkpoints)
+
+    def is_run(self) -> bool:
+        """Say whether MiniSFT wrote this folder."""
+        return _is_resolved_recipe(self.recipe)
+
+    def is_trained(self) -> bool:
+        """Say whether training ended: the final model is written last, and whole."""
+        return any((self.model / name).exists() for name in ("config.json", "adapter_config.json"))
+
+    def has_begun(self) -> bool:
+        """Say whether there is anything that training made."""
+        return self.is_trained() or self.metrics.exists() or bool(self.list_checkpoints())
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders checkpoint-N in the order of N; they are whole, since they get their names last."""
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    assert match, f"{checkpoint} is no checkpoint folder"
+    return int(match[1])
+
+
+def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
+    """Return the resolved recipe of a run folder, which may be a stranger's.
+
+    What the file says of `trust_remote_code` does not count: consent comes from the user, each time.
+
+    Args:
+        root: the folder.
+        overrides: `key=value` words that the user gave.
+        trust_remote_code: the user, or the process that started this one, consents to the model's own code.
+
+    Raises:
+        UserError: the folder is no run, or one of its small files is too large to be one.
+    """
+    run = RunFolder(root)
+    if not run.is_run():
+        raise UserError(
+            root,
+            "this is no run folder (it has no recipe.yaml of a run)",
+            "give the `output` of a recipe that was run",
+        )
+    refuse_huge_files(root, _LARGEST)
+    words = [NO_CONSENT, *overrides, *([CONSENT] if trust_remote_code else [])]
+    return replace(load_recipe(run.recipe, words), output=str(root))
+
+
+def worker_consent(recipe: Recipe) -> list[str]:
+    """Return what a process that reads a run folder's recipe must be told beside the folder."""
+    return [TRUST_OPTION] if recipe.trust_remote_code else []
+
+
+def run_of(recipe: Path) -> Path | None:
+    """Return the run folder whose own resolved recipe a path names, if it does."""
+    return recipe.parent if recipe.name == "recipe.yaml" and _is_resolved_recipe(recipe) else None
+
+
+def is_of_a_run(recipe: Path) -> bool:
+    """Say whether a recipe file came with a run, and not from the user: such a file carries no consent."""
+    if _is_resolved_recipe(recipe):
+        return True
+    beside = ("checkpoints", "model", "metrics.jsonl", "base_model.json", "dataset/ledger.json")
+    return recipe.name == "recipe.yaml" and any((recipe.parent / name).exists() for name in beside)
+
+
+def _is_resolved_recipe(path: Path) -> bool:
+    """Read no more than the first line, however large the file is."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MARK)) == _MARK.encode()
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Return what identifies a run: model, data, seed, optimisation and global batch, by dotted key."""
+    training = recipe.training
+    batch = training.batch_size * training.processes * training.gradient_accumulation
+    keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
+    keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
+    free = _FREE_TRAINING_KEYS + (("eval_every",) if training.early_stopping is None else ())
+    keys |= {f"training.{k}": v for k, v in asdict(training).items() if k not in free}
+    return keys | {"the global batch (batch_size x processes x gradient_accumulation)": batch}
+
+
+def is_same_run(run: RunFolder, recipe: Recipe) -> bool:
+    """Say whether the folder holds a run that `recipe` identifies."""
+    return run.is_run() and identity(load_run(run.root)) == identity(recipe)
+
+
+def delete_replaced_run(run: RunFolder) -> None:
+    """Delete the run that this one replaces, now that it has taken its first step; foreign files in it stay."""
+    _tell(delete_replaced(run.root, _RUN))
+
+
+def rewrite_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Make `recipe` the resolved recipe of a run that this process has opened."""
+    write_atomically(run.recipe, _MARK + dump_recipe(recipe))
+
+
+def describe_run(run: RunFolder) -> str:
+    """Say what a run folder holds and how large it is."""
+    count = len(run.list_checkpoints())
+    state = "a trained run" if run.is_trained() else "an unfinished run" if run.has_begun() else "prepared data"
+    checkpoints = f" with {count} checkpoint{'s' if count != 1 else ''}" if count else ""
+    return f"{run.root} ({state}{checkpoints}, {written_bytes(run.root.resolve()) / 1e6:,.1f} MB)"
+
+
+def _tell(sentences: Sequence[str]) -> None:
+    from minisft.console import warn
+
+    for sentence in sentences:
+        warn(sentence)
+
+
+def remember_environment(run: RunFolder, found: dict[str, Any]) -> None:
+    """Keep on what machine and with which versions the run was last trained."""
+    write_atomically(run.environment, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def remember_model(run: RunFolder, origin: str, fingerprint: str) -> None:
+    """Keep which base model a run was begun with, and refuse to go on with another.
+
+    Raises:
+        UserError: the model's name leads to other weights or another tokenizer than it did.
+    """
+    now = {"origin": origin, "fingerprint": fingerprint}
+    if not run.base_model.exists():
+        write_atomically(run.base_model, json.dumps(now, indent=1, ensure_ascii=False))
+    refuse_other_model(run, origin, fingerprint)
+
+
+def refuse_other_model(run: RunFolder, origin: str, fingerprint: str) -> None:
+    """Check that a base model is the one that the run was begun with, where the run remembers it.
+
+    Raises:
+        UserError: it is another.
+    """
+    if not run.base_model.exists():
+        return
+    fix = "restore it from a copy, or delete it where you know that `model` is still what the run began with"
+    before = read_json(run.base_model, fix, origin=str, fingerprint=str)
+    if before["fingerprint"] != fingerprint:
+        raise UserError(
+            "model",
+            f"this run began with {before['origin']}, and the name now leads to {origin}, which is not the same",
+            "give the model's folder as `model`, or pass --force to train anew",
+        )

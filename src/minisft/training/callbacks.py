@@ -1,0 +1,220 @@
+"""Callbacks of the Trainer: metrics.jsonl, the progress line, held-out loss, and stopping at the end of a step.
+
+Every process says in each step whether it was asked to stop, and all of them act on the same answer: with one of
+them gone, the others would wait for it for ever. Processes that `launch` started listen to their launcher alone, which
+tells them through a file: elastic sends SIGTERM to the fellows of a dead worker too, and those must not linger.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from minisft.console import error_console, warn
+from minisft.files import write_atomically
+from minisft.manifest import record
+from minisft.processes import stop_signals
+from minisft.training.batching import StepSampler
+from minisft.training.held_out import eval_losses, is_due, stops_early
+
+if TYPE_CHECKING:
+    from minisft.training.trainer import SupervisedTokenTrainer
+
+
+LOGGED = (
+    "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "seconds", "peak_memory_mb",
+    "communication_mb",
+)  # fmt: skip
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def keep_steps_up_to(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a torn last one, so that a resumed run has one line a step."""
+    record(path)
+    if not path.exists():
+        path.unlink(missing_ok=True)  # a link to nowhere: what is appended would make a file there
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    write_atomically(path, "".join(kept))
+
+
+class MetricsFile(TrainerCallback):
+    """Append a line to `metrics.jsonl` for every logged step; a held-out loss goes into the line of its step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._line: dict[str, Any] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self._line = {"step": state.global_step, "epoch": state.epoch, **{key: logs.get(key) for key in LOGGED}}
+            if control.should_evaluate:
+                return  # the line waits for it
+        elif "eval_loss" in logs:
+            self._line |= {key: logs[key] for key in ("eval_loss", "eval_seconds")}
+        else:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self._line) + "\n")
+
+
+class ProgressLine(TrainerCallback):
+    """A progress bar with loss, supervised tokens a second, memory and time left; plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+            TextColumn("left"), TimeRemainingColumn(), console=error_console,
+        )  # fmt: skip
+        self.printed = 0.0
+        self.started = 0.0
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first_step = time.perf_counter(), state.global_step
+        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, status="")
+        if error_console.is_terminal:
+            self.progress.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "eval_loss" in logs:
+            told = f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}"
+            error_console.print(told, markup=False, highlight=False)
+        if "loss" not in logs:
+            return
+        status = (
+            f"epoch {state.epoch:.2f}  loss {logs['loss']:.4f}  "
+            f"{logs['supervised_tokens'] / logs['seconds']:.0f} supervised tokens/s  "
+            f"{logs['peak_memory_mb'] / 1000:.2f} GB"
+        )
+        self.progress.update(self.task, completed=state.global_step, status=status)
+        if not error_console.is_terminal:
+            self._print_line(state, status)
+
+    def stop(self) -> None:
+        if self.progress.live.is_started:  # else it would print an empty line
+            self.progress.stop()
+
+    def _print_line(self, state: Any, status: str) -> None:
+        """Where there is no terminal, a line now and then, and one for the last step."""
+        now = time.perf_counter()
+        if now - self.printed < _SECONDS_BETWEEN_LINES and state.global_step < state.max_steps:
+            return
+        self.printed = now
+        pace = (now - self.started) / max(state.global_step - self.first_step, 1)
+        left = pace * (state.max_steps - state.global_step)
+        error_console.print(f"step {state.global_step}/{state.max_steps}  {status}  {left:.0f} s left", markup=False)
+
+
+class ResumedState(TrainerCallback):
+    """Set what the Trainer does not on resume: the sampler's epoch, and the recipe's own log and save steps."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self.sampler = sampler
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.epoch = state.global_step // len(self.sampler)
+
+
+class FirstStep(TrainerCallback):
+    """Call a function once, when the first step of this process's part of a run is taken."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.call is not None:
+            call, self.call = self.call, None
+            call()
+
+
+class HeldOutLoss(TrainerCallback):
+    """Compute the held-out loss where it is due, in the log of its step, and end the run when it no longer falls."""
+
+    def __init__(self, trainer: "SupervisedTokenTrainer", every: str | int | None, patience: int | None) -> None:
+        self.trainer, self.every, self.patience = trainer, every, patience
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch_steps = len(self.trainer.sampler)
+        if is_due(state.global_step, every=self.every, epoch_steps=epoch_steps, last=state.max_steps):
+            control.should_evaluate = control.should_log = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if stops_early(eval_losses(state.log_history), self.patience):
+            self.trainer.ended_early = True
+            control.should_save = control.should_training_stop = True
+
+
+class StopAtStepEnd(TrainerCallback):
+    """Save and end where the processes agreed to stop; the epoch's end, which follows, saves no second time."""
+
+    def __init__(self, trainer: "SupervisedTokenTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stops_here:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stops_here or self.trainer.ended_early:
+            control.should_save = False
+
+
+STOP_FILE = "MINISFT_STOP_FILE"
+
+
+@dataclass
+class StopRequest:
+    """Whether this process was asked to stop, by a signal or through the launcher's file."""
+
+    file: Path | None = None
+    signalled: bool = False
+
+    def asked(self) -> bool:
+        return self.signalled or (self.file is not None and self.file.exists())
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """Take note of a signal.
+
+        Raises:
+            KeyboardInterrupt: it is the second one.
+        """
+        if self.signalled:
+            raise KeyboardInterrupt
+        self.signalled = True
+        if self.file is not None:
+            self.file.touch()
+        name = signal.Signals(number).name
+        warn(f"{name}: stopping after this step, with a checkpoint; once more stops at once, without one")
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[StopRequest]:
+    """What asks this process to stop: its launcher's file where it has one, else the signals."""
+    file = os.environ.get(STOP_FILE)
+    if file is not None:
+        yield StopRequest(Path(file))
+        return
+    request = StopRequest()
+    with stop_signals(request.receive):
+        yield request

@@ -1,0 +1,343 @@
+"""Several processes on one machine: torch's elastic launcher, and why a process was killed."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minisft.errors import StoppedError, UserError, WorkerError
+from minisft.library_output import tame_libraries
+from minisft.processes import die_with_parent, leave, stop_signals
+from minisft.text import printable
+from minisft.training.callbacks import STOP_FILE, StopRequest
+from minisft.training.device import on_cpu, threads_of_a_process
+from minisft.training.nodes import Machines
+from minisft.training.zero import ZERO_STAGES, start_communication
+
+_LOG = Path("/dev/kmsg")
+_CGROUPS = Path("/sys/fs/cgroup")
+_COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
+_FIX = (
+    "give it more memory, or use less: a smaller training.row_tokens, training.gradient_checkpointing=true, fewer "
+    "processes or a ZeRO stage (`minisft plan RECIPE` says what each needs); then go on with --resume"
+)
+
+
+class MemoryKills:
+    """The kernel's count of processes that it killed for memory, from the moment that this is made."""
+
+    def __init__(self) -> None:
+        self.before = _count()
+        self.began = time.monotonic()
+
+    def evidence(self, pid: int) -> str | None:
+        """Return the kernel's own words that it killed a process for memory, or None."""
+        for line in _log_since(self.began):
+            if f"Killed process {pid} " in line:
+                return line
+        if _count() > self.before:
+            return "the memory limit of its control group was reached (oom_kill in memory.events)"
+        return None
+
+
+def killed_worker(rank: int, processes: int, signal_name: str, pid: int, kills: MemoryKills) -> Exception:
+    """Return the error to raise where a signal ended a process.
+
+    Returns:
+        A UserError where the kernel says that memory was short, else a WorkerError that calls it likely for SIGKILL.
+    """
+    who = f"rank {rank} of {processes} process{'es' if processes > 1 else ''}"
+    if signal_name != "SIGKILL":
+        return WorkerError(f"a training process failed: {who} died of {signal_name}; --resume goes on")
+    evidence = kills.evidence(pid)
+    if evidence is not None:
+        return UserError(who, f"the kernel killed it (SIGKILL), since memory ran out: {evidence}", _FIX)
+    return WorkerError(
+        f"a training process failed: {who} was killed (SIGKILL); unless somebody did that, memory is the likely "
+        f"reason: {_FIX}"
+    )
+
+
+def _count() -> int:
+    """Add up what the control groups of this process have counted, version 2 or 1."""
+    counts = [_COUNT.search(text) for text in _cgroup_files()]
+    return sum(int(found[1]) for found in counts if found)
+
+
+def _cgroup_files() -> Iterator[str]:
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            yield _read(_CGROUPS / path.lstrip("/") / "memory.events")
+        elif "memory" in controllers.split(","):
+            yield _read(_CGROUPS / "memory" / path.lstrip("/") / "memory.oom_control")
+
+
+def _log_since(began: float) -> Iterator[str]:
+    """Yield the kernel's messages since a moment of the monotonic clock; none where they may not be read."""
+    try:
+        log = os.open(_LOG, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        while True:
+            try:
+                record = os.read(log, 8192).decode(errors="replace")
+            except BrokenPipeError:  # it was overwritten meanwhile: the next read gives a later one
+                continue
+            head, _, message = record.partition(";")
+            if float(head.split(",")[2]) / 1e6 >= began:
+                yield message.splitlines()[0]
+    except (OSError, IndexError, ValueError):  # the end, or another format
+        return
+    finally:
+        os.close(log)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+_PATIENCE = timedelta(hours=12)  # the first process may have much data to prepare
+_ERROR_FILE = "MINISFT_ERROR_FILE"
+_LAUNCHER = "MINISFT_LAUNCHER"
+_TRACEBACK = "traceback-{}.txt"  # beside the error file, by the rank
+
+
+def is_joined() -> bool:
+    """Say whether this process was started by torchrun, SLURM or DeepSpeed as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def adopt_slurm() -> None:
+    """Give a process that `srun` started the variables that torch reads, unless a launcher gave them."""
+    environment = os.environ
+    if is_joined() or int(environment.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environment:
+        return
+    if "SLURM_STEP_NODELIST" not in environment:
+        return  # inside an allocation, but not started by srun
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment.setdefault("MASTER_ADDR", _first_slurm_host(environment["SLURM_STEP_NODELIST"]))
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+
+
+def _first_slurm_host(nodes: str) -> str:
+    """Return the first host of a list such as gpu[01-04,07], which scontrol knows how to expand."""
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[0]
+
+
+def world_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def join(strategy: str, first_does: Callable[[], None]) -> None:
+    """Meet the other processes of a launch; the first does something before all of them go on.
+
+    Raises:
+        UserError: in the first process, what `first_does` raised; the others end with the same exit status.
+    """
+    import torch
+
+    if not on_cpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if strategy in ZERO_STAGES:
+        start_communication(on_cpu(), _PATIENCE)
+    else:
+        torch.distributed.init_process_group("gloo" if on_cpu() else "nccl", timeout=_PATIENCE)
+    error: UserError | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            first_does()
+        except UserError as raised:
+            error = raised
+    failed = [error is not None]
+    torch.distributed.broadcast_object_list(failed, src=0)
+    if error is not None:
+        raise error
+    if failed[0]:
+        sys.exit(2)  # the first process says why
+
+
+def launch(module: str, arguments: list[str], processes: int, machines: Machines | None = None) -> bool:
+    """Run `python -m module arguments` in several processes of this machine and wait for them.
+
+    With `machines` they meet those that the other machines start.
+
+    SIGINT and SIGTERM are passed on through a file, so that they stop together at the end of a step.
+
+    Returns:
+        Whether they were asked to stop.
+
+    Raises:
+        UserError: the one that a process raised, or the kernel killed one for memory.
+        WorkerError: a process failed or was killed otherwise; the traceback of the first that failed is on stderr.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it prints every failure again
+    config = LaunchConfig(
+        nproc_per_node=processes, run_id="minisft", max_restarts=0, start_method="spawn", monitor_interval=0.2,
+        signals_to_handle="SIGHUP,SIGQUIT", **_meeting(machines),
+    )  # fmt: skip
+    kills = MemoryKills()
+    with _workers_environment(processes) as (error_file, stop):
+        try:
+            with stop_signals(stop.receive):
+                elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+        except ChildFailedError as error:
+            _raise_handed_over(error_file)
+            ends = {rank: (failure.exitcode, failure.pid) for rank, failure in error.failures.items()}
+            raise _failure(error_file, ends, processes * (machines.count if machines else 1), kills) from None
+        except SignalException:
+            raise KeyboardInterrupt from None
+    return stop.signalled
+
+
+def launch_alone(module: str, arguments: list[str]) -> bool:
+    """Run `python -m module arguments` in one process, which joins no others, and wait for it.
+
+    SIGINT and SIGTERM reach it as they reach the processes of `launch`.
+
+    Returns:
+        Whether it was asked to stop.
+
+    Raises:
+        UserError: the one that the process raised, or the kernel killed it for memory.
+        WorkerError: it failed or was killed otherwise; its traceback is on stderr.
+    """
+    kills = MemoryKills()
+    with _workers_environment(1) as (error_file, stop), stop_signals(stop.receive):
+        command = [sys.executable, "-u", "-m", module, *arguments]
+        with subprocess.Popen(command, start_new_session=True) as process:  # a terminal's Ctrl-C is for this process
+            status = process.wait()
+        _raise_handed_over(error_file)
+        if status:
+            raise _failure(error_file, {0: (status, process.pid)}, 1, kills)
+    return stop.signalled
+
+
+@contextlib.contextmanager
+def _workers_environment(processes: int) -> Iterator[tuple[Path, StopRequest]]:
+    """Tell the workers to be started who starts them, where to leave an error, and which file asks them to stop."""
+    with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
+        error_file, stop = Path(folder) / "error.json", StopRequest(Path(folder) / "stop")
+        added = {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid()), STOP_FILE: str(stop.file)}
+        if "OMP_NUM_THREADS" not in os.environ:
+            added["OMP_NUM_THREADS"] = str(threads_of_a_process(processes))
+        os.environ |= added
+        try:
+            yield error_file, stop
+        finally:
+            for name in added:
+                del os.environ[name]
+
+
+def _failure(error_file: Path, ends: dict[int, tuple[int, int]], processes: int, kills: MemoryKills) -> Exception:
+    """Return the error to raise for processes that failed; where none was killed, print the first one's traceback.
+
+    The others lose a process that is killed, and fail for that: theirs would hide the reason.
+
+    Args:
+        error_file: beside which the processes leave their tracebacks.
+        ends: of each failed rank the exit status, below zero for a signal, and the process id.
+        processes: all of them.
+        kills: counted since before they started.
+    """
+    # Elastic ends the fellows of a failed process with SIGTERM.
+    by_themselves = {rank: end for rank, end in ends.items() if end[0] != -signal.SIGTERM} or ends
+    for rank, (status, pid) in sorted(by_themselves.items(), key=lambda end: end[1][0] != -signal.SIGKILL):
+        if status < 0:
+            return killed_worker(rank, processes, signal.Signals(-status).name, pid, kills)
+    tracebacks = sorted(error_file.parent.glob(_TRACEBACK.format("*")), key=lambda path: path.stat().st_mtime_ns)
+    if tracebacks:
+        print(tracebacks[0].read_text(encoding="utf-8"), file=sys.stderr, end="")
+    rank, (status, _) = next(iter(by_themselves.items()))
+    return WorkerError(f"a training process failed: rank {rank} of {processes} with exit status {status}; see above")
+
+
+def _meeting(machines: Machines | None) -> dict[str, Any]:
+    """Where the processes meet, as elastic's settings."""
+    if machines is None:
+        return {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
+    return {
+        "min_nodes": machines.count, "max_nodes": machines.count, "rdzv_backend": "static",
+        "rdzv_endpoint": machines.endpoint,
+        "rdzv_configs": {"rank": machines.rank, "timeout": int(_PATIENCE.total_seconds())},
+    }  # fmt: skip
+
+
+def _raise_handed_over(error_file: Path) -> None:
+    if error_file.exists():
+        raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
+
+
+def run_worker(work: Callable[[], None]) -> NoReturn:
+    """Run `work` as a process that `launch` started, and end the process.
+
+    A user's error goes to the launcher, which prints it once. The process dies with the launcher: elastic
+    starts workers in sessions of their own, so they would train on without it.
+    """
+    _die_with_launcher()
+    tame_libraries()
+    leave(_status_of(work))
+
+
+def _status_of(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except StoppedError:
+        return 0  # the launcher, which passed it on, says so
+    except UserError as error:
+        _hand_over(error)
+        return 2
+    except BaseException:
+        _leave_traceback(printable(traceback.format_exc()))
+        return 1
+    return 0
+
+
+def _hand_over(error: UserError) -> None:
+    target = os.environ.get(_ERROR_FILE)
+    if target is None:
+        print(f"minisft: {printable(str(error))}", file=sys.stderr)
+        return
+    aside = Path(f"{target}.{os.getpid()}")
+    aside.write_text(json.dumps([error.where, error.what, error.mend]), encoding="utf-8")
+    aside.replace(target)
+
+
+def _leave_traceback(text: str) -> None:
+    """Leave a traceback to the launcher, which prints the one that says why; without one, print it."""
+    target = os.environ.get(_ERROR_FILE)
+    if target is None:
+        print(text, file=sys.stderr, end="")
+    else:
+        Path(target).with_name(_TRACEBACK.format(os.environ.get("RANK", "0"))).write_text(text, encoding="utf-8")
+
+
+def _die_with_launcher() -> None:
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    die_with_parent()
+    if os.getppid() != int(launcher):  # it died before the signal was asked for
+        os._exit(1)

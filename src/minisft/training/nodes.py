@@ -1,0 +1,140 @@
+"""Several machines that train together: the rank of this one, the rendezvous, and the network interface."""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisft.console import say
+from minisft.errors import UserError
+from minisft.run_folder import RunFolder
+
+_LOOK = 1.0  # seconds between two attempts to reach machine 0
+_SEEN_WITHIN = 30.0  # seconds in which a shared folder shows what another machine wrote
+
+
+@dataclass(frozen=True)
+class Machines:
+    """`count` machines meet at `host:port` of machine 0; this one is number `rank`."""
+
+    count: int
+    rank: int
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise UserError("--nodes", f"{self.count} is not several machines", "give 2 or more, or leave it out")
+        if not 0 <= self.rank < self.count:
+            raise UserError(
+                "--node-rank",
+                f"{self.rank} is none of {self.count} machines",
+                f"number them from 0 to {self.count - 1}",
+            )
+
+    @property
+    def endpoint(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_machines(nodes: int, rank: int | None, rendezvous: str | None) -> Machines | None:
+    """Read `--nodes`, `--node-rank` and `--rendezvous`; None for a single machine.
+
+    Raises:
+        UserError: one is missing or makes no sense.
+    """
+    if nodes == 1 and rank is None and rendezvous is None:
+        return None
+    for option, value, mend in (
+        ("--node-rank", rank, "number the machines from 0; the first prepares the data and writes the results"),
+        ("--rendezvous", rendezvous, "give HOST:PORT of machine 0, the same on all of them"),
+    ):
+        if value is None:
+            raise UserError(option, f"is missing, with --nodes {nodes}", mend)
+    host, _, port = str(rendezvous).rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError("--rendezvous", f"{rendezvous!r} is no HOST:PORT", "such as gpu01:29500")
+    return Machines(nodes, int(rank or 0), host.strip("[]"), int(port))
+
+
+def processes_here(processes: int, machines: Machines | None) -> int:
+    """Return this machine's share of all processes.
+
+    Raises:
+        UserError: they cannot be shared out evenly.
+    """
+    if machines is None:
+        return processes
+    if processes % machines.count:
+        raise UserError(
+            "training.processes",
+            f"{processes} processes cannot be shared by {machines.count} machines",
+            f"it counts those of all machines: give a multiple of {machines.count}",
+        )
+    return processes // machines.count
+
+
+def use_network_of(machines: Machines) -> None:
+    """Let gloo and NCCL use the interface by which machine 0 is reached, unless the environment names another.
+
+    By default gloo takes what this machine's own name resolves to, which is often the loopback.
+
+    Raises:
+        UserError: the host has no address, or there is no way to it.
+    """
+    interface = _interface_to(machines.host, machines.port)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface is not None:
+            os.environ.setdefault(variable, interface)
+
+
+def wait_for_first(machines: Machines, run: RunFolder) -> None:
+    """Wait until machine 0 has prepared the data, and listens.
+
+    Raises:
+        UserError: the run folder is not where machine 0 writes.
+    """
+    say(f"machine {machines.rank} of {machines.count}: waiting for machine 0 at {machines.endpoint}")
+    while not _listens(machines.host, machines.port):
+        time.sleep(_LOOK)
+    _require_shared(run.recipe)
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _require_shared(path: Path) -> None:
+    end = time.monotonic() + _SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > end:
+            raise UserError(
+                path,
+                "machine 0 has begun, and nothing of it is here",
+                "`output` must be a folder that all machines see",
+            )
+        time.sleep(_LOOK)
+
+
+def _interface_to(host: str, port: int) -> str | None:
+    """Name the interface whose address packets to `host` would carry; None where no one has that address."""
+    import psutil
+
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing: it only looks up the way
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise UserError(
+            "--rendezvous",
+            f"{host} cannot be reached: {error}",
+            "give a name or address of machine 0 that all can reach",
+        ) from None
+    names = [name for name, found in psutil.net_if_addrs().items() if own in (entry.address for entry in found)]
+    return names[0] if names else None

@@ -1,0 +1,295 @@
+"""Resuming under another strategy or number of processes than the one that wrote a checkpoint.
+
+What every layout holds is, for each trained parameter, an fp32 weight and AdamW's two moments, and the count of steps.
+They are read here, a parameter at a time, from the mapped files of vanilla or DeepSpeed, and put into the optimizer
+that the new layout has made. Nothing is written, and a process holds one parameter more than it would anyway.
+DeepSpeed's own way (`deepspeed.checkpoint.ds_to_universal`; Lian et al. 2024, "Universal Checkpointing") writes the
+whole state to the disk twice, and there is none for vanilla; how its files are laid out is taken from there.
+Beside `strategies`, this is the one module that knows DeepSpeed's files.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+
+from minisft.errors import UserError
+from minisft.recipe import TrainingRecipe
+from minisft.run_folder import step_of
+from minisft.training.checkpoints import layout_of
+from minisft.training.device import choose_precision
+from minisft.training.zero import MOMENTS, ZERO_STAGES, fill_zero_engine, restore_exact_weights, zero_state_is_plain
+
+if TYPE_CHECKING:
+    from minisft.training.trainer import SupervisedTokenTrainer
+
+
+# Those whose state is AdamW's two moments in fp32.
+_OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
+_WEIGHT = "weight"
+
+
+def is_laid_out_for(checkpoint: Path, strategy: str, processes: int) -> bool:
+    """Say whether a strategy on a number of processes takes a checkpoint's state as it is.
+
+    Vanilla keeps it whole, so there any number of processes can; DeepSpeed keeps shards.
+    """
+    wrote, count = layout_of(checkpoint)
+    return strategy == wrote and (strategy == "vanilla" or processes == count)
+
+
+def refuse_inconvertible(checkpoint: Path, training: TrainingRecipe) -> None:
+    """Refuse to resume what can be resumed neither as it is nor by conversion, before anything starts.
+
+    Args:
+        checkpoint: the one to go on from.
+        training: how to go on; `auto` goes on as the checkpoint was written.
+
+    Raises:
+        UserError: naming why, and the layout that can go on.
+    """
+    wrote, count = layout_of(checkpoint)
+    strategy = wrote if training.strategy == "auto" else training.strategy
+    if is_laid_out_for(checkpoint, strategy, training.processes):
+        return
+    reason = _obstacle(wrote, training)
+    if reason is not None:
+        raise UserError(
+            checkpoint,
+            f"its optimizer state is that of {wrote} on {count} process(es), which {strategy} on "
+            f"{training.processes} cannot take over: {reason}",
+            f"resume with training.strategy={wrote} training.processes={count} and the batch_size it had",
+        )
+
+
+def _obstacle(wrote: str, training: TrainingRecipe) -> str | None:
+    if training.optimizer not in _OPTIMIZERS:
+        return f"only AdamW's state is converted, and the optimizer is {training.optimizer}"
+    if choose_precision(training.precision) == "fp16":
+        return "the loss scale of fp16 is not converted"
+    if wrote in ZERO_STAGES and importlib.util.find_spec("deepspeed") is None:
+        return "DeepSpeed, which is not installed, must read it"
+    return None
+
+
+def take_over(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
+    """Give a trainer that is ready for its first step the weights, optimizer and schedule of another layout.
+
+    Args:
+        trainer: its optimizer, or its engine, is made and has taken no step; every process calls this.
+        checkpoint: written under another layout; it stays as it is.
+
+    Raises:
+        UserError: the checkpoint is of other parameters than the trainer's.
+    """
+    model: Any = trainer.model
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    wrote, processes = layout_of(checkpoint)
+    state: _SavedState
+    if wrote in ZERO_STAGES:
+        state = _Shards(checkpoint, ZERO_STAGES[wrote], processes)
+    else:
+        state = _Whole(checkpoint, _in_order_of_optimizer(trainer, trained))
+    _require_names(checkpoint, state.names(), set(trained))
+    if trainer.is_deepspeed_enabled:
+        fill_zero_engine(
+            trainer.model_wrapped, trained, state.read, state.weight, adam_steps=state.steps, steps=step_of(checkpoint)
+        )
+    else:
+        _fill_optimizer(trainer.optimizer, trained, state)
+    _continue_schedule(trainer, checkpoint)
+
+
+def keep_exact_weights(trainer: "SupervisedTokenTrainer", folder: Path) -> None:
+    """Let a new run under ZeRO in half precision begin with the fp32 weights of its model folder, as vanilla does.
+
+    Args:
+        trainer: its engine is made and has taken no step; every process calls this.
+        folder: the model's. Weights that are not in fp32 there, or have another name, stay as DeepSpeed rounded them.
+    """
+    model: Any = trainer.model
+    rounded = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and weight.dtype != torch.float32
+    }
+    if rounded:
+        files = _weight_files(folder)
+        restore_exact_weights(trainer.model_wrapped, rounded, lambda name: _weight_in_fp32(files, name))
+
+
+def _weight_in_fp32(files: dict[str, Path], name: str) -> torch.Tensor | None:
+    from safetensors import safe_open
+
+    if name not in files:
+        return None
+    with safe_open(files[name], "pt") as file:
+        if file.get_slice(name).get_dtype() != "F32":
+            return None
+        weight: torch.Tensor = file.get_tensor(name)
+    return weight.flatten()
+
+
+def _in_order_of_optimizer(trainer: "SupervisedTokenTrainer", trained: dict[str, Any]) -> list[str]:
+    """Name the parameters in the order in which the Trainer gives them to an optimizer: with decay, without."""
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))  # type: ignore[arg-type]  # of a model, not None
+    return sorted(trained, key=lambda name: name not in decayed)  # a stable sort
+
+
+def _require_names(checkpoint: Path, found: set[str], wanted: set[str]) -> None:
+    if found == wanted:
+        return
+    example = sorted(found ^ wanted)[0]
+    raise UserError(
+        checkpoint,
+        f"its optimizer state is not of this model's parameters: {example} is in one of them only",
+        "resume with the strategy and the number of processes that wrote it",
+    )
+
+
+def _fill_optimizer(optimizer: Any, trained: dict[str, Any], state: "_SavedState") -> None:
+    """Fill torch's AdamW, and the weights that it updates."""
+    for name, weight in trained.items():
+        weight.data.copy_(state.weight(name).view_as(weight))
+        moments = {kind: state.read(name, kind).view_as(weight).to(weight.device) for kind in MOMENTS}
+        steps = torch.tensor(state.steps, dtype=torch.float32, device=weight.device)
+        optimizer.state[weight] = {"step": steps, **moments}
+
+
+def _continue_schedule(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
+    """Load the schedule, and put its learning rate into the optimizer.
+
+    It holds lists of an entry for each group of parameters. Their entries are equal; their number is not the same
+    everywhere, since DeepSpeed leaves out a group that is empty, as that without decay is with LoRA.
+    """
+    schedule, optimizer = cast(Any, trainer.lr_scheduler), cast(Any, trainer.optimizer)
+    groups = optimizer.param_groups
+    saved = torch.load(checkpoint / "scheduler.pt", weights_only=True)
+    schedule.load_state_dict(
+        {key: value[:1] * len(groups) if isinstance(value, list) else value for key, value in saved.items()}
+    )
+    for group, rate in zip(groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+# --- what a checkpoint holds, by the name of the parameter
+
+
+class _SavedState(Protocol):
+    """AdamW's state of each trained parameter, flat and in fp32 on the CPU; tensors belong to the caller."""
+
+    steps: float
+
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str, moment: str) -> torch.Tensor: ...
+
+    def weight(self, name: str) -> torch.Tensor: ...
+
+
+class _Whole:
+    """What vanilla writes: the moments by number, in the optimizer's order, and the weights in a plain folder."""
+
+    def __init__(self, checkpoint: Path, order: list[str]) -> None:
+        saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        if len(numbers) != len(order):
+            what = f"its optimizer holds {len(numbers)} parameters, and {len(order)} are trained"
+            raise UserError(checkpoint, what, "resume with training.strategy=vanilla")
+        # A parameter that no loss ever reached has none.
+        self._moments = {name: saved["state"].get(number) for name, number in zip(order, numbers, strict=True)}
+        self._files = _weight_files(checkpoint)
+        steps = {float(one["step"]) for one in saved["state"].values()}
+        if len(steps) != 1:  # DeepSpeed has one count for all
+            what = f"its parameters have taken different numbers of steps, {min(steps):.0f} to {max(steps):.0f}"
+            raise UserError(checkpoint, what, "resume with training.strategy=vanilla")
+        [self.steps] = steps
+
+    def names(self) -> set[str]:
+        return {name for name in self._moments if _saved_name(name) in self._files}
+
+    def read(self, name: str, moment: str) -> torch.Tensor:
+        moments = self._moments[name]
+        return torch.zeros_like(self.weight(name)) if moments is None else moments[moment].flatten().float().clone()
+
+    def weight(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self._files[_saved_name(name)], "pt") as file:
+            saved: torch.Tensor = file.get_tensor(_saved_name(name))
+        return saved.flatten().float()
+
+
+def _weight_files(checkpoint: Path) -> dict[str, Path]:
+    """Return the file of each weight of a model folder, or of a folder of adapters."""
+    from safetensors import safe_open
+
+    files = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files.update(dict.fromkeys(file.keys(), path))
+    return files
+
+
+def _saved_name(name: str) -> str:
+    """Peft leaves the name of the adapter out of what it saves."""
+    return name.replace(".default.", ".") if ".lora_" in name else name
+
+
+# Tensors of a shard by kind, and where in them a parameter's piece begins and how long it is.
+_Piece = tuple[dict[str, torch.Tensor], int, int]
+
+
+class _Shards:
+    """What DeepSpeed writes: on each process, pieces of the parameters one after the other in flat tensors."""
+
+    def __init__(self, checkpoint: Path, stage: int, processes: int) -> None:
+        [folder] = checkpoint.glob("global_step*")
+        self._pieces: dict[str, list[_Piece]] = {}
+        for rank in range(processes):
+            for name, piece in _pieces_of_stage_3(folder, rank, processes) if stage == 3 else _pieces(folder, rank):
+                self._pieces.setdefault(name, []).append(piece)
+        self.steps = max(float(piece[0]["step"]) for pieces in self._pieces.values() for piece in pieces)
+
+    def names(self) -> set[str]:
+        return set(self._pieces)
+
+    def read(self, name: str, moment: str) -> torch.Tensor:
+        return torch.cat([flat[moment][start : start + size] for flat, start, size in self._pieces[name]]).float()
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self.read(name, _WEIGHT)
+
+
+def _pieces(folder: Path, rank: int) -> Iterator[tuple[str, _Piece]]:
+    """Yield the pieces of a shard of stage 1 or 2, which keeps a table of them."""
+    state = _load_shard(folder, rank, "optim")["optimizer_state_dict"]
+    moments = state["base_optimizer_state"]["state"]
+    groups = zip(state["param_slice_mappings"], state["single_partition_of_fp32_groups"], strict=True)
+    for number, (table, weights) in enumerate(groups):
+        for name, piece in table.items():
+            yield name, ({_WEIGHT: weights, **moments[number]}, piece.start, piece.numel)
+
+
+def _pieces_of_stage_3(folder: Path, rank: int, processes: int) -> Iterator[tuple[str, _Piece]]:
+    """Yield the pieces of a shard of stage 3: each parameter is cut into equal parts, the last of them padded."""
+    state = _load_shard(folder, rank, "optim")["optimizer_state_dict"]
+    shapes = _load_shard(folder, rank, "model")["param_shapes"]
+    moments = state["optimizer_state_dict"]["state"]
+    for number, (group, weights) in enumerate(zip(shapes, state["fp32_flat_groups"], strict=True)):
+        start = 0
+        for name, shape in group.items():
+            part = math.ceil(shape.numel() / processes)
+            size = max(0, min(part, shape.numel() - rank * part))
+            yield name, ({_WEIGHT: weights, **moments[number]}, start, size)
+            start += part
+
+
+def _load_shard(folder: Path, rank: int, kind: str) -> dict[str, Any]:
+    [path] = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
+    with zero_state_is_plain():
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return loaded

@@ -1,0 +1,397 @@
+"""Training, from a prepared data set to checkpoints and the final model."""
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minisft.console import say
+from minisft.data.encoder import Encoder
+from minisft.errors import StoppedError, UserError
+from minisft.library_output import hold_back_notices
+from minisft.manifest import record, refuse_foreign_files
+from minisft.models import ResolvedModel, load_model, load_tokenizer, resolve_model
+from minisft.recipe import Recipe, TrainingRecipe
+from minisft.run_folder import (
+    RunFolder,
+    delete_replaced_run,
+    load_run,
+    remember_environment,
+    rewrite_recipe,
+    step_of,
+    worker_consent,
+)
+from minisft.training.callbacks import listening
+from minisft.training.checkpoints import (
+    clear_left_overs,
+    is_last,
+    last_step,
+    naming_failed_writes,
+    publish_final_model,
+    tidy,
+)
+from minisft.training.device import (
+    choose_precision,
+    default_row_tokens,
+    describe_environment,
+    on_cpu,
+    prepare_cpu_memory,
+    require_processes,
+)
+from minisft.training.distributed import is_joined, launch
+from minisft.training.nodes import Machines, processes_here, use_network_of
+from minisft.training.optimization import (
+    clipping_norm,
+    own_optimizer,
+    require_optimizer,
+    require_schedule,
+    trainer_name,
+)
+from minisft.training.step_metrics import start_counting
+from minisft.training.zero import (
+    ZERO_STAGES,
+    deepspeed_config,
+    require_deepspeed,
+    set_deepspeed_environment,
+    start_communication,
+)
+
+if TYPE_CHECKING:
+    from minisft.training.held_out import HeldOutRows
+    from minisft.training.trainer import SupervisedTokenTrainer
+
+
+_WORKER = "minisft.training.worker"
+# Where the package has another name than the tracker.
+_TRACKER_PACKAGES = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub mlflow",
+    "flyte": "flytekit",
+}
+
+
+def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
+    """Find out what cannot work before anything is read or written.
+
+    Raises:
+        UserError: the recipe asks for what this machine or its libraries do not have.
+    """
+    training = recipe.training
+    set_deepspeed_environment(on_cpu())
+    require_optimizer(training.optimizer)
+    require_schedule(training)
+    _check_trackers(training)
+    choose_precision(training.precision)
+    _check_lora(recipe)
+    if not is_joined():
+        require_processes(processes_here(training.processes, machines))
+    if training.strategy in ZERO_STAGES:
+        require_deepspeed(training.strategy, on_cpu())
+
+
+def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machines: Machines | None = None) -> None:
+    """Train in this process, or in processes that this one starts.
+
+    Raises:
+        UserError: the model or the data cannot be trained so.
+        StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
+    """
+    if resume_from is not None and _ended_with(resume_from, recipe.training):
+        with naming_failed_writes(run.model):
+            publish_final_model(run)  # it ended before this was done
+        return
+    training = recipe.training
+    if training.processes == 1 and training.strategy not in ZERO_STAGES:
+        train_in_this_process(recipe, run, resume_from)
+        return
+    arguments = [str(run.root), *([str(resume_from)] if resume_from else []), *worker_consent(recipe)]
+    if machines is not None:
+        use_network_of(machines)
+    launch(_WORKER, arguments, processes_here(training.processes, machines), machines)
+    if not run.is_trained():
+        raise _stopped(run)
+
+
+def _ended_with(checkpoint: Path, training: TrainingRecipe) -> bool:
+    return is_last(checkpoint, training.early_stopping, last_step(checkpoint, training))
+
+
+def go_beyond_end(recipe: Recipe, run: RunFolder, checkpoint: Path) -> None:
+    """Take up a recipe with more epochs or steps than the run had, if it has; `model/` is made anew at the new end.
+
+    Nothing is lost: `model/` is a copy of the last checkpoint. Killed between the two, the run is as before its end.
+    """
+    if _ended_with(checkpoint, recipe.training):
+        return
+    refuse_foreign_files(run.model)
+    if run.model.exists():
+        shutil.rmtree(run.model.resolve())  # a link stays, and leads to the new one
+    rewrite_recipe(run, recipe)
+
+
+def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> None:
+    """Do this process's part of the training, and make `model/` of the last checkpoint.
+
+    Raises:
+        UserError: the model or the data cannot be trained so.
+        StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
+    """
+    import torch
+
+    trainer = run_steps(recipe, run, resume_from)
+    trainer.accelerator.wait_for_everyone()
+    stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.ended_early
+    if trainer.ended_early and trainer.is_world_process_zero():
+        patience = recipe.training.early_stopping
+        say(f"stopped early at step {trainer.state.global_step}: {patience} evaluations without a lower held-out loss")
+    if trainer.args.should_save and not stopped:
+        with naming_failed_writes(run.model):
+            publish_final_model(run)
+    trainer.accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if stopped:
+        raise _stopped(run)
+
+
+def _stopped(run: RunFolder) -> StoppedError:
+    return StoppedError(
+        f"stopped as asked; {run.list_checkpoints()[-1]} holds all of it, and --resume goes on from there"
+    )
+
+
+def run_steps(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> "SupervisedTokenTrainer":
+    """Take the steps of a run and write its checkpoints; return the trainer with the live model."""
+    trainer = make_trainer(recipe, run, resume_from)
+    take_steps(trainer, run, resume_from)
+    return trainer
+
+
+def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> "SupervisedTokenTrainer":
+    """Load the model and get ready to train it on the data of a run folder.
+
+    1. communication  2. arguments  3. model and tokenizer  4. trainer
+    """
+    import torch
+
+    hold_back_notices()
+    prepare_cpu_memory(recipe.training.strategy, choose_precision(recipe.training.precision))
+    start_counting()
+    if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
+        start_communication(on_cpu())
+    arguments = _arguments(recipe, run)
+    resolved = resolve_model(recipe.model, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(resolved.folder, recipe.trust_remote_code)
+    encoder = Encoder(tokenizer, recipe.data.template)
+    model = _load_for_training(recipe, resolved, arguments.device)
+    tokenizer.chat_template = encoder.chat_template
+    return _trainer(recipe, run, model, encoder, arguments, _begun_at(resume_from), resolved.folder)
+
+
+def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: Path | None = None) -> None:
+    """Train, from the beginning or from a checkpoint, until the last step or until asked to stop."""
+    from minisft.training.callbacks import FirstStep, ProgressLine, keep_steps_up_to
+
+    progress = ProgressLine()
+    if trainer.is_world_process_zero():
+        trainer.add_callback(progress)
+    if trainer.args.should_save:
+        clear_left_overs(run.checkpoints)
+        trainer.add_callback(FirstStep(partial(delete_replaced_run, run)))
+        keep_steps_up_to(run.metrics, _begun_at(resume_from))
+        arguments = trainer.args
+        precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+        remember_environment(run, describe_environment(precision))
+    try:
+        with naming_failed_writes(run.root), listening() as trainer.stop:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        progress.stop()  # else an error would leave the terminal without its cursor
+
+
+def _begun_at(resume_from: Path | None) -> int:
+    return step_of(resume_from) if resume_from else 0
+
+
+def _check_trackers(training: TrainingRecipe) -> None:
+    """Make sure that the trackers of a recipe are installed."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    here = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name in here:
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            package = _TRACKER_PACKAGES.get(name, name)
+            what, fix = f"the package of {name} is not installed", f"run `pip install {package}`, or leave {name} out"
+        else:
+            what, fix = f"there is no tracker {name!r}", f"use one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+        raise UserError("training.report_to", what, fix)
+
+
+def _arguments(recipe: Recipe, run: RunFolder) -> Any:
+    """Translate the recipe into TrainingArguments; made before the model, so that ZeRO-3 shards its loading."""
+    from transformers import TrainingArguments
+
+    training = recipe.training
+    precision = choose_precision(training.precision)
+    arguments = TrainingArguments(
+        output_dir=str(run.checkpoints),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=1,  # the split of a step happens inside training_step
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        optim=trainer_name(training.optimizer),
+        lr_scheduler_type=training.scheduler,
+        lr_scheduler_kwargs=dict(training.scheduler_args),
+        warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
+        max_grad_norm=clipping_norm(training),
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        **_save_options(training),
+        logging_strategy="steps",
+        logging_steps=training.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide a loss that is no number
+        seed=recipe.seed,
+        report_to=training.report_to or "none",
+        use_cpu=on_cpu(),
+        ddp_backend=("gloo" if on_cpu() else "nccl") if is_joined() else None,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        deepspeed=deepspeed_config(
+            training.strategy,
+            precision=precision,
+            max_grad_norm=clipping_norm(training),
+            batch_size=training.batch_size,
+            offload=training.offload,
+            on_cpu=on_cpu(),
+        ),
+    )
+    arguments.device  # noqa: B018 (it counts the GPUs)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several in one process would mean DataParallel
+    return arguments
+
+
+def _save_options(training: TrainingRecipe) -> dict[str, Any]:
+    if training.save_every == "epoch":
+        return {"save_strategy": "epoch"}
+    return {"save_strategy": "steps", "save_steps": training.save_every}
+
+
+def _check_lora(recipe: Recipe) -> None:
+    from minisft.training.lora import require_quantisation
+
+    if recipe.training.lora is not None:
+        require_quantisation(recipe.training.lora)
+
+
+def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> Any:
+    """Load fp32 weights: half precision is for arithmetic, the weights that are updated stay exact."""
+    import torch
+    from transformers import set_seed
+
+    from minisft.training import attention
+    from minisft.training.lora import add_lora, frozen_dtype, quantised_loading
+
+    lora, precision = recipe.training.lora, choose_precision(recipe.training.precision)
+    set_seed(recipe.seed)
+    attention.register()
+    dtype, options = torch.float32, {}
+    if lora is not None:
+        dtype, options = frozen_dtype(precision), quantised_loading(lora, precision, device)
+    model = load_model(
+        resolved.folder,
+        dtype=dtype,
+        attention=attention.PADDING_FREE,
+        trust_remote_code=recipe.trust_remote_code,
+        **options,
+    )
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and recipe.data.max_length > limit:
+        say(f"note: the model knows {limit} positions, data.max_length allows {recipe.data.max_length}")
+    return model if lora is None else add_lora(model, lora, base_name=resolved.loads_as, seed=recipe.seed)
+
+
+def _trainer(
+    recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any, begun_at: int, begins_with: Path
+) -> "SupervisedTokenTrainer":
+    from transformers.integrations import TensorBoardCallback
+
+    from minisft.data.prepared import load_split
+    from minisft.training.batching import StepSampler, measure
+    from minisft.training.callbacks import MetricsFile
+    from minisft.training.trainer import SupervisedTokenTrainer
+
+    training = recipe.training
+    dataset = load_split(run.root, "train")
+    sampler = StepSampler(
+        measure(dataset),
+        global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
+        row_tokens=training.row_tokens or default_row_tokens(on_cpu()),
+        processes=arguments.world_size,
+        rank=arguments.process_index,
+        seed=recipe.seed,
+        pack_tokens=recipe.data.max_length if training.packing else None,
+    )
+    trainer = SupervisedTokenTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=encoder.tokenizer,
+        sampler=sampler,
+        strategy=training.strategy,
+        stop_token_ids=encoder.stop_token_ids,
+        describe_rows=_row_describer(dataset),
+        when_saved=partial(tidy, run, training),
+        begins_with=begins_with,
+        held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
+        eval_every=training.eval_every,
+        early_stopping=training.early_stopping,
+        optimizer_cls_and_kwargs=own_optimizer(training.optimizer, training.learning_rate),
+        callbacks=[MetricsFile(run.metrics)],
+    )
+    if trainer.is_world_process_zero():
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run.tensorboard), purge_step=begun_at + 1)
+        record(*run.tensorboard.glob(f"events.out.tfevents.*.{os.getpid()}.*"))
+        trainer.add_callback(TensorBoardCallback(writer))
+    return trainer
+
+
+def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -> "HeldOutRows | None":
+    from minisft.data.prepared import load_split
+    from minisft.training.held_out import HeldOutRows
+
+    if recipe.training.eval_every is None:
+        return None
+    dataset = load_split(run.root, "test")
+    if len(dataset) == 0:
+        what = "there are no held-out conversations to compute a loss on"
+        raise UserError("training.eval_every", what, "set data.test_fraction above 0, or data.test, and train anew")
+    return HeldOutRows(dataset, row_tokens=row_tokens, processes=arguments.world_size, rank=arguments.process_index)
+
+
+def _row_describer(dataset: Any) -> Callable[[tuple[int, ...]], str]:
+    def describe(indexes: tuple[int, ...]) -> str:
+        return ", ".join(str(dataset[index].get("id", index)) for index in indexes)
+
+    return describe
+
+
+def train_as_worker(root: Path, resume_from: Path | None, trust_remote_code: bool = False) -> None:
+    """Train as a process that `train` started: the recipe is the run folder's, the consent the starter's."""
+    set_deepspeed_environment(on_cpu())
+    train_in_this_process(load_run(root, trust_remote_code=trust_remote_code), RunFolder(root), resume_from)

@@ -1,0 +1,408 @@
+"""DeepSpeed: the ZeRO stages as configurations, fp32 master weights, and its compiled communication op.
+
+Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models": stage 1
+shards the optimizer states, stage 2 the gradients too, stage 3 the parameters too.
+This is the one module that knows DeepSpeed, but for its files, which `conversion` reads.
+
+A process of its own can be stopped at any moment, with the compilers that it started; inside this one, Ctrl-C would
+wait for them.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisft.console import warn
+from minisft.errors import StoppedError, UserError
+from minisft.files import cache_folder
+from minisft.library_output import without_lines
+from minisft.processes import die_with_parent, stop_signals
+
+_SAYS_BUILT = "built successfully"  # DeepSpeed prints that of an op that it loads
+
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch names them in AdamW's state
+
+_STAGE_OPTIONS: dict[int, dict[str, Any]] = {
+    1: {"stage": 1},
+    2: {"stage": 2, "contiguous_gradients": True, "overlap_comm": False},
+    3: {"stage": 3, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True},
+}
+
+
+# What goes to the host's memory, by the recipe's `offload`; Ren et al. 2021, "ZeRO-Offload", and Rajbhandari et al.
+# 2021, "ZeRO-Infinity".
+_OFFLOADED = {None: (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+
+
+def deepspeed_config(
+    strategy: str, *, precision: str, max_grad_norm: float, batch_size: int, offload: str | None, on_cpu: bool
+) -> dict[str, Any] | None:
+    """Return DeepSpeed's configuration of a strategy, or None for vanilla.
+
+    Accumulation is 1 for DeepSpeed: the trainer tells it which backward is the last of a step.
+    The optimizer is torch's AdamW under every strategy, so that all of them take the same steps.
+    """
+    if strategy not in ZERO_STAGES:
+        return None
+    to_host = {name: {"device": "cpu", "pin_memory": not on_cpu} for name in _OFFLOADED[offload]}
+    return {
+        "zero_optimization": _STAGE_OPTIONS[ZERO_STAGES[strategy]] | to_host,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "gradient_clipping": max_grad_norm,
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def set_deepspeed_environment(on_cpu: bool) -> None:
+    """Set what DeepSpeed reads when it is imported; call it before transformers or accelerate import it."""
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("LOG_LEVEL", "error")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_folder()))
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def require_deepspeed(strategy: str, on_cpu: bool) -> None:
+    """Make sure that DeepSpeed can start, and compile what it needs before several processes do.
+
+    Raises:
+        UserError: DeepSpeed or a C++ compiler is missing, or its communication op does not build.
+    """
+    where = f"training.strategy={strategy}"
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            where, "DeepSpeed is not installed", "pip install 'minisft[deepspeed]', or use strategy vanilla"
+        )
+    if not on_cpu:
+        return
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        raise UserError(
+            where,
+            "DeepSpeed compiles its communication on a CPU, and there is no C++ compiler",
+            "install one (apt-get install g++), or use strategy vanilla",
+        )
+    _compile_communication(where)
+
+
+def start_communication(on_cpu: bool, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Initialise DeepSpeed's communication.
+
+    On a CPU it must be there before a model is loaded under ZeRO-3: transformers would otherwise shard for
+    one process and fail with sizes that do not match.
+    """
+    import deepspeed
+
+    if on_cpu:
+        with _extensions_guarded():
+            _load_shared_memory_op()
+    with without_lines(_SAYS_BUILT):
+        deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=timeout)
+
+
+@contextlib.contextmanager
+def zero_state_is_plain() -> Iterator[None]:
+    """While it lasts, torch and DeepSpeed read checkpoints as tensors, numbers and the classes that ZeRO's state has.
+
+    DeepSpeed would run whatever a pickle says. These classes hold numbers: the stage, the loss scale, and where a
+    parameter's piece begins; it writes no others in its version 0.19 (stages 1 to 3, fp32, bf16, fp16, offloaded).
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    def load(engine: Any, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    loads_anything, TorchCheckpointEngine.load = TorchCheckpointEngine.load, load
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        TorchCheckpointEngine.load = loads_anything
+
+
+@contextlib.contextmanager
+def zero_writes_through(engine: Any, attempt: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, each file of a DeepSpeed engine's checkpoint is written by `attempt(write, ...)`.
+
+    DeepSpeed's processes meet several times in the middle of saving, so none may leave with an error.
+
+    Args:
+        engine: the engine; None changes nothing.
+        attempt: calls what it is given, and does not raise what a file system refuses.
+    """
+    if engine is None:
+        yield
+        return
+    files, save = engine.checkpoint_engine, engine.save_checkpoint
+
+    @functools.wraps(save)
+    def save_in_parts(folder: str, **options: Any) -> None:
+        save(folder, save_latest=False, **options)
+        if engine.global_rank == 0:
+            attempt(Path(folder, "latest").write_text, f"global_step{engine.global_steps}", encoding="utf-8")
+
+    changed = [(files, "save", files.save), (files, "makedirs", files.makedirs),
+               (engine, "_copy_recovery_script", engine._copy_recovery_script)]  # fmt: skip
+    for part, name, write in changed:
+        setattr(part, name, functools.partial(attempt, write))
+    engine.save_checkpoint = save_in_parts
+    try:
+        yield
+    finally:
+        for part, name, _ in changed:
+            delattr(part, name)  # what the class has is seen again
+        del engine.save_checkpoint
+
+
+def fill_zero_engine(
+    engine: Any,
+    parameters: dict[str, Any],
+    moment: Callable[[str, str], torch.Tensor],
+    weight: Callable[[str], torch.Tensor],
+    *,
+    adam_steps: float,
+    steps: int,
+) -> None:
+    """Put weights and AdamW's state into an engine that has taken no step; every process calls this.
+
+    Args:
+        engine: of stage 1, 2 or 3, over torch's AdamW.
+        parameters: the trained ones of its module, by name; one after the other is filled.
+        moment: given a parameter's name and one of `MOMENTS`, returns all of it, flat, in fp32 on the CPU.
+        weight: likewise the fp32 weight, which the module gets in its own format too.
+        adam_steps: that AdamW has taken.
+        steps: that the engine has taken.
+    """
+    _make_adam_states(engine.optimizer, adam_steps)
+    fill = _fill_sharded if engine.zero_optimization_partition_weights() else _fill_replicated
+    for name, parameter in parameters.items():
+        fill(parameter, weight(name), {kind: moment(name, kind) for kind in MOMENTS})
+    engine.global_steps = steps
+    engine.global_samples = steps * engine.train_batch_size()
+
+
+def restore_exact_weights(engine: Any, parameters: dict[str, Any], exact: Callable[[str], torch.Tensor | None]) -> None:
+    """Give the optimizer of a half-precision engine the fp32 weights that its module was rounded from.
+
+    DeepSpeed makes its own fp32 weights after it has rounded the module. They would begin exactly on rounded numbers,
+    from where a step below half a unit in the last place does not show in the module, however many weights take it,
+    and the first steps would hardly learn: with SmolLM2-135M in bf16 at 2e-5 losses were 4 % to 11 % above vanilla's.
+
+    Args:
+        engine: of stage 1, 2 or 3; it has taken no step.
+        parameters: the trained ones of its module, by name.
+        exact: given a parameter's name, returns all of its fp32 weight, flat, on the CPU, or None where there is none.
+    """
+    restore = _restore_sharded if engine.zero_optimization_partition_weights() else _restore_replicated
+    for name, parameter in parameters.items():
+        weight = exact(name)
+        if weight is not None:
+            restore(parameter, weight)
+
+
+def _restore_replicated(parameter: Any, weight: torch.Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    if _is_rounding(parameter.data, weight):
+        safe_set_full_fp32_param(parameter, weight.view_as(parameter))
+
+
+def _restore_sharded(parameter: Any, weight: torch.Tensor) -> None:
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    held = parameter.ds_tensor
+    here = weight[torch.distributed.get_rank() * held.numel() :][: held.numel()]  # without what pads the last shard
+    if weight.numel() == parameter.ds_numel and _is_rounding(held.flatten()[: len(here)], here):
+        safe_set_local_fp32_param(parameter, _part_here(parameter, weight))
+
+
+def _is_rounding(held: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Say whether weights are others rounded to their format; those of another tensor of that name are not."""
+    return held.numel() == exact.numel() and torch.equal(exact.to(held.dtype), held.flatten().to(exact.device))
+
+
+def _make_adam_states(optimizer: Any, steps: float) -> None:
+    """Give torch's AdamW inside ZeRO's optimizer the states that it would make itself in its first step."""
+    sharded = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    for flat in optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups:
+        count = torch.tensor(steps, dtype=torch.float32, device=flat.device)
+        moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+        optimizer.optimizer.state[flat] = {"step": count, **moments}
+    if not sharded:
+        optimizer._lazy_init_hp_params_optimizer_state()  # from here on each parameter knows its piece of them
+
+
+def _fill_replicated(parameter: Any, weight: torch.Tensor, moments: dict[str, torch.Tensor]) -> None:
+    """Fill a parameter of stage 1 or 2: each process has all of it, and its own piece of the state."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    parameter.data.copy_(weight.view_as(parameter))
+    safe_set_full_fp32_param(parameter, weight)
+    for kind, moment in moments.items():
+        safe_set_full_optimizer_state(parameter, moment, kind)
+
+
+def _fill_sharded(parameter: Any, weight: torch.Tensor, moments: dict[str, torch.Tensor]) -> None:
+    """Fill a parameter of stage 3; with `safe_set_full_*` DeepSpeed would miss the padding of the last process."""
+    import deepspeed
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(weight.view_as(parameter))
+    safe_set_local_fp32_param(parameter, _part_here(parameter, weight))
+    for kind, moment in moments.items():
+        safe_set_local_optimizer_state(parameter, _part_here(parameter, moment), kind)
+
+
+def _part_here(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+    size = parameter.ds_tensor.numel()
+    piece = whole[torch.distributed.get_rank() * size :][:size]
+    return torch.nn.functional.pad(piece, (0, size - len(piece)))
+
+
+def _compile_communication(where: str) -> None:
+    """Build DeepSpeed's shared-memory op once, and say so before: it takes about a minute.
+
+    Raises:
+        UserError: it does not compile.
+        StoppedError: SIGINT or SIGTERM came meanwhile.
+    """
+    set_deepspeed_environment(on_cpu=True)
+    extensions = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    if not _is_built(extensions):
+        warn(f"compiling DeepSpeed's communication, once, which takes a minute or two; it is kept in {extensions}")
+    with _extensions_guarded():
+        if _is_built(extensions):  # before, or by another process meanwhile
+            return
+        reason = compile_apart(clean_up=lambda: _remove_locks(extensions / "deepspeed_shm_comm"))
+    if reason is not None:
+        raise UserError(
+            where,
+            f"DeepSpeed's communication does not compile here ({reason})",
+            "install a C++ compiler, ninja and the Python headers, or use strategy vanilla",
+        )
+
+
+def _is_built(extensions: Path) -> bool:
+    return any(extensions.glob("**/deepspeed_shm_comm*.so"))
+
+
+def _remove_locks(extensions: Path) -> None:
+    """Remove what torch's builds that were killed left: the next build would wait for it for ever."""
+    for left_over in extensions.glob("**/lock"):
+        left_over.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _extensions_guarded() -> Iterator[Path]:
+    """Hold the folder of compiled extensions, which every process does that builds or loads one.
+
+    While torch builds or loads, a file `lock` is there, on which other processes wait; one that was killed
+    leaves it for ever. The guard dies with its holder, so who holds it knows such a file for a left-over.
+    """
+    extensions = _extensions_folder()
+    extensions.mkdir(parents=True, exist_ok=True)
+    with (extensions / ".minisft.lock").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if os.environ.get("TORCH_EXTENSIONS_DIR") == str(extensions):  # else it is not ours alone
+            _remove_locks(extensions)
+        yield extensions
+
+
+def _extensions_folder() -> Path:
+    """One folder for each torch: an extension built with another one would be built again, or not load."""
+    build = hashlib.sha256(f"{torch.__version__} {sys.prefix}".encode()).hexdigest()[:12]
+    return cache_folder() / "torch_extensions" / build
+
+
+def build_communication() -> None:
+    """Compile DeepSpeed's shared-memory op in this process, where that is not done."""
+    set_deepspeed_environment(on_cpu=True)
+    _load_shared_memory_op()
+
+
+def _load_shared_memory_op() -> None:
+    """Load the op, which DeepSpeed keeps for the process; one that is not built yet is built."""
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load(verbose=False)
+
+
+_COMMAND = ("-m", "minisft.training.zero")
+
+
+def compile_apart(clean_up: Callable[[], object]) -> str | None:
+    """Compile the op, and wait for it; SIGINT and SIGTERM end it at once.
+
+    Args:
+        clean_up: called once nothing is at work any more.
+
+    Returns:
+        Why it failed, or None.
+
+    Raises:
+        StoppedError: this process was asked to stop.
+    """
+    with stop_signals(_stop):
+        process = subprocess.Popen(
+            [sys.executable, *_COMMAND], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True, preexec_fn=die_with_parent,
+        )  # fmt: skip
+        try:
+            printed, _ = process.communicate()
+        finally:
+            if process.poll() is None:
+                _kill_with_children(process.pid)
+            process.wait()
+            clean_up()
+    if process.returncode == 0:
+        return None
+    lines = [line for line in printed.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"it ended with status {process.returncode}"
+
+
+def _kill_with_children(pid: int) -> None:
+    """Kill a process and the compilers below it, to which ninja gives process groups of their own."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def _stop(number: int, frame: object) -> None:
+    raise StoppedError(f"stopped while DeepSpeed's communication was compiled ({signal.Signals(number).name})")
+
+
+def main() -> None:
+
+    build_communication()
+
+
+if __name__ == "__main__":
+    main()
