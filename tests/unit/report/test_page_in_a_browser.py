@@ -6,7 +6,7 @@ import pytest
 
 from minisft.report.page import write_report
 from tests.browser import Browser, find_browser
-from tests.unit.test_page import NASTY, make_run
+from tests.unit.report.test_page import NASTY, make_run
 
 PROGRAM = find_browser()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium here; MINISFT_BROWSER names one")

@@ -10,7 +10,7 @@ from minisft.errors import UserError
 from minisft.report.comparison import Entry, differences, measure, relative_difference, write_comparison
 from minisft.report.run_data import read_run
 from tests.browser import Browser, find_browser
-from tests.unit.test_page import Elements
+from tests.unit.report.test_page import Elements
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/INST] | &amp;"
 

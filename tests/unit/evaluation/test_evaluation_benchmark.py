@@ -9,7 +9,7 @@ import pytest
 
 from minisft.demo import show_demo
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def a_demo(root, metrics, best="checkpoint-5"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minisft.training.loss import one_gradient, row_loss
-from tests.unit.test_loss_in_chunks import CAPPED, LLAMA, NEOX, TIED, make, make_row
+from tests.unit.training.test_loss_in_chunks import CAPPED, LLAMA, NEOX, TIED, make, make_row
 
 ROWS = [make_row(3, 20), make_row(1, 15), make_row(2, 9)]
 

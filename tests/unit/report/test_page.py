@@ -183,7 +183,7 @@ def test_a_run_that_is_not_evaluated_has_its_verdict_as_markdown(tmp_path):
 
 
 def test_fifty_checkpoints_and_a_thousand_rows_make_a_small_page_soon(tmp_path):
-    script = Path(__file__).parents[2] / "benchmarks" / "evaluate.py"
+    script = Path(__file__).parents[3] / "benchmarks" / "evaluate.py"
     runpy.run_path(str(script))["make_run"](tmp_path, 50, 1000)
     started = time.process_time()
     path = write_report(tmp_path)

@@ -99,7 +99,7 @@ def test_processes_end_with_the_one_that_hands_out_the_work(tiny_model, tmp_path
     """Killed, it can say nothing to them."""
     code = (
         "import sys, os, signal\n"
-        "from tests.unit.test_evaluation_workers import *\n"
+        "from tests.unit.evaluation.test_backends import *\n"
         "if __name__ == '__main__':\n"
         "    with Workers(2) as workers:\n"
         "        for outcome in workers.perform(spec_of(sys.argv[1]), tasks() * 400):\n"
@@ -111,7 +111,7 @@ def test_processes_end_with_the_one_that_hands_out_the_work(tiny_model, tmp_path
 
     script = tmp_path / "work.py"
     script.write_text(code)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, script, tiny_model], capture_output=True, text=True, env=environment, timeout=120
