@@ -32,9 +32,9 @@ from minisft.data.preparation import prepare
 from minisft.data.prepared import load_train
 from minisft.models import load_tokenizer
 from minisft.planning.machines import machine_named
-from minisft.planning.model_cost import count_footprint
+from minisft.planning.model_cost import count_cost
 from minisft.recipe import DataRecipe, LoraRecipe, Recipe
-from minisft.training.batching import measure
+from minisft.training.batching import measure_lengths
 
 BATCH = 16
 LENGTH = 1024
@@ -59,7 +59,7 @@ def main() -> None:
         work = make_work(arguments, folder, TINY if arguments.trial else SHAPE)
         found = [*ours(work, arguments.trial), *theirs(work, arguments)]
         measured = measure_rounds(found, arguments.rounds, folder)
-    summary = {name: summarise(runs, work, arguments) for name, runs in measured.items()}
+    summary = {name: summarise_scores(runs, work, arguments) for name, runs in measured.items()}
     report(summary)
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n")
@@ -89,7 +89,7 @@ def make_work(arguments: argparse.Namespace, folder: Path, shape: dict[str, Any]
     template.write_text(CHATML)
     data = DataRecipe(source=str(sharegpt), template="chatml", test_fraction=0, max_length=2 * LENGTH, overflow="error")
     prepare(Recipe(model=str(model), output=str(folder / "run"), data=data), tokenizer)
-    sizes = measure(load_train(folder / "run"))
+    sizes = measure_lengths(load_train(folder / "run"))
     return Work(
         model, folder / "run", sharegpt, messages, template, int(sizes.tokens.sum()), int(sizes.supervised.sum())
     )
@@ -200,7 +200,7 @@ def measure_rounds(found: list[Contender], rounds: int, folder: Path) -> dict[st
     return {name: runs for name, runs in measured.items() if runs}
 
 
-def summarise(runs: list[dict[str, Any]], work: Work, arguments: argparse.Namespace) -> dict[str, float]:
+def summarise_scores(runs: list[dict[str, Any]], work: Work, arguments: argparse.Namespace) -> dict[str, float]:
     """Return the medians over rounds; tokens a second are those of the steps after the warm-up."""
     rates = []
     for run in runs:
@@ -233,7 +233,7 @@ def report(summary: dict[str, dict[str, float]]) -> None:
 
 def operations_a_second(tokens: float, supervised: float, lora: bool) -> float:
     """Return those that a rate of tokens takes; logits are counted for supervised tokens alone, for TRL's too."""
-    footprint = count_footprint(LlamaConfig(**SHAPE), "half", LoraRecipe(**LORA) if lora else None)
+    footprint = count_cost(LlamaConfig(**SHAPE), "half", LoraRecipe(**LORA) if lora else None)
     return footprint.step_flops(checkpointing=False) * tokens + footprint.head_flops(supervised)
 
 

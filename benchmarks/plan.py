@@ -26,7 +26,7 @@ from minisft.data.preparation import prepare
 from minisft.models import resolve_model
 from minisft.planning.auto import try_strategy
 from minisft.planning.machines import Machine
-from minisft.planning.model_cost import Footprints
+from minisft.planning.model_cost import ModelCosts
 from minisft.planning.planner import job_of, predict_recipe, prepared_sizes
 from minisft.planning.prediction import Job, Prediction
 from minisft.recipe import STRATEGIES, DataRecipe, LoraRecipe, Recipe, TrainingRecipe
@@ -70,7 +70,7 @@ def main() -> None:
     elif arguments.report:
         report(read_results(arguments.results))
     else:
-        measure(arguments.results, arguments.minutes, arguments.only)
+        measure_lengths(arguments.results, arguments.minutes, arguments.only)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,7 +90,7 @@ def name_of(case: Case) -> str:
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def measure(results: Path, minutes: float, only: str) -> None:
+def measure_lengths(results: Path, minutes: float, only: str) -> None:
     done, begun = {name_of(case) for case, _ in read_results(results)}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
@@ -170,7 +170,7 @@ def report(results: list[tuple[Case, dict[str, Any]]]) -> None:
     print("| model | trained | processes | strategy | predicted GB | measured GB | off by |")
     print("|---|---|---|---|---|---|---|")
     off: list[float] = []
-    models = {size: Footprints(config_of(size)) for size in SIZES}
+    models = {size: ModelCosts(config_of(size)) for size in SIZES}
     with tempfile.TemporaryDirectory() as folder:
         jobs = dict(jobs_of(Path(folder)))
         for case, measured in sorted(results, key=lambda result: list(cases()).index(result[0])):

@@ -29,7 +29,7 @@ from minisft.data.preparation import prepare
 from minisft.data.prepared import load_train
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import DataRecipe, Recipe
-from minisft.training.batching import Sizes, deal, measure, steps_of_epoch
+from minisft.training.batching import Sizes, balance_ranks, measure_lengths, steps_of_epoch
 
 CONTENDERS = Path(__file__).resolve().parent / "contenders"
 BATCH = 8
@@ -96,7 +96,7 @@ def main() -> None:
         )
         found, left_out = contenders(arguments, work)
         rounds = measure_rounds(found, left_out, arguments, folder)
-    summary = summarise(rounds, work.supervised, work.tokens) | {"balance": balance, "left_out": left_out}
+    summary = summarise_scores(rounds, work.supervised, work.tokens) | {"balance": balance, "left_out": left_out}
     report(summary)
     if arguments.json:
         kept = {"arguments": {key: str(value) for key, value in vars(arguments).items()}, **summary, "rounds": rounds}
@@ -157,7 +157,7 @@ def prepared_sizes(output: Path, model: Path, **data: Any) -> Sizes:
     """Prepare data under a run folder, all of it for training."""
     recipe = Recipe(model=str(model), output=str(output), data=DataRecipe(template="chatml", test_fraction=0, **data))
     prepare(recipe, load_tokenizer(model))
-    return measure(load_train(output))
+    return measure_lengths(load_train(output))
 
 
 def balance_of(arguments: argparse.Namespace, folder: Path, model: Path) -> dict[str, float]:
@@ -179,7 +179,7 @@ def imbalance(steps: list[list[int]], largest_load: Callable[[list[int]], int]) 
 
 
 def dealt_load(lengths: list[int]) -> int:
-    return max(sum(lengths[at] for at in share) for share in deal(lengths, 2))
+    return max(sum(lengths[at] for at in share) for share in balance_ranks(lengths, 2))
 
 
 def load_in_order(lengths: list[int]) -> int:
@@ -326,7 +326,7 @@ def last_line(text: str) -> str:
 # --- what came out
 
 
-def summarise(rounds: dict[str, list[dict[str, Any]]], supervised: int, tokens: int) -> dict[str, Any]:
+def summarise_scores(rounds: dict[str, list[dict[str, Any]]], supervised: int, tokens: int) -> dict[str, Any]:
     """Return medians by contender, the matrix product's rate, and the shares of it and of a step that ours reach."""
     products = [one["flops"] for one in rounds[PRODUCT]]
     medians = {name: medians_of(results, supervised) for name, results in rounds.items() if name != PRODUCT}

@@ -53,7 +53,7 @@ def main() -> None:
     if "threads" in options:
         torch.set_num_threads(options["threads"])
     if options.get("in_order"):
-        batching.deal = in_order
+        batching.balance_ranks = in_order
     run = RunFolder(Path(options["run"]))
     settings = {"precision": "fp32"} | options.get("settings", {})
     if "lora" in settings:

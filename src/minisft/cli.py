@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from minisft import __version__, options
 from minisft.errors import StoppedError, UserError, WorkerError
-from minisft.files import REFUSED, user_path
-from minisft.library_output import tame_libraries
+from minisft.files import WRITE_ERRNOS, expand_user_path
+from minisft.library_output import escape_library_output
 from minisft.options import Arguments, Verb
-from minisft.runner import prepare_run, train_along, train_joined, train_run, try_start
-from minisft.text import json_text, printable
+from minisft.runner import dry_run_training, prepare_run, train_in_launched_process, train_run, train_secondary_node
+from minisft.text import dump_json, printable
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can mend it, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
-    tame_libraries()
+    escape_library_output()
     try:
         return _run(words)
     except UserError as error:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno not in WRITE_ERRNOS:
             raise
         print(f"minisft: {printable(str(_refused(error)))}", file=sys.stderr)
         return 2
@@ -125,7 +125,7 @@ def prepare(arguments: Arguments) -> None:
     require_sources(recipe.data)
     with start_run(recipe, force=arguments.force, prepares_only=True) as started:
         prepare_run(started.recipe, with_weights=False, output=Path(recipe.output))
-        started.take_place()
+        started.replace_old_run()
         delete_replaced_run(started.run)
 
 
@@ -140,13 +140,13 @@ def inspect(arguments: Arguments) -> None:
             prepare_run(recipe, with_weights=False)
     show_rows(
         recipe,
-        side=arguments.side,
+        split=arguments.split,
         rows=arguments.row,
         ids=arguments.id,
         worst=arguments.worst,
         only_findings=arguments.findings,
         count=arguments.count,
-        html=None if arguments.html is None else user_path(arguments.html, "--html"),
+        html=None if arguments.html is None else expand_user_path(arguments.html, "--html"),
     )
 
 
@@ -160,17 +160,17 @@ def check(arguments: Arguments) -> None:
 
     set_deepspeed_environment(on_cpu())  # before transformers is imported
     if not arguments.quick:
-        from minisft.training.run_training import refuse_impossible
+        from minisft.training.run_training import require_feasible
 
-        refuse_impossible(recipe)
-    from minisft.checking.run_checks import as_report, examine, show, summary
+        require_feasible(recipe)
+    from minisft.checking.run_checks import as_report, run_checks, show, summary
 
     with open_run(recipe, prepares_only=True) as run:
-        results = examine(recipe, run, quick=arguments.quick, tell=(lambda _: None) if arguments.json else show)
+        results = run_checks(recipe, run, quick=arguments.quick, on_result=(lambda _: None) if arguments.json else show)
         report = as_report(recipe, results, quick=arguments.quick)
-        write_atomically(run.check, json_text(report, indent=1))
+        write_atomically(run.check, dump_json(report, indent=1))
     if arguments.json:
-        print(json_text(report, indent=1))
+        print(dump_json(report, indent=1))
     else:
         say(f"{summary(results)}; written: {run.check}")
     failed = [result for result in results if result.status == "FAILED"]
@@ -178,44 +178,44 @@ def check(arguments: Arguments) -> None:
         raise UserError(
             ", ".join(result.name for result in failed),
             f"{len(failed)} of {len(results)} checks failed",
-            failed[0].mend,
+            failed[0].fix,
         )
 
 
 def plan(arguments: Arguments) -> None:
     recipe = _load(arguments)
     from minisft.planning.plan_table import plan_as_json, show_plan
-    from minisft.planning.planner import Wish, plan_for
+    from minisft.planning.planner import PlanOptions, plan_for
 
-    made = plan_for(recipe, Wish(arguments.gpu, arguments.count, arguments.nodes))
+    made = plan_for(recipe, PlanOptions(arguments.gpu, arguments.count, arguments.nodes))
     if arguments.json:
-        print(json_text(plan_as_json(made), indent=1))
+        print(dump_json(plan_as_json(made), indent=1))
     else:
         show_plan(made)
 
 
 def train(arguments: Arguments) -> None:
     recipe = _load(arguments)
-    from minisft.processes import leave
+    from minisft.processes import hard_exit
     from minisft.training.distributed import adopt_slurm, is_joined
-    from minisft.training.nodes import parse_machines
+    from minisft.training.nodes import parse_nodes
 
     adopt_slurm()
-    machines = parse_machines(arguments.nodes, arguments.node_rank, arguments.rendezvous)
-    if machines is not None and recipe.training.strategy == "auto":
-        mend = f"name a strategy; `minisft plan {arguments.words[0]} --nodes {machines.count}` says which"
-        raise UserError("training.strategy", "auto tries strategies on one machine alone", mend)
+    nodes = parse_nodes(arguments.nodes, arguments.node_rank, arguments.rendezvous)
+    if nodes is not None and recipe.training.strategy == "auto":
+        fix = f"name a strategy; `minisft plan {arguments.words[0]} --nodes {nodes.count}` says which"
+        raise UserError("training.strategy", "auto tries strategies on one machine alone", fix)
     if arguments.dry_run:
-        try_start(recipe, force=arguments.force, resume=arguments.resume, machines=machines)
+        dry_run_training(recipe, force=arguments.force, resume=arguments.resume, nodes=nodes)
     elif is_joined():
-        if machines is not None:
+        if nodes is not None:
             raise UserError("--nodes", "another launcher started this process", "leave the machines to it")
-        train_joined(recipe, force=arguments.force, resume=arguments.resume)
-        leave(0)
-    elif machines is not None and machines.rank > 0:
-        train_along(recipe, machines, resume=arguments.resume)
+        train_in_launched_process(recipe, force=arguments.force, resume=arguments.resume)
+        hard_exit(0)
+    elif nodes is not None and nodes.rank > 0:
+        train_secondary_node(recipe, nodes, resume=arguments.resume)
     else:
-        run = train_run(recipe, force=arguments.force, resume=arguments.resume, machines=machines)
+        run = train_run(recipe, force=arguments.force, resume=arguments.resume, nodes=nodes)
         _say_what_next(run)
 
 
@@ -227,11 +227,11 @@ def compare(arguments: Arguments) -> int:
     path, *overrides = arguments.words
     if Path(path).is_file():  # else it is refused
         _announce(arguments, path)
-    from minisft.comparison.compare import Wish
+    from minisft.comparison.compare import CompareOptions
     from minisft.comparison.compare import compare as compare_variants
 
     return compare_variants(
-        Wish(
+        CompareOptions(
             Path(path),
             (*overrides, *_consent(arguments)),
             strategies=arguments.strategies,
@@ -247,17 +247,17 @@ def report(arguments: Arguments) -> None:
     from minisft.console import say
     from minisft.report.markdown import write_results
     from minisft.report.page import require_target, write_report
-    from minisft.run_start import refuse_strangers_links
+    from minisft.run_start import refuse_untrusted_links
 
-    to = None if arguments.to is None else user_path(arguments.to, "--to")
+    to = None if arguments.to is None else expand_user_path(arguments.to, "--to")
     if to is None:
-        refuse_strangers_links(output)
+        refuse_untrusted_links(output)
     else:
         require_target(to)
     try:
         written = [write_report(output, to), write_results(output, to)]
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno not in WRITE_ERRNOS:
             raise
         fix = "make room there, or see to the permissions"
         if to is None:
@@ -270,7 +270,7 @@ def report(arguments: Arguments) -> None:
 def export(arguments: Arguments) -> None:
     if len(arguments.words) < 2 or "=" in arguments.words[1]:
         raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
-    folder = user_path(arguments.words.pop(1), "the folder to write")
+    folder = expand_user_path(arguments.words.pop(1), "the folder to write")
     recipe = _recipe_or_run(arguments)
     from minisft.console import say
     from minisft.model_export import export as export_model
@@ -338,16 +338,16 @@ def demo(arguments: Arguments) -> None:
 def _load(arguments: Arguments) -> "Recipe":
     """Read the recipe with its overrides; one that lies in a run folder is that run's, and carries no consent."""
     from minisft.recipe import load_recipe
-    from minisft.run_folder import NO_CONSENT, is_of_a_run, load_run, run_of
+    from minisft.run_folder import DISTRUST_OVERRIDE, came_with_run, load_run, run_of_recipe
 
     path = arguments.words[0]
-    root = run_of(Path(path))
+    root = run_of_recipe(Path(path))
 
     def load(overrides: Sequence[str]) -> "Recipe":
         words = [*overrides, *_consent(arguments)]
         if root is not None and not any(word.startswith("output=") for word in words):
             return load_run(root, words)
-        return load_recipe(Path(path), [NO_CONSENT, *words] if is_of_a_run(Path(path)) else words)
+        return load_recipe(Path(path), [DISTRUST_OVERRIDE, *words] if came_with_run(Path(path)) else words)
 
     recipe = _with_overrides(arguments, load)
     _announce(arguments, path, recipe.output)
@@ -356,9 +356,9 @@ def _load(arguments: Arguments) -> "Recipe":
 
 def _consent(arguments: Arguments) -> list[str]:
     """Return the override that `--trust-remote-code` stands for, where it was given."""
-    from minisft.run_folder import CONSENT
+    from minisft.run_folder import TRUST_OVERRIDE
 
-    return [CONSENT] if getattr(arguments, "trust_remote_code", False) else []
+    return [TRUST_OVERRIDE] if getattr(arguments, "trust_remote_code", False) else []
 
 
 def _recipe_or_run(arguments: Arguments) -> "Recipe":
@@ -396,17 +396,17 @@ def _evaluate(
 ) -> None:
     """Score the run, call `shown` with its folder, and only then refuse checkpoints that are damaged."""
     from minisft.evaluation.run_evaluation import evaluate as score_checkpoints
-    from minisft.evaluation.run_evaluation import refuse_damaged
+    from minisft.evaluation.run_evaluation import require_all_scored
     from minisft.report.plots import draw_curves
     from minisft.run_folder import RunFolder
-    from minisft.run_start import refuse_strangers_links
+    from minisft.run_start import refuse_untrusted_links
 
     output = Path(recipe.output)
-    refuse_strangers_links(output)
+    refuse_untrusted_links(output)
     results = score_checkpoints(recipe, output, follow=follow, as_json=as_json, draw=draw_curves)
     if shown is not None:
         shown(output)
-    refuse_damaged(results, RunFolder(output))
+    require_all_scored(results, RunFolder(output))
 
 
 def _say_what_next(run: "RunFolder") -> None:

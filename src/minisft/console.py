@@ -38,7 +38,7 @@ _REDRAWN = 0.2
 
 
 @contextlib.contextmanager
-def counting_rows() -> Iterator[Callable[[int], None]]:
+def row_progress() -> Iterator[Callable[[int], None]]:
     """Give a function that is called with the number of rows done so far."""
     printed = time.monotonic()
     with error_console.status("reading") if error_console.is_terminal else contextlib.nullcontext() as status:

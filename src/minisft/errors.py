@@ -6,18 +6,18 @@ class UserError(Exception):
 
     Args:
         where: the file, line, row or key that is concerned.
-        what: what is wrong there.
-        mend: what the user can do about it.
+        problem: what is wrong there.
+        fix: what the user can do about it.
     """
 
-    def __init__(self, where: object, what: str, mend: str) -> None:
+    def __init__(self, where: object, problem: str, fix: str) -> None:
         self.where = str(where)
-        self.what = what
-        self.mend = mend
-        super().__init__(self.where, what, mend)  # all three: an exception is pickled by its args
+        self.problem = problem
+        self.fix = fix
+        super().__init__(self.where, problem, fix)  # all three: an exception is pickled by its args
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}\n  To mend it: {self.mend}"
+        return f"{self.where}: {self.problem}\n  To mend it: {self.fix}"
 
 
 class StoppedError(Exception):

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.manifest import record, record_folder, record_scratch, refuse_foreign_files
+from minisft.manifest import record_files, record_folder, record_scratch_folder, refuse_foreign_files
 
 # What a file system refuses: no room, a quota, a limit on a file's size, read-only or forbidden, a broken disk.
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _CHUNK = 1 << 20
 _RETRY = 0.05  # seconds between two tries for a lock
 
 
-def user_path(text: str, where: str = "") -> Path:
+def expand_user_path(text: str, where: str = "") -> Path:
     """Return the path that a user wrote, with a leading `~` or `~name` as that home folder.
 
     Every path of a recipe or of the command line passes through here once, before anything else looks at it. The
@@ -47,9 +47,9 @@ def user_path(text: str, where: str = "") -> Path:
     try:
         return path.expanduser()
     except RuntimeError:
-        what = f"{path.parts[0]} stands for a home folder that does not exist"
+        problem = f"{path.parts[0]} stands for a home folder that does not exist"
         fix = f"write ./{text} for a name that begins with ~, or the full path"
-        raise UserError(where or text, what, fix) from None
+        raise UserError(where or text, problem, fix) from None
 
 
 def is_pattern(path: Path) -> bool:
@@ -57,7 +57,7 @@ def is_pattern(path: Path) -> bool:
     return glob.has_magic(str(path))
 
 
-def files_of_pattern(pattern: Path) -> list[tuple[str, Path]]:
+def expand_pattern(pattern: Path) -> list[tuple[str, Path]]:
     """Return the files that match a pattern, by name; each with its name from the first wildcard on.
 
     `*` and `?` stand for characters of one name, `[ab]` for one of some, `**` for any number of folders. Hidden files
@@ -82,13 +82,13 @@ def files_of_pattern(pattern: Path) -> list[tuple[str, Path]]:
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to a file beside `path` and rename it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    record(aside, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    record_files(temporary, path)
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -117,12 +117,12 @@ def refuse_huge_files(folder: Path, largest: Mapping[str, int]) -> None:
         for path in folder.glob(pattern):
             size = path.stat().st_size if path.is_file() else 0
             if size > limit:
-                what = f"it has {size / 1e6:,.0f} MB, and a file of this kind has at most {limit / 1e6:,.0f} MB"
-                raise UserError(path, what, "delete it, and do not trust where it came from")
+                problem = f"it has {size / 1e6:,.0f} MB, and a file of this kind has at most {limit / 1e6:,.0f} MB"
+                raise UserError(path, problem, "delete it, and do not trust where it came from")
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def write_folder_atomically(folder: Path) -> Iterator[Path]:
     """Give a folder to fill; it takes the name `folder` only when the block ends without an error.
 
     Where `folder` is a link to a folder, the folder that it leads to is replaced, and the link stays.
@@ -132,23 +132,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     refuse_foreign_files(folder)
     target = folder.resolve()
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    record_scratch(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    record_scratch_folder(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        yield aside
-        record_folder(aside, folder)
+        yield temporary
+        record_folder(temporary, folder)
         refuse_foreign_files(folder)  # something may have come meanwhile
         if target.exists():
             shutil.rmtree(target)
-        aside.replace(target)
+        temporary.replace(target)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_left_overs(folder: Path) -> None:
-    """Remove what a killed process left of making `folder` with `whole_folder`."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left of making `folder` with `write_folder_atomically`."""
     target = folder.resolve()
     for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
         if re.fullmatch(r"\d+", path.suffix[1:]) and path.is_dir() and not path.is_symlink():
@@ -169,7 +169,7 @@ def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
     """
     end = time.monotonic() + patience
     if not path.exists():
-        record(path)
+        record_files(path)
     handle = _open_lock(path)
     try:
         while True:
@@ -185,7 +185,7 @@ def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
         os.close(handle)
 
 
-def is_held(path: Path) -> bool:
+def is_lock_held(path: Path) -> bool:
     """Say whether a process holds the lock file `path`; nothing is made or written."""
     if not os.path.lexists(path):
         return False
@@ -224,7 +224,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minisft"
 
 
-def follow_umask(folder: Path) -> None:
+def apply_umask(folder: Path) -> None:
     """Give the files in a folder that this process wrote the permissions that the user's umask grants to new files.
 
     The writer of safetensors makes its files for their owner alone, who could then share no model.

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from minisft.text import printable
 
 
-def tame_libraries() -> None:
+def escape_library_output() -> None:
     """Let what libraries log and warn of, and tracebacks, pass through `printable` too, in this process."""
     make_record = logging.getLogRecordFactory()
     if getattr(make_record, "is_tame", False):
@@ -49,7 +49,7 @@ _NOTICES = {
 _DEPRECATIONS = (r".*_?all_gather_base.*", r".*_?all_gather_into_tensor.*", r".*_?reduce_scatter_(base|tensor).*")
 
 
-def hold_back_notices() -> None:
+def suppress_known_warnings() -> None:
     """Hold back, in this process, the notices that a run in which nothing is wrong brings about."""
     for name, beginnings in _NOTICES.items():
         logger = logging.getLogger(name)
@@ -69,7 +69,7 @@ class _Without(logging.Filter):
 
 
 @contextlib.contextmanager
-def without_lines(part: str) -> Iterator[None]:
+def drop_lines(part: str) -> Iterator[None]:
     """Hold back lines with `part` that Python code prints on stdout inside the block; others pass."""
     with contextlib.redirect_stdout(_Lines(sys.stdout, part)) as passing:
         try:

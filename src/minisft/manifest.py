@@ -43,7 +43,7 @@ class Marker:
     replaces: tuple[str, ...] = ()
 
 
-def mark(folder: Path, kind: str, path: Path | None = None, replaces: Sequence[str] = ()) -> None:
+def write_marker(folder: Path, kind: str, path: Path | None = None, replaces: Sequence[str] = ()) -> None:
     """Write the marker of a folder that MiniSFT made, or change what it replaces.
 
     Args:
@@ -53,23 +53,23 @@ def mark(folder: Path, kind: str, path: Path | None = None, replaces: Sequence[s
         replaces: names of folders beside it.
     """
     marker = Marker(kind, folder.stat().st_ino, _hash(path or folder), tuple(replaces))
-    append_plain(folder / MANIFEST, "")
-    aside = folder / f"{MARKER}.new"
-    aside.write_text(json.dumps(vars(marker)) + "\n", encoding="utf-8")
-    aside.replace(folder / MARKER)
+    append_to_regular_file(folder / MANIFEST, "")
+    temporary = folder / f"{MARKER}.new"
+    temporary.write_text(json.dumps(vars(marker)) + "\n", encoding="utf-8")
+    temporary.replace(folder / MARKER)
 
 
-def mark_new(folder: Path, kind: str) -> None:
+def mark_new_folder(folder: Path, kind: str) -> None:
     """Make a folder and mark it, unless there is something in it already."""
     if not folder.is_dir() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
-        mark(folder, kind)
+        write_marker(folder, kind)
 
 
 def read_marker(folder: Path) -> Marker | None:
     """Return the marker of a folder, or None where MiniSFT did not make it: a copied marker counts as none."""
     try:
-        found = json.loads(_read_plain(folder / MARKER))
+        found = json.loads(_read_regular_file(folder / MARKER))
         marker = Marker(str(found["kind"]), int(found["inode"]), str(found["path"]), tuple(map(str, found["replaces"])))
         same = marker.inode == folder.stat().st_ino or marker.path == _hash(folder)
     except (ValueError, KeyError, TypeError):
@@ -81,27 +81,27 @@ def read_marker(folder: Path) -> Marker | None:
     return marker if same else None
 
 
-def record(*paths: Path) -> None:
+def record_files(*paths: Path) -> None:
     """List files that are about to be written in the manifest of the marked folder that holds them, if one does."""
-    _record(dict.fromkeys(paths, ""))
+    _add_to_manifest(dict.fromkeys(paths, ""))
 
 
-def record_scratch(folder: Path) -> None:
+def record_scratch_folder(folder: Path) -> None:
     """List a folder that is about to be made, and is wholly MiniSFT's, in the manifest of the marked one around it."""
-    _record({folder: "/"})
+    _add_to_manifest({folder: "/"})
 
 
 def record_folder(made: Path, name: Path) -> None:
     """List the files of the folder `made` under the name that it is about to get."""
-    _record({name / path.relative_to(made): "" for path in _files(made)})
+    _add_to_manifest({name / path.relative_to(made): "" for path in _files(made)})
 
 
 def foreign_files(folder: Path) -> list[str]:
     """Return what MiniSFT did not write in a folder, relative to it: all of it, where no marked folder is around it."""
-    root = _root_of(folder)
+    root = _marked_root(folder)
     if root is None or read_marker(root) is None:
         return [path.relative_to(folder).as_posix() for path in _files(folder)]
-    listed, inside = _Listed.of(root), folder.absolute().relative_to(root)
+    listed, inside = _Manifest.of(root), folder.absolute().relative_to(root)
     found = []
     for path in _files(folder):
         name = path.relative_to(folder)
@@ -112,13 +112,13 @@ def foreign_files(folder: Path) -> list[str]:
 
 def in_marked_folder(path: Path) -> bool:
     """Say whether a marked folder is around `path`, so that its manifest tells what MiniSFT wrote."""
-    root = _root_of(path)
+    root = _marked_root(path)
     return root is not None and read_marker(root) is not None
 
 
-def written_bytes(folder: Path) -> int:
+def size_of_written_files(folder: Path) -> int:
     """Return the size of the files of a marked folder that MiniSFT wrote."""
-    listed = _Listed.of(folder)
+    listed = _Manifest.of(folder)
     return sum(
         path.lstat().st_size
         for path in _files(folder)
@@ -126,7 +126,7 @@ def written_bytes(folder: Path) -> int:
     )
 
 
-def delete_written(folder: Path) -> list[str]:
+def delete_written_files(folder: Path) -> list[str]:
     """Delete what MiniSFT wrote in a marked folder, and the folder itself where nothing else is in it.
 
     Called again, it goes on where it was broken off.
@@ -135,7 +135,7 @@ def delete_written(folder: Path) -> list[str]:
         What stays, since somebody else wrote it: paths relative to the folder.
     """
     assert read_marker(folder) is not None, f"{folder} is not MiniSFT's to delete"
-    listed = _Listed.of(folder)
+    listed = _Manifest.of(folder)
     foreign = []
     for path in _files(folder):
         name = path.relative_to(folder)
@@ -151,20 +151,20 @@ def delete_written(folder: Path) -> list[str]:
     return foreign
 
 
-def make_scratch(folder: Path) -> None:
+def make_scratch_folder(folder: Path) -> None:
     """Make an empty folder that is wholly MiniSFT's, in place of one that a killed process left.
 
     Raises:
         UserError: there is something of that name that MiniSFT did not make.
     """
-    delete_scratch(folder)
-    record_scratch(folder)
+    delete_scratch_folder(folder)
+    record_scratch_folder(folder)
     folder.mkdir(parents=True)
-    mark(folder, "scratch")
+    write_marker(folder, "scratch")
 
 
-def delete_scratch(folder: Path) -> None:
-    """Delete a folder of `make_scratch` with all that is in it.
+def delete_scratch_folder(folder: Path) -> None:
+    """Delete a folder of `make_scratch_folder` with all that is in it.
 
     Raises:
         UserError: there is something of that name that MiniSFT did not make.
@@ -186,28 +186,28 @@ def refuse_foreign_files(folder: Path) -> None:
         raise UserError(folder, "there is a file where MiniSFT writes a folder", "move it, or choose another `output`")
     foreign = foreign_files(folder)
     if foreign:
-        what = f"it would be replaced, and holds what MiniSFT did not write: {shown(foreign)}"
-        raise UserError(folder, what, "move that somewhere else, or choose another `output`")
+        problem = f"it would be replaced, and holds what MiniSFT did not write: {list_some(foreign)}"
+        raise UserError(folder, problem, "move that somewhere else, or choose another `output`")
 
 
-def shown(names: Sequence[str]) -> str:
+def list_some(names: Sequence[str]) -> str:
     """Return some names, and how many more there are."""
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
 @dataclass(frozen=True)
-class _Listed:
+class _Manifest:
     """What a manifest lists, as POSIX paths relative to its folder."""
 
     files: frozenset[str]
     scratch: frozenset[str]
 
     @classmethod
-    def of(cls, root: Path) -> "_Listed":
+    def of(cls, root: Path) -> "_Manifest":
         """Read a manifest; lines that lead out of the folder, which a stranger may have written, are left out."""
         try:
-            lines = _read_plain(root / MANIFEST).splitlines()
+            lines = _read_regular_file(root / MANIFEST).splitlines()
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 raise
@@ -249,26 +249,26 @@ def _remove_empty(folder: Path) -> None:
                 Path(parent).rmdir()
 
 
-def _root_of(path: Path) -> Path | None:
+def _marked_root(path: Path) -> Path | None:
     """Return the nearest folder around `path`, or itself, that has a manifest."""
     path = path.absolute()
     return next((folder for folder in (path, *path.parents) if os.path.lexists(folder / MANIFEST)), None)
 
 
-def _record(paths: dict[Path, str]) -> None:
+def _add_to_manifest(paths: dict[Path, str]) -> None:
     if not paths:
         return
-    root = _root_of(next(iter(paths)).parent)
+    root = _marked_root(next(iter(paths)).parent)
     if root is None:
         return
-    listed = _Listed.of(root)
+    listed = _Manifest.of(root)
     names = {path.absolute().relative_to(root).as_posix(): end for path, end in paths.items()}
     new = [name + end for name, end in names.items() if name not in (listed.scratch if end else listed.files)]
     if new:
-        append_plain(root / MANIFEST, "".join(json.dumps(name) + "\n" for name in new))
+        append_to_regular_file(root / MANIFEST, "".join(json.dumps(name) + "\n" for name in new))
 
 
-def append_plain(path: Path, text: str) -> None:
+def append_to_regular_file(path: Path, text: str) -> None:
     """Append to a file in one write; a link in its place is an error (ELOOP), not followed."""
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
@@ -277,7 +277,7 @@ def append_plain(path: Path, text: str) -> None:
         os.close(handle)
 
 
-def _read_plain(path: Path) -> str:
+def _read_regular_file(path: Path) -> str:
     """Return the text of a plain file; links, pipes and devices are errors."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(handle, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 (a handle)

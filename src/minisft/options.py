@@ -41,8 +41,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def trust(parser: Parser) -> None:
-    what = "let code that comes with the model run; a run's own recipe never says so for you"
-    parser.add_argument("--trust-remote-code", action="store_true", help=what)
+    problem = "let code that comes with the model run; a run's own recipe never says so for you"
+    parser.add_argument("--trust-remote-code", action="store_true", help=problem)
 
 
 def _at_least_1(text: str) -> int:
@@ -56,7 +56,7 @@ def _at_least_1(text: str) -> int:
 
 
 def inspect(parser: Parser) -> None:
-    parser.add_argument("--side", choices=("train", "test"), default="train", help="which side of the split")
+    parser.add_argument("--split", "--side", choices=("train", "test"), default="train", help="which split to show")
     parser.add_argument("--row", type=int, action="append", default=[], metavar="N", help="a row by number; repeatable")
     parser.add_argument("--id", action="append", default=[], metavar="ID", help="a conversation by id; repeatable")
     parser.add_argument("--worst", choices=("length", "cut", "share"), help="the rows worst in this")

@@ -19,13 +19,13 @@ from minisft.errors import StoppedError
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
-def die_with_parent() -> None:
+def exit_with_parent() -> None:
     """Ask the kernel to kill this process with its parent, which may be killed itself; on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
-def leave(status: int) -> NoReturn:
+def hard_exit(status: int) -> NoReturn:
     """End this process, whose work is done, without tearing the interpreter down.
 
     gloo's threads may still hold tensors of it, also after the process group is destroyed; now and then a process that
@@ -43,7 +43,7 @@ def leave(status: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def stop_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """While it lasts, SIGINT and SIGTERM go to `handler`; one that is ignored, as under nohup, stays ignored."""
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
@@ -64,7 +64,7 @@ _OWN_MESSAGE = "minisft: "  # how the command line begins an error message
 
 
 @dataclass(frozen=True)
-class Ended:
+class CompletedVerb:
     """How a child ended.
 
     Args:
@@ -90,7 +90,7 @@ class Ended:
         return f"exit status {self.status}: {last}"
 
 
-def run_verb(words: Sequence[str], log: Path, follow: Callable[[str], object]) -> Ended:
+def run_verb(words: Sequence[str], log: Path, follow: Callable[[str], object]) -> CompletedVerb:
     """Run `minisft WORDS` and wait for it; SIGINT and SIGTERM to this process stop it, with its work saved.
 
     Args:
@@ -105,14 +105,14 @@ def run_verb(words: Sequence[str], log: Path, follow: Callable[[str], object]) -
         file.write(f"$ minisft {' '.join(words)}\n".encode())
     begin = log.stat().st_size
     asked: list[int] = []
-    with log.open("ab") as output, stop_signals(lambda number, _: asked.append(number)):
+    with log.open("ab") as output, handle_stop_signals(lambda number, _: asked.append(number)):
         process = subprocess.Popen(
             [sys.executable, "-m", "minisft", *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
-            preexec_fn=die_with_parent,
+            preexec_fn=exit_with_parent,
         )
         try:
             _wait(process, log, begin, follow, asked)
@@ -122,7 +122,7 @@ def run_verb(words: Sequence[str], log: Path, follow: Callable[[str], object]) -
             process.wait()
     if asked:
         raise StoppedError("stopped as asked; the same command goes on from there")
-    return Ended(process.returncode, _read(log, begin)[0])
+    return CompletedVerb(process.returncode, _read(log, begin)[0])
 
 
 def _wait(

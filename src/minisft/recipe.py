@@ -17,8 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from minisft.errors import UserError
-from minisft.files import files_of_pattern, is_pattern, user_path
-from minisft.yaml_tree import MOST_CHARACTERS, Node, NotYamlError, parse, shown
+from minisft.files import expand_pattern, expand_user_path, is_pattern
+from minisft.yaml_tree import MOST_CHARACTERS, Node, NotYamlError, parse, quoted
 
 STRATEGIES = ("vanilla", "zero1", "zero2", "zero3")
 METRICS = ("bleu", "chrf")
@@ -109,11 +109,11 @@ class TrainingRecipe:
             if getattr(self, key) != "epoch":
                 _require_positive("training", self, key)
         if self.epochs > MOST_EPOCHS:
-            what = f"{self.epochs:g} is too large: it must be at most {MOST_EPOCHS:,}"
-            raise UserError("training.epochs", what, "give fewer epochs, or set training.max_steps")
+            problem = f"{self.epochs:g} is too large: it must be at most {MOST_EPOCHS:,}"
+            raise UserError("training.epochs", problem, "give fewer epochs, or set training.max_steps")
         if self.early_stopping is not None and self.eval_every is None:
-            what = "there is no held-out loss to stop on"
-            raise UserError("training.early_stopping", what, "set training.eval_every, such as epoch, too")
+            problem = "there is no held-out loss to stop on"
+            raise UserError("training.early_stopping", problem, "set training.eval_every, such as epoch, too")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(
                 "training.warmup_ratio", f"{self.warmup_ratio} is no share", "give a number from 0 to below 1"
@@ -167,8 +167,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _require_not_negative("", self, "seed")
         if self.seed > LARGEST_SEED:
-            what = f"{self.seed} is too large: it must be at most {LARGEST_SEED}"
-            raise UserError("seed", what, "give a number of 32 bits, as numpy and torch take it")
+            problem = f"{self.seed} is too large: it must be at most {LARGEST_SEED}"
+            raise UserError("seed", problem, "give a number of 32 bits, as numpy and torch take it")
 
 
 def _require_not_negative(section: str, recipe: Any, *keys: str) -> None:
@@ -203,9 +203,9 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     recipe = _build(Recipe, tree, str(path), "")
     check_combinations(recipe)
     try:
-        return _with_paths(recipe, path.parent)
+        return _resolve_paths(recipe, path.parent)
     except UserError as error:
-        raise UserError(f"{_line_of(error.where, tree, str(path))}: {error.where}", error.what, error.mend) from None
+        raise UserError(f"{_line_of(error.where, tree, str(path))}: {error.where}", error.problem, error.fix) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -228,8 +228,8 @@ def check_combinations(recipe: Recipe) -> None:
         )
     _check_offload(training)
     if training.eval_every is not None and recipe.data.test is None and recipe.data.test_fraction == 0:
-        what = "there are no held-out conversations to compute a loss on"
-        raise UserError("training.eval_every", what, "set data.test_fraction above 0, or data.test")
+        problem = "there are no held-out conversations to compute a loss on"
+        raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test")
     if recipe.data.test is not None and recipe.data.test == recipe.data.source:
         raise UserError("data.test", "is the training source itself", "name another file, or use test_fraction")
 
@@ -238,8 +238,8 @@ def _check_offload(training: TrainingRecipe) -> None:
     if training.offload is None:
         return
     if training.strategy == "auto":
-        what = "auto chooses among strategies that keep all on the GPU"
-        raise UserError("training.offload", what, "name a ZeRO stage; `minisft plan` shows what each needs")
+        problem = "auto chooses among strategies that keep all on the GPU"
+        raise UserError("training.offload", problem, "name a ZeRO stage; `minisft plan` shows what each needs")
     if training.strategy == "vanilla":
         raise UserError("training.offload", "vanilla keeps all on the GPU", "use a ZeRO stage, or leave offload out")
     if training.offload == "parameters" and training.strategy != "zero3":
@@ -294,7 +294,7 @@ def _build(kind: type, node: Node, where: str, prefix: str) -> Any:
     hints = get_type_hints(kind)
     for key, child in node.value.items():
         if key not in hints:
-            raise UserError(_place(where, child), f"unknown key {shown(prefix + key)}", _nearest(key, prefix, hints))
+            raise UserError(_place(where, child), f"unknown key {quoted(prefix + key)}", _nearest(key, prefix, hints))
     values: dict[str, Any] = {}
     for entry in fields(kind):
         key = entry.name
@@ -308,7 +308,7 @@ def _build(kind: type, node: Node, where: str, prefix: str) -> Any:
         return kind(**values)
     except UserError as error:  # the dataclass names the key; the file and line are known here
         child = node.value.get(error.where.rpartition(".")[2])
-        raise UserError(f"{_place(where, child or node)}: {error.where}", error.what, error.mend) from None
+        raise UserError(f"{_place(where, child or node)}: {error.where}", error.problem, error.fix) from None
 
 
 def _convert(hint: Any, node: Node, where: str, key: str) -> Any:
@@ -319,15 +319,15 @@ def _convert(hint: Any, node: Node, where: str, key: str) -> Any:
             return _build(typing.cast(type, option), node, where, f"{key}.")
     value = node.plain()
     for option in options:
-        fits, converted = _fit(option, value)
+        fits, converted = _coerce(option, value)
         if fits:
             return converted
     raise UserError(
-        f"{_place(where, node)}: {key}", f"{shown(value)} does not fit", f"give {_describe(options, value)}"
+        f"{_place(where, node)}: {key}", f"{quoted(value)} does not fit", f"give {_describe(options, value)}"
     )
 
 
-def _fit(option: Any, value: Any) -> tuple[bool, Any]:
+def _coerce(option: Any, value: Any) -> tuple[bool, Any]:
     """Say whether `value` is of the type `option`, and give it as that type."""
     origin = get_origin(option)
     if option is type(None):
@@ -336,27 +336,27 @@ def _fit(option: Any, value: Any) -> tuple[bool, Any]:
         return value in get_args(option) and not isinstance(value, bool), value
     if origin is list:
         (item,) = get_args(option)
-        return isinstance(value, list) and all(item is Any or _fit(item, one)[0] for one in value), value
+        return isinstance(value, list) and all(item is Any or _coerce(item, one)[0] for one in value), value
     if origin is dict:
-        return _fit_dict(option, value)
+        return _coerce_dict(option, value)
     if option is float:
-        return _fit_float(value)
+        return _coerce_float(value)
     if option is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     return isinstance(value, option), value
 
 
-def _fit_dict(option: Any, value: Any) -> tuple[bool, Any]:
+def _coerce_dict(option: Any, value: Any) -> tuple[bool, Any]:
     """Fit each item of a mapping to the first type of its items that it is of."""
     _, item = get_args(option)
     if not isinstance(value, dict) or item is Any:
         return isinstance(value, dict), value
-    fitted = {key: next((_fit(one, found)[1] for one in get_args(item) if _fit(one, found)[0]), None)
+    fitted = {key: next((_coerce(one, found)[1] for one in get_args(item) if _coerce(one, found)[0]), None)
               for key, found in value.items()}  # fmt: skip
     return None not in fitted.values(), fitted
 
 
-def _fit_float(value: Any) -> tuple[bool, Any]:
+def _coerce_float(value: Any) -> tuple[bool, Any]:
     if isinstance(value, str):  # YAML 1.1 takes 8e-6, without a dot, for text
         try:
             value = float(value)
@@ -378,7 +378,7 @@ def _describe(options: tuple[Any, ...], value: Any) -> str:
             plain = get_origin(option) or option
             names.append({str: "text", int: "a whole number", float: "a number", bool: "true or false",
                           list: "a list", dict: "a mapping"}.get(plain, "a mapping of its keys"))  # fmt: skip
-    close = difflib.get_close_matches(shown(value).strip("'"), [name.strip("'") for name in names], n=1)
+    close = difflib.get_close_matches(quoted(value).strip("'"), [name.strip("'") for name in names], n=1)
     return " or ".join(names) + (f"; did you mean {close[0]!r}?" if close else "")
 
 
@@ -402,30 +402,30 @@ def _line_of(key: str, tree: Node, where: str) -> str:
     return _place(where, tree)
 
 
-def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
+def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Expand all paths of the recipe, and look them up; nothing that reads the recipe has to do so again.
 
     Raises:
         UserError: one is blank, or in the home of a user that does not exist; `where` is its key.
     """
     data, evaluation = recipe.data, recipe.evaluation
-    source, test = _found(data.source, folder, "data.source"), _found(data.test, folder, "data.test")
+    source, test = _resolve_path(data.source, folder, "data.source"), _resolve_path(data.test, folder, "data.test")
     template = data.template
     if not template.strip() or template.startswith("~") or template.endswith((".jinja", ".jinja2", ".j2")):
-        template = _found(template, folder, "data.template")
+        template = _resolve_path(template, folder, "data.template")
     prompts = evaluation.prompts
     if isinstance(prompts, str):
-        prompts = _found(prompts, folder, "evaluation.prompts")
+        prompts = _resolve_path(prompts, folder, "evaluation.prompts")
     return replace(
         recipe,
-        output=str(user_path(recipe.output, "output")),
+        output=str(expand_user_path(recipe.output, "output")),
         data=replace(data, source=source, test=test, template=template),
-        model=_found(recipe.model, folder, "model"),
+        model=_resolve_path(recipe.model, folder, "model"),
         evaluation=replace(evaluation, prompts=prompts),
     )
 
 
-def _found(source: Any, folder: Path, key: str) -> Any:
+def _resolve_path(source: Any, folder: Path, key: str) -> Any:
     """Make paths absolute: from the current folder, else from the recipe's; what is no path stays.
 
     Args:
@@ -434,18 +434,18 @@ def _found(source: Any, folder: Path, key: str) -> Any:
         key: the recipe's key, for messages.
     """
     if isinstance(source, list):
-        return [_found(item, folder, key) for item in source]
+        return [_resolve_path(item, folder, key) for item in source]
     if isinstance(source, dict):
-        return {name: _found(item, folder, key) if name == "path" else item for name, item in source.items()}
+        return {name: _resolve_path(item, folder, key) if name == "path" else item for name, item in source.items()}
     if not isinstance(source, str) or source in BUILT_IN_MODELS:
         return source
-    path = user_path(source, key)
+    path = expand_user_path(source, key)
     bases = (Path.cwd(), folder.absolute())
     with contextlib.suppress(OSError):  # a text too long for a path is none
         for base in bases:
             if (base / path).exists():
                 return str((base / path).resolve())
         for base in bases if key in PATTERN_KEYS and is_pattern(path) else ():
-            if files_of_pattern(base_pattern := Path(glob.escape(str(base))) / path):
+            if expand_pattern(base_pattern := Path(glob.escape(str(base))) / path):
                 return str(base_pattern)
     return str(path) if path.is_absolute() else source

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minisft.errors import UserError
-from minisft.files import is_held
-from minisft.manifest import delete_written, mark, read_marker, shown
+from minisft.files import is_lock_held
+from minisft.manifest import delete_written_files, list_some, read_marker, write_marker
 
-STAYS = "stays, since it holds what MiniSFT did not write"
+KEPT_REASON = "stays, since it holds what MiniSFT did not write"
 
 
 def require_replaceable(folder: Path, kind: str) -> None:
@@ -40,13 +40,13 @@ def require_replaceable(folder: Path, kind: str) -> None:
         )
 
 
-def free_name(folder: Path, kind: str) -> Path:
+def unused_name(folder: Path, kind: str) -> Path:
     """Return the first of FOLDER.KIND-1, FOLDER.KIND-2, ... that is free."""
     numbered = (folder.with_name(f"{folder.name}.{kind}-{number}") for number in itertools.count(1))
     return next(path for path in numbered if not os.path.lexists(path))
 
 
-def take_name(new: Path, final: Path, kind: str, replaces: Sequence[str] = ()) -> Path:
+def swap_folders(new: Path, final: Path, kind: str, replaces: Sequence[str] = ()) -> Path:
     """Give `new` the name `final`, and return the path that the folder of that name has got.
 
     Args:
@@ -58,8 +58,8 @@ def take_name(new: Path, final: Path, kind: str, replaces: Sequence[str] = ()) -
     Raises:
         OSError: a folder cannot be renamed; then `final` is what it was.
     """
-    old = free_name(final, "old")
-    mark(new, kind, final, (old.name, *replaces))
+    old = unused_name(final, "old")
+    write_marker(new, kind, final, (old.name, *replaces))
     final.rename(old)
     try:
         new.rename(final)
@@ -86,10 +86,10 @@ def delete_replaced(folder: Path, kind: str) -> list[str]:
     """
     olds = [old for old in replaced_folders(folder) if read_marker(old) is not None]
     if replaced_folders(folder):
-        mark(folder, kind)  # from now on none of them comes back
+        write_marker(folder, kind)  # from now on none of them comes back
     kept = []
     for old in olds:
-        aside = free_name(folder.resolve(), "deleted")  # a later command goes on where this one is killed
+        aside = unused_name(folder.resolve(), "deleted")  # a later command goes on where this one is killed
         old.rename(aside)
         kept.append(_delete(aside, old))
     return [said for said in kept if said]
@@ -101,15 +101,15 @@ def restore_replaced(folder: Path, kind: str) -> bool:
     if not olds or read_marker(olds[0]) is None:
         return False
     place = folder.resolve()
-    failed = free_name(place, "new")
+    failed = unused_name(place, "new")
     place.rename(failed)
     olds[0].rename(place)
-    mark(place, kind, replaces=[old.name for old in olds[1:]])
-    delete_written(failed)
+    write_marker(place, kind, replaces=[old.name for old in olds[1:]])
+    delete_written_files(failed)
     return True
 
 
-def delete_left_overs(folder: Path) -> list[str]:
+def delete_leftovers(folder: Path) -> list[str]:
     """Delete what killed processes left beside `folder`: what was to replace it, and what was being deleted.
 
     Returns:
@@ -119,16 +119,16 @@ def delete_left_overs(folder: Path) -> list[str]:
     kept = []
     for kind in ("new", "deleted"):
         for path in sorted(place.parent.glob(f"{glob.escape(place.name)}.{kind}-*")):
-            if path.is_dir() and not path.is_symlink() and read_marker(path) and not is_held(path / ".lock"):
+            if path.is_dir() and not path.is_symlink() and read_marker(path) and not is_lock_held(path / ".lock"):
                 kept.append(_delete(path, path))
     return [said for said in kept if said]
 
 
 def _delete(aside: Path, name: Path) -> str | None:
-    foreign = delete_written(aside)
+    foreign = delete_written_files(aside)
     if not foreign:
         return None
     if not os.path.lexists(name):
         aside.rename(name)
         aside = name
-    return f"{aside} {STAYS}: {shown(foreign)}"
+    return f"{aside} {KEPT_REASON}: {list_some(foreign)}"

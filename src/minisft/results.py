@@ -13,7 +13,7 @@ MIN_CONVERSATIONS = 20
 
 
 def read_results(root: Path) -> dict[str, Any] | None:
-    """Read `evaluation/results.json` of a run folder, as `qualify` gives it; None where there is none yet.
+    """Read `evaluation/results.json` of a run folder, as `withhold_unreliable` gives it; None where there is none yet.
 
     Raises:
         UserError: the file is damaged.
@@ -26,10 +26,10 @@ def read_results(root: Path) -> dict[str, Any] | None:
     results = {"failed": [], **read_json(path, fix, best=(str, type(None)), **kinds)}
     if not all(isinstance(entry, dict) and "checkpoint" in entry for entry in results["checkpoints"]):
         raise UserError(path, "this file is damaged (an entry names no checkpoint)", fix)
-    return qualify(results)
+    return withhold_unreliable(results)
 
 
-def qualify(results: dict[str, Any]) -> dict[str, Any]:
+def withhold_unreliable(results: dict[str, Any]) -> dict[str, Any]:
     """Return the content of results.json with `"reliable": false` and p-values of None where it scored too few rows.
 
     The file itself and all that is read from it pass through here, so that results of earlier versions, which say how
@@ -38,12 +38,12 @@ def qualify(results: dict[str, Any]) -> dict[str, Any]:
     count = results.get("conversations", results.get("answers"))
     if count is None or count >= MIN_CONVERSATIONS:
         return results
-    checkpoints = [_withhold(entry) for entry in results["checkpoints"]]
-    systems = {name: _withhold(results[name]) for name in ("base", "constant")}
+    checkpoints = [_withhold_scores(entry) for entry in results["checkpoints"]]
+    systems = {name: _withhold_scores(results[name]) for name in ("base", "constant")}
     return {**results, **systems, "checkpoints": checkpoints, "reliable": False}
 
 
-def _withhold(entry: dict[str, Any]) -> dict[str, Any]:
+def _withhold_scores(entry: dict[str, Any]) -> dict[str, Any]:
     scores = {metric: entry[metric] for metric in METRICS if metric in entry}
     marked = {
         metric: {**score, "p": dict.fromkeys(score.get("p", {})), "reliable": False} for metric, score in scores.items()
@@ -56,7 +56,7 @@ def is_reliable(score: dict[str, Any]) -> bool:
     return bool(score.get("reliable", True))
 
 
-def why_withheld(results: dict[str, Any]) -> str:
+def unreliability_reason(results: dict[str, Any]) -> str:
     """Return why results tell no interval and no significance; "" where they tell them."""
     if is_reliable(results):
         return ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import read_json, refuse_huge_files, write_atomically
-from minisft.manifest import written_bytes
+from minisft.manifest import size_of_written_files
 from minisft.recipe import Recipe, dump_recipe, load_recipe
 from minisft.replacement import delete_replaced
 
@@ -18,7 +18,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from, not this file.\n"
 _RUN = "run"  # of the marker
 # A user's consent to a model's own code, as a word of the command line, and its absence.
-CONSENT, NO_CONSENT = "trust_remote_code=true", "trust_remote_code=false"
+TRUST_OVERRIDE, DISTRUST_OVERRIDE = "trust_remote_code=true", "trust_remote_code=false"
 TRUST_OPTION = "--trust-remote-code"
 # Bytes that the small files of a run have at most, far above what any run came to.
 _LARGEST = {
@@ -133,21 +133,21 @@ def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bo
             "give the `output` of a recipe that was run",
         )
     refuse_huge_files(root, _LARGEST)
-    words = [NO_CONSENT, *overrides, *([CONSENT] if trust_remote_code else [])]
+    words = [DISTRUST_OVERRIDE, *overrides, *([TRUST_OVERRIDE] if trust_remote_code else [])]
     return replace(load_recipe(run.recipe, words), output=str(root))
 
 
-def worker_consent(recipe: Recipe) -> list[str]:
+def trust_arguments(recipe: Recipe) -> list[str]:
     """Return what a process that reads a run folder's recipe must be told beside the folder."""
     return [TRUST_OPTION] if recipe.trust_remote_code else []
 
 
-def run_of(recipe: Path) -> Path | None:
+def run_of_recipe(recipe: Path) -> Path | None:
     """Return the run folder whose own resolved recipe a path names, if it does."""
     return recipe.parent if recipe.name == "recipe.yaml" and _is_resolved_recipe(recipe) else None
 
 
-def is_of_a_run(recipe: Path) -> bool:
+def came_with_run(recipe: Path) -> bool:
     """Say whether a recipe file came with a run, and not from the user: such a file carries no consent."""
     if _is_resolved_recipe(recipe):
         return True
@@ -163,7 +163,7 @@ def _is_resolved_recipe(path: Path) -> bool:
         return file.read(len(_MARK)) == _MARK.encode()
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
+def run_identity(recipe: Recipe) -> dict[str, Any]:
     """Return what identifies a run: model, data, seed, optimisation and global batch, by dotted key."""
     training = recipe.training
     batch = training.batch_size * training.processes * training.gradient_accumulation
@@ -176,15 +176,15 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 def is_same_run(run: RunFolder, recipe: Recipe) -> bool:
     """Say whether the folder holds a run that `recipe` identifies."""
-    return run.is_run() and identity(load_run(run.root)) == identity(recipe)
+    return run.is_run() and run_identity(load_run(run.root)) == run_identity(recipe)
 
 
 def delete_replaced_run(run: RunFolder) -> None:
     """Delete the run that this one replaces, now that it has taken its first step; foreign files in it stay."""
-    _tell(delete_replaced(run.root, _RUN))
+    _warn_each(delete_replaced(run.root, _RUN))
 
 
-def rewrite_recipe(run: RunFolder, recipe: Recipe) -> None:
+def write_resolved_recipe(run: RunFolder, recipe: Recipe) -> None:
     """Make `recipe` the resolved recipe of a run that this process has opened."""
     write_atomically(run.recipe, _MARK + dump_recipe(recipe))
 
@@ -194,22 +194,22 @@ def describe_run(run: RunFolder) -> str:
     count = len(run.list_checkpoints())
     state = "a trained run" if run.is_trained() else "an unfinished run" if run.has_begun() else "prepared data"
     checkpoints = f" with {count} checkpoint{'s' if count != 1 else ''}" if count else ""
-    return f"{run.root} ({state}{checkpoints}, {written_bytes(run.root.resolve()) / 1e6:,.1f} MB)"
+    return f"{run.root} ({state}{checkpoints}, {size_of_written_files(run.root.resolve()) / 1e6:,.1f} MB)"
 
 
-def _tell(sentences: Sequence[str]) -> None:
+def _warn_each(sentences: Sequence[str]) -> None:
     from minisft.console import warn
 
     for sentence in sentences:
         warn(sentence)
 
 
-def remember_environment(run: RunFolder, found: dict[str, Any]) -> None:
+def write_environment(run: RunFolder, found: dict[str, Any]) -> None:
     """Keep on what machine and with which versions the run was last trained."""
     write_atomically(run.environment, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
-def remember_model(run: RunFolder, origin: str, fingerprint: str) -> None:
+def record_base_model(run: RunFolder, origin: str, fingerprint: str) -> None:
     """Keep which base model a run was begun with, and refuse to go on with another.
 
     Raises:
@@ -218,10 +218,10 @@ def remember_model(run: RunFolder, origin: str, fingerprint: str) -> None:
     now = {"origin": origin, "fingerprint": fingerprint}
     if not run.base_model.exists():
         write_atomically(run.base_model, json.dumps(now, indent=1, ensure_ascii=False))
-    refuse_other_model(run, origin, fingerprint)
+    require_same_base_model(run, origin, fingerprint)
 
 
-def refuse_other_model(run: RunFolder, origin: str, fingerprint: str) -> None:
+def require_same_base_model(run: RunFolder, origin: str, fingerprint: str) -> None:
     """Check that a base model is the one that the run was begun with, where the run remembers it.
 
     Raises:

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import files_of_pattern, hold_lock, is_pattern
-from minisft.manifest import MANIFEST, MARKER, delete_written, mark, read_marker, written_bytes
+from minisft.files import expand_pattern, hold_lock, is_pattern
+from minisft.manifest import MANIFEST, MARKER, delete_written_files, read_marker, size_of_written_files, write_marker
 from minisft.recipe import Recipe, TrainingRecipe
 from minisft.replacement import (
-    delete_left_overs,
-    free_name,
+    delete_leftovers,
     replaced_folders,
     require_replaceable,
     restore_replaced,
-    take_name,
+    swap_folders,
+    unused_name,
 )
-from minisft.run_folder import _RUN, RunFolder, _tell, describe_run, identity, load_run, rewrite_recipe
+from minisft.run_folder import _RUN, RunFolder, _warn_each, describe_run, load_run, run_identity, write_resolved_recipe
 
 _DATA = ("data.source", "data.test")
 _LOCKS = ("evaluation/.lock", "compare/.lock")  # of other commands that work in a run folder
@@ -32,7 +32,7 @@ _COMPARISON = ("compare", "comparison.json", "comparison.md", "comparison.html",
 class StartedRun:
     """A run folder that this process alone works in.
 
-    Under `force` it lies beside the run that it is going to replace, which stays as it is until `take_place`.
+    Under `force` it lies beside the run that it is going to replace, which stays as it is until `replace_old_run`.
 
     Args:
         run: the folder to work in.
@@ -44,11 +44,11 @@ class StartedRun:
         self.run, self.recipe, self._old = run, recipe, old
 
     @property
-    def freed(self) -> int:
+    def freed_bytes(self) -> int:
         """Bytes that the run to be replaced gives back at the first step."""
-        return 0 if self._old is None else written_bytes(self._old.root)
+        return 0 if self._old is None else size_of_written_files(self._old.root)
 
-    def take_place(self) -> None:
+    def replace_old_run(self) -> None:
         """Give the new run its name, once all that can be checked is: the old one is renamed to NAME.old-N.
 
         It is deleted by `delete_replaced`; it comes back where the block of `start_run` ends with an error before that.
@@ -60,8 +60,8 @@ class StartedRun:
             return
         new, old = self.run, self._old
         earlier = [path.name for path in replaced_folders(old.root)]
-        rewrite_recipe(new, replace(self.recipe, output=str(old.root)))
-        aside = take_name(new.root, old.root, _RUN, earlier)
+        write_resolved_recipe(new, replace(self.recipe, output=str(old.root)))
+        aside = swap_folders(new.root, old.root, _RUN, earlier)
         self.run, self.recipe, self._old = old, replace(self.recipe, output=str(old.root)), None
         _move_comparison(aside, old.root)
 
@@ -74,7 +74,7 @@ def start_run(
 
     Args:
         recipe: its `output` is the folder.
-        force: begin anew, in a folder beside the run that the folder holds; `take_place` replaces that run.
+        force: begin anew, in a folder beside the run that the folder holds; `replace_old_run` replaces that run.
         resume: go on with an unfinished run.
         prepares_only: nothing that was trained is touched, so a trained run is no obstacle.
 
@@ -84,7 +84,7 @@ def start_run(
     run = RunFolder(Path(recipe.output))
     if force and run.is_run():
         refuse_start(recipe, force=force, resume=resume)
-        with _beside(run, recipe) as started:
+        with _start_replacement(run, recipe) as started:
             yield started
     else:
         with open_run(recipe, resume=resume, prepares_only=prepares_only) as run:
@@ -106,15 +106,15 @@ def open_run(recipe: Recipe, *, resume: bool = False, prepares_only: bool = Fals
     run = RunFolder(Path(recipe.output))
     refuse_start(recipe, resume=resume, prepares_only=prepares_only)
     with _locked(run):
-        _tell(delete_left_overs(run.root))
+        _warn_each(delete_leftovers(run.root))
         longer = False
         if run.recipe.exists():
             longer = _refuse_other_run(run, recipe, resume=resume, prepares_only=prepares_only)
         else:
-            mark(run.root, _RUN)
-            _name_earlier_runs(run.root)
+            write_marker(run.root, _RUN)
+            _report_earlier_runs(run.root)
         if not (prepares_only and run.has_begun()) and not longer:  # which is written when the run goes on
-            rewrite_recipe(run, recipe)
+            write_resolved_recipe(run, recipe)
         yield run
 
 
@@ -129,49 +129,49 @@ def refuse_start(recipe: Recipe, *, force: bool = False, resume: bool = False, p
     run = RunFolder(Path(recipe.output))
     refuse_foreign_folder(run)
     refuse_inputs_in_output(recipe)
-    refuse_strangers_links(run.root)
+    refuse_untrusted_links(run.root)
     if resume and not run.recipe.exists():
         raise UserError(run.root, "there is no run to resume", "train without --resume")
     if force and run.is_run():
-        require_replaceable(_place_of(run.root), _RUN)
+        require_replaceable(_path_to_rename(run.root), _RUN)
     elif run.recipe.exists():
         _refuse_other_run(run, recipe, resume=resume, prepares_only=prepares_only)
 
 
 @contextlib.contextmanager
-def _beside(old: RunFolder, recipe: Recipe) -> Iterator[StartedRun]:
+def _start_replacement(old: RunFolder, recipe: Recipe) -> Iterator[StartedRun]:
     """Begin a run beside the one that it is going to replace; if it ends before its first step, nothing of it stays."""
-    root = _place_of(old.root)
+    root = _path_to_rename(old.root)
     with contextlib.ExitStack() as held:
         held.enter_context(_locked(RunFolder(root)))
         for lock in _LOCKS:
             if (root / lock).exists():
                 held.enter_context(_refusing_held(root / lock))
-        _tell(delete_left_overs(root))
-        new = free_name(root, "new")
-        _tell([f"--force replaces {describe_run(old)}; it is kept until the new run has taken its first step"])
+        _warn_each(delete_leftovers(root))
+        new = unused_name(root, "new")
+        _warn_each([f"--force replaces {describe_run(old)}; it is kept until the new run has taken its first step"])
         new.mkdir()
-        mark(new, _RUN, root)
+        write_marker(new, _RUN, root)
         try:
             with _locked(RunFolder(new)):
                 started = StartedRun(RunFolder(new), replace(recipe, output=str(new)), RunFolder(root))
-                rewrite_recipe(started.run, recipe)
+                write_resolved_recipe(started.run, recipe)
                 yield started
         except BaseException:
-            restore_run(RunFolder(root))
+            restore_replaced_run(RunFolder(root))
             raise
         finally:
             if new.exists():
-                delete_written(new)
+                delete_written_files(new)
 
 
-def restore_run(run: RunFolder) -> None:
+def restore_replaced_run(run: RunFolder) -> None:
     """Give the run that this one replaces its name back, where this one has ended before its first step."""
     olds = replaced_folders(run.root)
     if olds:
         _move_comparison(run.root, olds[0])
         if restore_replaced(run.root, _RUN):
-            _tell([f"{run.root} is the earlier run again: the new one took no step"])
+            _warn_each([f"{run.root} is the earlier run again: the new one took no step"])
 
 
 @contextlib.contextmanager
@@ -192,8 +192,8 @@ def _refusing_held(lock: Path) -> Iterator[None]:
         try:
             held.enter_context(hold_lock(lock))
         except BlockingIOError:
-            what = f"another process is at work in {_AT_WORK.get(lock.parent.name, 'this run folder')}"
-            raise UserError(lock.parent, what, "wait for it, or choose another `output`") from None
+            problem = f"another process is at work in {_AT_WORK.get(lock.parent.name, 'this run folder')}"
+            raise UserError(lock.parent, problem, "wait for it, or choose another `output`") from None
         yield
 
 
@@ -205,8 +205,8 @@ def refuse_foreign_folder(run: RunFolder) -> None:
     """
     try:
         if os.path.lexists(run.root) and not run.root.is_dir():
-            what = "`output` is a link that leads nowhere" if run.root.is_symlink() else "`output` is a file"
-            raise UserError(run.root, what, "name a folder that is new or holds a run")
+            problem = "`output` is a link that leads nowhere" if run.root.is_symlink() else "`output` is a file"
+            raise UserError(run.root, problem, "name a folder that is new or holds a run")
         if run.is_run() or not run.root.exists():
             return
     except OSError as error:
@@ -222,7 +222,7 @@ def refuse_foreign_folder(run: RunFolder) -> None:
         )
 
 
-def refuse_strangers_links(root: Path) -> None:
+def refuse_untrusted_links(root: Path) -> None:
     """Refuse to write into a run that was not made here and holds links that lead out of it.
 
     In a run of one's own such links are the user's, as when `checkpoints` lies on another disk. In one that came from
@@ -237,8 +237,10 @@ def refuse_strangers_links(root: Path) -> None:
     for parent, folders, names in os.walk(root):
         for path in (Path(parent, name) for name in (*folders, *names)):
             if path.is_symlink() and inside not in path.resolve().parents:
-                what = "this link leads out of the run folder, which was not made here: nothing is written to the run"
-                raise UserError(path, what, "replace the link by what it leads to, if you trust it, or remove it")
+                problem = (
+                    "this link leads out of the run folder, which was not made here: nothing is written to the run"
+                )
+                raise UserError(path, problem, "replace the link by what it leads to, if you trust it, or remove it")
 
 
 def refuse_inputs_in_output(recipe: Recipe) -> None:
@@ -250,11 +252,13 @@ def refuse_inputs_in_output(recipe: Recipe) -> None:
     output = Path(recipe.output).resolve()
     for key, path in _inputs(recipe):
         if path == output or output in path.parents:
-            what = f"it lies in the `output` folder {recipe.output}, where --force would replace it"
-            raise UserError(f"{key} {path}", what, "name another folder as `output`, or move the input out of it")
+            problem = f"it lies in the `output` folder {recipe.output}, where --force would replace it"
+            raise UserError(f"{key} {path}", problem, "name another folder as `output`, or move the input out of it")
         if key in _DATA and path in output.parents and path.is_dir():
-            what = f"the `output` folder {recipe.output} lies in it, so that the run's own files would be read as data"
-            raise UserError(f"{key} {path}", what, "name an `output` outside the folder of the data")
+            problem = (
+                f"the `output` folder {recipe.output} lies in it, so that the run's own files would be read as data"
+            )
+            raise UserError(f"{key} {path}", problem, "name an `output` outside the folder of the data")
 
 
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
@@ -275,12 +279,12 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
                 if Path(path).exists():
                     yield key, Path(path).resolve()
                 elif key in _DATA and is_pattern(Path(path)):
-                    yield from ((key, found.resolve()) for _, found in files_of_pattern(Path(path)))
+                    yield from ((key, found.resolve()) for _, found in expand_pattern(Path(path)))
                     if "**" in Path(path).parts:  # what it matches grows with the folder
                         yield key, Path(path[: path.index("**")]).resolve()
 
 
-def _place_of(root: Path) -> Path:
+def _path_to_rename(root: Path) -> Path:
     """Return the path to rename: a link to a run folder stays, and leads to the run that replaces it."""
     return root.resolve() if root.is_symlink() or root.name in ("", "..") else root
 
@@ -292,22 +296,22 @@ def _move_comparison(source: Path, target: Path) -> None:
             (source / name).rename(target / name)
 
 
-def _name_earlier_runs(root: Path) -> None:
+def _report_earlier_runs(root: Path) -> None:
     """Name runs that were being replaced when a process was killed between two renames."""
     place = root.resolve()
     olds = sorted(place.parent.glob(f"{glob.escape(place.name)}.old-*"))
-    _tell([f"note: {path} holds an earlier run of {root}" for path in olds if read_marker(path)])
+    _warn_each([f"note: {path} holds an earlier run of {root}" for path in olds if read_marker(path)])
 
 
 def _refuse_other_run(run: RunFolder, recipe: Recipe, *, resume: bool, prepares_only: bool) -> bool:
     """Refuse what must not go on in a run folder; say whether the recipe is that of the run, but longer."""
-    if resume and _is_longer(run, recipe):
-        refuse_other_trajectory(recipe.training)
+    if resume and _extends_run(run, recipe):
+        require_extendable(recipe.training)
         return True
     if not run.has_begun():
         if read_marker(run.root) is None:  # a copied recipe.yaml does not make a folder a run
-            what = "it holds the recipe of a run, but MiniSFT did not begin a run in this folder"
-            raise UserError(run.root, what, "name a new folder as `output`")
+            problem = "it holds the recipe of a run, but MiniSFT did not begin a run in this folder"
+            raise UserError(run.root, problem, "name a new folder as `output`")
         return False  # prepared only: nothing that took long is lost
     earlier, now, changed = _changes(run, recipe)
     if changed:
@@ -317,7 +321,7 @@ def _refuse_other_run(run: RunFolder, recipe: Recipe, *, resume: bool, prepares_
             run.root,
             f"holds another recipe's run: {key} is {earlier.get(key)!r} there, {now[key]!r} here{more}",
             "choose another `output`, or pass --force to replace that run"
-            + ("; --resume goes on with it" if _is_longer(run, recipe) else ""),
+            + ("; --resume goes on with it" if _extends_run(run, recipe) else ""),
         )
     if run.is_trained() and not prepares_only:
         raise UserError(
@@ -332,14 +336,14 @@ def _refuse_other_run(run: RunFolder, recipe: Recipe, *, resume: bool, prepares_
 
 def _changes(run: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Return what identifies the folder's run and a recipe's, and the keys in which they differ."""
-    earlier, now = identity(load_run(run.root)), identity(recipe)
+    earlier, now = run_identity(load_run(run.root)), run_identity(recipe)
     return earlier, now, [key for key in now if now[key] != earlier.get(key)]
 
 
-def _is_longer(run: RunFolder, recipe: Recipe) -> bool:
+def _extends_run(run: RunFolder, recipe: Recipe) -> bool:
     """Say whether a recipe is that of a begun run, with more epochs or steps."""
     changed = _changes(run, recipe)[2]
-    return run.has_begun() and is_only_longer(changed, load_run(run.root).training, recipe.training)
+    return run.has_begun() and only_extends(changed, load_run(run.root).training, recipe.training)
 
 
 _KEYS = {"training.epochs", "training.max_steps"}
@@ -347,7 +351,7 @@ _KEYS = {"training.epochs", "training.max_steps"}
 _FREE, _FREE_BUT_FOR_WARM_UP = ("constant",), ("constant_with_warmup", "inverse_sqrt")
 
 
-def is_only_longer(changed: Iterable[str], earlier: TrainingRecipe, now: TrainingRecipe) -> bool:
+def only_extends(changed: Iterable[str], earlier: TrainingRecipe, now: TrainingRecipe) -> bool:
     """Say whether two recipes of a run, whose keys `changed` differ, differ in a larger number of epochs or steps."""
     if not changed or not set(changed) <= _KEYS:
         return False
@@ -356,15 +360,15 @@ def is_only_longer(changed: Iterable[str], earlier: TrainingRecipe, now: Trainin
     return now.max_steps > earlier.max_steps
 
 
-def refuse_other_trajectory(training: TrainingRecipe) -> None:
+def require_extendable(training: TrainingRecipe) -> None:
     """Refuse to make a run longer whose steps so far would not be those of the longer run.
 
     Raises:
         UserError: naming the key that makes them depend on the end, and how to go on.
     """
     if training.early_stopping is not None:
-        what = "early stopping decides where this run ends, and has looked at the loss at its end"
-        raise UserError("training.early_stopping", what, "train anew with --force, or into another `output`")
+        problem = "early stopping decides where this run ends, and has looked at the loss at its end"
+        raise UserError("training.early_stopping", problem, "train anew with --force, or into another `output`")
     if training.scheduler not in (*_FREE, *_FREE_BUT_FOR_WARM_UP):
         raise UserError(
             "training.scheduler",

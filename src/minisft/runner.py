@@ -13,7 +13,7 @@ from minisft.errors import UserError
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
     from minisft.run_folder import RunFolder
-    from minisft.training.nodes import Machines
+    from minisft.training.nodes import Nodes
 
 
 def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None = None) -> Path:
@@ -24,19 +24,19 @@ def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None
         with_weights: find the model's weights too, and remember which they are.
         output: how messages name the folder, where the run is going to have another name.
     """
-    from minisft.console import counting_rows, say
+    from minisft.console import row_progress, say
     from minisft.data.inspect import write_preview
     from minisft.data.preparation import prepare as prepare_data
     from minisft.data.stats import ledger_lines
     from minisft.models import resolve_model, weights_fingerprint
-    from minisft.run_folder import RunFolder, remember_model
+    from minisft.run_folder import RunFolder, record_base_model
 
     run = RunFolder(Path(recipe.output))
     resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=with_weights)
     say(f"model {resolved}")
     if with_weights:
-        remember_model(run, str(resolved), weights_fingerprint(resolved.folder))
-    with counting_rows() as progress:
+        record_base_model(run, str(resolved), weights_fingerprint(resolved.folder))
+    with row_progress() as progress:
         prepared = prepare_data(recipe, progress=progress, model_folder=resolved.folder, begun=run.has_begun())
     write_preview(run.root, resolved.folder, recipe.trust_remote_code)
     say(f"data {(output or run.root) / 'dataset'}" + (" (prepared before)" if prepared.cached else ""))
@@ -45,7 +45,7 @@ def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None
     return resolved.folder
 
 
-def train_run(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines | None" = None) -> "RunFolder":
+def train_run(recipe: "Recipe", *, force: bool, resume: bool, nodes: "Nodes | None" = None) -> "RunFolder":
     """Prepare and train, on this machine or as the first of several; return the run folder.
 
     Raises:
@@ -57,26 +57,26 @@ def train_run(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
     from minisft.report.plots import draw_curves
     from minisft.run_start import start_run
     from minisft.training.disk import require_disk
-    from minisft.training.run_training import go_beyond_end, refuse_impossible
+    from minisft.training.run_training import extend_run, require_feasible
     from minisft.training.run_training import train as start_training
 
-    refuse_impossible(recipe, machines)
+    require_feasible(recipe, nodes)
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
     require_sources(recipe.data)
     with start_run(recipe, force=force, resume=resume) as started:
         model = prepare_run(started.recipe, output=Path(recipe.output))
         checkpoint = _checkpoint_to_resume(recipe, started.run, resume)
-        started.recipe, checkpoint = _settled(started.recipe, started.run, checkpoint)
-        require_disk(started.recipe, started.run, model, checkpoint, freed=started.freed)
+        started.recipe, checkpoint = _resolve_auto_strategy(started.recipe, started.run, checkpoint)
+        require_disk(started.recipe, started.run, model, checkpoint, freed_bytes=started.freed_bytes)
         if checkpoint is not None:
-            go_beyond_end(started.recipe, started.run, checkpoint)
-        started.take_place()
-        start_training(started.recipe, started.run, checkpoint, machines)
+            extend_run(started.recipe, started.run, checkpoint)
+        started.replace_old_run()
+        start_training(started.recipe, started.run, checkpoint, nodes)
     draw_curves(started.run.root)
     return started.run
 
 
-def try_start(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machines | None" = None) -> None:
+def dry_run_training(recipe: "Recipe", *, force: bool, resume: bool, nodes: "Nodes | None" = None) -> None:
     """Make every check that `train` makes before its first step, and write nothing that stays.
 
     Raises:
@@ -86,14 +86,14 @@ def try_start(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
 
     from minisft.console import say
     from minisft.data.sources import require_sources
-    from minisft.manifest import written_bytes
+    from minisft.manifest import size_of_written_files
     from minisft.models import resolve_model
     from minisft.run_folder import RunFolder, describe_run
     from minisft.run_start import open_run, refuse_start
     from minisft.training.disk import require_disk
-    from minisft.training.run_training import refuse_impossible
+    from minisft.training.run_training import require_feasible
 
-    refuse_impossible(recipe, machines)
+    require_feasible(recipe, nodes)
     resolve_model(recipe.model, recipe.trust_remote_code)
     require_sources(recipe.data)
     refuse_start(recipe, force=force, resume=resume)
@@ -104,60 +104,60 @@ def try_start(recipe: "Recipe", *, force: bool, resume: bool, machines: "Machine
         elsewhere = replace(recipe, output=str(Path(folder) / "run"))
         with open_run(elsewhere) as trial:
             model = prepare_run(elsewhere, output=run.root)
-            freed = written_bytes(run.root.resolve()) if replaced else 0
-            require_disk(recipe, trial, model, checkpoint, freed=freed, place=run.root)
+            freed_bytes = size_of_written_files(run.root.resolve()) if replaced else 0
+            require_disk(recipe, trial, model, checkpoint, freed_bytes=freed_bytes, place=run.root)
     say(f"dry run: every check passed, and nothing was written to {run.root}")
     if replaced:
         say(f"--force would replace {describe_run(run)}")
 
 
-def train_along(recipe: "Recipe", machines: "Machines", *, resume: bool) -> None:
+def train_secondary_node(recipe: "Recipe", nodes: "Nodes", *, resume: bool) -> None:
     """Train as one of several machines, once the first has prepared; the run folder is the first's to write."""
     from minisft.console import say
     from minisft.models import resolve_model
     from minisft.run_folder import RunFolder
-    from minisft.training.nodes import wait_for_first
-    from minisft.training.run_training import refuse_impossible
+    from minisft.training.nodes import wait_for_first_node
+    from minisft.training.run_training import require_feasible
     from minisft.training.run_training import train as start_training
 
-    refuse_impossible(recipe, machines)
+    require_feasible(recipe, nodes)
     resolve_model(recipe.model, recipe.trust_remote_code)
     run = RunFolder(Path(recipe.output))
-    wait_for_first(machines, run)
-    start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume), machines)
-    say(f"machine {machines.rank} of {machines.count}: done; machine 0 has the results")
+    wait_for_first_node(nodes, run)
+    start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume), nodes)
+    say(f"machine {nodes.rank} of {nodes.count}: done; machine 0 has the results")
 
 
-def _settled(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tuple["Recipe", Path | None]:
+def _resolve_auto_strategy(recipe: "Recipe", run: "RunFolder", checkpoint: Path | None) -> tuple["Recipe", Path | None]:
     """Settle on a strategy where the recipe leaves it open; a checkpoint goes on with its own."""
     from minisft.planning.auto import settle_strategy
-    from minisft.run_folder import rewrite_recipe
-    from minisft.training.checkpoints import layout_of
+    from minisft.run_folder import write_resolved_recipe
+    from minisft.training.checkpoints import read_metadata
 
     if recipe.training.strategy != "auto":
         return recipe, checkpoint
     if checkpoint is None:
         return settle_strategy(recipe, run), None
-    recipe = replace(recipe, training=replace(recipe.training, strategy=layout_of(checkpoint)[0]))  # type: ignore[arg-type]
-    rewrite_recipe(run, recipe)
+    recipe = replace(recipe, training=replace(recipe.training, strategy=read_metadata(checkpoint)[0]))  # type: ignore[arg-type]
+    write_resolved_recipe(run, recipe)
     return recipe, checkpoint
 
 
-def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
+def train_in_launched_process(recipe: "Recipe", *, force: bool, resume: bool) -> None:
     """Train as one process of a launch under way: the first prepares, the others wait for it."""
     from minisft.data.sources import require_sources
     from minisft.run_folder import RunFolder
     from minisft.run_start import start_run
     from minisft.training.checkpoints import latest_resumable
     from minisft.training.disk import require_disk
-    from minisft.training.distributed import join, world_size
-    from minisft.training.run_training import go_beyond_end, refuse_impossible, train_in_this_process
+    from minisft.training.distributed import join_launch, world_size
+    from minisft.training.run_training import extend_run, require_feasible, train_in_this_process
 
     recipe = replace(recipe, training=replace(recipe.training, processes=world_size()))
     if recipe.training.strategy == "auto":
-        what = "a launch under way cannot try strategies"
-        raise UserError("training.strategy", what, "name the one that `minisft plan RECIPE` chooses")
-    refuse_impossible(recipe)
+        problem = "a launch under way cannot try strategies"
+        raise UserError("training.strategy", problem, "name the one that `minisft plan RECIPE` chooses")
+    require_feasible(recipe)
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as held:
 
@@ -166,32 +166,32 @@ def train_joined(recipe: "Recipe", *, force: bool, resume: bool) -> None:
             started = held.enter_context(start_run(recipe, force=force, resume=resume))
             model = prepare_run(started.recipe, output=Path(recipe.output))
             checkpoint = latest_resumable(run.checkpoints) if resume else None
-            require_disk(started.recipe, started.run, model, checkpoint, freed=started.freed)
+            require_disk(started.recipe, started.run, model, checkpoint, freed_bytes=started.freed_bytes)
             if checkpoint is not None:
-                go_beyond_end(started.recipe, started.run, checkpoint)
-            started.take_place()
+                extend_run(started.recipe, started.run, checkpoint)
+            started.replace_old_run()
 
-        join(recipe.training.strategy, begin)
+        join_launch(recipe.training.strategy, begin)
         train_in_this_process(recipe, run, _checkpoint_to_resume(recipe, run, resume))
 
 
 def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> Path | None:
     from minisft.console import say
-    from minisft.training.checkpoints import latest_resumable, layout_of
-    from minisft.training.integrity import refuse_damaged
-    from minisft.training.resharding import refuse_inconvertible
+    from minisft.training.checkpoints import latest_resumable, read_metadata
+    from minisft.training.integrity import require_intact
+    from minisft.training.resharding import require_reshardable
 
     if not resume:
         return None
     checkpoint = latest_resumable(run.checkpoints)
     if checkpoint is None and run.is_trained():
-        what = "this run has ended, and no checkpoint is left with the optimizer state that going on needs"
-        raise UserError(run.checkpoints, what, "train anew with --force, or into another `output`")
+        problem = "this run has ended, and no checkpoint is left with the optimizer state that going on needs"
+        raise UserError(run.checkpoints, problem, "train anew with --force, or into another `output`")
     if checkpoint is None:
         say("no checkpoint to resume from: from the beginning")
         return None
-    refuse_damaged(checkpoint)
-    refuse_inconvertible(checkpoint, recipe.training)
-    strategy, processes = layout_of(checkpoint)
+    require_intact(checkpoint)
+    require_reshardable(checkpoint, recipe.training)
+    strategy, processes = read_metadata(checkpoint)
     say(f"resuming from {checkpoint}, of {strategy} on {processes} process(es)")
     return checkpoint

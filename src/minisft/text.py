@@ -18,7 +18,7 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: _escape(ord(found[0])), text.replace("\r\n", "\n"))
 
 
-def json_text(value: Any, indent: int | None = None) -> str:
+def dump_json(value: Any, indent: int | None = None) -> str:
     """Return `value` as JSON that is safe to print; what `printable` would write out is an escape of JSON's own."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return _UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)

@@ -63,8 +63,8 @@ def parse(text: str, where: str, *, lines: bool = True) -> Node:
         UserError: it is too large, too deep, refers to itself, or gives a key twice.
     """
     if len(text) > MOST_CHARACTERS:
-        what = f"the YAML text has {len(text):,} characters, and may have {MOST_CHARACTERS:,}"
-        raise UserError(where, what, "keep long lists in files of their own")
+        problem = f"the YAML text has {len(text):,} characters, and may have {MOST_CHARACTERS:,}"
+        raise UserError(where, problem, "keep long lists in files of their own")
     reader = _Reader(where, lines)
     root = reader.compose(text)
     return Node(None, None, empty=True) if root is None else reader.to_node(root, 1)
@@ -99,8 +99,8 @@ class _Reader:
             loader = _BoundedLoader(text, self)
             return loader.get_single_node()
         except yaml.reader.ReaderError as error:
-            what = f"the character {error.character!r} at position {error.position:,} is not allowed in YAML"
-            raise NotYamlError(self._where, what, "remove it, or write it as an escape in double quotes") from None
+            problem = f"the character {error.character!r} at position {error.position:,} is not allowed in YAML"
+            raise NotYamlError(self._where, problem, "remove it, or write it as an escape in double quotes") from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{self._where}:{mark.line + 1}" if mark and self._lines else self._where
@@ -111,11 +111,13 @@ class _Reader:
 
     def check_limits(self, values: int, depth: int, at: Any) -> None:
         if values > MOST_VALUES:
-            what = f"there are more than {MOST_VALUES:,} values, references (*name) counted as often as they are used"
-            raise UserError(self._place(at), what, "write out what is needed, and keep long lists in files")
+            problem = (
+                f"there are more than {MOST_VALUES:,} values, references (*name) counted as often as they are used"
+            )
+            raise UserError(self._place(at), problem, "write out what is needed, and keep long lists in files")
         if depth > MOST_DEPTH:
-            what = f"the values are nested more than {MOST_DEPTH} deep, or one refers to itself"
-            raise UserError(self._place(at), what, "write it without so many brackets, and without the reference")
+            problem = f"the values are nested more than {MOST_DEPTH} deep, or one refers to itself"
+            raise UserError(self._place(at), problem, "write it without so many brackets, and without the reference")
 
     def to_node(self, node: yaml.Node, depth: int) -> Node:
         self._visited += 1
@@ -140,7 +142,7 @@ class _Reader:
                 raise self._unreadable(key_node, "a key must be a single word")
             key = str(key_node.value)
             if key in entries:
-                raise UserError(self._place(key_node), f"the key {shown(key)} stands twice", "remove one")
+                raise UserError(self._place(key_node), f"the key {quoted(key)} stands twice", "remove one")
             entries[key] = child = self.to_node(value_node, depth + 1)
             if not isinstance(value_node, yaml.MappingNode):
                 child.line = self._line(key_node)
@@ -187,7 +189,7 @@ def _fix_for(text: str, mark: Any) -> str:
     return "correct the line"
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """Return a value as a message names it: not longer than a line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from minisft.cli import main
-from minisft.evaluation.evaluator import Examiner
+from minisft.evaluation.evaluator import Evaluator
 from tests.browser import Browser, find_browser
 from tests.tiny import write_conversations, write_recipe
 
@@ -100,15 +100,15 @@ def test_results_of_an_earlier_version_claim_no_more_in_a_report(run_folder, cap
 @pytest.fixture
 def all_knowing_base(monkeypatch):
     """A base model that gives every reference: no checkpoint comes near it."""
-    examine = Examiner.examine
+    evaluate_model = Evaluator.evaluate_model
 
     def knows(self, name, weights):
-        system = examine(self, name, weights)
+        system = evaluate_model(self, name, weights)
         if name != "base":
             return system
         return replace(system, outputs=self.references, scores=self._score(self.references))
 
-    monkeypatch.setattr(Examiner, "examine", knows)
+    monkeypatch.setattr(Evaluator, "examine", knows)
 
 
 def test_a_best_checkpoint_below_the_base_says_so_wherever_it_stands(run_folder, all_knowing_base, capsys):

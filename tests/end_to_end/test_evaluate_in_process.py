@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from minisft.cli import main
-from minisft.processes import Ended
+from minisft.processes import CompletedVerb
 from tests.tiny import write_recipe
 
 
@@ -74,7 +74,7 @@ def test_a_comparison_calls_a_variant_with_a_damaged_checkpoint_failed(
 ):
     def run_verb(words, log, follow):  # without a process of its own, which takes seconds
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            return Ended(main(words), said.getvalue())
+            return CompletedVerb(main(words), said.getvalue())
 
     monkeypatch.setattr("minisft.comparison.compare.run_verb", run_verb)
     recipe = write_recipe(tmp_path, tiny_model, conversations, "{max_steps: 1, precision: fp32}")

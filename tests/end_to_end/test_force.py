@@ -59,9 +59,9 @@ def recipe(tmp_path, trained):
     if (tmp_path / "run").exists():
         shutil.rmtree(tmp_path / "run")
     spare.rename(trained.parent / "run")
-    from minisft.manifest import mark
+    from minisft.manifest import write_marker
 
-    mark(trained.parent / "run", "run")
+    write_marker(trained.parent / "run", "run")
 
 
 @pytest.mark.parametrize(

@@ -178,14 +178,14 @@ def test_deepspeed_reads_no_more_than_that(canary, tmp_path):
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    from minisft.training.zero import zero_state_is_plain
+    from minisft.training.zero import plain_zero_state
 
     scale = DynamicLossScaler(2**16, 2.0, 1000, 1.0, 2, False, dtype=torch.float16)
     state = [LossScaler(1.0), scale, ZeroStageEnum(2), fragment_address(numel=3, start=5), torch.ones(2)]
     torch.save(state, tmp_path / "own.pt")
     torch.save([Bomb(canary)], tmp_path / "evil.pt")
     engine = TorchCheckpointEngine()
-    with zero_state_is_plain():
+    with plain_zero_state():
         static, dynamic, stage, address, tensor = engine.load(tmp_path / "own.pt")
         with pytest.raises(pickle.UnpicklingError, match="exec"):
             engine.load(tmp_path / "evil.pt")

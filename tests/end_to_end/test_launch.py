@@ -108,8 +108,8 @@ if os.environ.get("RANK") == "1":
 def rank_1(recipe_file, tmp_path, monkeypatch, capfd):
     """Train on two processes, of which rank 1 does something before its first step; return what is printed."""
 
-    def train_and(what):
-        (tmp_path / "sitecustomize.py").write_text(DIES.format(what=what))
+    def train_and(problem):
+        (tmp_path / "sitecustomize.py").write_text(DIES.format(problem=problem))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
         status = main(["train", str(recipe_file), "training.processes=2", "training.batch_size=4"])
         return status, capfd.readouterr().err
@@ -129,7 +129,7 @@ def test_a_killed_worker_is_named_with_the_likely_reason(rank_1):
 @pytest.mark.long
 def test_what_the_kernel_says_of_memory_is_repeated(rank_1, monkeypatch):
     words = "Out of memory: Killed process 7 (python)"
-    monkeypatch.setattr("minisft.training.distributed.MemoryKills.evidence", lambda kills, pid: words)
+    monkeypatch.setattr("minisft.training.distributed.OutOfMemoryEvidence.evidence", lambda kills, pid: words)
     status, said = rank_1("os.kill(os.getpid(), signal.SIGKILL)")
     assert status == 2
     assert f"the kernel killed it (SIGKILL), since memory ran out: {words}" in said

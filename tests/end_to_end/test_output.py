@@ -157,11 +157,11 @@ def test_what_is_not_known_is_not_held_back(capsys):
     import logging
     import warnings
 
-    from minisft.library_output import hold_back_notices, without_lines
+    from minisft.library_output import drop_lines, suppress_known_warnings
 
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        hold_back_notices()
+        suppress_known_warnings()
         warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated.", FutureWarning, stacklevel=1)
         warnings.warn("the disk is on fire", FutureWarning, stacklevel=1)
     assert [str(one.message) for one in seen] == ["the disk is on fire"]
@@ -172,7 +172,7 @@ def test_what_is_not_known_is_not_held_back(capsys):
     other = logging.LogRecord(logger.name, logging.WARNING, "", 0, "the tokenizer is on fire", (), None)
     assert not logger.filter(record)
     assert logger.filter(other)
-    with without_lines("built successfully"):
+    with drop_lines("built successfully"):
         print("DeepSpeed deepspeed.ops.comm.deepspeed_shm_comm_op built successfully")
         print("DeepSpeed has something else to say")
         print("and ends without a line feed", end="")

@@ -13,7 +13,7 @@ import pytest
 
 from minisft.cli import main
 from minisft.console import console
-from minisft.processes import Ended
+from minisft.processes import CompletedVerb
 from tests.tiny import write_recipe
 
 
@@ -245,7 +245,7 @@ def test_chat_takes_a_template_for_a_model_without_one(run_folder, tiny_model, t
 def test_a_comparison_is_whole_at_80_and_at_120_columns(tmp_path, tiny_model, conversations, capsys, monkeypatch):
     def run_verb(words, log, follow):  # without a process of its own, which takes seconds
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            return Ended(main(words), said.getvalue())
+            return CompletedVerb(main(words), said.getvalue())
 
     monkeypatch.setattr("minisft.comparison.compare.run_verb", run_verb)
     recipe = write_recipe(tmp_path, tiny_model, conversations, "{max_steps: 2, precision: fp32}")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisft.models import load_model
 from minisft.run_folder import RunFolder, load_run
-from minisft.training.batching import StepSampler, measure
+from minisft.training.batching import StepSampler, measure_lengths
 from minisft.training.checkpoints import publish_final_model
 from minisft.training.run_training import run_steps
 from tests.padded import padded_loop
@@ -56,7 +56,7 @@ def test_equals_a_plain_padded_loop(vanilla, tiny_model):
     from datasets import load_from_disk
 
     dataset = load_from_disk(str(run.dataset / "train"))
-    sampler = StepSampler(measure(dataset), global_batch=8, row_tokens=120, processes=1, rank=0, seed=0)
+    sampler = StepSampler(measure_lengths(dataset), global_batch=8, row_tokens=120, processes=1, rank=0, seed=0)
     steps = []
     for sampler.epoch in range(2):
         steps += list(sampler)
@@ -95,7 +95,7 @@ def check_checkpoints(run):
     from datasets import load_from_disk
 
     dataset = load_from_disk(str(run.dataset / "train"))
-    sampler = StepSampler(measure(dataset), global_batch=8, row_tokens=10**9, processes=1, rank=0, seed=0)
+    sampler = StepSampler(measure_lengths(dataset), global_batch=8, row_tokens=10**9, processes=1, rank=0, seed=0)
     steps = []
     for sampler.epoch in range(2):
         steps += list(sampler)

@@ -172,12 +172,12 @@ def test_lion_without_clipping_under_zero_takes_vanillas_steps(train, recipe_fil
 
 
 def test_lion_keeps_half_of_adams_state(recipe_file):
-    from minisft.planning.planner import Wish, plan_for
+    from minisft.planning.planner import PlanOptions, plan_for
     from minisft.recipe import load_recipe
 
     adam = load_recipe(recipe_file)
     lion = replace(adam, training=replace(adam.training, optimizer="lion"))
-    [one, other] = [plan_for(recipe, Wish(None, None, 1)) for recipe in (adam, lion)]
+    [one, other] = [plan_for(recipe, PlanOptions(None, None, 1)) for recipe in (adam, lion)]
     memory = [made.rows[0].memory.optimizer for made in (one, other)]
     assert memory[1] == memory[0] / 2
 

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minisft.run_folder import RunFolder
-from minisft.training.batching import measure, steps_of_epoch
-from minisft.training.resharding import _Shards
+from minisft.training.batching import measure_lengths, steps_of_epoch
+from minisft.training.resharding import ShardedState
 from tests.padded import padded_loop
 from tests.tiny import minisft, write_conversations, write_recipe, write_tiny_model
 
@@ -69,7 +69,7 @@ def train_rows(run):
 
 def conversations_of_steps(run, *, global_batch, pack_tokens=None):
     """The rows that make each step that the run took."""
-    lengths = measure(train_rows(run)).tokens
+    lengths = measure_lengths(train_rows(run)).tokens
     count, steps = len(metrics(run)), []
     for epoch in range(count):
         how = {"global_batch": global_batch, "pack_tokens": pack_tokens, "seed": 0, "epoch": epoch}
@@ -146,7 +146,7 @@ def test_half_precision_begins_with_the_weights_of_the_model_and_not_with_rounde
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     [checkpoint] = (RunFolder(tmp_path / "run").checkpoints).iterdir()
-    state = _Shards(checkpoint, int(strategy[-1]), 2)
+    state = ShardedState(checkpoint, int(strategy[-1]), 2)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert state.names() == {name for name, _ in model.named_parameters()}
     for name, weight in model.named_parameters():

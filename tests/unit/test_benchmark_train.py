@@ -48,7 +48,7 @@ def test_medians_and_shares_are_those_of_all_rounds(train):
     ours = [{"seconds": seconds, "peak_mb": 50.0, **sizes} for seconds in (2.0, 4.0, 5.0)]
     products = [{"flops": flops} for flops in (6000.0, 3000.0, 6000.0)]
     timed = [one | {"inside_seconds": one["seconds"] * 0.75} for one in ours]
-    found = train.summarise({train.PRODUCT: products, train.OURS: ours, train.INSIDE: timed}, 40, 100)
+    found = train.summarise_scores({train.PRODUCT: products, train.OURS: ours, train.INSIDE: timed}, 40, 100)
     assert found["medians"][train.OURS] == {
         "rate": 10.0, "lowest": 8.0, "highest": 20.0, "peak_mb": 50.0, "tokens": 100, "steps": 3
     }  # fmt: skip
@@ -88,5 +88,5 @@ def test_the_first_steps_of_the_gpu_benchmark_do_not_count(train):
     gpu = importlib.import_module("gpu")
     work = train.Work(*[Path()] * 5, tokens=400, supervised=100)
     run = {"stamps": [50.0, 60.0, 61.0, 62.0], "peak_mb": 2000.0}
-    found = gpu.summarise([run], work, Namespace(warm_up=2))
+    found = gpu.summarise_scores([run], work, Namespace(warm_up=2))
     assert found == {"tokens_per_second": 100.0, "supervised_per_second": 25.0, "peak_gb": 2.0, "steps": 4}

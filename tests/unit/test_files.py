@@ -5,29 +5,29 @@ from pathlib import Path
 import pytest
 
 from minisft.errors import UserError
-from minisft.files import user_path
+from minisft.files import expand_user_path
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert user_path("~") == tmp_path
-    assert user_path("~/runs/a") == tmp_path / "runs" / "a"
+    assert expand_user_path("~") == tmp_path
+    assert expand_user_path("~/runs/a") == tmp_path / "runs" / "a"
 
 
 @pytest.mark.parametrize("text", ["runs/a", "/runs/a", ".", "a/~/b", "a b"])
 def test_other_paths_stay(text):
-    assert user_path(text) == Path(text)
+    assert expand_user_path(text) == Path(text)
 
 
 def test_a_name_that_begins_with_a_tilde_is_never_expanded_again():
-    assert user_path("./~/x") == Path.cwd() / "~" / "x"
+    assert expand_user_path("./~/x") == Path.cwd() / "~" / "x"
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("text", "problem"),
     [("", "empty"), (" \t", "empty"), ("a\0b", "NUL"), ("~no-such-user/x", "~no-such-user stands for a home folder")],
 )
-def test_what_is_no_path_is_refused(text, what):
-    with pytest.raises(UserError, match=what) as refused:
-        user_path(text, "output")
+def test_what_is_no_path_is_refused(text, problem):
+    with pytest.raises(UserError, match=problem) as refused:
+        expand_user_path(text, "output")
     assert refused.value.where == "output"

@@ -5,10 +5,10 @@ import sys
 
 LEAVES = """
 import atexit, ctypes, sys, threading, time
-from minisft.processes import leave
+from minisft.processes import hard_exit
 
 c = ctypes.CDLL(None)
-c.on_exit(c.abort, None)  # what a C++ destructor may do while the interpreter is torn down
+c.on_exit(c.abort, None)  # problem a C++ destructor may do while the interpreter is torn down
 atexit.register(lambda: print("at exit"))
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 print("work", end=" ")

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minisft.errors import UserError
-from minisft.files import hold_lock, whole_folder, write_atomically
-from minisft.manifest import MARKER, foreign_files, read_marker, record
+from minisft.files import hold_lock, write_atomically, write_folder_atomically
+from minisft.manifest import MARKER, foreign_files, read_marker, record_files
 from minisft.recipe import DataRecipe, Recipe
 from minisft.run_folder import RunFolder, delete_replaced_run
-from minisft.run_start import open_run, restore_run, start_run
+from minisft.run_start import open_run, restore_replaced_run, start_run
 
 WRITTEN = ("recipe.yaml", "metrics.jsonl", "dataset/ledger.json", "dataset/train/data.arrow", "model/config.json",
            "checkpoints/checkpoint-4/model.safetensors", "evaluation/results.json")  # fmt: skip
@@ -60,18 +60,18 @@ def failing(at, killed):
 def train(recipe, version, force=False):
     """What a command does with a run folder, but for the training itself."""
     with start_run(recipe, force=force) as started:
-        with whole_folder(started.run.dataset) as aside:
+        with write_folder_atomically(started.run.dataset) as aside:
             (aside / "train").mkdir()
             (aside / "train" / "data.arrow").write_text(version)
             (aside / "ledger.json").write_text(version)
-        started.take_place()
+        started.replace_old_run()
         run = started.run
         delete_replaced_run(run)  # the first step is taken
-        record(run.metrics)
+        record_files(run.metrics)
         run.metrics.write_text(version)
-        with whole_folder(run.checkpoints / "checkpoint-4") as aside:
+        with write_folder_atomically(run.checkpoints / "checkpoint-4") as aside:
             (aside / "model.safetensors").write_text(version)
-        with whole_folder(run.model) as aside:
+        with write_folder_atomically(run.model) as aside:
             (aside / "config.json").write_text(version)
     write_atomically(run.root / "evaluation" / "results.json", version)
 
@@ -211,7 +211,7 @@ def test_the_old_run_comes_back_where_the_new_one_takes_no_step(recipe, tmp_path
     train(recipe, "old")
     before = content(tmp_path / "run")
     with pytest.raises(RuntimeError), start_run(recipe, force=True) as started:  # noqa: PT012
-        started.take_place()
+        started.replace_old_run()
         assert content(tmp_path / "run.old-1") == before
         raise RuntimeError
     assert content(tmp_path / "run") == before
@@ -309,7 +309,7 @@ def test_a_process_killed_after_the_renames_leaves_the_old_run_for_a_successor_t
 
     def killed():
         with start_run(recipe, force=True) as started:
-            started.take_place()
+            started.replace_old_run()
             os._exit(0)
 
     if (child := os.fork()) == 0:
@@ -319,7 +319,7 @@ def test_a_process_killed_after_the_renames_leaves_the_old_run_for_a_successor_t
     run = RunFolder(tmp_path / "run")
     with open_run(recipe):
         pass
-    restore_run(run)
+    restore_replaced_run(run)
     assert content(tmp_path / "run") == before
     assert (tmp_path / "run" / MARKER).exists()
 

@@ -9,7 +9,7 @@ import pytest
 
 from minisft.errors import UserError
 from minisft.recipe import DataRecipe, Recipe, TrainingRecipe
-from minisft.run_folder import RunFolder, identity, is_same_run, load_run, remember_model
+from minisft.run_folder import RunFolder, is_same_run, load_run, record_base_model, run_identity
 from minisft.run_start import open_run, start_run
 
 
@@ -39,7 +39,7 @@ def test_the_resolved_recipe_is_in_the_folder(recipe):
 
 def test_what_leaves_the_trajectory_alone_may_change(recipe):
     split = replace(recipe.training, strategy="zero2", processes=2, batch_size=2, gradient_accumulation=2, save_every=9)
-    assert identity(replace(recipe, training=split)) == identity(recipe)
+    assert run_identity(replace(recipe, training=split)) == run_identity(recipe)
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"batch_size": 4}, {"epochs": 1.0}])
@@ -137,10 +137,10 @@ def test_preparing_leaves_the_recipe_of_a_trained_run_alone(recipe):
 
 def test_another_base_model_is_noticed(recipe):
     with open_run(recipe) as run:
-        remember_model(run, "the hub's m", "abc")
-        remember_model(run, "the hub's m", "abc")
+        record_base_model(run, "the hub's m", "abc")
+        record_base_model(run, "the hub's m", "abc")
         with pytest.raises(UserError, match="not the same"):
-            remember_model(run, "the folder m", "def")
+            record_base_model(run, "the folder m", "def")
 
 
 def test_one_that_only_looks_at_the_lock_is_waited_for(recipe, tmp_path):

@@ -59,7 +59,7 @@ class Session:
             return self.encoder.encode_prompt(self.messages())
         except RefusedError as refusal:
             whole = "leave the system prompt out" if refusal.reason.startswith("system") else "say it otherwise"
-            raise UserError("chat", refusal.what, f"{whole}, or talk to another model") from None
+            raise UserError("chat", refusal.problem, f"{whole}, or talk to another model") from None
 
     def set_system(self, text: str) -> None:
         """Sets the system prompt.
@@ -90,8 +90,8 @@ class Session:
             if not later:
                 if length < context:
                     break
-                mend = "shorten it, or the system prompt"
-                raise UserError("chat", f"{length} tokens do not fit the model's context of {context}", mend)
+                fix = "shorten it, or the system prompt"
+                raise UserError("chat", f"{length} tokens do not fit the model's context of {context}", fix)
             self.turns, dropped = self.turns[later[0] :], dropped + 1
             length = len(self.prompt())
         return dropped
@@ -166,7 +166,7 @@ def _encoder(tokenizer: "PreTrainedTokenizerFast", template: str) -> "Encoder":
         if error.where != "data.template":
             raise
         fix = f"name the one that the model was trained with: --template {'|'.join(NATIVE_TEMPLATES)}, or a .jinja file"
-        raise UserError("--template", error.what, fix) from None
+        raise UserError("--template", error.problem, fix) from None
 
 
 def load_for_chat(name: str, trust_remote_code: bool, base: str | None = None) -> "PreTrainedModel":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from minisft.chat.session import Session, load_for_chat, load_model_and_encoder
 from minisft.console import console, warn
 from minisft.errors import UserError
-from minisft.text import json_text, printable
+from minisft.text import dump_json, printable
 
 if TYPE_CHECKING:
     from minisft.evaluation.generation import Finish, Sampling
@@ -227,16 +227,16 @@ class Terminal:
         turns = [{"from": _SHAREGPT[m.role], "value": m.content} for m in self.session.messages()]
         try:
             with Path(name).expanduser().open("a", encoding="utf-8") as file:
-                file.write(json_text({"conversations": turns}) + "\n")
+                file.write(dump_json({"conversations": turns}) + "\n")
         except OSError as error:
             warn(f"{name} cannot be written: {error.strerror}")
             return
         warn(f"Added to {name}.")
 
-    def _nothing_to(self, what: str) -> bool:
+    def _nothing_to(self, problem: str) -> bool:
         if self.session.turns and self.session.turns[-1].role == "assistant":
             return False
-        warn(f"There is nothing to {what} yet.")
+        warn(f"There is nothing to {problem} yet.")
         return True
 
 

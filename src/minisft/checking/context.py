@@ -16,11 +16,11 @@ from minisft.data.conversation import Conversation, Message, messages_from_rows
 from minisft.data.encoder import IGNORED, Encoder
 from minisft.data.preparation import Prepared, prepare
 from minisft.data.prepared import load_split
-from minisft.data.shards import stage
+from minisft.data.shards import encode_sources
 from minisft.data.sources import at_revision, parse_sources
-from minisft.data.stats import Tally
+from minisft.data.stats import DatasetStats
 from minisft.data.verification import VerificationError
-from minisft.manifest import delete_scratch
+from minisft.manifest import delete_scratch_folder
 from minisft.models import ResolvedModel, load_config, load_tokenizer, resolve_model
 from minisft.planning.auto import predicted_strategy
 from minisft.planning.planner import predict_run
@@ -99,7 +99,7 @@ class Example:
         return not any(m.tool_calls or m.reasoning or "</think>" in m.content for m in self.conversation.answers)
 
 
-class Subject:
+class CheckContext:
     """A recipe under examination.
 
     Args:
@@ -111,7 +111,7 @@ class Subject:
         self.recipe = recipe
         self.run = run
         self.scratch = run.scratch
-        self.doubt: VerificationError | None = None  # what `prepare` found wrong with its own tokens
+        self.verification_error: VerificationError | None = None  # what `prepare` found wrong with its own tokens
         self.live: SupervisedTokenTrainer | None = None
 
     # --- model and tokenizer
@@ -161,13 +161,13 @@ class Subject:
         Rows that the template refuses are left out and counted: checks name the reason.
         """
         data = replace(self.recipe.data, limit=min(self.recipe.data.limit or EXAMPLES, EXAMPLES), verify=False)
-        tally, path = Tally(), self.scratch / "source.arrow"
+        stats, path = DatasetStats(), self.scratch / "source.arrow"
         sources = [at_revision(one, None, keep=False) for one in parse_sources(data.source)]
         path.parent.mkdir(exist_ok=True)
-        stage(path, sources, replace(self.recipe, data=data), self.encoder, tally)
+        encode_sources(path, sources, replace(self.recipe, data=data), self.encoder, stats)
         with path.open("rb") as file:
             rows = pa.ipc.open_stream(file).read_all().to_pylist()
-        return SourceRows(rows, tally.section("skipped"))
+        return SourceRows(rows, stats.section("skipped"))
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -179,15 +179,15 @@ class Subject:
         try:
             return prepare(self.recipe, self.encoder.tokenizer, begun=self.run.has_begun())
         except VerificationError as error:
-            self.doubt = error
+            self.verification_error = error
             unverified = replace(self.recipe.data, verify=False)
             aside = replace(self.recipe, output=str(self.scratch / "unverified"), data=unverified)
             return prepare(aside, self.encoder.tokenizer)
 
     @cached_property
-    def sides(self) -> dict[str, Any]:
+    def splits(self) -> dict[str, Any]:
         """The prepared sides by name, as `datasets`."""
-        return {side: load_split(self.prepared.folder.parent, side) for side in ("train", "test")}
+        return {split: load_split(self.prepared.folder.parent, split) for split in ("train", "test")}
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -195,7 +195,7 @@ class Subject:
         columns = ["location", "input_ids", "labels", "findings"]
         rows: dict[str, TokenRow] = {}
         wanted = {row["location"] for row in self.source.rows}
-        for data in self.sides.values():
+        for data in self.splits.values():
             for row in data.select_columns(columns):
                 if row["location"] in wanted:
                     rows[row["location"]] = as_token_row(row)
@@ -258,11 +258,11 @@ class Subject:
         """A trainer of a scratch recipe in this process; the one before it is let go first."""
         from minisft.training.run_training import make_trainer
 
-        self.let_go()
+        self.free_model()
         self.live = make_trainer(recipe, RunFolder(Path(recipe.output)))
         return self.live
 
-    def let_go(self) -> None:
+    def free_model(self) -> None:
         """Free the live model."""
         if self.live is not None:
             self.live = None
@@ -272,8 +272,8 @@ class Subject:
 
     def clear(self) -> None:
         """Remove what the checks wrote."""
-        self.let_go()
-        delete_scratch(self.scratch)
+        self.free_model()
+        delete_scratch_folder(self.scratch)
 
 
 def as_token_row(row: dict[str, Any]) -> TokenRow:

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from minisft.checking.context import Subject, TokenRow
+from minisft.checking.context import CheckContext, TokenRow
 from minisft.checking.reference import Conversations, count_learned, padded_loss, plain_attention
 from minisft.checking.result import Failed
 from minisft.checking.scratch import Steps, make_scratch, short_rows, step_recipe, switch_off_dropout
 from minisft.evaluation.generation import generate
-from minisft.training.batching import measure
+from minisft.training.batching import measure_lengths
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 ROWS, CANDIDATES = 3, 24
 NEAR_ZERO = 0.02  # nats per learned token
-SURELY = 0.6  # nats of all learned tokens together: below ln 2 each of them is likelier than all others
+CONFIDENT = 0.6  # nats of all learned tokens together: below ln 2 each of them is likelier than all others
 MOST_STEPS = 400  # a tiny random model may need 150, a real one 10
 # AdamW moves every weight by about the learning rate; what a weight may move falls with the width of the layer.
 _RATE_TIMES_WIDTH = 0.3
 
 
-def rows_are_learned_by_heart(subject: Subject) -> str:
+def can_overfit_batch(context: CheckContext) -> str:
     """Train on the shortest rows until the loss is near zero, and generate their answers."""
-    rows = _shortest_rows(subject)
-    recipe = _recipe(subject, len(rows))
-    make_scratch(subject, recipe, rows)
-    trainer = subject.train_in_scratch(recipe)
+    rows = _shortest_rows(context)
+    recipe = _recipe(context, len(rows))
+    make_scratch(context, recipe, rows)
+    trainer = context.train_in_scratch(recipe)
     switch_off_dropout(trainer.model)
     trainer.args.save_strategy = "no"
     dataset: Any = trainer.train_dataset
@@ -37,28 +37,28 @@ def rows_are_learned_by_heart(subject: Subject) -> str:
     trainer.add_callback(watch)
     trainer.train()
     if not watch.is_learned:
-        what = f"after {MOST_STEPS} steps on {len(rows)} rows their loss is {watch.loss:.3f}, from {watch.first:.3f}"
-        raise Failed(what, "this model does not learn as it is loaded here: look at its config, or take another")
-    answers = _recall(subject, trainer.model, [_as_row(row) for row in dataset])
+        problem = f"after {MOST_STEPS} steps on {len(rows)} rows their loss is {watch.loss:.3f}, from {watch.first:.3f}"
+        raise Failed(problem, "this model does not learn as it is loaded here: look at its config, or take another")
+    answers = _recall(context, trainer.model, [_as_row(row) for row in dataset])
     return (
         f"{len(rows)} rows, {watch.steps} steps: loss {watch.first:.2f} to {watch.loss:.3f}, {answers} answers verbatim"
     )
 
 
-def _shortest_rows(subject: Subject) -> list[int]:
+def _shortest_rows(context: CheckContext) -> list[int]:
     """Short rows of which no two ask the same first: two answers to one question cannot both be learned."""
-    train = subject.sides["train"]
+    train = context.splits["train"]
     chosen: dict[tuple[int, ...], int] = {}
-    for number in short_rows(measure(train).tokens, CANDIDATES):
+    for number in short_rows(measure_lengths(train).tokens, CANDIDATES):
         row = _as_row(train[number])
         chosen.setdefault(tuple(row.ids[: row.answers()[0][0]]), number)
     return list(chosen.values())[:ROWS]
 
 
-def _recipe(subject: Subject, rows: int) -> "Recipe":
-    rate = _RATE_TIMES_WIDTH / subject.width
+def _recipe(context: CheckContext, rows: int) -> "Recipe":
+    rate = _RATE_TIMES_WIDTH / context.width
     return step_recipe(
-        subject, "learning", Steps(rows, []),
+        context, "learning", Steps(rows, []),
         strategy="vanilla", processes=1, batch_size=rows, max_steps=MOST_STEPS, save_every=MOST_STEPS,
         learning_rate=rate, scheduler="constant", scheduler_args={}, weight_decay=0.0, optimizer="adamw",
     )  # fmt: skip
@@ -86,7 +86,7 @@ class _StopWhenLearned(TrainerCallback):
             with torch.no_grad(), plain_attention(model):
                 together = float(padded_loss(model, self.rows))
             self.loss = together / count_learned(self.rows)
-            self.is_learned = self.loss <= NEAR_ZERO and together <= SURELY
+            self.is_learned = self.loss <= NEAR_ZERO and together <= CONFIDENT
         control.should_training_stop = self.is_learned
 
 
@@ -94,10 +94,10 @@ def _as_row(row: dict[str, Any]) -> TokenRow:
     return TokenRow(list(row["input_ids"]), list(row["labels"]))
 
 
-def _recall(subject: Subject, model: Any, rows: list[TokenRow]) -> int:
+def _recall(context: CheckContext, model: Any, rows: list[TokenRow]) -> int:
     """Generate every answer of the rows from what stands before it; return how many there are."""
     asked = [(row.ids[:start], row.ids[start:end]) for row in rows for start, end in row.answers() if start > 0]
-    stops = subject.encoder.stop_token_ids
+    stops = context.encoder.stop_token_ids
     model.eval()
     with plain_attention(model), torch.inference_mode():
         answers = generate(
@@ -110,7 +110,7 @@ def _recall(subject: Subject, model: Any, rows: list[TokenRow]) -> int:
         ends = wanted[-1] in stops
         text = wanted[:-1] if ends else wanted
         if answer.ids[: len(text)] != text or (ends and (answer.ids != text or answer.finish != "stop")):
-            decode = subject.encoder.decode_answer
-            what = f"learned {decode(text)!r}, generated {decode(answer.ids)!r} (ended by {answer.finish})"
-            raise Failed(what, "generation does not continue what was trained: report it")
+            decode = context.encoder.decode_answer
+            problem = f"learned {decode(text)!r}, generated {decode(answer.ids)!r} (ended by {answer.finish})"
+            raise Failed(problem, "generation does not continue what was trained: report it")
     return len(asked)

@@ -1,11 +1,11 @@
 """What a check is and what came of it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from minisft.checking.context import Subject
+    from minisft.checking.context import CheckContext
 
 Status = Literal["ok", "FAILED", "not run"]
 
@@ -14,14 +14,14 @@ class Failed(Exception):  # noqa: N818 (a result, no error of the program)
     """A check found something wrong.
 
     Args:
-        what: what is wrong.
-        mend: what the user can do about it.
+        problem: what is wrong.
+        fix: what the user can do about it.
     """
 
-    def __init__(self, what: str, mend: str) -> None:
-        self.what = what
-        self.mend = mend
-        super().__init__(what, mend)
+    def __init__(self, problem: str, fix: str) -> None:
+        self.problem = problem
+        self.fix = fix
+        super().__init__(problem, fix)
 
 
 class NotRun(Exception):  # noqa: N818
@@ -34,7 +34,7 @@ class Check:
 
     Args:
         name: group.name.
-        claim: what is true where it is ok.
+        description: what is true where it is ok.
         run: proves it; returns what was looked at.
         needs: the checks without which it says nothing.
         weights: whether it needs the model's weights.
@@ -43,8 +43,8 @@ class Check:
     """
 
     name: str
-    claim: str
-    run: "Callable[[Subject], str]"
+    description: str
+    run: "Callable[[CheckContext], str]"
     needs: tuple[str, ...] = ()
     weights: bool = False
 
@@ -55,22 +55,30 @@ class Result:
 
     Args:
         name: the check's.
-        claim: the check's.
+        description: the check's.
         status: ok, FAILED or not run.
         detail: what was looked at, what is wrong, or "because ...".
-        mend: what to do where it failed.
+        fix: what to do where it failed.
         seconds: how long it took.
     """
 
     name: str
-    claim: str
+    description: str
     status: Status
     detail: str = ""
-    mend: str = ""
+    fix: str = ""
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        assert (self.status == "FAILED") == bool(self.mend), "a failure says what to do, and nothing else does"
+        assert (self.status == "FAILED") == bool(self.fix), "a failure says what to do, and nothing else does"
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the fields under the names that check.json has for them."""
+        return {
+            "name": self.name,
+            "claim": self.description,
+            "status": self.status,
+            "detail": self.detail,
+            "mend": self.fix,
+            "seconds": self.seconds,
+        }

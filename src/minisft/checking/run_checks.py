@@ -13,13 +13,13 @@ from rich.text import Text
 
 from minisft import __version__
 from minisft.checking import data_checks, loss_checks, overfit_check, serving_checks, strategy_checks
-from minisft.checking.context import Subject
+from minisft.checking.context import CheckContext
 from minisft.checking.result import Check, Failed, NotRun, Result
 from minisft.checking.scratch import quiet_libraries
 from minisft.console import console
 from minisft.errors import StoppedError, UserError
-from minisft.manifest import make_scratch
-from minisft.processes import stop_signals
+from minisft.manifest import make_scratch_folder
+from minisft.processes import handle_stop_signals
 from minisft.recipe import Recipe, dump_recipe
 from minisft.run_folder import RunFolder
 
@@ -107,7 +107,7 @@ CHECKS = (
     Check(
         "learning.recall",
         "rows can be learned by heart",
-        overfit_check.rows_are_learned_by_heart,
+        overfit_check.can_overfit_batch,
         ("loss.split", "serve.prompts", "serve.stops"),
         True,
     ),
@@ -116,8 +116,13 @@ CHECKS = (
 )
 
 
-def examine(
-    recipe: Recipe, run: RunFolder, *, quick: bool, tell: Callable[[Result], None], checks: Sequence[Check] = CHECKS
+def run_checks(
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    quick: bool,
+    on_result: Callable[[Result], None],
+    checks: Sequence[Check] = CHECKS,
 ) -> list[Result]:
     """Run the checks on a recipe.
 
@@ -125,19 +130,19 @@ def examine(
         recipe: the recipe.
         run: its run folder, held by this process.
         quick: leave out what needs the model's weights.
-        tell: called with each result as it comes.
+        on_result: called with each result as it comes.
         checks: in an order in which each comes after those that it needs.
     """
-    subject = Subject(recipe, run)
-    make_scratch(run.scratch)
+    context = CheckContext(recipe, run)
+    make_scratch_folder(run.scratch)
     results: dict[str, Result] = {}
     try:
-        with stop_signals(_stop), quiet_libraries():
+        with handle_stop_signals(_stop), quiet_libraries():
             for check in checks:
-                results[check.name] = _result(check, subject, results, quick)
-                tell(results[check.name])
+                results[check.name] = _result(check, context, results, quick)
+                on_result(results[check.name])
     finally:
-        subject.clear()
+        context.clear()
     return list(results.values())
 
 
@@ -145,14 +150,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt  # so that SIGTERM, too, leaves no scratch folder behind
 
 
-def _result(check: Check, subject: Subject, earlier: Mapping[str, Result], quick: bool) -> Result:
+def _result(check: Check, context: CheckContext, earlier: Mapping[str, Result], quick: bool) -> Result:
     reason = _obstacle(check, earlier)
     if reason is None and quick and check.weights:
         reason = _QUICK
     if reason is not None:
-        return Result(check.name, check.claim, "not run", f"because {reason}")
+        return Result(check.name, check.description, "not run", f"because {reason}")
     begun = time.perf_counter()
-    result = _run(check, subject)
+    result = _run(check, context)
     return Result(**{**vars(result), "seconds": round(time.perf_counter() - begun, 2)})
 
 
@@ -166,27 +171,27 @@ def _obstacle(check: Check, earlier: Mapping[str, Result]) -> str | None:
     return None
 
 
-def _run(check: Check, subject: Subject) -> Result:
+def _run(check: Check, context: CheckContext) -> Result:
     try:
-        return Result(check.name, check.claim, "ok", check.run(subject))
+        return Result(check.name, check.description, "ok", check.run(context))
     except NotRun as reason:
-        return Result(check.name, check.claim, "not run", f"because {reason}")
+        return Result(check.name, check.description, "not run", f"because {reason}")
     except Failed as failure:
-        return Result(check.name, check.claim, "FAILED", failure.what, failure.mend)
+        return Result(check.name, check.description, "FAILED", failure.problem, failure.fix)
     except UserError as error:
-        return Result(check.name, check.claim, "FAILED", f"{error.where}: {error.what}", error.mend)
+        return Result(check.name, check.description, "FAILED", f"{error.where}: {error.problem}", error.fix)
     except StoppedError:
         raise
     except (
         torch.OutOfMemoryError,
         MemoryError,
     ) as error:  # of this process, which takes all weights without a strategy
-        subject.let_go()
-        return Result(check.name, check.claim, "not run", f"because one process is too small for it ({error})")
+        context.free_model()
+        return Result(check.name, check.description, "not run", f"because one process is too small for it ({error})")
     except Exception as error:  # whatever a model, a template or a library raises, the other checks go on
         where = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {str(error).strip() or 'no message'} ({where.name}, line {where.lineno})"
-        return Result(check.name, check.claim, "FAILED", what, "if the message does not say it, report it")
+        problem = f"{type(error).__name__}: {str(error).strip() or 'no message'} ({where.name}, line {where.lineno})"
+        return Result(check.name, check.description, "FAILED", problem, "if the message does not say it, report it")
 
 
 def as_report(recipe: Recipe, results: Iterable[Result], *, quick: bool) -> dict[str, Any]:
@@ -223,12 +228,12 @@ def show(result: Result) -> None:
         (f"{result.status:<8} ", _STYLES[result.status]),
         f"{result.name:<18} ",
         f"{result.seconds:>5.1f} s  " if result.status != "not run" else " " * 9,
-        result.claim,
+        result.description,
     )
     console.print(line)
     console.print(Text(f"{_INDENT}{result.detail}", style="dim" if result.status == "ok" else ""))
-    if result.mend:
-        console.print(Text(f"{_INDENT}To mend it: {result.mend}"))
+    if result.fix:
+        console.print(Text(f"{_INDENT}To mend it: {result.fix}"))
 
 
 def summary(results: Sequence[Result]) -> str:

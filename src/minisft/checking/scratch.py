@@ -23,16 +23,16 @@ from transformers.utils import logging as transformers_logging
 from minisft.console import console, error_console
 from minisft.errors import StoppedError
 from minisft.recipe import Recipe
-from minisft.run_folder import RunFolder, load_run, worker_consent
+from minisft.run_folder import RunFolder, load_run, trust_arguments
 from minisft.run_start import open_run
-from minisft.training.batching import measure
+from minisft.training.batching import measure_lengths
 from minisft.training.device import choose_precision, on_cpu
-from minisft.training.distributed import launch, launch_alone
+from minisft.training.distributed import launch, launch_single
 from minisft.training.run_training import make_trainer, take_steps
 from minisft.training.zero import ZERO_STAGES, set_deepspeed_environment
 
 if TYPE_CHECKING:
-    from minisft.checking.context import Subject
+    from minisft.checking.context import CheckContext
 
 
 STEPS = 3
@@ -59,10 +59,10 @@ class Steps:
     rows: list[int]
 
 
-def choose_steps(subject: "Subject") -> Steps:
+def choose_steps(context: "CheckContext") -> Steps:
     """Choose short rows of different lengths, and as many in a step as the recipe has where there is time for it."""
-    training = subject.recipe.training
-    tokens = measure(subject.sides["train"]).tokens
+    training = context.recipe.training
+    tokens = measure_lengths(context.splits["train"]).tokens
     budget = _TOKENS_CPU if on_cpu() else _TOKENS_GPU
     whole = training.batch_size * training.processes * training.gradient_accumulation
     for conversations in range(whole, training.processes, -1):
@@ -83,13 +83,13 @@ def row_limit() -> int:
     return _ROW_CPU if on_cpu() else _ROW_GPU
 
 
-def step_recipe(subject: "Subject", name: str, steps: Steps, **training: Any) -> Recipe:
+def step_recipe(context: "CheckContext", name: str, steps: Steps, **training: Any) -> Recipe:
     """The recipe for a scratch run of STEPS steps: the recipe's own but for length, batch and where it is written.
 
     All steps change the weights: there is no warm-up. What belongs to a long run alone is left out, and what belongs
     to another strategy.
     """
-    own = subject.recipe.training
+    own = context.recipe.training
     changed = {
         "batch_size": steps.conversations // own.processes, "gradient_accumulation": 1, "max_steps": STEPS,
         "save_every": RESUME_AT, "log_every": 1, "warmup_ratio": 0.0, "report_to": [],
@@ -99,15 +99,15 @@ def step_recipe(subject: "Subject", name: str, steps: Steps, **training: Any) ->
         changed["offload"] = None
     if choose_precision(own.precision) != "fp32" and "learning_rate" not in training:
         changed["learning_rate"] = min(own.learning_rate, _MOST_IN_HALF_PRECISION)
-    return replace(subject.recipe, output=str(subject.scratch / name), training=replace(own, **changed))
+    return replace(context.recipe, output=str(context.scratch / name), training=replace(own, **changed))
 
 
-def make_scratch(subject: "Subject", recipe: Recipe, rows: list[int]) -> None:
+def make_scratch(context: "CheckContext", recipe: Recipe, rows: list[int]) -> None:
     """Make the run folder of a scratch recipe with rows of the train side; a long row loses what is far off."""
     import datasets
 
     with open_run(recipe) as run:
-        chosen = subject.sides["train"].select_columns(["input_ids", "labels", "id"]).select(rows)
+        chosen = context.splits["train"].select_columns(["input_ids", "labels", "id"]).select(rows)
         cut = [_shortened(row, row_limit()) for row in chosen]
         bars = datasets.utils.logging.is_progress_bar_enabled()
         datasets.disable_progress_bars()
@@ -136,8 +136,8 @@ def run_steps_in_child(recipe: Recipe) -> None:
     """
     training = recipe.training
     alone = training.processes == 1 and training.strategy not in ZERO_STAGES
-    arguments = [recipe.output, *worker_consent(recipe)]
-    if launch_alone(_WORKER, arguments) if alone else launch(_WORKER, arguments, training.processes):
+    arguments = [recipe.output, *trust_arguments(recipe)]
+    if launch_single(_WORKER, arguments) if alone else launch(_WORKER, arguments, training.processes):
         raise StoppedError("stopped as asked")
 
 

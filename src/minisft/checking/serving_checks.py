@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from minisft.chat.terminal import Session
-from minisft.checking.context import Example, Subject, as_conversation, as_token_row
+from minisft.checking.context import CheckContext, Example, as_conversation, as_token_row
 from minisft.checking.result import Failed, NotRun
 from minisft.data.conversation import Conversation, Message, message_as_dict
 from minisft.data.renderers.templates import NATIVE_TEMPLATES
@@ -26,34 +26,34 @@ _TEMPLATE = "use data.template: chatml or mistral, which other tools render alik
 Render = Callable[[Any, list[dict[str, Any]], list[Any] | None, bool], list[int]]
 
 
-def prompts_are_those_trained(subject: Subject) -> str:
+def prompts_are_those_trained(context: CheckContext) -> str:
     """Compare the ids that evaluation and chat send with the beginning of the training rows."""
-    sent = _compare_evaluation(subject)
+    sent = _compare_evaluation(context)
     talked = 0
-    for example in subject.sample(SAMPLE):
-        for place, ids in _trained_prompts(subject, example):
-            _compare(example.conversation.location, "encode_prompt", _prompt_ids(subject, example, place), ids)
+    for example in context.sample(SAMPLE):
+        for place, ids in _trained_prompts(context, example):
+            _compare(example.conversation.location, "encode_prompt", _prompt_ids(context, example, place), ids)
             if not example.conversation.tools and example.is_plain:
-                _compare(example.conversation.location, "chat", _chat_ids(subject, example.conversation, place), ids)
+                _compare(example.conversation.location, "chat", _chat_ids(context, example.conversation, place), ids)
                 talked += 1
     return f"{sent} prompts of evaluation, {talked} of chat"
 
 
-def _compare_evaluation(subject: Subject) -> int:
+def _compare_evaluation(context: CheckContext) -> int:
     """Compare evaluation's own questions with the test rows they come from; return how many there are."""
-    test = subject.sides["test"]
+    test = context.splits["test"]
     if not len(test):
         return 0
-    held_out = load_held_out(subject.prepared.folder.parent, subject.encoder, "all", SAMPLE)
-    questions = iter(held_out.questions)
+    held_out = load_held_out(context.prepared.folder.parent, context.encoder, "all", SAMPLE)
+    examples = iter(held_out.examples)
     compared = 0
     for row in test.select(range(min(SAMPLE, len(test)))):
         example = Example(as_conversation(row), as_token_row(row))
-        expected = dict(_trained_prompts(subject, example))
+        expected = dict(_trained_prompts(context, example))
         for place in _learned_places(example.conversation):
-            question = next(questions)
+            eval_example = next(examples)
             if place in expected:
-                _compare(example.conversation.location, "evaluation", question.prompt_ids, expected[place])
+                _compare(example.conversation.location, "evaluation", eval_example.prompt_ids, expected[place])
                 compared += 1
     return compared
 
@@ -62,7 +62,7 @@ def _learned_places(conversation: Conversation) -> list[int]:
     return [place for place, m in enumerate(conversation.messages) if m.is_answer and m.supervised]
 
 
-def _trained_prompts(subject: Subject, example: Example) -> list[tuple[int, list[int]]]:
+def _trained_prompts(context: CheckContext, example: Example) -> list[tuple[int, list[int]]]:
     """(the answer's place among the messages, what stands before it in the training row).
 
     A template that rewrites the history as it goes on is held to the last answer alone.
@@ -70,18 +70,18 @@ def _trained_prompts(subject: Subject, example: Example) -> list[tuple[int, list
     places, stretches = _learned_places(example.conversation), example.row.answers()
     pairs = [(place, example.row.ids[:start]) for place, (start, _) in zip(places, stretches, strict=True)]
     has_system = example.conversation.messages[0].role == "system" or bool(example.conversation.tools)
-    moves = subject.encoder.template_name == "mistral-v3" and has_system
+    moves = context.encoder.template_name == "mistral-v3" and has_system
     return pairs[-1:] if moves or "history_rewritten" in example.row.findings else pairs
 
 
-def _prompt_ids(subject: Subject, example: Example, place: int) -> list[int]:
-    return subject.encoder.encode_prompt(example.conversation.messages[:place], example.conversation.tools)
+def _prompt_ids(context: CheckContext, example: Example, place: int) -> list[int]:
+    return context.encoder.encode_prompt(example.conversation.messages[:place], example.conversation.tools)
 
 
-def _chat_ids(subject: Subject, conversation: Conversation, place: int) -> list[int]:
+def _chat_ids(context: CheckContext, conversation: Conversation, place: int) -> list[int]:
     before = conversation.messages[:place]
     system = before[0].content if before[0].role == "system" else ""
-    session: Any = Session(None, subject.encoder, system=system)  # type: ignore[arg-type]  # no model is asked
+    session: Any = Session(None, context.encoder, system=system)  # type: ignore[arg-type]  # no model is asked
     session.turns = list(before[1:] if system else before)
     return list(session.prompt())
 
@@ -94,44 +94,44 @@ def _compare(where: str, who: str, sent: Sequence[int], trained: Sequence[int]) 
     raise Failed(f"{where}: what {who} sends differs from what was trained, from token {differs} on", _FAULT)
 
 
-def stops_are_those_trained(subject: Subject) -> str:
+def stops_are_those_trained(context: CheckContext) -> str:
     """Collect the last learned token of every whole answer: at these, and no others, generation stops."""
     trained = {
         example.row.labels[end - 1]
-        for example in subject.examples
+        for example in context.examples
         if not example.row.is_cut
         for _, end in example.row.answers()
     }
-    stops = set(subject.encoder.stop_token_ids)
-    name = subject.encoder.tokenizer.convert_ids_to_tokens
+    stops = set(context.encoder.stop_token_ids)
+    name = context.encoder.tokenizer.convert_ids_to_tokens
     if trained != stops:
-        what = f"answers end with {name(sorted(trained))}, generation stops at {name(sorted(stops))}"
-        raise Failed(what, "use another data.template, or mend the one in use")
+        problem = f"answers end with {name(sorted(trained))}, generation stops at {name(sorted(stops))}"
+        raise Failed(problem, "use another data.template, or mend the one in use")
     return ", ".join(map(repr, name(sorted(stops))))
 
 
-def saved_template_renders_alike(subject: Subject) -> str:
+def saved_template_renders_alike(context: CheckContext) -> str:
     """Save the tokenizer as training does, load it as others do, and render with plain `apply_chat_template`."""
-    return _compare_with(subject, _plain)
+    return _compare_with(context, _plain)
 
 
-def vllm_renders_alike(subject: Subject) -> str:
+def vllm_renders_alike(context: CheckContext) -> str:
     """The same in vLLM's way."""
-    saved = subject.saved_tokenizer
+    saved = context.saved_tokenizer
     parts = loops_over_content(str(saved.chat_template))
-    return _compare_with(subject, _as_vllm) + ("; contents as parts" if parts else "")
+    return _compare_with(context, _as_vllm) + ("; contents as parts" if parts else "")
 
 
-def _compare_with(subject: Subject, render: Render) -> str:
+def _compare_with(context: CheckContext, render: Render) -> str:
     """Render conversations with the saved template and compare the ids with ours.
 
     Where a text spells a control token, or the tokenizer would join the end of a prompt with its answer, other ids
     of the same text are what the documentation of `data` says; the text must be the same.
     """
-    saved = subject.saved_tokenizer
+    saved = context.saved_tokenizer
     same = other = 0
-    for example in subject.sample(SAMPLE):
-        for messages, ids, prompt in _renderings(subject, example):
+    for example in context.sample(SAMPLE):
+        for messages, ids, prompt in _renderings(context, example):
             tools = json.loads(example.conversation.tools) if example.conversation.tools else None
             rendered = render(saved, [message_as_dict(message) for message in messages], tools, prompt)
             if rendered == ids:
@@ -143,21 +143,21 @@ def _compare_with(subject: Subject, render: Render) -> str:
     if not same + other:
         raise NotRun("no sampled conversation has a form that the template is called with")
     if other > same:
-        what = f"of {same + other} renderings {other} have the text of ours, but other tokens"
-        raise Failed(what, _TEMPLATE)
+        problem = f"of {same + other} renderings {other} have the text of ours, but other tokens"
+        raise Failed(problem, _TEMPLATE)
     return f"{same} renderings" + (f"; {other} with the same text in other tokens" if other else "")
 
 
-def _renderings(subject: Subject, example: Example) -> list[tuple[Sequence[Message], list[int], bool]]:
+def _renderings(context: CheckContext, example: Example) -> list[tuple[Sequence[Message], list[int], bool]]:
     """(messages, our ids, whether it is a prompt) of the prompts of a conversation and of the whole of it."""
-    encoder = subject.encoder
+    encoder = context.encoder
     messages: Sequence[Message] = example.conversation.messages
     if not example.is_plain and encoder.template_name in _OWN:
         return []  # calls may be spelled as the data spells them
     if example.conversation.tools and "tools" not in encoder.chat_template:
         return []  # a template without tools finds them in the system prompt
     prompts: list[tuple[Sequence[Message], list[int], bool]] = [
-        (messages[:place], ids, True) for place, ids in _trained_prompts(subject, example)
+        (messages[:place], ids, True) for place, ids in _trained_prompts(context, example)
     ]
     return prompts if example.row.is_cut else [*prompts, (messages, example.row.ids, False)]
 

@@ -17,21 +17,21 @@ from minisft.comparison.variants import FOLDER, Variant, choose_variants, read_a
 from minisft.console import console, say, warn
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
-from minisft.manifest import record, record_folder, record_scratch
-from minisft.processes import Ended, run_verb
+from minisft.manifest import record_files, record_folder, record_scratch_folder
+from minisft.processes import CompletedVerb, run_verb
 from minisft.recipe import load_recipe
-from minisft.replacement import STAYS
+from minisft.replacement import KEPT_REASON
 from minisft.report.comparison import Entry, write_comparison
 from minisft.report.tables import comparison_table
 from minisft.results import read_results
 from minisft.run_folder import RunFolder
-from minisft.run_start import refuse_foreign_folder, restore_run, start_run
+from minisft.run_start import refuse_foreign_folder, restore_replaced_run, start_run
 
 _BASE_JOURNAL = Path("evaluation") / "base" / "journal.jsonl"
 
 
 @dataclass(frozen=True)
-class Wish:
+class CompareOptions:
     """What is asked for.
 
     Args:
@@ -51,7 +51,7 @@ class Wish:
     force: bool = False
 
 
-def compare(wish: Wish) -> int:
+def compare(wish: CompareOptions) -> int:
     """Run every variant that is not done yet, one after the other, and write what they measured.
 
     Returns:
@@ -65,14 +65,14 @@ def compare(wish: Wish) -> int:
     output = Path(load_recipe(wish.path, wish.overrides).output)
     refuse_foreign_folder(RunFolder(output))
     (output / FOLDER).mkdir(parents=True, exist_ok=True)
-    with _alone(output):
+    with _exclusive(output):
         if not wish.force:
             _refuse_other_runs(variants)
         _warn_early(variants)
         entries = [Entry(v.name, f"{FOLDER}/{v.name}", v.overrides, trajectory(v)) for v in variants]
         statuses = []
         for place, variant in enumerate(variants):
-            status, entries[place] = _Run(wish, variant, output).go(entries[place], entries[:place])
+            status, entries[place] = _VariantRun(wish, variant, output).execute(entries[place], entries[:place])
             statuses.append(status)
             found = write_comparison(output, entries)
         print_comparison(found)
@@ -81,7 +81,7 @@ def compare(wish: Wish) -> int:
 
 
 @contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
+def _exclusive(output: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(hold_lock(output / FOLDER / ".lock"))
@@ -107,10 +107,10 @@ def _warn_early(variants: Sequence[Variant]) -> None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _VariantRun:
     """One variant on its way: trained, then scored, each by a verb in a process of its own."""
 
-    wish: Wish
+    wish: CompareOptions
     variant: Variant
     output: Path
 
@@ -123,11 +123,11 @@ class _Run:
         return self.run.root.with_name(f"{self.variant.name}.log")
 
     @property
-    def record(self) -> Path:
+    def record_files(self) -> Path:
         """Holds the evaluation settings of the last whole evaluation."""
         return self.run.root.with_name(f"{self.variant.name}.json")
 
-    def go(self, entry: Entry, earlier: Sequence[Entry]) -> tuple[int, Entry]:
+    def execute(self, entry: Entry, earlier: Sequence[Entry]) -> tuple[int, Entry]:
         """Do what is left to do; return the exit status of what failed, or 0, and the entry with how it went."""
         if self.variant.recipe is None:
             return self._failed(entry, "recipe", 2, self.variant.error or "")
@@ -143,10 +143,10 @@ class _Run:
                 continue
             ended = self._run_verb(stage)
             if ended.status:
-                restore_run(self.run)
+                restore_replaced_run(self.run)
                 return self._failed(entry, stage, ended.status, ended.error)
         if self.wish.evaluate:
-            write_atomically(self.record, self._evaluation_settings())
+            write_atomically(self.record_files, self._evaluation_settings())
         return 0, replace(entry, status="done")
 
     def _failed(self, entry: Entry, stage: str, status: int, error: str) -> tuple[int, Entry]:
@@ -160,14 +160,14 @@ class _Run:
         """
         assert self.variant.recipe is not None
         if self.wish.force:
-            self.record.unlink(missing_ok=True)
+            self.record_files.unlink(missing_ok=True)
         with start_run(self.variant.recipe, force=self.wish.force, prepares_only=True) as started:
-            started.take_place()
+            started.replace_old_run()
             for other in reversed([self.output / entry.folder for entry in earlier]):
                 share(other / "dataset", self.run.dataset)
                 share(other / _BASE_JOURNAL, self.run.root / _BASE_JOURNAL)
 
-    def _run_verb(self, verb: str) -> Ended:
+    def _run_verb(self, verb: str) -> CompletedVerb:
         words = [verb, str(self.wish.path), *self.wish.overrides, *self.variant.overrides]
         words.append(f"output={json.dumps(str(self.run.root))}")
         if verb == "train" and self.run.has_begun():
@@ -182,10 +182,10 @@ class _Run:
 
     def _is_evaluated(self) -> bool:
         results = read_results(self.run.root)
-        if results is None or not self.record.is_file():
+        if results is None or not self.record_files.is_file():
             return False
         scored = {entry["checkpoint"] for entry in results["checkpoints"]}
-        same = self.record.read_text(encoding="utf-8") == self._evaluation_settings()
+        same = self.record_files.read_text(encoding="utf-8") == self._evaluation_settings()
         return same and {path.name for path in self.run.list_checkpoints()} <= scored
 
 
@@ -193,14 +193,14 @@ class _Run:
 def _following(name: str) -> Iterator[Callable[[str], object]]:
     """Show what a child prints last: in one line of a terminal, else the lines of its progress; always what stays."""
     if not console.is_terminal:
-        yield lambda line: say(f"  {name}: {line}") if line.startswith("step ") or STAYS in line else None
+        yield lambda line: say(f"  {name}: {line}") if line.startswith("step ") or KEPT_REASON in line else None
         return
     from rich.text import Text
 
     with console.status(Text(name)) as status:
 
         def show(line: str) -> None:
-            if STAYS in line:
+            if KEPT_REASON in line:
                 say(f"  {name}: {line}")
             status.update(Text(f"{name}: {line}", overflow="ellipsis", no_wrap=True))
 
@@ -216,14 +216,14 @@ def share(source: Path, target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    record_scratch(aside)
+    record_scratch_folder(aside)
     if source.is_dir():
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(source, aside, copy_function=_link_or_copy)
         record_folder(aside, target)
     else:
         shutil.copyfile(source, aside)
-        record(target)
+        record_files(target)
     aside.replace(target)
 
 

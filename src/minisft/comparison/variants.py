@@ -12,7 +12,7 @@ import yaml
 
 from minisft.errors import UserError
 from minisft.recipe import STRATEGIES, Recipe, load_recipe
-from minisft.run_folder import RunFolder, identity, load_run
+from minisft.run_folder import RunFolder, load_run, run_identity
 
 FOLDER = "compare"  # inside the recipe's output
 _STRATEGY = "training.strategy"
@@ -67,8 +67,8 @@ def read_axes(strategies: str | None, varied: Sequence[str]) -> list[Axis]:
         )
         unknown = [name for name in names if name not in STRATEGIES]
         if unknown or not names:
-            what = f"there is no strategy {unknown[0]!r}" if unknown else "it names none"
-            raise UserError("--strategies", what, f"name some of {','.join(STRATEGIES)}")
+            problem = f"there is no strategy {unknown[0]!r}" if unknown else "it names none"
+            raise UserError("--strategies", problem, f"name some of {','.join(STRATEGIES)}")
         axes.append(Axis(_STRATEGY, names))
     axes += [_read_axis(text) for text in varied]
     keys = [axis.key for axis in axes]
@@ -157,10 +157,10 @@ def trajectory(variant: Variant) -> str:
     """Return what two variants share that should take the same steps: strategy and split of the batch do not count."""
     if variant.recipe is None:
         return f"none: {variant.name}"
-    facts = json.dumps(identity(variant.recipe), sort_keys=True, default=str)
+    facts = json.dumps(run_identity(variant.recipe), sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
 
 def _settings(recipe: Recipe) -> dict[str, object]:
     training = {f"training.{key}": value for key, value in asdict(recipe.training).items() if key not in _FREE_KEYS}
-    return training | identity(recipe)
+    return training | run_identity(recipe)

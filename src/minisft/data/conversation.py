@@ -104,7 +104,7 @@ class Conversation:
         return replace(self, messages=messages)
 
 
-def join_runs(messages: Sequence[Message]) -> list[Message]:
+def join_same_role_messages(messages: Sequence[Message]) -> list[Message]:
     """Same-role runs joined by an empty line, as mistral-common joins them; tools' results stay apart."""
     joined: list[Message] = []
     for message in messages:

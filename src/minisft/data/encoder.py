@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from minisft.data.conversation import Conversation, Message
-from minisft.data.renderers.base import CONTINUE, START, Answer, Rendered, Renderer, Run
-from minisft.data.renderers.resolve import Chooser
-from minisft.data.segment_encoder import RunEncoder
+from minisft.data.renderers.base import CONTINUE, START, Answer, Rendered, Renderer, Segment
+from minisft.data.renderers.resolve import TemplateResolver
+from minisft.data.segment_encoder import SegmentEncoder
 from minisft.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,21 +110,21 @@ class Encoder:
             raise UserError("model", "its tokenizer has no fast (Rust) form", "use a model with a tokenizer.json")
         self.tokenizer = tokenizer
         self._added = {token.content: (id, token) for id, token in tokenizer.added_tokens_decoder.items()}
-        self._probe = RunEncoder(tokenizer)
-        choice = Chooser(tokenizer, self._probe).choose(template)
-        self.template_name = choice.name
-        self.chat_template = choice.chat_template
-        self._render: Renderer = choice.renderer
-        self.stop_token_ids = choice.stop_token_ids
+        self._probe = SegmentEncoder(tokenizer)
+        resolved = TemplateResolver(tokenizer, self._probe).resolve(template)
+        self.template_name = resolved.name
+        self.chat_template = resolved.chat_template
+        self._render: Renderer = resolved.renderer
+        self.stop_token_ids = resolved.stop_token_ids
         special = {name for name, (_, token) in self._added.items() if token.special}
-        ordinary = [m for m in choice.markers if m in self._added and not self._added[m][1].special]
-        self._runs = RunEncoder(tokenizer, ordinary) if ordinary else self._probe
+        ordinary = [m for m in resolved.markers if m in self._added and not self._added[m][1].special]
+        self._runs = SegmentEncoder(tokenizer, ordinary) if ordinary else self._probe
         # An answer may hold the ordinary tokens that its template writes, such as <think>: nobody typed them.
-        self._answer_spells = _spelling_pattern(special | set(choice.plain_markers))
-        self._spellings = {n for n in special | {*choice.plain_markers, *choice.markers} if n.strip()}
+        self._answer_spells = _spelling_pattern(special | set(resolved.plain_markers))
+        self._spellings = {n for n in special | {*resolved.plain_markers, *resolved.markers} if n.strip()}
         self._spells = _spelling_pattern(self._spellings)
-        self._answer_context = choice.answer_context
-        self._joint = choice.joint
+        self._answer_context = resolved.answer_context
+        self._joint = resolved.joint
         self._boundary: dict[tuple[str, str], bool] = {}
         self._short: dict[tuple[str, int, bool], list[int]] = {}
 
@@ -154,14 +154,14 @@ class Encoder:
 
     def encode_rendered(self, rendered: Sequence[Rendered], conversations: Sequence[Conversation]) -> EncodedBatch:
         """Ids and labels of conversations that were rendered before."""
-        ids, lengths, flags, counts = self._encode_runs([row.runs for row in rendered])
+        ids, lengths, flags, counts = self._encode_segments([row.segments for row in rendered])
         labels = np.where(np.repeat(flags, lengths), ids, IGNORED).astype(np.int32)
         ends = np.concatenate([[0], np.cumsum(lengths)])
         run_offsets = np.concatenate([[0], np.cumsum(counts)])
         batch = EncodedBatch(ids, labels, ends[run_offsets])
         for row, start in zip(rendered, run_offsets[:-1].tolist(), strict=True):
-            places = (ends[start : start + len(row.runs) + 1] - ends[start]).tolist()
-            batch.answers.append(tuple(_span(answer, places, row.runs) for answer in row.answers))
+            places = (ends[start : start + len(row.segments) + 1] - ends[start]).tolist()
+            batch.answers.append(tuple(_span(answer, places, row.segments) for answer in row.answers))
         self._add_findings(batch, rendered, conversations)
         return batch
 
@@ -172,7 +172,7 @@ class Encoder:
             RefusedError: the template cannot render the messages faithfully.
         """
         rendered = self._render(tuple(messages), tool_lines(tools), True)
-        ids, _, _, _ = self._encode_runs([rendered.runs])
+        ids, _, _, _ = self._encode_segments([rendered.segments])
         return ids.tolist()
 
     def decode_answer(self, ids: Sequence[int]) -> str:
@@ -193,34 +193,34 @@ class Encoder:
 
     # --- encoding -----------------------------------------------------------------------------------------
 
-    def _encode_runs(self, rows: Sequence[Sequence[Run]]) -> tuple[np.ndarray, ...]:
+    def _encode_segments(self, rows: Sequence[Sequence[Segment]]) -> tuple[np.ndarray, ...]:
         """All runs in one call: flat ids, tokens per run, supervised per run, runs per row."""
-        runs = list(chain.from_iterable(rows))
-        parts: list[list[int] | None] = [self._known_ids(run) for run in runs]
+        segments = list(chain.from_iterable(rows))
+        parts: list[list[int] | None] = [self._known_ids(segment) for segment in segments]
         unknown = [i for i, part in enumerate(parts) if part is None]
-        encoded = self._runs.encode([(runs[i].text, runs[i].context, runs[i].answer) for i in unknown])
+        encoded = self._runs.encode([(segments[i].text, segments[i].context, segments[i].answer) for i in unknown])
         for i, found in zip(unknown, encoded, strict=True):
             parts[i] = found
-            self._remember(runs[i], found)
+            self._remember(segments[i], found)
         known = cast("list[list[int]]", parts)
         lengths = np.fromiter(map(len, known), np.int64, len(known))
         flat = array("i")
         for part in known:
             flat.fromlist(part)
         ids = np.frombuffer(flat, np.int32) if flat else np.zeros(0, np.int32)
-        flags = np.fromiter((run.supervised for run in runs), bool, len(runs))
+        flags = np.fromiter((segment.supervised for segment in segments), bool, len(segments))
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         return ids, lengths, flags, counts
 
-    def _known_ids(self, run: Run) -> list[int] | None:
+    def _known_ids(self, segment: Segment) -> list[int] | None:
         """Ids of a control token, or of a short text that came before: templates write the same few ever again."""
-        if run.control >= 0:
-            return [run.control]
-        return self._short.get((run.text, run.context, run.answer)) if len(run.text) <= _SHORT else None
+        if segment.control >= 0:
+            return [segment.control]
+        return self._short.get((segment.text, segment.context, segment.answer)) if len(segment.text) <= _SHORT else None
 
-    def _remember(self, run: Run, ids: list[int]) -> None:
-        if len(run.text) <= _SHORT and len(self._short) < _SHORT_TEXTS:
-            self._short[run.text, run.context, run.answer] = ids
+    def _remember(self, segment: Segment, ids: list[int]) -> None:
+        if len(segment.text) <= _SHORT and len(self._short) < _SHORT_TEXTS:
+            self._short[segment.text, segment.context, segment.answer] = ids
 
     def _add_findings(
         self, batch: EncodedBatch, rendered: Sequence[Rendered], conversations: Sequence[Conversation]
@@ -242,9 +242,9 @@ class Encoder:
     def _boundary_differs(self, row: Rendered) -> bool:
         """Whether encoding a prompt and its answer in one piece would give other ids than encoding them apart."""
         for answer in row.answers:
-            if answer.start == 0 or answer.start >= len(row.runs):
+            if answer.start == 0 or answer.start >= len(row.segments):
                 continue
-            before, after = row.runs[answer.start - 1], row.runs[answer.start]
+            before, after = row.segments[answer.start - 1], row.segments[answer.start]
             if before.control >= 0 or after.control >= 0:
                 continue
             if self._merges(before.text[-16:], after.text[:32]):
@@ -272,8 +272,8 @@ def tool_lines(tools: str) -> list[str]:
     return [json.dumps(tool, ensure_ascii=False) for tool in listed]
 
 
-def _span(answer: Answer, places: Sequence[int], runs: Sequence[Run]) -> AnswerSpan:
-    supervised = runs[answer.start].supervised if answer.start < len(runs) else False
+def _span(answer: Answer, places: Sequence[int], segments: Sequence[Segment]) -> AnswerSpan:
+    supervised = segments[answer.start].supervised if answer.start < len(segments) else False
     return AnswerSpan(
         answer.message, places[answer.start], places[answer.end], answer.text, supervised, answer.terminated
     )

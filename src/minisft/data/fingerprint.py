@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from minisft import __version__
 from minisft.data.sources import Source, source_files
 from minisft.errors import UserError
-from minisft.files import hash_files, hold_lock, remove_left_overs
+from minisft.files import hash_files, hold_lock, remove_leftovers
 from minisft.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-Origin = Mapping[str, Any]  # a hash for each thing that a data set depends on, by the thing's name
+Fingerprint = Mapping[str, Any]  # a hash for each thing that a data set depends on, by the thing's name
 _FREE_KEYS = ("processes", "verify")  # of the data recipe: they do not change the rows
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _NAMES = {
@@ -31,7 +31,7 @@ _NAMES = {
 }
 
 
-def origin_of(recipe: Recipe, sources: Mapping[str, Sequence[Source]], template: Path | None) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, sources: Mapping[str, Sequence[Source]], template: Path | None) -> dict[str, Any]:
     """What a data set of this recipe is made from, but for the tokenizer: a hash for each part.
 
     Args:
@@ -47,7 +47,7 @@ def origin_of(recipe: Recipe, sources: Mapping[str, Sequence[Source]], template:
         "recipe": _hash_json([settings, recipe.seed]),
         "sources": {one.path: _source_hash(one) for listed in sources.values() for one in listed},
         "template": "" if template is None else _hash_files([("", template)]),
-        "program": _program(),
+        "program": _program_version(),
     }
 
 
@@ -67,7 +67,7 @@ def tokenizer_files_hash(folder: Path) -> str:
     return hash_files(sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}))
 
 
-def changes(ledger: Mapping[str, Any], origin: Origin, begun: bool = False) -> list[str]:
+def changes(ledger: Mapping[str, Any], origin: Fingerprint, begun: bool = False) -> list[str]:
     """Which parts of a data set's origin are others now, in words.
 
     Args:
@@ -91,7 +91,7 @@ def locked(folder: Path) -> Iterator[None]:
     """One preparation of a folder at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder.parent / ".dataset.lock", patience=math.inf):
-        remove_left_overs(folder)  # who holds the lock is the only one at work
+        remove_leftovers(folder)  # who holds the lock is the only one at work
         yield
 
 
@@ -116,7 +116,7 @@ def _hash_files(files: Sequence[tuple[str, Path]]) -> str:
     return digest.hexdigest()
 
 
-def _program() -> str:
+def _program_version() -> str:
     """A hash of the code that prepares, and the versions of the libraries that it uses for it."""
     code = _hash_files([(path.name, path) for path in sorted(Path(__file__).parent.glob("*.py"))])
     return _hash_json([__version__, version("tokenizers"), version("transformers"), code])

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from minisft.data.conversation import Conversation, Message, ToolCall, join_runs
+from minisft.data.conversation import Conversation, Message, ToolCall, join_same_role_messages
 from minisft.data.readers import DUPLICATE, CellsError, RowTooLargeError
 
 FORMATS = ("sharegpt", "messages", "alpaca", "prompt_completion")
@@ -39,13 +39,13 @@ class RowError(Exception):
 
     Args:
         reason: the ledger's name for it.
-        what: what is wrong, for people.
-        mend: how to mend it.
+        problem: what is wrong, for people.
+        fix: how to mend it.
     """
 
-    def __init__(self, reason: str, what: str, mend: str) -> None:
-        self.reason, self.what, self.mend = reason, what, mend
-        super().__init__(reason, what, mend)
+    def __init__(self, reason: str, problem: str, fix: str) -> None:
+        self.reason, self.problem, self.fix = reason, problem, fix
+        super().__init__(reason, problem, fix)
 
 
 def detect_format(row: Any) -> str | None:
@@ -70,7 +70,7 @@ def to_conversation(row: Any, location: str, format: str) -> Conversation:
         RowError: the row has not the keys and types of its format.
     """
     if isinstance(row, ValueError):
-        raise not_json(row)
+        raise not_json_error(row)
     if not isinstance(row, Mapping):
         raise RowError("not_an_object", f"the row is {_kind(row)}, no object", "write an object with the conversation")
     _refuse_duplicates(row)
@@ -87,19 +87,19 @@ def to_conversation(row: Any, location: str, format: str) -> Conversation:
     return Conversation(tuple(messages), _clean(name, "the id"), location, _tools(row.get("tools")))
 
 
-def too_large() -> RowError:
+def row_too_large_error() -> RowError:
     return RowError(
         "too_large", f"the row is too large: {RowTooLargeError()}", "split the conversation in several rows"
     )
 
 
-def not_json(error: ValueError) -> RowError:
+def not_json_error(error: ValueError) -> RowError:
     """What is wrong with a row that is no JSON, or is too large to be read."""
     if isinstance(error, RowTooLargeError):
-        return too_large()
+        return row_too_large_error()
     if isinstance(error, CellsError):
-        what = f"the row has {error.cells} cells, and the header names {error.columns} columns"
-        return RowError("too_many_cells", what, 'put a text with a comma or a line break in it into "double quotes"')
+        problem = f"the row has {error.cells} cells, and the header names {error.columns} columns"
+        return RowError("too_many_cells", problem, 'put a text with a comma or a line break in it into "double quotes"')
     if isinstance(error, UnicodeDecodeError):
         return RowError("wrong_encoding", f"not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8")
     return RowError("not_json", f"not JSON: {error}", "mend the line; a JSON checker shows the place")
@@ -304,8 +304,8 @@ def _text(value: Any, where: str) -> str:
     ):
         kind = next(part["type"] for part in value if part["type"] != "text")
         raise _media_error(f"{where} has a content part of type {kind[:40]!r}")
-    what = f"{where} has a content that is {_kind(value)}, no text"
-    raise RowError("content_not_text", what, "give it a string (or a list of text parts)")
+    problem = f"{where} has a content that is {_kind(value)}, no text"
+    raise RowError("content_not_text", problem, "give it a string (or a list of text parts)")
 
 
 def _word(value: Any, where: str) -> str:
@@ -321,17 +321,17 @@ def _refuse_media(entry: Mapping[str, Any], where: str) -> None:
             raise _media_error(f"{where} has {key!r}")
 
 
-def _media_error(what: str) -> RowError:
+def _media_error(problem: str) -> RowError:
     fix = "remove the row (invalid: skip does), or the column where the texts can be understood without it"
-    return RowError("media_unsupported", f"{what}, and only text is trained on", fix)
+    return RowError("media_unsupported", f"{problem}, and only text is trained on", fix)
 
 
 def _clean(text: str, where: str) -> str:
     if "\0" in text:
         raise RowError("nul_character", f"{where} holds a NUL character", "remove it (invalid: repair does)")
     if not _is_utf8(text):
-        mend = "write the character whole (invalid: repair puts U+FFFD)"
-        raise RowError("lone_surrogate", f"{where} holds half a character (a lone surrogate)", mend)
+        fix = "write the character whole (invalid: repair puts U+FFFD)"
+        raise RowError("lone_surrogate", f"{where} holds half a character (a lone surrogate)", fix)
     return text
 
 
@@ -403,19 +403,19 @@ def check_order(messages: Sequence[Message]) -> None:
             "unanswered_end", f"it ends with the {previous}'s turn", "add the answer or remove that turn (repair does)"
         )
     if not any(message.is_answer and message.supervised for message in messages):
-        what = "no answer of it is to be learned: weight, train, loss or trainable is 0 or false on each"
-        raise RowError("nothing_supervised", what, "set it to 1 on one answer, or remove the key")
+        problem = "no answer of it is to be learned: weight, train, loss or trainable is 0 or false on each"
+        raise RowError("nothing_supervised", problem, "set it to 1 on one answer, or remove the key")
 
 
 def _order_error(previous: str, role: str, number: int) -> RowError:
     if role == previous:
-        mend = "join the two or add what is missing between them (invalid: repair joins them)"
-        return RowError("same_role_twice", f"turn {number} is the {role}'s again", mend)
+        fix = "join the two or add what is missing between them (invalid: repair joins them)"
+        return RowError("same_role_twice", f"turn {number} is the {role}'s again", fix)
     if role == "system":
         return RowError("system_not_first", f"turn {number} is a system prompt", "put the system prompt first")
     if previous in ("", "system"):
-        mend = "begin with the user's turn (invalid: repair trims what stands before)"
-        return RowError("starts_without_user", f"it starts with the {role}'s turn", mend)
+        fix = "begin with the user's turn (invalid: repair trims what stands before)"
+        return RowError("starts_without_user", f"it starts with the {role}'s turn", fix)
     return RowError("out_of_order", f"turn {number} is the {role}'s after the {previous}'s", "add what is missing")
 
 
@@ -433,7 +433,7 @@ def repair(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[str,
     last = max((i for i, m in enumerate(kept) if _is_full_answer(m)), default=-1)
     if last + 1 < len(kept):
         kept, done["unanswered_end_trimmed"] = kept[: last + 1], None
-    joined = join_runs(kept)
+    joined = join_same_role_messages(kept)
     if len(joined) < len(kept):
         done["same_role_joined"] = None
     return tuple(joined), tuple(done)

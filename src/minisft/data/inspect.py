@@ -46,7 +46,7 @@ class InspectedRow:
     """A prepared row to look at.
 
     Args:
-        side: train or test.
+        split: train or test.
         row: its number there.
         id: the conversation's id.
         location: where it stands in the source.
@@ -55,7 +55,7 @@ class InspectedRow:
         tokens: its tokens in order.
     """
 
-    side: str
+    split: str
     row: int
     id: str
     location: str
@@ -69,7 +69,7 @@ class InspectedRow:
         found = f"; {', '.join(self.findings)}" if self.findings else ""
         cut = f" of {self.rendered:,}" if self.rendered > len(self.tokens) else ""
         return (
-            f"{self.side} row {self.row}, id {self.id}, {self.location}: {len(self.tokens):,}{cut} tokens, "
+            f"{self.split} row {self.row}, id {self.id}, {self.location}: {len(self.tokens):,}{cut} tokens, "
             f"{learned:,} supervised{found}"
         )
 
@@ -77,7 +77,7 @@ class InspectedRow:
 def inspect(
     recipe: Recipe,
     *,
-    side: str = "train",
+    split: str = "train",
     rows: Sequence[int] = (),
     ids: Sequence[str] = (),
     worst: str | None = None,
@@ -89,7 +89,7 @@ def inspect(
 
     Args:
         recipe: the recipe.
-        side: train or test.
+        split: train or test.
         rows: show these rows by number, or
         ids: these conversations by id, or
         worst: the rows with the greatest length, most tokens cut or smallest supervised share, else the first.
@@ -105,14 +105,14 @@ def inspect(
     model = resolve_model(recipe.model, recipe.trust_remote_code, weights=False)
     tokenizer = load_tokenizer(model.folder, recipe.trust_remote_code)
     prepare(recipe, tokenizer, begun=RunFolder(Path(recipe.output)).has_begun())
-    data = load_split(recipe.output, side)
+    data = load_split(recipe.output, split)
     chosen = choose_rows(data, rows, ids, worst, only_findings, count)
-    shown = [read_row(data, side, row, tokenizer) for row in chosen]
+    shown = [read_row(data, split, row, tokenizer) for row in chosen]
     if html is None:
         for row in shown:
             console.print(as_text(row))
     else:
-        with _naming(html):
+        with _explain_missing_row(html):
             write_atomically(html, as_html(shown))
         say(f"{len(shown)} rows are in {html}")
     return shown
@@ -124,13 +124,13 @@ def _require_page(path: Path) -> None:
     Raises:
         UserError: there is a folder, or another file.
     """
-    with _naming(path):
+    with _explain_missing_row(path):
         is_folder, is_other = path.is_dir(), path.exists() and not _is_page(path)
     if is_folder:
         raise UserError(path, "this is a folder, and the page is a file", f"name a file, such as {path / 'rows.html'}")
     if is_other:
-        what = "this file is no page that inspect wrote, so it is not replaced"
-        raise UserError(path, what, "name a new file, such as rows.html")
+        problem = "this file is no page that inspect wrote, so it is not replaced"
+        raise UserError(path, problem, "name a new file, such as rows.html")
 
 
 def _is_page(path: Path) -> bool:
@@ -142,13 +142,13 @@ def _is_page(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _explain_missing_row(path: Path) -> Iterator[None]:
     """Say of what the file system refuses that it is the page: no permission, too long a name, a path below a file."""
     try:
         yield
     except OSError as error:
-        what = f"the page cannot be written there ({error.strerror})"
-        raise UserError(path, what, "name a file in a folder that you may write to") from None
+        problem = f"the page cannot be written there ({error.strerror})"
+        raise UserError(path, problem, "name a file in a folder that you may write to") from None
 
 
 def choose_rows(
@@ -195,7 +195,7 @@ def _worst(data: Any, by: str) -> list[int]:
     return [int(row) for row in np.argsort(-measure, kind="stable")]
 
 
-def read_row(data: Any, side: str, number: int, tokenizer: "PreTrainedTokenizerFast") -> InspectedRow:
+def read_row(data: Any, split: str, number: int, tokenizer: "PreTrainedTokenizerFast") -> InspectedRow:
     """One row of a prepared side with the texts of its tokens."""
     row = data[number]
     special = set(tokenizer.all_special_ids) | {
@@ -207,7 +207,7 @@ def read_row(data: Any, side: str, number: int, tokenizer: "PreTrainedTokenizerF
         for id, text, label in zip(row["input_ids"], texts, row["labels"], strict=True)
     )
     findings = tuple(name for name in row["findings"].split(",") if name)
-    return InspectedRow(side, number, row["id"], row["location"], row["rendered"], findings, tokens)
+    return InspectedRow(split, number, row["id"], row["location"], row["rendered"], findings, tokens)
 
 
 def token_texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> list[str]:

@@ -23,16 +23,16 @@ from minisft.data.formats import (
     ignored_columns,
     repair,
     repair_characters,
+    row_too_large_error,
     to_conversation,
-    too_large,
 )
 from minisft.data.readers import LARGEST_ROW, Chunk
 from minisft.data.renderers.base import RefusedError, Rendered
 from minisft.data.split import identity_key, prompt_key
-from minisft.data.stats import Problem, Tally
-from minisft.data.truncation import fit
+from minisft.data.stats import DatasetStats, RowProblem
+from minisft.data.truncation import truncate
 from minisft.data.verification import verify
-from minisft.processes import die_with_parent
+from minisft.processes import exit_with_parent
 from minisft.recipe import DataRecipe
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 
 MESSAGE_FIELDS = ("role", "content", "supervised", "tool_calls", "name", "reasoning", "call_id")
-LEFT_OUT = "left_out_by_weight"
+SKIP_REASONS = "left_out_by_weight"
 _CHARACTERS = ("nul_character", "lone_surrogate")
 
 
 @dataclass(frozen=True)
-class Task:
+class ChunkTask:
     """How rows are to be prepared."""
 
     data: DataRecipe
@@ -54,7 +54,7 @@ class Task:
 
 
 @dataclass
-class Kept:
+class EncodedRow:
     """A row that is kept, and how many tokens its full rendering has."""
 
     conversation: Conversation
@@ -71,17 +71,17 @@ class ChunkResult:
         keys: a split key for each.
         identities: a hash of the whole conversation for each.
         lengths: tokens of each.
-        tally: the counts.
+        stats: the counts.
     """
 
     table: bytes
     keys: np.ndarray
     identities: np.ndarray
     lengths: np.ndarray
-    tally: Tally = field(default_factory=Tally)
+    stats: DatasetStats = field(default_factory=DatasetStats)
 
 
-def process_chunk(chunk: Chunk, encoder: Encoder, task: Task) -> ChunkResult:
+def process_chunk(chunk: Chunk, encoder: Encoder, task: ChunkTask) -> ChunkResult:
     """Parse, check, render, encode, fit and verify the rows of a chunk."""
     with _no_garbage_collection():
         return _process_chunk(chunk, encoder, task)
@@ -99,52 +99,56 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _process_chunk(chunk: Chunk, encoder: Encoder, task: Task) -> ChunkResult:
-    tally = Tally()
-    conversations, rendered = _render_rows(chunk, encoder, task, tally)
+def _process_chunk(chunk: Chunk, encoder: Encoder, task: ChunkTask) -> ChunkResult:
+    stats = DatasetStats()
+    conversations, rendered = _render_rows(chunk, encoder, task, stats)
     batch = encoder.encode_rendered(rendered, conversations)
     if not (np.diff(batch.offsets) > task.data.max_length).any():
         rendered_lengths = np.diff(batch.offsets)
     else:
-        kept = _fit_rows(conversations, batch, encoder, task, tally)
+        kept = _truncate_rows(conversations, batch, encoder, task, stats)
         conversations = [row.conversation for row in kept]
         batch = _as_batch(kept)
         rendered_lengths = np.fromiter((row.rendered for row in kept), np.int64, len(kept))
     if task.data.verify and conversations:
         verify(encoder, conversations, batch)  # the rows as they are written
-    table, lengths = _flat_table(conversations, batch, rendered_lengths, tally), np.diff(batch.offsets)
+    table, lengths = _flat_table(conversations, batch, rendered_lengths, stats), np.diff(batch.offsets)
     keys = np.fromiter((prompt_key(c, task.seed) for c in conversations), np.uint64, len(conversations))
     identities = np.fromiter(map(identity_key, conversations), np.uint64, len(conversations))
-    return ChunkResult(table.serialize().to_pybytes(), keys, identities, lengths.astype(np.int32), tally)
+    return ChunkResult(table.serialize().to_pybytes(), keys, identities, lengths.astype(np.int32), stats)
 
 
 # --- rows to renderings -----------------------------------------------------------------------------------
 
 
-def _render_rows(chunk: Chunk, encoder: Encoder, task: Task, tally: Tally) -> tuple[list[Conversation], list[Rendered]]:
+def _render_rows(
+    chunk: Chunk, encoder: Encoder, task: ChunkTask, stats: DatasetStats
+) -> tuple[list[Conversation], list[Rendered]]:
     conversations, rendered = [], []
-    tally.add("rows", "read", len(chunk) + chunk.left_out)
+    stats.add("rows", "read", len(chunk) + chunk.left_out)
     if chunk.left_out:
-        tally.add("skipped", LEFT_OUT, chunk.left_out)
+        stats.add("skipped", SKIP_REASONS, chunk.left_out)
     for location, row in chunk.parsed():
         try:
             conversation, repairs = _read_row(row, location, task, chunk.source)
             rendering = encoder.render(conversation)
             rendering.findings.extend(repairs)
         except RowError as error:
-            tally.skip(_problem(row, location, error, task, chunk.source))
+            stats.skip(_problem(row, location, error, task, chunk.source))
         except RecursionError:
-            tally.skip(Problem(location, "nested_too_deeply", "its values are nested too deeply", "write plain texts"))
+            stats.skip(
+                RowProblem(location, "nested_too_deeply", "its values are nested too deeply", "write plain texts")
+            )
         except RefusedError as error:
-            tally.skip(_refused(location, error))
+            stats.skip(_refused(location, error))
         else:
             conversations.append(conversation)
             rendered.append(rendering)
-            tally.note_ignored(ignored_columns(row, task.formats[chunk.source]))
+            stats.add_ignored(ignored_columns(row, task.formats[chunk.source]))
     return conversations, rendered
 
 
-def _read_row(row: Any, location: str, task: Task, source: int) -> tuple[Conversation, tuple[str, ...]]:
+def _read_row(row: Any, location: str, task: ChunkTask, source: int) -> tuple[Conversation, tuple[str, ...]]:
     """The row's conversation in order, and how it was repaired where the recipe says so."""
     format = task.formats[source]
     repairs: tuple[str, ...] = ()
@@ -154,7 +158,7 @@ def _read_row(row: Any, location: str, task: Task, source: int) -> tuple[Convers
         conversation = to_conversation(row, location, format)
         check_order(conversation.messages)
     if sum(len(message.content) for message in conversation.messages) > LARGEST_ROW:
-        raise too_large()
+        raise row_too_large_error()
     return conversation.supervise(task.data.train_on), repairs
 
 
@@ -178,16 +182,16 @@ def _repaired(row: Any, location: str, format: str) -> tuple[Conversation, tuple
     return conversation, done
 
 
-def _refused(location: str, error: RefusedError) -> Problem:
-    mend = "choose another data.template, or let `invalid: skip` leave the row out"
-    return Problem(location, error.reason, error.what, mend)
+def _refused(location: str, error: RefusedError) -> RowProblem:
+    fix = "choose another data.template, or let `invalid: skip` leave the row out"
+    return RowProblem(location, error.reason, error.problem, fix)
 
 
-def _problem(row: Any, location: str, error: RowError, task: Task, source: int) -> Problem:
-    return Problem(location, error.reason, error.what, error.mend, _is_repairable(row, location, task, source))
+def _problem(row: Any, location: str, error: RowError, task: ChunkTask, source: int) -> RowProblem:
+    return RowProblem(location, error.reason, error.problem, error.fix, _is_repairable(row, location, task, source))
 
 
-def _is_repairable(row: Any, location: str, task: Task, source: int) -> bool:
+def _is_repairable(row: Any, location: str, task: ChunkTask, source: int) -> bool:
     try:
         _repaired(row, location, task.formats[source])
     except (RowError, RecursionError):
@@ -198,9 +202,9 @@ def _is_repairable(row: Any, location: str, task: Task, source: int) -> bool:
 # --- too long ---------------------------------------------------------------------------------------------
 
 
-def _fit_rows(
-    conversations: Sequence[Conversation], batch: EncodedBatch, encoder: Encoder, task: Task, tally: Tally
-) -> list[Kept]:
+def _truncate_rows(
+    conversations: Sequence[Conversation], batch: EncodedBatch, encoder: Encoder, task: ChunkTask, stats: DatasetStats
+) -> list[EncodedRow]:
     limit, overflow = task.data.max_length, task.data.overflow
     kept = []
     for row, conversation in enumerate(conversations):
@@ -208,32 +212,34 @@ def _fit_rows(
         full = len(encoded.input_ids)
         if full > limit:
             try:
-                fitted = fit(conversation, encoded, encoder.encode, limit, overflow)
+                truncated = truncate(conversation, encoded, encoder.encode, limit, overflow)
             except RefusedError as error:  # the template takes the whole conversation, but not a shorter one
-                tally.skip(_refused(conversation.location, error))
+                stats.skip(_refused(conversation.location, error))
                 continue
-            if fitted.encoded is None:
-                tally.skip(_too_long(conversation, fitted.reason, full, limit))
+            if truncated.encoded is None:
+                stats.skip(_too_long(conversation, truncated.reason, full, limit))
                 continue
-            tally.add("overflow", fitted.kind or "trailing")
-            tally.add("tokens", "cut", full - len(fitted.encoded.input_ids))
-            tally.add("turns", "dropped", len(conversation.messages) - len(fitted.conversation.messages))
-            conversation, repairs = fitted.conversation, encoded.findings
-            findings = tuple(dict.fromkeys([*fitted.encoded.findings, *repairs, f"cut_{fitted.kind or 'trailing'}"]))
-            encoded = replace(fitted.encoded, findings=findings)
-        kept.append(Kept(conversation, encoded, full))
+            stats.add("overflow", truncated.kind or "trailing")
+            stats.add("tokens", "cut", full - len(truncated.encoded.input_ids))
+            stats.add("turns", "dropped", len(conversation.messages) - len(truncated.conversation.messages))
+            conversation, repairs = truncated.conversation, encoded.findings
+            findings = tuple(
+                dict.fromkeys([*truncated.encoded.findings, *repairs, f"cut_{truncated.kind or 'trailing'}"])
+            )
+            encoded = replace(truncated.encoded, findings=findings)
+        kept.append(EncodedRow(conversation, encoded, full))
     return kept
 
 
-def _too_long(conversation: Conversation, reason: str, length: int, limit: int) -> Problem:
+def _too_long(conversation: Conversation, reason: str, length: int, limit: int) -> RowProblem:
     if reason == "too_long":
-        what = f"{length:,} tokens, more than data.max_length {limit:,}"
+        problem = f"{length:,} tokens, more than data.max_length {limit:,}"
     else:
-        what = f"no supervised answer begins within the first {limit:,} of {length:,} tokens"
-    return Problem(conversation.location, reason, what, "raise data.max_length, or choose another data.overflow")
+        problem = f"no supervised answer begins within the first {limit:,} of {length:,} tokens"
+    return RowProblem(conversation.location, reason, problem, "raise data.max_length, or choose another data.overflow")
 
 
-def _as_batch(kept: Sequence[Kept]) -> EncodedBatch:
+def _as_batch(kept: Sequence[EncodedRow]) -> EncodedBatch:
     sizes = np.fromiter((len(row.encoded.input_ids) for row in kept), np.int64, len(kept))
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     ids = np.fromiter((i for row in kept for i in row.encoded.input_ids), np.int32, int(offsets[-1]))
@@ -246,12 +252,12 @@ def _as_batch(kept: Sequence[Kept]) -> EncodedBatch:
 
 
 def _flat_table(
-    conversations: Sequence[Conversation], batch: EncodedBatch, rendered: np.ndarray, tally: Tally
+    conversations: Sequence[Conversation], batch: EncodedBatch, rendered: np.ndarray, stats: DatasetStats
 ) -> "pa.RecordBatch":
     """The rows as an Arrow record batch, and their tokens and turns in the tally."""
     import pyarrow as pa
 
-    _count(conversations, batch, tally)
+    _count(conversations, batch, stats)
     offsets = pa.array(batch.offsets.astype(np.int32))
     return pa.RecordBatch.from_arrays(
         [
@@ -312,25 +318,25 @@ def _messages_array(rows: Sequence[Sequence[Message]]) -> "pa.ListArray":
     return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(arrays, fields=list(kind)))
 
 
-def _count(conversations: Sequence[Conversation], batch: EncodedBatch, tally: Tally) -> None:
+def _count(conversations: Sequence[Conversation], batch: EncodedBatch, stats: DatasetStats) -> None:
     kept = len(batch.ids)
-    tally.add("tokens", "kept", kept)
-    tally.add("tokens", "rendered", kept + tally.count("tokens", "cut"))
-    tally.add("tokens", "supervised", int((batch.labels >= 0).sum()))
+    stats.add("tokens", "kept", kept)
+    stats.add("tokens", "rendered", kept + stats.count("tokens", "cut"))
+    stats.add("tokens", "supervised", int((batch.labels >= 0).sum()))
     flat = [message for conversation in conversations for message in conversation.messages]
-    tally.counts["turns"].update([message.role for message in flat])
-    tally.add("turns", "supervised", sum(message.is_answer and message.supervised for message in flat))
+    stats.counts["turns"].update([message.role for message in flat])
+    stats.add("turns", "supervised", sum(message.is_answer and message.supervised for message in flat))
     for findings in batch.findings:
         for name in findings:
             if not name.startswith("cut_"):  # counted as overflow already
-                tally.add("repaired" if name in REPAIRS else "findings", name)
+                stats.add("repaired" if name in REPAIRS else "findings", name)
 
 
 _POOL_FROM = 3  # chunks; fewer are done sooner than processes start
-_shared: tuple[Encoder, Task] | None = None  # what forked workers inherit
+_shared: tuple[Encoder, ChunkTask] | None = None  # what forked workers inherit
 
 
-def process_chunks(chunks: Iterator[Chunk], encoder: Encoder, task: Task) -> Iterator[ChunkResult]:
+def process_chunks(chunks: Iterator[Chunk], encoder: Encoder, task: ChunkTask) -> Iterator[ChunkResult]:
     """Results in the order of the chunks, by several processes where there are enough of them."""
     first = [chunk for _, chunk in zip(range(_POOL_FROM), chunks, strict=False)]
     workers = task.data.processes or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
@@ -340,7 +346,7 @@ def process_chunks(chunks: Iterator[Chunk], encoder: Encoder, task: Task) -> Ite
     yield from _in_pool(chain(first, chunks), encoder, task, workers)
 
 
-def _in_pool(chunks: Iterable[Chunk], encoder: Encoder, task: Task, workers: int) -> Iterator[ChunkResult]:
+def _in_pool(chunks: Iterable[Chunk], encoder: Encoder, task: ChunkTask, workers: int) -> Iterator[ChunkResult]:
     global _shared
     _shared = (encoder, task)
     waiting: deque[Future[ChunkResult]] = deque()
@@ -362,7 +368,7 @@ def _in_pool(chunks: Iterable[Chunk], encoder: Encoder, task: Task, workers: int
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     # A worker whose parent was killed would wait for ever: its siblings hold the pipe open. The kernel ends it.
-    die_with_parent()
+    exit_with_parent()
 
 
 def _work(chunk: Chunk) -> ChunkResult:

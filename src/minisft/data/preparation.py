@@ -11,20 +11,20 @@ import numpy as np
 
 from minisft.console import warn
 from minisft.data.encoder import Encoder
-from minisft.data.fingerprint import changes, locked, origin_of, tokenizer_files_hash, tokenizer_hash
-from minisft.data.pipeline import LEFT_OUT, schema
+from minisft.data.fingerprint import changes, fingerprint, locked, tokenizer_files_hash, tokenizer_hash
+from minisft.data.pipeline import SKIP_REASONS, schema
 from minisft.data.prepared import read_ledger
 from minisft.data.renderers.resolve import own_template, template_file
-from minisft.data.shards import TRAIN_COLUMNS, Progress, Side, stage, write_side
+from minisft.data.shards import TRAIN_COLUMNS, Progress, Split, encode_sources, write_split
 from minisft.data.sources import Source, at_revision, ignored_files, parse_sources, refuse_shared
 from minisft.data.split import choose_test
-from minisft.data.stats import SHOWN, Tally, ledger_warnings, make_ledger, overlap_report
+from minisft.data.stats import SHOWN, DatasetStats, ledger_warnings, make_ledger, overlap_report
 from minisft.errors import UserError
-from minisft.files import whole_folder
-from minisft.manifest import mark_new
+from minisft.files import write_folder_atomically
+from minisft.manifest import mark_new_folder
 from minisft.models import load_tokenizer, resolve_model
 from minisft.recipe import DataRecipe, Recipe
-from minisft.text import json_text
+from minisft.text import dump_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,14 +72,14 @@ def prepare(
             begun are others now.
     """
     folder = Path(recipe.output) / "dataset"
-    mark_new(folder.parent, "run")
+    mark_new_folder(folder.parent, "run")
     if tokenizer is None and model_folder is None:
         model_folder = resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder
     # 1. Look for it without the lock, which is a file: a run that is prepared may be read-only.
     if read_ledger(folder) is not None:
         found = _look(folder, recipe, tokenizer, model_folder, begun)
         if found.prepared is not None:
-            _clear_left_overs(folder)
+            _remove_unfinished(folder)
             return found.prepared
         tokenizer = found.tokenizer
     with locked(folder):
@@ -90,14 +90,14 @@ def prepare(
         # 3. Make it.
         assert found.tokenizer is not None
         encoder = Encoder(found.tokenizer, recipe.data.template)
-        with whole_folder(folder) as aside:
+        with write_folder_atomically(folder) as aside:
             ledger = _prepare_into(aside, recipe, found.sources, encoder, progress)
             ledger["made_from"] = found.origin
-            (aside / "ledger.json").write_text(json_text(ledger, indent=1), encoding="utf-8")
+            (aside / "ledger.json").write_text(dump_json(ledger, indent=1), encoding="utf-8")
     return _prepared(folder, ledger, cached=False)
 
 
-def _clear_left_overs(folder: Path) -> None:
+def _remove_unfinished(folder: Path) -> None:
     """Remove what a killed preparation left beside the data, where the run can be written at all."""
     if any(path.is_dir() for path in folder.parent.glob(f".{folder.name}.*")):
         with contextlib.suppress(OSError, UserError), locked(folder):
@@ -131,7 +131,7 @@ def _look(
     """Compare what the data set would be made from with what the one that is there was made from; writes nothing."""
     before = read_ledger(folder)
     sources = _sources(recipe.data, before, begun)
-    origin = origin_of(recipe, sources, template_file(recipe.data.template))
+    origin = fingerprint(recipe, sources, template_file(recipe.data.template))
     files = {} if model_folder is None else {"tokenizer_files": tokenizer_files_hash(model_folder)}
     if before is not None and files and not changes(before, origin | files, begun):
         return _Found(_prepared(folder, before, cached=True), sources, origin | files, tokenizer)
@@ -184,59 +184,59 @@ def _other_data(recipe: Recipe, changed: Sequence[str]) -> UserError:
 def _prepare_into(
     folder: Path, recipe: Recipe, sources: Mapping[str, Sequence[Source]], encoder: Encoder, progress: Progress | None
 ) -> dict[str, Any]:
-    tally, data = Tally(), recipe.data
+    stats, data = DatasetStats(), recipe.data
     # 1. Encode each source into a staging file, in the order of its rows.
-    staged = stage(folder / "source.arrow", sources["data.source"], recipe, encoder, tally, progress)
+    shard = encode_sources(folder / "source.arrow", sources["data.source"], recipe, encoder, stats, progress)
     own_test = "data.test" in sources
     if own_test:
-        staged_test = stage(folder / "test.arrow", sources["data.test"], recipe, encoder, tally, progress)
+        staged_test = encode_sources(folder / "test.arrow", sources["data.test"], recipe, encoder, stats, progress)
     # 2. Every problem at once, where problems are errors.
-    _raise_problems(tally, data)
+    _raise_problems(stats, data)
     # 3. Split.
-    is_test = choose_test(staged.keys, 0.0 if own_test else data.test_fraction)
-    _require_rows(tally, int((~is_test).sum()), data)
-    train = Side(staged, ~is_test)
-    test = Side(staged_test, np.ones(len(staged_test.keys), dtype=bool)) if own_test else Side(staged, is_test)
+    is_test = choose_test(shard.keys, 0.0 if own_test else data.test_fraction)
+    _require_rows(stats, int((~is_test).sum()), data)
+    train = Split(shard, ~is_test)
+    test = Split(staged_test, np.ones(len(staged_test.keys), dtype=bool)) if own_test else Split(shard, is_test)
     # 4. Write both sides, and look for test answers among the train answers.
     with ThreadPoolExecutor(1) as thread:
         overlap = thread.submit(overlap_report, train.parts(), test.parts(), int(test.lengths.sum()))
-        write_side(folder / "train", train, TRAIN_COLUMNS)
-        write_side(folder / "test", test, schema().names)
-    for side in {train.staged.path, test.staged.path}:
-        side.unlink()
-    shared = np.isin(test.staged.keys[test.mask], train.staged.keys[train.mask])
-    repeated = np.isin(test.staged.identities[test.mask], train.staged.identities[train.mask])
+        write_split(folder / "train", train, TRAIN_COLUMNS)
+        write_split(folder / "test", test, schema().names)
+    for split in {train.shard.path, test.shard.path}:
+        split.unlink()
+    shared = np.isin(test.shard.keys[test.mask], train.shard.keys[train.mask])
+    repeated = np.isin(test.shard.identities[test.mask], train.shard.identities[train.mask])
     facts = {
         "template": encoder.template_name,
-        "formats": staged.formats | (staged_test.formats if own_test else {}),
+        "formats": shard.formats | (staged_test.formats if own_test else {}),
         "ignored_files": [name for listed in sources.values() for one in listed for name in ignored_files(one)],
-        "duplicates": len(staged.identities) - len(np.unique(staged.identities)),
+        "duplicates": len(shard.identities) - len(np.unique(shard.identities)),
         "overlap": {
             "test_rows_with_a_train_prompt": int(shared.sum()),
             "test_rows_in_train": int(repeated.sum()),
             **overlap.result(),
         },
     }
-    return make_ledger(tally, {"train": train.lengths, "test": test.lengths}, facts)
+    return make_ledger(stats, {"train": train.lengths, "test": test.lengths}, facts)
 
 
-def _raise_problems(tally: Tally, data: DataRecipe) -> None:
+def _raise_problems(stats: DatasetStats, data: DataRecipe) -> None:
     """Raise one error for all problems that the recipe does not say to skip."""
-    skipped = tally.section("skipped")
+    skipped = stats.section("skipped")
     fatal = {name: number for name, number in skipped.items() if _is_fatal(name, data)}
     if not fatal:
         return
     lost = sum(fatal.values())
-    shown = [problem for problem in tally.problems if problem.reason in fatal][:SHOWN]
+    shown = [problem for problem in stats.problems if problem.reason in fatal][:SHOWN]
     lines = [f"  {problem}" for problem in shown]
     if lost > len(shown):
         lines.append(f"  ... and {lost - len(shown):,} more")
     reasons = ", ".join(f"{name} {number:,}" for name, number in fatal.items())
     raise UserError(
         _source_name(data),
-        f"{lost:,} of {tally.count('rows', 'read'):,} rows cannot be used ({reasons}):\n" + "\n".join(lines),
+        f"{lost:,} of {stats.count('rows', 'read'):,} rows cannot be used ({reasons}):\n" + "\n".join(lines),
         f"mend the rows, or set data.invalid: skip (loses {lost:,} rows) or "
-        f"data.invalid: repair (saves {tally.repairable:,} of them)",
+        f"data.invalid: repair (saves {stats.repairable:,} of them)",
     )
 
 
@@ -248,23 +248,23 @@ def _is_fatal(reason: str, data: DataRecipe) -> bool:
     """Whether rows skipped for this reason stop the preparation: overflow's reasons have a key of their own."""
     if reason == "too_long":
         return data.overflow == "error"
-    return data.invalid == "error" and reason not in ("nothing_left_to_learn", LEFT_OUT)
+    return data.invalid == "error" and reason not in ("nothing_left_to_learn", SKIP_REASONS)
 
 
-def _require_rows(tally: Tally, train: int, data: DataRecipe) -> None:
+def _require_rows(stats: DatasetStats, train: int, data: DataRecipe) -> None:
     if train == 0:
-        reasons = ", ".join(f"{name} {number:,}" for name, number in tally.section("skipped").items())
+        reasons = ", ".join(f"{name} {number:,}" for name, number in stats.section("skipped").items())
         raise UserError(
             _source_name(data),
-            f"no conversation is left to train on, of {tally.count('rows', 'read'):,} rows read ({reasons})",
-            _fix_for_no_rows(tally),
+            f"no conversation is left to train on, of {stats.count('rows', 'read'):,} rows read ({reasons})",
+            _fix_for_no_rows(stats),
         )
 
 
-def _fix_for_no_rows(tally: Tally) -> str:
+def _fix_for_no_rows(stats: DatasetStats) -> str:
     """How to get rows, by the reason for which most were lost."""
-    main = next(iter(tally.section("skipped")), "")
-    if main == LEFT_OUT:
+    main = next(iter(stats.section("skipped")), "")
+    if main == SKIP_REASONS:
         return "raise the source's weight: it says how often each row counts, and below 1 leaves rows out"
     if main == "nothing_supervised":
         return "every answer is left out: set weight, train, loss or trainable of some to 1, or remove the key"

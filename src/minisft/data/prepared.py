@@ -20,7 +20,7 @@ def load_test(output: Path | str) -> list[dict[str, Any]]:
     return list(load_split(output, "test"))
 
 
-def load_split(output: Path | str, side: str) -> Any:
+def load_split(output: Path | str, split: str) -> Any:
     """One side of a run's prepared data, "train" or "test", as a `datasets.Dataset`.
 
     Raises:
@@ -28,7 +28,7 @@ def load_split(output: Path | str, side: str) -> Any:
     """
     import datasets
 
-    folder = Path(output) / "dataset" / side
+    folder = Path(output) / "dataset" / split
     if not folder.is_dir():
         raise UserError(folder, "there is no prepared data", "run `minisft prepare` on the recipe first")
     try:
@@ -36,8 +36,8 @@ def load_split(output: Path | str, side: str) -> Any:
     except Exception as error:  # a damaged file shows as anything, from KeyError to Arrow's own errors
         raise _damaged(folder, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}") from None
     ledger = read_ledger(folder.parent)
-    if ledger is not None and len(data) != ledger["rows"][side]:  # an Arrow stream may end after any batch
-        raise _damaged(folder, f"it holds {len(data):,} rows, and ledger.json says {ledger['rows'][side]:,}")
+    if ledger is not None and len(data) != ledger["rows"][split]:  # an Arrow stream may end after any batch
+        raise _damaged(folder, f"it holds {len(data):,} rows, and ledger.json says {ledger['rows'][split]:,}")
     return data
 
 

@@ -270,9 +270,9 @@ class _Text:
                 return self.text[:1]
             self.more(_READ)
 
-    def error(self, what: str, offset: int = 0) -> UserError:
+    def error(self, problem: str, offset: int = 0) -> UserError:
         line = self.line + self.text.count("\n", 0, offset)
-        return UserError(f"{self._path}:{line}", what, "mend the file there; a JSON checker shows the place")
+        return UserError(f"{self._path}:{line}", problem, "mend the file there; a JSON checker shows the place")
 
     def value(self) -> Any:
         """The JSON value that comes next.
@@ -356,7 +356,10 @@ def _csv_rows(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{name}:1", f"the header names the column {twice!r} twice", "give each column one name")
         for row in reader:
             place, extra = f"{name}:{reader.line_num}", row.pop(DUPLICATE, None)
-            yield place, with_lists(row) if extra is None else CellsError(len(columns) + len(extra), len(columns))
+            yield (
+                place,
+                parse_list_columns(row) if extra is None else CellsError(len(columns) + len(extra), len(columns)),
+            )
     except csv.Error as error:
         raise UserError(f"{name}:{reader.line_num}", f"not CSV: {error}", "mend the file there") from None
 
@@ -370,7 +373,7 @@ def _bounded_lines(name: str, text: IO[str]) -> Iterator[str]:
         yield line
 
 
-def with_lists(row: Any) -> Any:
+def parse_list_columns(row: Any) -> Any:
     """A row of a table in which a conversation or history that is written as JSON text is the list that it spells."""
     if isinstance(row, dict):
         for column in (*_LIST_COLUMNS, *_TURNS_OR_TEXT):
@@ -396,7 +399,7 @@ def _read_table(name: str, path: Path, index: int, kind: str) -> Iterator[Chunk]
     start = 0
     try:
         for batch in _table_batches(path, kind):
-            rows = [with_lists(row) for row in batch.to_pylist()]
+            rows = [parse_list_columns(row) for row in batch.to_pylist()]
             yield Chunk(index, name, rows=tuple((f"{name}:{start + i}", row) for i, row in enumerate(rows)))
             start += len(rows)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:

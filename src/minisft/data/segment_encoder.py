@@ -16,7 +16,7 @@ _AT_ONCE = 64  # texts for one core
 _GUARDS = ("\n", "☺", ":", "a")
 
 
-class RunEncoder:
+class SegmentEncoder:
     """The Rust tokenizer on plain text: no special tokens, no truncation, no control token out of content.
 
     Tokenizers of the SentencePiece family put a space before a text that starts. Where a run stands in the middle
@@ -45,14 +45,14 @@ class RunEncoder:
     def ids(self, text: str) -> list[int]:
         return list(self.plain.encode(text, add_special_tokens=False).ids)
 
-    def encode(self, runs: Sequence[tuple[str, int, bool]]) -> list[list[int]]:
+    def encode(self, segments: Sequence[tuple[str, int, bool]]) -> list[list[int]]:
         """Ids of many runs, each (text, context, whether it is an answer), in one call."""
         if self.answers is self.plain:
-            return self._encode(self.plain, runs)
-        results: list[list[int]] = [[]] * len(runs)
+            return self._encode(self.plain, segments)
+        results: list[list[int]] = [[]] * len(segments)
         for backend, wanted in ((self.plain, False), (self.answers, True)):
-            places = [i for i, run in enumerate(runs) if run[2] is wanted]
-            for place, ids in zip(places, self._encode(backend, [runs[i] for i in places]), strict=True):
+            places = [i for i, segment in enumerate(segments) if segment[2] is wanted]
+            for place, ids in zip(places, self._encode(backend, [segments[i] for i in places]), strict=True):
                 results[place] = ids
         return results
 
@@ -70,14 +70,14 @@ class RunEncoder:
         texts = self.plain.decode_batch([[*self._guard_ids, *ids] for ids in rows], skip_special_tokens=False)
         return [text[len(guard) :] for text in texts]
 
-    def _encode(self, backend: "Tokenizer", runs: Sequence[tuple[str, int, bool]]) -> list[list[int]]:
+    def _encode(self, backend: "Tokenizer", segments: Sequence[tuple[str, int, bool]]) -> list[list[int]]:
         if not self._guard_ids:
-            return _encode_texts(backend, [run[0] for run in runs])
-        guards = [self.guards[run[1]] for run in runs]
-        results = _encode_texts(backend, [guard + run[0] for guard, run in zip(guards, runs, strict=True)])
+            return _encode_texts(backend, [segment[0] for segment in segments])
+        guards = [self.guards[segment[1]] for segment in segments]
+        results = _encode_texts(backend, [guard + segment[0] for guard, segment in zip(guards, segments, strict=True)])
         for i, guard in enumerate(guards):
             if guard:
-                results[i] = self._without_guard(backend, results[i], runs[i][0])
+                results[i] = self._without_guard(backend, results[i], segments[i][0])
         return results
 
     def _without_guard(self, backend: "Tokenizer", ids: list[int], text: str) -> list[int]:

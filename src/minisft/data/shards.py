@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minisft.data.encoder import Encoder
-from minisft.data.formats import FORMATS, detect_format, not_json
-from minisft.data.pipeline import Task, process_chunks, schema
+from minisft.data.formats import FORMATS, detect_format, not_json_error
+from minisft.data.pipeline import ChunkTask, process_chunks, schema
 from minisft.data.readers import CellsError, Chunk
 from minisft.data.sources import Source, read_source
-from minisft.data.stats import Part, Tally
+from minisft.data.stats import DatasetStats, SplitPart
 from minisft.errors import UserError
 from minisft.recipe import DataRecipe, Recipe
 
@@ -28,7 +28,7 @@ _DETECTED_IN = 4  # chunks of a source, at most
 
 
 @dataclass(frozen=True)
-class Staged:
+class EncodedShard:
     """Encoded rows in an Arrow file, and for each its split key, identity and length."""
 
     path: Path
@@ -38,14 +38,14 @@ class Staged:
     formats: dict[str, str]
 
 
-def stage(
+def encode_sources(
     path: Path,
     sources: Sequence[Source],
     recipe: Recipe,
     encoder: Encoder,
-    tally: Tally,
+    stats: DatasetStats,
     progress: Progress | None = None,
-) -> Staged:
+) -> EncodedShard:
     """Encode all rows of the sources into one Arrow file, in their order.
 
     Args:
@@ -53,7 +53,7 @@ def stage(
         sources: whose rows are read, one after the other.
         recipe: how.
         encoder: in the recipe's template.
-        tally: takes the counts.
+        stats: takes the counts.
         progress: called with the number of rows read so far.
 
     Raises:
@@ -63,19 +63,19 @@ def stage(
 
     streams = [read_source(one, index, recipe.seed) for index, one in enumerate(sources)]
     chunks, detected = _with_formats(streams, sources, recipe.data)
-    task = Task(recipe.data, tuple(detected), recipe.seed)
+    task = ChunkTask(recipe.data, tuple(detected), recipe.seed)
     columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in (np.uint64, np.uint64, np.int32)]
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema()) as writer:
         for result in process_chunks(_limited(chunks, recipe.data.limit), encoder, task):
             writer.write_batch(pa.ipc.read_record_batch(pa.py_buffer(result.table), schema()))
             for column, part in zip(columns, (result.keys, result.identities, result.lengths), strict=True):
                 column.append(part)
-            tally.merge(result.tally)
+            stats.merge(result.stats)
             if progress is not None:
-                progress(tally.count("rows", "read"))
+                progress(stats.count("rows", "read"))
     formats = {one.path: name for one, name in zip(sources, detected, strict=True)}
     keys, identities, lengths = (np.concatenate(column) for column in columns)
-    return Staged(path, keys, identities, lengths, formats)
+    return EncodedShard(path, keys, identities, lengths, formats)
 
 
 def _with_formats(
@@ -105,13 +105,13 @@ def _with_formats(
 def _unknown_format(source: Source, read: Sequence[Chunk]) -> str:
     """Refuse a source none of whose first rows has a known format."""
     if left_out := sum(chunk.left_out for chunk in read if not any(map(len, read))):
-        what = f"the weight {source.weight:g} leaves out every row, of {left_out:,}"
-        raise UserError(source.path, what, "raise the source's weight, or give more rows")
+        problem = f"the weight {source.weight:g} leaves out every row, of {left_out:,}"
+        raise UserError(source.path, problem, "raise the source's weight, or give more rows")
     location, row = next(((loc, row) for chunk in read for loc, row in chunk.parsed()), (source.path, None))
     if isinstance(row, ValueError):
-        error = not_json(row)
+        error = not_json_error(row)
         fix = "give UTF-8 text with one JSON object a line, or a JSON list"
-        raise UserError(location, error.what, error.mend if isinstance(row, CellsError) else fix)
+        raise UserError(location, error.problem, error.fix if isinstance(row, CellsError) else fix)
     keys = f"its first row has the keys {', '.join(map(str, list(row)[:8]))}" if isinstance(row, dict) else (
         "its first row is no object"
     )  # fmt: skip
@@ -138,22 +138,22 @@ TRAIN_COLUMNS = ("input_ids", "labels", "id", "location", "rendered", "findings"
 
 
 @dataclass(frozen=True)
-class Side:
+class Split:
     """The rows of a staging file that go to one side."""
 
-    staged: Staged
+    shard: EncodedShard
     mask: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
-        return self.staged.lengths[self.mask]
+        return self.shard.lengths[self.mask]
 
     def batches(self, names: Sequence[str]) -> Iterator["pa.RecordBatch"]:
         """The named columns of the side's rows, batch by batch."""
         import pyarrow as pa
 
         start = 0
-        with pa.OSFile(str(self.staged.path)) as file:  # mapped, its pages would count as this process's memory
+        with pa.OSFile(str(self.shard.path)) as file:  # mapped, its pages would count as this process's memory
             for batch in pa.ipc.open_stream(file):
                 chosen = self.mask[start : start + batch.num_rows]
                 start += batch.num_rows
@@ -161,7 +161,7 @@ class Side:
                     columns = batch.select(names)
                     yield columns if chosen.all() else columns.filter(pa.array(chosen))
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[SplitPart]:
         """(ids, labels, offsets) of the side's rows, batch by batch."""
         for batch in self.batches(("input_ids", "labels")):
             ids, labels = batch.column("input_ids"), batch.column("labels")
@@ -169,7 +169,7 @@ class Side:
             yield ids.flatten().to_numpy(), labels.flatten().to_numpy(), offsets - offsets[0]
 
 
-def write_side(folder: Path, side: Side, names: Sequence[str]) -> None:
+def write_split(folder: Path, split: Split, names: Sequence[str]) -> None:
     """Write a side as a `datasets` folder, batch by batch.
 
     `datasets` writes the folder for no rows, and its data file is then written anew: it would map all rows into
@@ -181,7 +181,7 @@ def write_side(folder: Path, side: Side, names: Sequence[str]) -> None:
     data = _write_empty(folder, kept)
     with pa.OSFile(str(data), "wb") as file, pa.ipc.new_stream(file, kept) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist([], kept))  # a file without any batch is not loaded
-        for batch in side.batches(names):
+        for batch in split.batches(names):
             writer.write_batch(batch)
 
 

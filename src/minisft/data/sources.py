@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minisft.data.readers import COMPRESSIONS, FILE_TYPES, Chunk, file_type, read_files, row_chunks, with_lists
+from minisft.data.readers import COMPRESSIONS, FILE_TYPES, Chunk, file_type, parse_list_columns, read_files, row_chunks
 from minisft.errors import UserError
-from minisft.files import files_of_pattern, is_pattern, user_path
+from minisft.files import expand_pattern, expand_user_path, is_pattern
 from minisft.recipe import DataRecipe
-from minisft.yaml_tree import shown
+from minisft.yaml_tree import quoted
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+$")
 _HUB_KEYS = ("split", "subset", "revision")
@@ -55,22 +55,22 @@ def _parse_source(entry: Any, key: str) -> Source:
     if isinstance(entry, str):
         return Source(entry)
     if not isinstance(entry, dict):
-        raise UserError(key, f"{shown(entry)} is no source", "give a path, a hub id, or a mapping with `path`")
+        raise UserError(key, f"{quoted(entry)} is no source", "give a path, a hub id, or a mapping with `path`")
     unknown = [name for name in entry if name not in _SOURCE_KEYS]
     if unknown or "path" not in entry:
-        what = f"unknown key {shown(unknown[0])}" if unknown else "a source without `path`"
-        raise UserError(key, what, f"use the keys {', '.join(_SOURCE_KEYS)}")
+        problem = f"unknown key {quoted(unknown[0])}" if unknown else "a source without `path`"
+        raise UserError(key, problem, f"use the keys {', '.join(_SOURCE_KEYS)}")
     for name in {"path", *_HUB_KEYS} & set(entry):
         may_be_null = name in ("subset", "revision")
         if not isinstance(entry[name], str) and not (may_be_null and entry[name] is None):
-            raise UserError(f"{key}.{name}", f"{shown(entry[name])} is no text", "give a text, or leave it out")
+            raise UserError(f"{key}.{name}", f"{quoted(entry[name])} is no text", "give a text, or leave it out")
     parsed = Source(**entry)
     if not _is_number(parsed.weight) or not 0 < parsed.weight <= 1000:
-        what = f"must be a number above 0 and at most 1000, and is {shown(parsed.weight)}"
-        raise UserError(f"{key}.weight", what, "give how often each row counts, such as 0.5 or 2")
+        problem = f"must be a number above 0 and at most 1000, and is {quoted(parsed.weight)}"
+        raise UserError(f"{key}.weight", problem, "give how often each row counts, such as 0.5 or 2")
     if parsed.limit is not None and not _is_whole(parsed.limit):
-        what = f"must be a whole number above 0, and is {shown(parsed.limit)}"
-        raise UserError(f"{key}.limit", what, "give how many rows to read, or leave it out")
+        problem = f"must be a whole number above 0, and is {quoted(parsed.limit)}"
+        raise UserError(f"{key}.limit", problem, "give how many rows to read, or leave it out")
     _refuse_hub_keys(parsed, entry, key)
     return parsed
 
@@ -87,8 +87,8 @@ def _refuse_hub_keys(source: Source, entry: Mapping[str, Any], key: str) -> None
     """Refuse what only a hub data set has, such as `split`, on files: nobody reads it there."""
     given = [name for name in _HUB_KEYS if entry.get(name) is not None]
     if given and source_files(source):
-        what = f"{source.path} is local, and only data sets of the hub have a {given[0]}"
-        raise UserError(f"{key}.{given[0]}", what, "leave it out; name the files of that split as `path`")
+        problem = f"{source.path} is local, and only data sets of the hub have a {given[0]}"
+        raise UserError(f"{key}.{given[0]}", problem, "leave it out; name the files of that split as `path`")
 
 
 def source_files(source: Source) -> list[tuple[str, Path]]:
@@ -98,7 +98,7 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
         UserError: there is no such file, or a folder holds no data.
     """
     try:
-        path = user_path(source.path)
+        path = expand_user_path(source.path)
         if path.is_dir():
             return _folder_files(path)
         if path.is_file():
@@ -111,8 +111,8 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(source.path, f"cannot be opened ({reason})", "give a file or a folder") from None
     if exists or path.is_symlink():
-        what = "is neither a file nor a folder" if exists else "is a link that leads nowhere"
-        raise UserError(source.path, what, "give a file or a folder")
+        problem = "is neither a file nor a folder" if exists else "is a link that leads nowhere"
+        raise UserError(source.path, problem, "give a file or a folder")
     if _HUB_ID.match(source.path):
         return []
     raise UserError(source.path, "there is no such file", "give the path of an existing file, or a hub id as org/name")
@@ -145,8 +145,8 @@ def refuse_shared(sources: Mapping[str, Sequence[Source]]) -> None:
         for identity, name in _identities(one):
             if identity in train:
                 other = "" if train[identity] == name else f", there called {train[identity]}"
-                what = f"{name} is a training source too (data.source{other})"
-                raise UserError("data.test", what, "name files that are not trained on, or use data.test_fraction")
+                problem = f"{name} is a training source too (data.source{other})"
+                raise UserError("data.test", problem, "name files that are not trained on, or use data.test_fraction")
 
 
 def _identities(source: Source) -> Iterator[tuple[Any, str]]:
@@ -168,7 +168,7 @@ def _folder_files(folder: Path) -> list[tuple[str, Path]]:
 
 def ignored_files(source: Source) -> list[str]:
     """The files in a source's folder that are not read, since their names are not those of data; none elsewhere."""
-    folder = user_path(source.path)
+    folder = expand_user_path(source.path)
     if not folder.is_dir():
         return []
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
@@ -176,7 +176,7 @@ def ignored_files(source: Source) -> list[str]:
 
 
 def _pattern_files(pattern: Path) -> list[tuple[str, Path]]:
-    files = files_of_pattern(pattern)
+    files = expand_pattern(pattern)
     if not files:
         raise UserError(
             pattern, "no file matches this pattern", "give a pattern of existing files, such as data/*.jsonl"
@@ -275,7 +275,7 @@ def read_hub(path: str, split: str, subset: str | None, revision: str | None, in
 
     try:
         rows = datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True)
-        numbered = ((f"{split}:{i}", with_lists(row)) for i, row in enumerate(rows))
+        numbered = ((f"{split}:{i}", parse_list_columns(row)) for i, row in enumerate(rows))
         yield from row_chunks(numbered, path, index)
     except Exception as error:  # the hub client raises many kinds; for the user each means the same
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

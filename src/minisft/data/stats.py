@@ -16,21 +16,21 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 
 @dataclass(frozen=True)
-class Problem:
+class RowProblem:
     """A row that is not kept, and why."""
 
     location: str
     reason: str
-    what: str
-    mend: str
+    problem: str
+    fix: str
     repairable: bool = False
 
     def __str__(self) -> str:
-        return f"{self.location}: {self.what}; {self.mend}"
+        return f"{self.location}: {self.problem}; {self.fix}"
 
 
 @dataclass
-class Tally:
+class DatasetStats:
     """Counts of some rows, to be added up.
 
     Attributes:
@@ -41,26 +41,26 @@ class Tally:
     """
 
     counts: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[RowProblem] = field(default_factory=list)
     repairable: int = 0
 
     def add(self, section: str, name: str, number: int = 1) -> None:
         self.counts[section][name] += number
 
-    def skip(self, problem: Problem) -> None:
+    def skip(self, problem: RowProblem) -> None:
         self.add("skipped", problem.reason)
         self.repairable += problem.repairable
         if len(self.problems) < SHOWN:
             self.problems.append(problem)
 
-    def note_ignored(self, columns: Iterable[str]) -> None:
+    def add_ignored(self, columns: Iterable[str]) -> None:
         """Count what a row holds in columns that nobody reads; past _MOST_COLUMNS names, under one name."""
         counter = self.counts["ignored_columns"]
         for column in columns:
             name = column if len(column) <= 60 else f"{column[:57]}..."
             counter[name if name in counter or len(counter) < _MOST_COLUMNS else OTHER_COLUMNS] += 1
 
-    def merge(self, other: "Tally") -> None:
+    def merge(self, other: "DatasetStats") -> None:
         for section, counter in other.counts.items():
             self.counts[section].update(counter)
         ignored = self.counts["ignored_columns"]
@@ -82,35 +82,35 @@ class Tally:
         return sum(self.counts["skipped"].values())
 
 
-def make_ledger(tally: Tally, lengths: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
+def make_ledger(stats: DatasetStats, lengths: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The ledger of a preparation.
 
     Args:
-        tally: the counts over all rows.
+        stats: the counts over all rows.
         lengths: tokens per row of "train" and "test".
         facts: what else is to be recorded.
     """
     train, test = len(lengths["train"]), len(lengths["test"])
     rows = {
-        "read": tally.count("rows", "read"),
+        "read": stats.count("rows", "read"),
         "kept": train + test,
-        "skipped": tally.skipped,
+        "skipped": stats.skipped,
         "train": train,
         "test": test,
     }
-    tokens = {name: tally.count("tokens", name) for name in ("rendered", "kept", "cut", "supervised")}
+    tokens = {name: stats.count("tokens", name) for name in ("rendered", "kept", "cut", "supervised")}
     assert rows["read"] == rows["kept"] + rows["skipped"], "every row read is kept or skipped"
     assert tokens["rendered"] == tokens["kept"] + tokens["cut"], "every token rendered is kept or cut"
     both = np.concatenate([lengths["train"], lengths["test"]])
     return {
         "rows": rows,
-        "skipped": tally.section("skipped"),
-        "repaired": tally.section("repaired"),
+        "skipped": stats.section("skipped"),
+        "repaired": stats.section("repaired"),
         "tokens": tokens,
-        "turns": tally.section("turns"),
-        "overflow": tally.section("overflow"),
-        "findings": tally.section("findings"),
-        "ignored_columns": tally.section("ignored_columns"),
+        "turns": stats.section("turns"),
+        "overflow": stats.section("overflow"),
+        "findings": stats.section("findings"),
+        "ignored_columns": stats.section("ignored_columns"),
         "lengths": _lengths(both),
         **facts,
     }
@@ -210,10 +210,10 @@ _TO_2ND, _TO_4TH = (np.uint64(pow(int(_MULTIPLIER), power, 1 << 64)) for power i
 _MOST = 200_000  # n-grams of test rows looked for; of more, a share chosen by their hashes
 _TABLE_BITS = 22  # of a table by the hashes' last bits: a glance at it tells most n-grams that are not wanted
 
-Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, offsets of some rows
+SplitPart = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, offsets of some rows
 
 
-def overlap_report(train: Iterable[Part], test: Iterable[Part], test_tokens: int) -> dict[str, Any]:
+def overlap_report(train: Iterable[SplitPart], test: Iterable[SplitPart], test_tokens: int) -> dict[str, Any]:
     """How many of the answers' n-grams of the test rows are also in an answer of a train row.
 
     Args:
@@ -237,7 +237,7 @@ def overlap_report(train: Iterable[Part], test: Iterable[Part], test_tokens: int
     }
 
 
-def _found(train: Iterable[Part], wanted: np.ndarray, every: np.uint64) -> np.ndarray:
+def _found(train: Iterable[SplitPart], wanted: np.ndarray, every: np.uint64) -> np.ndarray:
     """Which of the wanted n-grams (sorted hashes) stand in an answer of the train rows."""
     mask = np.uint64((1 << _TABLE_BITS) - 1)
     table = np.zeros(1 << _TABLE_BITS, dtype=bool)
@@ -251,7 +251,7 @@ def _found(train: Iterable[Part], wanted: np.ndarray, every: np.uint64) -> np.nd
     return found
 
 
-def _test_ngrams(parts: Iterable[Part], every: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+def _test_ngrams(parts: Iterable[SplitPart], every: np.uint64) -> tuple[np.ndarray, np.ndarray]:
     hashes, rows, base = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
     for ids, labels, offsets in parts:
         made, starts = _ngrams(ids, labels)

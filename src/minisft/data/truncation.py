@@ -10,7 +10,7 @@ Encode = Callable[[Conversation], Encoded]
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Truncated:
     """A row that fits, or None with the reason why none does.
 
     Args:
@@ -26,7 +26,7 @@ class Fitted:
     kind: str = ""
 
 
-def fit(conversation: Conversation, encoded: Encoded, encode: Encode, max_length: int, overflow: str) -> Fitted:
+def truncate(conversation: Conversation, encoded: Encoded, encode: Encode, max_length: int, overflow: str) -> Truncated:
     """Make a row that is longer than `max_length` fit, as `overflow` says.
 
     Args:
@@ -37,24 +37,24 @@ def fit(conversation: Conversation, encoded: Encoded, encode: Encode, max_length
         overflow: turns | cut | drop | error.
     """
     if overflow in ("drop", "error"):
-        return Fitted(conversation, None, "too_long")
+        return Truncated(conversation, None, "too_long")
     whole = sum(answer.end <= max_length for answer in encoded.answers)
     if overflow == "cut" and whole < len(encoded.answers):
-        fitted = _cut_in_answer(conversation, encoded.answers[whole].message, encode, max_length)
-        if fitted is not None:
-            return fitted
+        truncated = _cut_in_answer(conversation, encoded.answers[whole].message, encode, max_length)
+        if truncated is not None:
+            return truncated
     for count in range(whole, 0, -1):
-        fitted = _keep_whole(conversation, encoded.answers[count - 1].message, encode, max_length)
-        if fitted is not None:
-            return fitted
+        truncated = _keep_whole(conversation, encoded.answers[count - 1].message, encode, max_length)
+        if truncated is not None:
+            return truncated
     if encoded.answers:
-        fitted = _cut_in_answer(conversation, encoded.answers[0].message, encode, max_length)
-        if fitted is not None:
-            return fitted
-    return Fitted(conversation, None, "nothing_left_to_learn")
+        truncated = _cut_in_answer(conversation, encoded.answers[0].message, encode, max_length)
+        if truncated is not None:
+            return truncated
+    return Truncated(conversation, None, "nothing_left_to_learn")
 
 
-def _keep_whole(conversation: Conversation, last: int, encode: Encode, max_length: int) -> Fitted | None:
+def _keep_whole(conversation: Conversation, last: int, encode: Encode, max_length: int) -> Truncated | None:
     """The conversation up to and with message `last`, if its last answer ends within `max_length`."""
     part = replace(conversation, messages=conversation.messages[: last + 1])
     encoded = encode(part)
@@ -62,11 +62,11 @@ def _keep_whole(conversation: Conversation, last: int, encode: Encode, max_lengt
         return None
     short = _first_tokens(encoded, max_length)
     if not _learns(short):
-        return Fitted(part, None, "nothing_left_to_learn")
-    return Fitted(part, short, kind="turns" if last + 1 < len(conversation.messages) else "")
+        return Truncated(part, None, "nothing_left_to_learn")
+    return Truncated(part, short, kind="turns" if last + 1 < len(conversation.messages) else "")
 
 
-def _cut_in_answer(conversation: Conversation, last: int, encode: Encode, max_length: int) -> Fitted | None:
+def _cut_in_answer(conversation: Conversation, last: int, encode: Encode, max_length: int) -> Truncated | None:
     """The conversation up to message `last`, that answer cut at its end, if something of it fits."""
     part = replace(conversation, messages=conversation.messages[: last + 1])
     encoded = encode(part)
@@ -75,7 +75,7 @@ def _cut_in_answer(conversation: Conversation, last: int, encode: Encode, max_le
         return None
     short = _first_tokens(encoded, max_length)
     kind = "cut" if answer.end > max_length else "turns"
-    return Fitted(part, short, kind=kind) if _learns(short) else Fitted(part, None, "nothing_left_to_learn")
+    return Truncated(part, short, kind=kind) if _learns(short) else Truncated(part, None, "nothing_left_to_learn")
 
 
 def _first_tokens(encoded: Encoded, count: int) -> Encoded:

@@ -24,7 +24,7 @@ import torch
 
 from minisft.errors import UserError
 from minisft.evaluation.generation import Finish, Generated, Sampling, context_length, generate
-from minisft.evaluation.metrics import Row, sum_of_losses
+from minisft.evaluation.metrics import LossRow, sum_of_losses
 from minisft.models import is_out_of_memory, load_config, load_model
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class TransformersModel:
             sampling=sampling,
         )
 
-    def sum_of_losses(self, rows: Sequence[Row]) -> tuple[float, int]:
+    def sum_of_losses(self, rows: Sequence[LossRow]) -> tuple[float, int]:
         """As `loss.sum_of_losses`."""
         return sum_of_losses(self.model, rows)
 
@@ -100,8 +100,8 @@ class VllmModel:
     def __init__(self, weights: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:
         require_vllm()
         if (weights / "adapter_config.json").exists():
-            what = "vLLM is given whole models here, and this is an adapter"
-            raise UserError(weights, what, "set evaluation.backend to transformers")
+            problem = "vLLM is given whole models here, and this is an adapter"
+            raise UserError(weights, problem, "set evaluation.backend to transformers")
         from vllm import LLM
 
         self.context = context_length(load_config(weights, trust_remote_code))
@@ -158,11 +158,11 @@ def require_vllm() -> None:
     Raises:
         UserError: it is not installed, or there is no GPU.
     """
-    mend = "leave evaluation.backend at transformers"
+    fix = "leave evaluation.backend at transformers"
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("evaluation.backend", "vllm is not installed", f"pip install vllm, or {mend}")
+        raise UserError("evaluation.backend", "vllm is not installed", f"pip install vllm, or {fix}")
     if not torch.cuda.is_available():
-        raise UserError("evaluation.backend", "vllm is for GPUs, and there is none here", mend)
+        raise UserError("evaluation.backend", "vllm is for GPUs, and there is none here", fix)
 
 
 def _without_terminator(ids: list[int], stops: Sequence[int], full: Finish) -> Generated:
@@ -234,7 +234,7 @@ class AnswerTask:
 class LossTask:
     """Rows whose loss is to be computed as one batch."""
 
-    rows: list[Row]
+    rows: list[LossRow]
 
     def of(self, model: "TransformersModel | VllmModel", spec: ModelSpec) -> tuple[float, int]:
         assert isinstance(model, TransformersModel)
@@ -265,7 +265,7 @@ class Workers:
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
-        self._held = _Held()
+        self._held = _LoadedModel()
         self._pool: ProcessPoolExecutor | None = None
         self._stop: Event | None = None
 
@@ -303,8 +303,8 @@ class Workers:
             for done in as_completed(numbers):
                 yield Outcome(numbers[done], *done.result())
         except BrokenProcessPool as error:
-            what = "a process of the evaluation died, as it does where memory is short"
-            raise RuntimeError(f"{what}; what it answered is kept: evaluate again with fewer processes") from error
+            problem = "a process of the evaluation died, as it does where memory is short"
+            raise RuntimeError(f"{problem}; what it answered is kept: evaluate again with fewer processes") from error
         finally:
             for future in numbers:
                 future.cancel()
@@ -315,7 +315,7 @@ def default_processes() -> int:
     return max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1
 
 
-class _Held:
+class _LoadedModel:
     """The model that a process holds."""
 
     def __init__(self) -> None:
@@ -334,7 +334,7 @@ class _Held:
         self._model, self._spec = None, None
 
 
-def _perform(held: _Held, spec: ModelSpec, task: AnswerTask | LossTask) -> tuple[Any, float]:
+def _perform(held: _LoadedModel, spec: ModelSpec, task: AnswerTask | LossTask) -> tuple[Any, float]:
     model = held.get(spec)
     started = time.perf_counter()
     value = task.of(model, spec)
@@ -343,11 +343,11 @@ def _perform(held: _Held, spec: ModelSpec, task: AnswerTask | LossTask) -> tuple
 
 # --- inside a process of the pool -----------------------------------------------------------------------------
 
-_held_here = _Held()
+_local_model = _LoadedModel()
 
 
 def _perform_here(spec: ModelSpec, task: AnswerTask | LossTask) -> tuple[Any, float]:
-    return _perform(_held_here, spec, task)
+    return _perform(_local_model, spec, task)
 
 
 def _start(counter: "Synchronized[int]", gpus: list[str], threads: int, stop: Event) -> None:

@@ -14,10 +14,10 @@ from minisft.console import Progress, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.backends import AnswerTask, LossTask, ModelSpec, Workers
-from minisft.evaluation.examples import HeldOut, Question
+from minisft.evaluation.examples import EvalExample, HeldOutSet
 from minisft.evaluation.generation import Generated, plan_batches
 from minisft.evaluation.metrics import CorpusScore, exact_match, loss_batches, mean_loss
-from minisft.evaluation.result_files import Journal, write_examples, write_outputs, write_prompts
+from minisft.evaluation.result_files import ResultCache, write_examples, write_outputs, write_prompts
 from minisft.models import is_adapter, weights_fingerprint
 from minisft.recipe import METRICS, EvaluationRecipe
 
@@ -27,7 +27,7 @@ _VLLM_BATCH = 1024
 
 
 @dataclass(frozen=True)
-class System:
+class ScoredModel:
     """What gives answers to all the questions: the base model, a checkpoint or the constant answer.
 
     Args:
@@ -44,7 +44,7 @@ class System:
 
 
 @dataclass(frozen=True)
-class Examiner:
+class Evaluator:
     """Asks one model after the other.
 
     Args:
@@ -59,22 +59,22 @@ class Examiner:
 
     settings: EvaluationRecipe
     encoder: Encoder
-    held_out: HeldOut
-    prompts: list[Question]
+    held_out: HeldOutSet
+    prompts: list[EvalExample]
     folder: Path
     spec: ModelSpec
     workers: Workers
 
     @property
     def references(self) -> list[str]:
-        return [question.reference for question in self.held_out.questions]
+        return [example.reference for example in self.held_out.examples]
 
-    def repeat(self, text: str) -> System:
+    def score_constant(self, text: str) -> ScoredModel:
         """The system that always says `text`."""
         outputs = [text] * len(self.references)
-        return System({"text": text, **self._exact_match(outputs)}, outputs, self._score(outputs))
+        return ScoredModel({"text": text, **self._exact_match(outputs)}, outputs, self._score(outputs))
 
-    def examine(self, name: str, weights: Path) -> System:
+    def evaluate_model(self, name: str, weights: Path) -> ScoredModel:
         """Answers and loss of one model, computed where the journal lacks them, and written.
 
         Of a checkpoint that is gone, what the journal has.
@@ -84,70 +84,70 @@ class Examiner:
         """
         path = self.folder / name / "journal.jsonl"
         if not weights.exists():
-            return self._recall(name, weights, Journal(path, None, _how(self.spec)))
+            return self._load_cached(name, weights, ResultCache(path, None, _settings_hash(self.spec)))
         spec = replace(self.spec, weights=weights)
-        journal = Journal(path, _key(spec), _how(spec))
-        self._compute_loss(spec, journal)
-        self._compute_answers(name, spec, journal)
-        return self._write(name, journal)
+        cache = ResultCache(path, _cache_key(spec), _settings_hash(spec))
+        self._compute_loss(spec, cache)
+        self._compute_answers(name, spec, cache)
+        return self._write(name, cache)
 
-    def _recall(self, name: str, weights: Path, journal: Journal) -> System:
-        asked = [question.prompt_ids for question in (*self.held_out.questions, *self.prompts)]
-        if journal.has_loss(self.held_out.rows_fingerprint) and all(journal.has_answer(ids) for ids in asked):
-            return self._write(name, journal)
+    def _load_cached(self, name: str, weights: Path, cache: ResultCache) -> ScoredModel:
+        asked = [example.prompt_ids for example in (*self.held_out.examples, *self.prompts)]
+        if cache.has_loss(self.held_out.rows_fingerprint) and all(cache.has_answer(ids) for ids in asked):
+            return self._write(name, cache)
         raise UserError(weights, "it was removed before all of it was scored", "keep more: training.keep_checkpoints")
 
-    def _compute_loss(self, spec: ModelSpec, journal: Journal) -> None:
+    def _compute_loss(self, spec: ModelSpec, cache: ResultCache) -> None:
         rows = self.held_out.rows_fingerprint
-        if journal.has_loss(rows):
+        if cache.has_loss(rows):
             return
         tasks = [LossTask(batch) for batch in loss_batches(self.held_out.rows)]
         done = {outcome.task: outcome for outcome in self.workers.perform(replace(spec, backend="transformers"), tasks)}
         loss, _ = mean_loss(done[number].value for number in range(len(tasks)))
         seconds = sum(outcome.seconds for outcome in done.values())
-        journal.add_loss(rows, loss if math.isfinite(loss) else None, seconds)
+        cache.add_loss(rows, loss if math.isfinite(loss) else None, seconds)
 
-    def _compute_answers(self, name: str, spec: ModelSpec, journal: Journal) -> None:
-        asked = {tuple(question.prompt_ids) for question in self.held_out.questions}
+    def _compute_answers(self, name: str, spec: ModelSpec, cache: ResultCache) -> None:
+        asked = {tuple(example.prompt_ids) for example in self.held_out.examples}
         own = [prompt for prompt in self.prompts if tuple(prompt.prompt_ids) not in asked]
-        tasks = self._missing(self.held_out.questions, journal) + self._missing(own, journal)
+        tasks = self._missing(self.held_out.examples, cache) + self._missing(own, cache)
         with Progress(name, sum(len(task.prompts) for task in tasks)) as progress:
             for outcome in self.workers.perform(spec, tasks):
                 prompts = tasks[outcome.task].prompts
-                journal.add_answers(prompts, outcome.value, outcome.seconds)
+                cache.add_answers(prompts, outcome.value, outcome.seconds)
                 progress.advance(len(prompts))
 
-    def _missing(self, questions: Sequence[Question], journal: Journal) -> list[AnswerTask]:
+    def _missing(self, examples: Sequence[EvalExample], cache: ResultCache) -> list[AnswerTask]:
         """Batches over all questions, each prompt once, less what the journal has: resumed, they are the same ones."""
-        prompts = list({tuple(question.prompt_ids): question.prompt_ids for question in questions}.values())
+        prompts = list({tuple(example.prompt_ids): example.prompt_ids for example in examples}.values())
         size = _VLLM_BATCH if self.spec.backend == "vllm" else self.settings.batch_size
         batches = plan_batches([len(prompt) for prompt in prompts], size, self.settings.max_new_tokens)
-        left = [[prompts[i] for i in batch if not journal.has_answer(prompts[i])] for batch in batches]
+        left = [[prompts[i] for i in batch if not cache.has_answer(prompts[i])] for batch in batches]
         return [AnswerTask(batch) for batch in left if batch]
 
-    def _write(self, name: str, journal: Journal) -> System:
-        questions, folder = self.held_out.questions, self.folder / name
-        answers = [journal.answer(question.prompt_ids) for question in questions]
+    def _write(self, name: str, cache: ResultCache) -> ScoredModel:
+        examples, folder = self.held_out.examples, self.folder / name
+        answers = [cache.answer(example.prompt_ids) for example in examples]
         outputs = [self.encoder.decode_answer(answer.ids) for answer in answers]
         scores = self._score(outputs)
-        write_outputs(folder, questions, answers, outputs, scores)
-        write_examples(folder, questions[: self.settings.examples], outputs)
-        prompted = [journal.answer(question.prompt_ids) for question in self.prompts]
+        write_outputs(folder, examples, answers, outputs, scores)
+        write_examples(folder, examples[: self.settings.examples], outputs)
+        prompted = [cache.answer(example.prompt_ids) for example in self.prompts]
         replies = [self.encoder.decode_answer(answer.ids) for answer in prompted]
         write_prompts(folder, self.prompts, prompted, replies)
-        entry = self._entry(name, journal, answers, outputs)
-        _mark(name, entry, len(answers))
-        return System(entry, outputs, scores, replies)
+        entry = self._entry(name, cache, answers, outputs)
+        _warn_of_anomalies(name, entry, len(answers))
+        return ScoredModel(entry, outputs, scores, replies)
 
-    def _entry(self, name: str, journal: Journal, answers: list[Generated], outputs: list[str]) -> dict[str, Any]:
+    def _entry(self, name: str, cache: ResultCache, answers: list[Generated], outputs: list[str]) -> dict[str, Any]:
         rows = self.held_out.rows_fingerprint
-        asked = [question.prompt_ids for question in (*self.held_out.questions, *self.prompts)]
+        asked = [example.prompt_ids for example in (*self.held_out.examples, *self.prompts)]
         named: dict[str, Any] = {"checkpoint": name} if name != "base" else {}
         return named | {
             "step": int(name.rpartition("-")[2]) if name != "base" else 0,
-            "loss": journal.loss(rows),
-            "perplexity": _perplexity(journal.loss(rows)),
-            "seconds": round(journal.seconds(rows, asked), 3),
+            "loss": cache.loss(rows),
+            "perplexity": _perplexity(cache.loss(rows)),
+            "seconds": round(cache.seconds(rows, asked), 3),
             "finish": dict(Counter(answer.finish for answer in answers)),
             "empty": sum(not output.strip() for output in outputs),
             "mean_tokens": sum(len(answer.ids) for answer in answers) / len(answers) if answers else None,
@@ -163,7 +163,7 @@ class Examiner:
         return {metric: CorpusScore(metric, outputs, self.references) for metric in wanted}
 
 
-def _key(spec: ModelSpec) -> str:
+def _cache_key(spec: ModelSpec) -> str:
     """A hash of what every answer depends on, the prompt aside."""
     how = _settings(spec)
     if spec.base is not None and is_adapter(spec.weights):
@@ -171,7 +171,7 @@ def _key(spec: ModelSpec) -> str:
     return _hash([VERSION, weights_fingerprint(spec.weights), *how])
 
 
-def _how(spec: ModelSpec) -> str:
+def _settings_hash(spec: ModelSpec) -> str:
     """A hash of the same without the weights."""
     return _hash([VERSION, *_settings(spec)])
 
@@ -195,7 +195,7 @@ def _perplexity(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None
 
 
-def _mark(name: str, entry: dict[str, Any], answers: int) -> None:
+def _warn_of_anomalies(name: str, entry: dict[str, Any], answers: int) -> None:
     """Says what should not pass unseen."""
     if answers == 0:
         return

@@ -19,7 +19,7 @@ from minisft.files import read_json
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalExample:
     """One held-out answer to be given.
 
     Args:
@@ -38,16 +38,16 @@ class Question:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutSet:
     """The held-out rows.
 
     Args:
-        questions: what is to be answered.
+        examples: what is to be answered.
         rows: (input ids, labels) of every row, for the loss.
         conversations: how many of the rows are asked something; with `turns: all` they are fewer than the questions.
     """
 
-    questions: list[Question]
+    examples: list[EvalExample]
     rows: list[tuple[list[int], list[int]]]
     conversations: int
 
@@ -57,7 +57,9 @@ class HeldOut:
         return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()[:24]
 
 
-def load_held_out(output: Path, encoder: Encoder, turns: str, limit: int | None, *, required: bool = True) -> HeldOut:
+def load_held_out(
+    output: Path, encoder: Encoder, turns: str, limit: int | None, *, required: bool = True
+) -> HeldOutSet:
     """The questions of `<output>/dataset/test`.
 
     Args:
@@ -78,15 +80,15 @@ def load_held_out(output: Path, encoder: Encoder, turns: str, limit: int | None,
             "set evaluation.prompts to have prompts of your own answered, or train anew with data.test_fraction above "
             "0, or with data.test",
         )
-    asked = [list(_questions_of(row, encoder, turns)) for row in rows]
-    return HeldOut(
-        [question for questions in asked for question in questions],
+    asked = [list(_examples_of(row, encoder, turns)) for row in rows]
+    return HeldOutSet(
+        [example for examples in asked for example in examples],
         [(list(row["input_ids"]), list(row["labels"])) for row in rows],
-        sum(bool(questions) for questions in asked),
+        sum(bool(examples) for examples in asked),
     )
 
 
-def load_prompts(given: str | list[str] | None, encoder: Encoder) -> list[Question]:
+def load_prompts(given: str | list[str] | None, encoder: Encoder) -> list[EvalExample]:
     """The user's own prompts, as questions without a reference.
 
     Args:
@@ -107,13 +109,13 @@ def load_prompts(given: str | list[str] | None, encoder: Encoder) -> list[Questi
     return [_prompt(n, where, messages, encoder) for n, (where, messages) in enumerate(conversations, 1)]
 
 
-def _prompt(number: int, where: str, messages: list[Message], encoder: Encoder) -> Question:
+def _prompt(number: int, where: str, messages: list[Message], encoder: Encoder) -> EvalExample:
     try:
         ids = encoder.encode_prompt(messages)
     except RefusedError as refusal:
-        raise UserError(where, refusal.what, "say it otherwise, or use another data.template") from None
+        raise UserError(where, refusal.problem, "say it otherwise, or use another data.template") from None
     turn = sum(message.is_answer for message in messages) + 1
-    return Question(f"prompt-{number}", turn, ids, str(encoder.tokenizer.decode(ids, skip_special_tokens=False)), "")
+    return EvalExample(f"prompt-{number}", turn, ids, str(encoder.tokenizer.decode(ids, skip_special_tokens=False)), "")
 
 
 def _read_prompts(path: Path) -> list[tuple[str, list[Message]]]:
@@ -121,8 +123,8 @@ def _read_prompts(path: Path) -> list[tuple[str, list[Message]]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        mend = "give a list of texts, or the path of a .txt or .jsonl file"
-        raise UserError("evaluation.prompts", f"{path} cannot be read ({error})", mend) from None
+        fix = "give a list of texts, or the path of a .txt or .jsonl file"
+        raise UserError("evaluation.prompts", f"{path} cannot be read ({error})", fix) from None
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(path, "there is no prompt in this file", "write one a line")
@@ -132,13 +134,13 @@ def _read_prompts(path: Path) -> list[tuple[str, list[Message]]]:
 
 
 def _messages_of(where: str, line: str) -> list[Message]:
-    mend = 'write {"messages": [{"role": "user", "content": "..."}]} in one line'
+    fix = 'write {"messages": [{"role": "user", "content": "..."}]} in one line'
     try:
         messages = [message_from_row(fields) for fields in json.loads(line)["messages"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(where, f"this is no prompt ({type(error).__name__}: {error})", mend) from None
+        raise UserError(where, f"this is no prompt ({type(error).__name__}: {error})", fix) from None
     if not messages or messages[-1].is_answer or not all(isinstance(message.content, str) for message in messages):
-        raise UserError(where, "the last message must be one to be answered, and contents must be text", mend)
+        raise UserError(where, "the last message must be one to be answered, and contents must be text", fix)
     return messages
 
 
@@ -163,7 +165,7 @@ def _count_test_rows(output: Path) -> int:
     return int(rows["test"])
 
 
-def _questions_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[Question]:
+def _examples_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[EvalExample]:
     messages = [message_from_row(fields) for fields in row["messages"]]
     answers = [place for place, message in enumerate(messages) if message.is_answer]
     wanted = [place for place in answers if messages[place].supervised]
@@ -171,10 +173,10 @@ def _questions_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable
         try:
             ids = encoder.encode_prompt(messages[:place], row.get("tools") or "")
         except RefusedError as refusal:
-            where, mend = f"held-out row {row['id']}", "use another data.template, or take the row out of the data"
-            raise UserError(where, refusal.what, mend) from None
+            where, fix = f"held-out row {row['id']}", "use another data.template, or take the row out of the data"
+            raise UserError(where, refusal.problem, fix) from None
         text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
-        yield Question(str(row["id"]), answers.index(place) + 1, ids, str(text), messages[place].text)
+        yield EvalExample(str(row["id"]), answers.index(place) + 1, ids, str(text), messages[place].text)
 
 
 def _supervised_runs(labels: Sequence[int], stops: set[int]) -> Iterable[list[int]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from minisft.evaluation.kv_cache import PromptCache, RoomyLayer, common_prefix, merged, new_cache, repeated
+from minisft.evaluation.kv_cache import PreallocatedLayer, PromptCache, common_prefix, merged, new_cache, repeated
 
 # Logits divided by less overflow in fp32. Down here the likeliest token has all of the probability already.
 _LOWEST = 1e-30
@@ -45,7 +45,7 @@ class Sampling:
         return int.from_bytes(digest[:4], "big")
 
 
-class Draws:
+class TokenSampler:
     """A stream of random numbers for each row.
 
     Args:
@@ -174,7 +174,7 @@ class _Batch:
 
     def __init__(self, model: PreTrainedModel, rules: _Rules, prompts: dict[int, list[int]]) -> None:
         self.model, self.rules, self.prompts = model, rules, prompts
-        self.draws = Draws(rules.sampling, prompts) if rules.sampling is not None else None
+        self.draws = TokenSampler(rules.sampling, prompts) if rules.sampling is not None else None
         self.rooms = {row: _room(model, prompt, rules.max_new_tokens) for row, prompt in prompts.items()}
         self.ids: dict[int, list[int]] = {row: [] for row in prompts}
         self.finish: dict[int, Finish] = {row: "context" for row, room in self.rooms.items() if room == 0}
@@ -203,7 +203,7 @@ class _Batch:
         """
         prompts = [self.prompts[row] for row in self.rows]
         start = new_cache(self.model)
-        mergeable = all(type(layer) is RoomyLayer for layer in start.layers)
+        mergeable = all(type(layer) is PreallocatedLayer for layer in start.layers)
         shared = _prefill_shared(self.model, start, prompts) if mergeable else 0
         size = PREFILL_ROWS if mergeable else len(prompts)
         logits, masks, caches = [], [], []

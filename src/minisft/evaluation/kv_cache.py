@@ -29,7 +29,7 @@ class PromptCache:
         return shared
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A layer of keys and values [rows, heads, positions, width] that grows in place, a block at a time.
 
     `DynamicLayer` copies everything for every new token.
@@ -45,7 +45,7 @@ class RoomyLayer(DynamicLayer):
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
         if not self._buffers or self._buffers[0].shape[-2] < end:
-            self._buffers = [_roomy(self.keys, end), _roomy(self.values, end)]
+            self._buffers = [_preallocated(self.keys, end), _preallocated(self.values, end)]
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., start:end, :] = new
         self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
@@ -56,7 +56,7 @@ class RoomyLayer(DynamicLayer):
         self._buffers = []
 
     @classmethod
-    def holding(cls, keys: Tensor | None, values: Tensor | None, rows: int) -> "RoomyLayer":
+    def holding(cls, keys: Tensor | None, values: Tensor | None, rows: int) -> "PreallocatedLayer":
         """A layer that starts with the keys and values [1, heads, positions, width], if any, in each of its rows."""
         layer = cls()
         if keys is not None and values is not None:
@@ -87,7 +87,7 @@ def _starts(parts: list[Tensor]) -> list[int]:
     return [0, *ends[:-1]]
 
 
-def _roomy(states: Tensor, positions: int) -> Tensor:
+def _preallocated(states: Tensor, positions: int) -> Tensor:
     """A buffer with room for `positions` and a block more, that starts with `states`."""
     rows, heads, length, width = states.shape
     buffer = states.new_empty(rows, heads, positions + CACHE_BLOCK, width)
@@ -97,7 +97,7 @@ def _roomy(states: Tensor, positions: int) -> Tensor:
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -105,7 +105,7 @@ def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
     """A copy of a cache of one row, for `rows` rows."""
     copy = DynamicCache()
     layers: list[Any] = cache.layers
-    copy.layers = [RoomyLayer.holding(layer.keys, layer.values, rows) for layer in layers]
+    copy.layers = [PreallocatedLayer.holding(layer.keys, layer.values, rows) for layer in layers]
     return copy
 
 
@@ -114,7 +114,7 @@ def merged(caches: list[DynamicCache], width: int) -> DynamicCache:
     together = DynamicCache()
     together.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
-        layer = RoomyLayer()
+        layer = PreallocatedLayer()
         if layers[0].keys is not None:  # a layer may use another one's
             layer.take([one.keys for one in layers], [one.values for one in layers], width)
         together.layers.append(layer)

@@ -152,7 +152,7 @@ def best_constant(answers: Sequence[str]) -> str:
     return answers[lines.index(max(candidates, key=score))]
 
 
-Row = tuple[Sequence[int], Sequence[int]]  # input ids, and labels: unshifted, -100 where not supervised
+LossRow = tuple[Sequence[int], Sequence[int]]  # input ids, and labels: unshifted, -100 where not supervised
 # Tokens in a batch, padding included; their logits in fp32 over a vocabulary of 49,152 take 400 MB.
 BATCH_TOKENS = 2048
 
@@ -169,9 +169,9 @@ def mean_loss(sums: Iterable[tuple[float, int]]) -> tuple[float, int]:
     return (total / count if count else float("nan")), count
 
 
-def loss_batches(rows: Sequence[Row]) -> list[list[Row]]:
+def loss_batches(rows: Sequence[LossRow]) -> list[list[LossRow]]:
     """Rows of similar length together, longest first."""
-    batches: list[list[Row]] = []
+    batches: list[list[LossRow]] = []
     room = 0
     for row in sorted(rows, key=lambda row: -len(row[0])):
         if not batches or len(batches[-1]) >= room:
@@ -182,7 +182,7 @@ def loss_batches(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 @torch.inference_mode()
-def sum_of_losses(model: PreTrainedModel, rows: Sequence[Row]) -> tuple[float, int]:
+def sum_of_losses(model: PreTrainedModel, rows: Sequence[LossRow]) -> tuple[float, int]:
     """The summed loss of one batch's supervised tokens, and how many they are; the first row is the longest."""
     longest = len(rows[0][0])
     ids = torch.tensor([[*i, *[0] * (longest - len(i))] for i, _ in rows], device=model.device)

@@ -11,14 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minisft.evaluation.examples import Question
+from minisft.evaluation.examples import EvalExample
 from minisft.evaluation.generation import Generated
 from minisft.evaluation.metrics import CorpusScore
 from minisft.files import write_atomically
-from minisft.text import json_text, printable
+from minisft.text import dump_json, printable
 
 
-class Journal:
+class ResultCache:
     """A file of JSON lines: the key first, then losses, and the answers of each batch.
 
     Lines under another key (other weights or another way of decoding) are of no use and go; a torn last line goes too.
@@ -85,7 +85,7 @@ def prompt_key(prompt: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:24]
 
 
-def holds_anything(path: Path) -> bool:
+def has_results(path: Path) -> bool:
     """Whether a journal holds a loss or an answer; of a checkpoint that could not be loaded it holds the key alone."""
     if not path.is_file():
         return False
@@ -127,7 +127,7 @@ CHANGES = 3  # most improved, and as many most worsened
 
 def write_outputs(
     folder: Path,
-    questions: Sequence[Question],
+    examples: Sequence[EvalExample],
     answers: Sequence[Generated],
     outputs: Sequence[str],
     scores: Mapping[str, CorpusScore],
@@ -135,12 +135,12 @@ def write_outputs(
     """Write `outputs.jsonl`: a line per answer, with its own scores and how it ended."""
     own = {metric: score.rows() for metric, score in scores.items()}
     lines = []
-    for place, (question, answer, output) in enumerate(zip(questions, answers, outputs, strict=True)):
+    for place, (example, answer, output) in enumerate(zip(examples, answers, outputs, strict=True)):
         line: dict[str, Any] = {
-            "id": question.id,
-            "turn": question.turn,
-            "prompt": question.prompt,
-            "reference": question.reference,
+            "id": example.id,
+            "turn": example.turn,
+            "prompt": example.prompt,
+            "reference": example.reference,
             "output": output,
             "finish": answer.finish,
             "tokens": len(answer.ids),
@@ -150,18 +150,18 @@ def write_outputs(
     write_atomically(folder / "outputs.jsonl", "".join(lines))
 
 
-def write_examples(folder: Path, questions: Sequence[Question], outputs: Sequence[str]) -> None:
+def write_examples(folder: Path, examples: Sequence[EvalExample], outputs: Sequence[str]) -> None:
     """Write `examples.txt`: the given questions, to read."""
     parts = []
-    for number, (question, output) in enumerate(zip(questions, outputs, strict=False), 1):
-        heading = f"===== example {number} of {len(questions)}: {question.id}, answer {question.turn} ====="
-        sections = {"prompt": question.prompt, "reference": question.reference, "output": output}
+    for number, (example, output) in enumerate(zip(examples, outputs, strict=False), 1):
+        heading = f"===== example {number} of {len(examples)}: {example.id}, answer {example.turn} ====="
+        sections = {"prompt": example.prompt, "reference": example.reference, "output": output}
         parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
     write_atomically(folder / "examples.txt", printable("\n\n".join(parts) + "\n"))
 
 
 def write_prompts(
-    folder: Path, prompts: Sequence[Question], answers: Sequence[Generated], outputs: Sequence[str]
+    folder: Path, prompts: Sequence[EvalExample], answers: Sequence[Generated], outputs: Sequence[str]
 ) -> None:
     """Write `prompts.jsonl`: a line for each of the user's own prompts, or no such file where there are none."""
     path = folder / "prompts.jsonl"
@@ -175,7 +175,7 @@ def write_prompts(
     write_atomically(path, "".join(_one_line(line) + "\n" for line in lines))
 
 
-def write_side_by_side(folder: Path, prompts: Sequence[Question], outputs: Mapping[str, Sequence[str]]) -> None:
+def write_side_by_side(folder: Path, prompts: Sequence[EvalExample], outputs: Mapping[str, Sequence[str]]) -> None:
     """Write `prompts.txt`: each of the user's own prompts with every system's answer beneath, to read."""
     path = folder / "prompts.txt"
     if not prompts:
@@ -192,10 +192,10 @@ def write_changes(
     folder: Path,
     base: tuple[str, Sequence[str]],
     best: tuple[str, Sequence[str]],
-    questions: Sequence[Question],
+    examples: Sequence[EvalExample],
 ) -> None:
     """Write `changes.txt`: where the best checkpoint gained most over the base model, and where it lost most."""
-    references = [question.reference for question in questions]
+    references = [example.reference for example in examples]
     before, after = (CorpusScore("chrf", outputs, references).rows() for _, outputs in (base, best))
     gains = [late - early for early, late in zip(before, after, strict=True)]
     order = sorted(range(len(gains)), key=lambda place: -gains[place])
@@ -204,12 +204,12 @@ def write_changes(
     parts = [f"{best[0]} against {base[0]}, by the chrF of each answer"]
     for title, places in (("improved", improved), ("worsened", worsened)):
         for place in places:
-            question = questions[place]
+            example = examples[place]
             heading = (
-                f"===== {title}: {before[place]:.1f} to {after[place]:.1f}: {question.id}, answer {question.turn} ====="
+                f"===== {title}: {before[place]:.1f} to {after[place]:.1f}: {example.id}, answer {example.turn} ====="
             )
             sections = {
-                "prompt": question.prompt, "reference": question.reference,
+                "prompt": example.prompt, "reference": example.reference,
                 base[0]: base[1][place], best[0]: best[1][place],
             }  # fmt: skip
             parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
@@ -218,7 +218,7 @@ def write_changes(
 
 def _one_line(fields: dict[str, Any]) -> str:
     """JSON in one line for every reader: some take these two, and U+0085, for line ends."""
-    text = json_text(fields)
+    text = dump_json(fields)
     for separator in "\u2028\u2029":
         text = text.replace(separator, f"\\u{ord(separator):04x}")
     return text

@@ -14,7 +14,7 @@ from minisft.console import console, say, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec, Workers, default_processes, require_vllm
-from minisft.evaluation.evaluator import Examiner, System
+from minisft.evaluation.evaluator import Evaluator, ScoredModel
 from minisft.evaluation.examples import load_held_out, load_prompts, train_answers
 from minisft.evaluation.generation import Sampling, context_length, inference_dtype
 from minisft.evaluation.metrics import best_constant, p_value
@@ -23,9 +23,9 @@ from minisft.evaluation.result_files import write_changes, write_side_by_side
 from minisft.files import hold_lock, write_atomically
 from minisft.models import load_config, load_tokenizer, resolve_model, weights_fingerprint
 from minisft.recipe import METRICS, EvaluationRecipe, Recipe
-from minisft.results import best_label, is_reliable, qualify, why_withheld
-from minisft.run_folder import RunFolder, refuse_other_model
-from minisft.text import json_text
+from minisft.results import best_label, is_reliable, unreliability_reason, withhold_unreliable
+from minisft.run_folder import RunFolder, require_same_base_model
+from minisft.text import dump_json
 
 if TYPE_CHECKING:
     import torch
@@ -64,21 +64,23 @@ def evaluate(
         wait_for_data(run)
     else:
         _require_checkpoints(run)
-    with _alone(output / "evaluation"):
+    with _exclusive(output / "evaluation"):
         # 1. the same questions for all
         base = _find_base(recipe, run)
         with Workers(recipe.evaluation.processes or default_processes()) as workers:
-            examiner, constant = _set_questions(recipe, output, base, dtype, workers)
+            evaluator, constant = _load_examples(recipe, output, base, dtype, workers)
             # 2. a model after the other, the results written after each
-            systems, results = _score_models(recipe, run, examiner, constant, models_to_score(run, base, follow), draw)
+            scored_models, results = _score_models(
+                recipe, run, evaluator, constant, models_to_score(run, base, follow), draw
+            )
         # 3. what changed for the better and the worse, the user's own prompts, and the summary
-        _write_readings(examiner, systems, results["best"])
-    _report(results, examiner.folder, as_json)
+        _write_comparisons(evaluator, scored_models, results["best"])
+    _report(results, evaluator.folder, as_json)
     return results
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive(folder: Path) -> Iterator[None]:
     """Hold the folder of an evaluation: two would write one journal."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
@@ -92,21 +94,21 @@ def _alone(folder: Path) -> Iterator[None]:
 def _find_base(recipe: Recipe, run: RunFolder) -> Path:
     """The folder of the base model, which must be what the run began with and have room for answers."""
     resolved = resolve_model(recipe.model, recipe.trust_remote_code)
-    refuse_other_model(run, str(resolved), weights_fingerprint(resolved.folder))
+    require_same_base_model(run, str(resolved), weights_fingerprint(resolved.folder))
     if recipe.evaluation.backend == "vllm":
         require_vllm()
-    _require_room(resolved.folder, recipe.evaluation.max_new_tokens, recipe.trust_remote_code)
+    _require_context(resolved.folder, recipe.evaluation.max_new_tokens, recipe.trust_remote_code)
     return resolved.folder
 
 
-def _set_questions(
+def _load_examples(
     recipe: Recipe, output: Path, base: Path, dtype: "torch.dtype | None", workers: Workers
-) -> tuple[Examiner, System]:
+) -> tuple[Evaluator, ScoredModel]:
     """What asks every model the same questions, and the constant answer's scores on them."""
     settings = recipe.evaluation
     encoder = Encoder(load_tokenizer(base, recipe.trust_remote_code), recipe.data.template)
     prompts = load_prompts(settings.prompts, encoder)
-    examiner = Examiner(
+    evaluator = Evaluator(
         settings,
         encoder,
         load_held_out(output, encoder, settings.turns, settings.limit, required=not prompts),
@@ -124,52 +126,58 @@ def _set_questions(
         ),
         workers,
     )
-    return examiner, examiner.repeat(best_constant(train_answers(output, encoder, settings.turns)))
+    return evaluator, evaluator.score_constant(best_constant(train_answers(output, encoder, settings.turns)))
 
 
-def _write_readings(examiner: Examiner, systems: dict[str, System], best: str | None) -> None:
+def _write_comparisons(evaluator: Evaluator, scored_models: dict[str, ScoredModel], best: str | None) -> None:
     if best is not None:
-        answers = (("base", systems["base"].outputs), (best, systems[best].outputs))
-        write_changes(examiner.folder, *answers, examiner.held_out.questions)
-    prompted = {name: system.prompted for name, system in systems.items()}
-    write_side_by_side(examiner.folder, examiner.prompts, prompted)
+        answers = (("base", scored_models["base"].outputs), (best, scored_models[best].outputs))
+        write_changes(evaluator.folder, *answers, evaluator.held_out.examples)
+    prompted = {name: system.prompted for name, system in scored_models.items()}
+    write_side_by_side(evaluator.folder, evaluator.prompts, prompted)
 
 
 def _score_models(
     recipe: Recipe,
     run: RunFolder,
-    examiner: Examiner,
-    constant: System,
+    evaluator: Evaluator,
+    constant: ScoredModel,
     models: Iterable[tuple[str, Path]],
     draw: Callable[[Path], object] | None,
-) -> tuple[dict[str, System], dict[str, Any]]:
+) -> tuple[dict[str, ScoredModel], dict[str, Any]]:
     """Every model by name, and results.json, which is written after each; what cannot be scored stands in `failed`."""
-    systems: dict[str, System] = {}
+    scored_models: dict[str, ScoredModel] = {}
     failed: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
     for name, weights in models:
         try:
-            systems[name] = examiner.examine(name, weights)
+            scored_models[name] = evaluator.evaluate_model(name, weights)
         except (UserError, FileNotFoundError) as error:
             if name == "base" or (isinstance(error, FileNotFoundError) and weights.exists()):
                 raise
-            what = error.what if isinstance(error, UserError) else "it was removed meanwhile"
-            failed.append({"checkpoint": name, "error": what, **({} if weights.exists() else {"removed": True})})
-            warn(f"{name} cannot be scored and is left out: {what}")
-        results = qualify(summarise(systems, constant, recipe.evaluation) | _facts(recipe, examiner, failed))
-        write_atomically(examiner.folder / "results.json", json_text(results, indent=1) + "\n")
+            problem = error.problem if isinstance(error, UserError) else "it was removed meanwhile"
+            failed.append({"checkpoint": name, "error": problem, **({} if weights.exists() else {"removed": True})})
+            warn(f"{name} cannot be scored and is left out: {problem}")
+        results = withhold_unreliable(
+            summarise_scores(scored_models, constant, recipe.evaluation) | _facts(recipe, evaluator, failed)
+        )
+        write_atomically(evaluator.folder / "results.json", dump_json(results, indent=1) + "\n")
         if draw is not None:
             draw(run.root)
-    return systems, results
+    return scored_models, results
 
 
-def summarise(systems: dict[str, System], constant: System, settings: EvaluationRecipe) -> dict[str, Any]:
+def summarise_scores(
+    scored_models: dict[str, ScoredModel], constant: ScoredModel, settings: EvaluationRecipe
+) -> dict[str, Any]:
     """The content of results.json: scores, intervals and significance of every system."""
-    everyone = {**systems, "constant": constant}
-    checkpoints = sorted((name for name in systems if name != "base"), key=lambda name: int(name.rpartition("-")[2]))
+    everyone = {**scored_models, "constant": constant}
+    checkpoints = sorted(
+        (name for name in scored_models if name != "base"), key=lambda name: int(name.rpartition("-")[2])
+    )
     judge = next(metric for metric in METRICS if metric in settings.metrics)
-    scored = [name for name in checkpoints if judge in systems[name].scores]
-    best = max(scored, key=lambda name: systems[name].scores[judge].score, default=None)
+    scored = [name for name in checkpoints if judge in scored_models[name].scores]
+    best = max(scored, key=lambda name: scored_models[name].scores[judge].score, default=None)
     rivals = {"base": "base", "constant": "constant", **({"best": best} if best else {})}
     entries = {
         name: {
@@ -189,13 +197,13 @@ def summarise(systems: dict[str, System], constant: System, settings: Evaluation
     }
 
 
-def _facts(recipe: Recipe, examiner: Examiner, failed: list[dict[str, Any]]) -> dict[str, Any]:
+def _facts(recipe: Recipe, evaluator: Evaluator, failed: list[dict[str, Any]]) -> dict[str, Any]:
     """What else results.json says: how the answers came about, and what has none."""
-    settings, sampling = recipe.evaluation, examiner.spec.sampling
+    settings, sampling = recipe.evaluation, evaluator.spec.sampling
     return {
-        "answers": len(examiner.held_out.questions),
-        "conversations": examiner.held_out.conversations,
-        "prompts": len(examiner.prompts),
+        "answers": len(evaluator.held_out.examples),
+        "conversations": evaluator.held_out.conversations,
+        "prompts": len(evaluator.prompts),
         "turns": settings.turns,
         "max_new_tokens": settings.max_new_tokens,
         "sampling": None if sampling is None else asdict(sampling),
@@ -204,13 +212,13 @@ def _facts(recipe: Recipe, examiner: Examiner, failed: list[dict[str, Any]]) -> 
     }
 
 
-def _significance(name: str, metric: str, everyone: dict[str, System], rivals: dict[str, str]) -> dict[str, float]:
+def _significance(name: str, metric: str, everyone: dict[str, ScoredModel], rivals: dict[str, str]) -> dict[str, float]:
     """The p-values of a system against each rival but itself."""
     mine = everyone[name].scores[metric]
     return {role: p_value(mine, everyone[rival].scores[metric]) for role, rival in rivals.items() if rival != name}
 
 
-def refuse_damaged(results: dict[str, Any], run: RunFolder) -> None:
+def require_all_scored(results: dict[str, Any], run: RunFolder) -> None:
     """Say which checkpoints an evaluation could not score because they are damaged or unfinished.
 
     Checkpoints that were removed, as `training.keep_checkpoints` does, are none of these.
@@ -235,7 +243,7 @@ def _require_checkpoints(run: RunFolder) -> None:
         raise UserError(run.checkpoints, "there are no checkpoints to evaluate", "train first: minisft train")
 
 
-def _require_room(base: Path, max_new_tokens: int, trust_remote_code: bool) -> None:
+def _require_context(base: Path, max_new_tokens: int, trust_remote_code: bool) -> None:
     context = context_length(load_config(base, trust_remote_code))
     if context is not None and max_new_tokens >= context:
         raise UserError(
@@ -247,7 +255,7 @@ def _require_room(base: Path, max_new_tokens: int, trust_remote_code: bool) -> N
 
 def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
-        console.file.write(json_text(results, indent=1) + "\n")
+        console.file.write(dump_json(results, indent=1) + "\n")
         return
     print_table(results)
     say(f"All answers and examples: {folder}")
@@ -282,7 +290,7 @@ def print_table(results: dict[str, Any]) -> None:
     which = "the last answer of each conversation" if results["turns"] == "last" else "all answers"
     console.print(f"{results['answers']} held-out replies ({which}){', 95 % intervals' * is_reliable(results)}:")
     console.print(table)
-    if reason := why_withheld(results):
+    if reason := unreliability_reason(results):
         say(f"{reason}.")
     console.print(Text.assemble("constant: always ", repr(results["constant"]["text"])))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from minisft.console import say
 from minisft.errors import StoppedError, UserError
-from minisft.manifest import delete_scratch, make_scratch
+from minisft.manifest import delete_scratch_folder, make_scratch_folder
 from minisft.planning.machines import machine_named
 from minisft.planning.planner import (
     choose,
@@ -20,14 +20,14 @@ from minisft.planning.planner import (
     needed_bytes,
     predict_recipe,
     prepared_sizes,
-    remedies,
+    suggestions,
 )
 from minisft.planning.prediction import Job, Prediction
 from minisft.recipe import STRATEGIES, Recipe
-from minisft.run_folder import RunFolder, rewrite_recipe, worker_consent
+from minisft.run_folder import RunFolder, trust_arguments, write_resolved_recipe
 from minisft.run_start import open_run
 from minisft.training.device import on_cpu
-from minisft.training.distributed import launch, launch_alone
+from minisft.training.distributed import launch, launch_single
 from minisft.training.zero import ZERO_STAGES, require_deepspeed
 
 if TYPE_CHECKING:
@@ -67,14 +67,14 @@ def settle_strategy(recipe: Recipe, run: RunFolder) -> Recipe:
     job = job_of(recipe, machine, sizes=prepared_sizes(recipe))
     predictions = [predict_recipe(recipe, job, strategy) for strategy in STRATEGIES if _is_here(strategy)]
     failed: list[str] = []
-    for prediction, reason in _cheapest_first(predictions):
+    for prediction, reason in _by_cost(predictions):
         strategy = prediction.setting.strategy
         say(f"strategy auto: {reason}; trying {TRIAL_STEPS} steps")
         settled = replace(recipe, training=replace(recipe.training, strategy=strategy))  # type: ignore[arg-type]
         trial = try_strategy(settled, run, job)
         if trial.peak is not None and trial.peak <= machine.memory:
             say(f"strategy auto: {strategy}, {gigabytes(trial.peak)} and {trial.seconds:.1f} s a step in its trial")
-            rewrite_recipe(run, settled)
+            write_resolved_recipe(run, settled)
             return settled
         failed.append(f"{strategy} took {gigabytes(trial.peak)}" if trial.peak else f"{strategy} ran out of memory")
         say(f"strategy auto: {failed[-1]} of {gigabytes(machine.memory)} in its trial")
@@ -103,12 +103,12 @@ def _is_here(strategy: str) -> bool:
     try:
         require_deepspeed(strategy, on_cpu())
     except UserError as error:
-        say(f"strategy auto: {strategy} is left out: {error.what}")
+        say(f"strategy auto: {strategy} is left out: {error.problem}")
         return False
     return True
 
 
-def _cheapest_first(predictions: list[Prediction]) -> Iterator[tuple[Prediction, str]]:
+def _by_cost(predictions: list[Prediction]) -> Iterator[tuple[Prediction, str]]:
     left = list(predictions)
     while True:
         chosen, reason = choose(left)
@@ -122,11 +122,11 @@ def _cheapest_first(predictions: list[Prediction]) -> Iterator[tuple[Prediction,
 
 def _nothing_fits(recipe: Recipe, job: Job, predictions: list[Prediction], failed: list[str]) -> UserError:
     needs = [f"{row.setting.strategy} {gigabytes(needed_bytes(row))}" for row in predictions if not row.fits]
-    what = f"nothing fits in {gigabytes(job.machine.memory)} a process: " + ", ".join(
+    problem = f"nothing fits in {gigabytes(job.machine.memory)} a process: " + ", ".join(
         failed + ([f"by the plan {', '.join(needs)}"] if needs else [])
     )
-    ways = list(remedies(recipe, job))
-    return UserError(_WHERE, what, "; or ".join(ways) if ways else "take a smaller model or a larger machine")
+    ways = list(suggestions(recipe, job))
+    return UserError(_WHERE, problem, "; or ".join(ways) if ways else "take a smaller model or a larger machine")
 
 
 # --- the trial --------------------------------------------------------------------------------------------
@@ -141,12 +141,12 @@ def try_strategy(recipe: Recipe, run: RunFolder, job: Job, steps: int = TRIAL_ST
     """
     training = recipe.training
     root = run.root / ".trial"
-    make_scratch(root)
+    make_scratch_folder(root)
     try:
         folder = _make_trial(recipe, run, job, root, steps)
         alone = training.processes == 1 and training.strategy not in ZERO_STAGES
-        words = [str(root), *worker_consent(recipe)]
-        if launch_alone(_MODULE, words) if alone else launch(_MODULE, words, training.processes):
+        words = [str(root), *trust_arguments(recipe)]
+        if launch_single(_MODULE, words) if alone else launch(_MODULE, words, training.processes):
             raise StoppedError("stopped as asked, in a trial")
         return _read(folder, training.strategy)
     except (RuntimeError, UserError) as error:
@@ -154,7 +154,7 @@ def try_strategy(recipe: Recipe, run: RunFolder, job: Job, steps: int = TRIAL_ST
             raise
         return Trial(training.strategy, None)
     finally:
-        delete_scratch(root)
+        delete_scratch_folder(root)
 
 
 def _make_trial(recipe: Recipe, run: RunFolder, job: Job, root: Path, steps: int) -> RunFolder:

@@ -10,8 +10,8 @@ import psutil
 import torch
 
 from minisft.errors import UserError
-from minisft.models import lay_out_model
-from minisft.planning.model_cost import count_footprint, shortened
+from minisft.models import build_on_meta_device
+from minisft.planning.model_cost import count_cost, shortened
 from minisft.training.attention import PADDING_FREE, register
 from minisft.training.device import cpu_has_bf16_arithmetic, on_cpu
 
@@ -114,21 +114,21 @@ def require_count(machine: Machine, count: int, nodes: int) -> None:
         raise UserError(f"--nodes {nodes}", "the network between CPU machines is not known here", "give --nodes 1")
     if count > machine.per_node:
         whole = -(-count // machine.per_node)
-        mend = f"give at most --count {machine.per_node}"
+        fix = f"give at most --count {machine.per_node}"
         if machine.kind == "gpu":
-            mend += f"; for {count} of them --count {machine.per_node} --nodes {whole}"
-        what = f"a node has at most {machine.per_node} {'cores here' if machine.kind == 'cpu' else machine.name}"
-        raise UserError(f"--count {count}", what, mend)
+            fix += f"; for {count} of them --count {machine.per_node} --nodes {whole}"
+        problem = f"a node has at most {machine.per_node} {'cores here' if machine.kind == 'cpu' else machine.name}"
+        raise UserError(f"--count {count}", problem, fix)
 
 
 def _this_gpu() -> Machine:
     properties = torch.cuda.get_device_properties(0)
-    usable, count = properties.total_memory * _GPU_SHARE_USABLE, torch.cuda.device_count()
+    select_kernel, count = properties.total_memory * _GPU_SHARE_USABLE, torch.cuda.device_count()
     for name, machine in GPUS.items():
         if name in properties.name.lower().replace(" ", ""):
-            return replace(machine, memory=usable, per_node=count)
+            return replace(machine, memory=select_kernel, per_node=count)
     source = "its speed is not known here, that of an l40s is assumed"
-    return replace(GPUS["l40s"], name=properties.name, memory=usable, per_node=count, source=source)
+    return replace(GPUS["l40s"], name=properties.name, memory=select_kernel, per_node=count, source=source)
 
 
 # --- the CPU at hand --------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ _MOST_PARAMETERS = 1e8  # more take too long, and their products are so large th
 _UTILISATION = {"fp32": 0.95, "bf16": 0.65}
 
 
-def with_rate_of_layers(machine: Machine, config: Any, precision: str, processes: int) -> Machine:
+def with_layer_benchmark(machine: Machine, config: Any, precision: str, processes: int) -> Machine:
     """Return a measured CPU with the rate at which it trains layers of a model, in place of its products'.
 
     What stands between the products (casts, norms, attention, the adding of gradients) takes a share that depends on
@@ -228,7 +228,7 @@ def with_rate_of_layers(machine: Machine, config: Any, precision: str, processes
         processes: that share the machine.
     """
     try:
-        rate = _rate_of_layers(config, precision)
+        rate = _benchmark_layers(config, precision)
     except Exception:  # anything that a model's code raises; training or `check` says what it is
         return machine
     if rate is None:
@@ -239,15 +239,15 @@ def with_rate_of_layers(machine: Machine, config: Any, precision: str, processes
     )  # fmt: skip
 
 
-def _rate_of_layers(config: Any, precision: str) -> float | None:
-    """Return operations a second, as `Footprint` counts them, of forward and backward; None: the layers are large."""
+def _benchmark_layers(config: Any, precision: str) -> float | None:
+    """Return operations a second, as `ModelCost` counts them, of forward and backward; None: the layers are large."""
     config = _small(config)
     half = precision != "fp32"
-    footprint = count_footprint(config, "autocast" if half else "fp32")
-    if footprint.parameters > _MOST_PARAMETERS:
+    cost = count_cost(config, "autocast" if half else "fp32")
+    if cost.parameters > _MOST_PARAMETERS:
         return None
     tokens, squares = sum(_LENGTHS), float(sum(length**2 for length in _LENGTHS))
-    operations = tokens * footprint.step_flops(checkpointing=False) + footprint.attention_flops(squares, False)
+    operations = tokens * cost.step_flops(checkpointing=False) + cost.attention_flops(squares, False)
     return operations / _seconds(_model(config), half)
 
 
@@ -263,7 +263,7 @@ def _small(config: Any) -> Any:
 def _model(config: Any) -> torch.nn.Module:
     register()
     with torch.random.fork_rng():
-        model = lay_out_model(config, attn_implementation=PADDING_FREE, dtype=torch.float32)
+        model = build_on_meta_device(config, attn_implementation=PADDING_FREE, dtype=torch.float32)
     return model.base_model.train()  # type: ignore[no-any-return]
 
 

@@ -21,16 +21,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minisft.errors import UserError
-from minisft.models import lay_out_model, load_config
+from minisft.models import build_on_meta_device, load_config
 from minisft.recipe import LoraRecipe
-from minisft.training.loss import output_layer, passes_on
+from minisft.training.loss import output_layer, returns_raw_logits
 
-MEND = "complete the model's config.json, or give another model"
+FIX = "complete the model's config.json, or give another model"
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
-class Footprint:
+class ModelCost:
     """A model as planning needs it. Sizes in elements are of the whole model, a shared one counted once.
 
     Attributes:
@@ -108,7 +108,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(path, f"the configuration cannot be read ({first_line(error)})", MEND) from None
+        raise UserError(path, f"the configuration cannot be read ({first_line(error)})", FIX) from None
     config = load_config(folder, trust_remote_code)
     _require_fields(path, raw, config)
     return config
@@ -120,7 +120,7 @@ def _require_fields(path: Path, raw: dict[str, Any], config: Any) -> None:
     section = next((part for part in raw.values() if isinstance(part, dict) and "hidden_size" in part), raw)
     for name in _NEEDED:
         if not ({name, text.attribute_map.get(name, name)} & ({*raw} | {*section})):
-            raise UserError(path, f"the field {name} is missing", MEND)
+            raise UserError(path, f"the field {name} is missing", FIX)
 
 
 def first_line(error: BaseException) -> str:
@@ -129,14 +129,14 @@ def first_line(error: BaseException) -> str:
 
 
 # How numbers are kept: all in fp32, all in half precision (DeepSpeed), or fp32 with products in half (autocast).
-Arithmetic = Literal["fp32", "half", "autocast"]
+PrecisionMode = Literal["fp32", "half", "autocast"]
 
 _TOKENS = 127  # a prime: what a saved tensor's size says of its dependence on the tokens is no accident
 _ATTENTION = "minisft_plan"
 _SHALLOW = (2, 3)  # layers that are counted of a deep model whose layers are alike
 
 
-def count_footprint(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None = None) -> Footprint:
+def count_cost(config: Any, mode: PrecisionMode, lora: LoraRecipe | None = None) -> ModelCost:
     """Lay a model out on the meta device and count what a row of it takes.
 
     Raises:
@@ -144,42 +144,42 @@ def count_footprint(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None
     """
     register_attention()
     try:
-        return _count_shallow(config, arithmetic, lora) or _count(config, arithmetic, lora)
+        return _count_shallow(config, mode, lora) or _count(config, mode, lora)
     except UserError:
         raise
     except Exception as error:  # a figure that does not fit the others shows as anything
         where = getattr(config, "name_or_path", "") or "config.json"
-        raise UserError(where, f"the model cannot be laid out ({first_line(error)})", MEND) from None
+        raise UserError(where, f"the model cannot be laid out ({first_line(error)})", FIX) from None
 
 
-class Footprints:
+class ModelCosts:
     """The footprints of one model, each counted when it is first asked for."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self._counted: dict[str, Footprint] = {}
+        self._counted: dict[str, ModelCost] = {}
 
-    def of(self, arithmetic: Arithmetic, lora: LoraRecipe | None = None) -> Footprint:
-        key = f"{arithmetic} {lora}"
+    def of(self, mode: PrecisionMode, lora: LoraRecipe | None = None) -> ModelCost:
+        key = f"{mode} {lora}"
         if key not in self._counted:
-            self._counted[key] = count_footprint(self.config, arithmetic, lora)
+            self._counted[key] = count_cost(self.config, mode, lora)
         return self._counted[key]
 
 
-def _lay_out(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Any:
+def _build(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> Any:
     from minisft.training.lora import add_lora
 
-    halved = arithmetic == "half" or (arithmetic == "autocast" and lora is not None)  # frozen weights are in half
+    halved = mode == "half" or (mode == "autocast" and lora is not None)  # frozen weights are in half
     dtype = torch.bfloat16 if halved else torch.float32
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = lay_out_model(config, attn_implementation=_ATTENTION, dtype=dtype)
+        model: Any = build_on_meta_device(config, attn_implementation=_ATTENTION, dtype=dtype)
         if lora is not None:
             model = add_lora(model, lora, base_name="", seed=0)
-    return model.to(torch.bfloat16) if arithmetic == "half" else model
+    return model.to(torch.bfloat16) if mode == "half" else model
 
 
-def _count_shallow(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Footprint | None:
+def _count_shallow(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> ModelCost | None:
     """Count two short stacks of layers and go on in a straight line, which is exact where all layers are alike.
 
     Returns:
@@ -188,19 +188,19 @@ def _count_shallow(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None)
     layers = config.get_text_config().num_hidden_layers
     if layers <= 2 * max(_SHALLOW):
         return None
-    low, high = (_count(shortened(config, depth), arithmetic, lora) for depth in _SHALLOW)
+    low, high = (_count(shortened(config, depth), mode, lora) for depth in _SHALLOW)
     reach = (layers - _SHALLOW[0]) / (_SHALLOW[1] - _SHALLOW[0])
 
     def at_depth(name: str) -> Any:
         start, end = getattr(low, name), getattr(high, name)
         return type(start)(start + reach * (end - start))
 
-    whole = list(_lay_out(config, arithmetic, lora).parameters())
+    whole = list(_build(config, mode, lora).parameters())
     names = ("parameters", "trainable", "activation_bytes", "constant_bytes", "forward_flops", "backward_flops",
              "attention_width", "adapted_width")  # fmt: skip
-    footprint = replace(low, layers=layers, **{name: at_depth(name) for name in names})
+    cost = replace(low, layers=layers, **{name: at_depth(name) for name in names})
     counted = _elements(whole), _elements(weight for weight in whole if weight.requires_grad)
-    return footprint if counted == (footprint.parameters, footprint.trainable) else None
+    return cost if counted == (cost.parameters, cost.trainable) else None
 
 
 def shortened(config: Any, layers: int) -> Any:
@@ -217,8 +217,8 @@ def _elements(weights: Iterable[torch.Tensor]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def _count(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Footprint:
-    model = _lay_out(config, arithmetic, lora)
+def _count(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> ModelCost:
+    model = _build(config, mode, lora)
     parameters = list(model.parameters())
     trained = [weight for weight in parameters if weight.requires_grad]
     head = model.get_output_embeddings()
@@ -226,11 +226,11 @@ def _count(config: Any, arithmetic: Arithmetic, lora: LoraRecipe | None) -> Foot
     ids = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
     body = getattr(model, "get_base_model", lambda: model)().base_model.train()
     _Attention.width = 0
-    with _autocast(arithmetic), FlopCounterMode(display=False) as forward, saved.hooks():
+    with _autocast(mode), FlopCounterMode(display=False) as forward, saved.hooks():
         hidden = body(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
     with FlopCounterMode(display=False) as backward:
         hidden.sum().backward()
-    return Footprint(
+    return ModelCost(
         parameters=_elements(parameters),
         trainable=_elements(trained),
         largest=max(weight.numel() for weight in trained),
@@ -256,7 +256,7 @@ def _has_plain_logits(model: Any) -> bool:
         return False
     ids = torch.zeros((1, 1), dtype=torch.long, device="meta")
     with torch.no_grad():
-        return passes_on(layer, lambda: model(input_ids=ids, position_ids=ids, use_cache=False).logits)
+        return returns_raw_logits(layer, lambda: model(input_ids=ids, position_ids=ids, use_cache=False).logits)
 
 
 @dataclass
@@ -285,8 +285,8 @@ class _Saved:
 
 
 @contextlib.contextmanager
-def _autocast(arithmetic: Arithmetic) -> Iterator[None]:
-    with _HalfProducts() if arithmetic == "autocast" else contextlib.nullcontext():
+def _autocast(mode: PrecisionMode) -> Iterator[None]:
+    with _HalfProducts() if mode == "autocast" else contextlib.nullcontext():
         yield
 
 

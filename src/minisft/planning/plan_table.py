@@ -25,10 +25,10 @@ def show_plan(plan: Plan) -> None:
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    job, footprint = plan.job, plan.job.footprint("zero1", None)
+    job, cost = plan.job, plan.job.cost("zero1", None)
     return {
         "model": plan.recipe.model,
-        "parameters": footprint.parameters,
+        "parameters": cost.parameters,
         "machine": {"name": job.machine.name, "processes": job.processes, "nodes": job.nodes,
                     "usable_bytes": round(job.machine.memory), "source": job.machine.source},
         "precision": job.precision,
@@ -37,7 +37,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_step": job.workload.tokens,
         "choice": plan.chosen.setting.strategy if plan.chosen else None,
         "reason": plan.reason,
-        "remedies": list(plan.remedies),
+        "remedies": list(plan.suggestions),
         "largest_row": plan.largest_row,
         "notes": list(plan.notes),
         "strategies": [row.as_json() for row in plan.rows],
@@ -47,9 +47,9 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 def _headline(plan: Plan) -> list[str]:
     job, training = plan.job, plan.recipe.training
-    footprint = job.footprint("zero1", training.lora)
+    cost = job.cost("zero1", training.lora)
     lines = [
-        f"{plan.recipe.model}: {_count(footprint.parameters)} parameters, {_count(footprint.trainable)} trained, "
+        f"{plan.recipe.model}: {_count(cost.parameters)} parameters, {_count(cost.trainable)} trained, "
         f"{job.precision}" + (", gradient checkpointing" if training.gradient_checkpointing else ""),
         f"{job.processes} x {job.machine.name} on {job.nodes} node(s), {_gb(job.machine.memory)} GB usable each "
         f"({job.machine.source})",
@@ -111,7 +111,7 @@ def _grid_table(plan: Plan) -> Table:
 def _say_choice(plan: Plan) -> None:
     work = plan.job.workload
     say(f"choice: {plan.reason}" if plan.chosen else plan.reason, style="bold")
-    for remedy in plan.remedies:
+    for remedy in plan.suggestions:
         say(f"  would fit: {remedy}")
     if plan.largest_row:
         mean = float(work.row_tokens.mean())

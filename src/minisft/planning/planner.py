@@ -14,17 +14,17 @@ from minisft.planning.machines import (
     load_of_machine,
     machine_named,
     require_count,
-    with_rate_of_layers,
+    with_layer_benchmark,
 )
 from minisft.planning.memory import ZERO, kept_logit_bytes, token_bytes
-from minisft.planning.model_cost import Footprints, read_config
+from minisft.planning.model_cost import ModelCosts, read_config
 from minisft.planning.prediction import Job, Prediction, predict
 from minisft.planning.workload import Workload, workload_assumed, workload_of
 from minisft.recipe import STRATEGIES, LoraRecipe, Recipe
 from minisft.run_folder import RunFolder, is_same_run
 from minisft.run_start import open_run
 from minisft.training.batching import Sizes
-from minisft.training.device import default_row_tokens
+from minisft.training.device import default_tokens_per_forward
 from minisft.training.optimization import bytes_of_states
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Plan:
         grid: every strategy and offload, with and without checkpointing and LoRA.
         chosen: the cheapest of `rows` that fits and can be trained here; None: none does.
         reason: why, in a sentence.
-        remedies: what would fit, where nothing does.
+        suggestions: what would fit, where nothing does.
         largest_row: tokens of the longest row that fits under the chosen strategy, else under ZeRO-3; 0: none.
         notes: what the user should know of how this came about.
     """
@@ -60,7 +60,7 @@ class Plan:
     grid: tuple[Prediction, ...]
     chosen: Prediction | None
     reason: str
-    remedies: tuple[str, ...]
+    suggestions: tuple[str, ...]
     largest_row: int
     notes: tuple[str, ...]
 
@@ -97,9 +97,9 @@ def prepared_sizes(recipe: Recipe) -> Sizes:
         UserError: it is not prepared.
     """
     from minisft.data.prepared import load_train
-    from minisft.training.batching import measure
+    from minisft.training.batching import measure_lengths
 
-    return measure(load_train(recipe.output))
+    return measure_lengths(load_train(recipe.output))
 
 
 def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int | None = None, nodes: int = 1) -> Job:
@@ -120,10 +120,10 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
     processes = per_node * nodes
     config, precision = config_of(recipe), _precision(training.precision, machine)
     if machine.measured:
-        machine = with_rate_of_layers(machine, config, precision, per_node)
-    row_tokens = training.row_tokens or default_row_tokens(machine.kind == "cpu")
+        machine = with_layer_benchmark(machine, config, precision, per_node)
+    row_tokens = training.row_tokens or default_tokens_per_forward(machine.kind == "cpu")
     return Job(
-        model=Footprints(config),
+        model=ModelCosts(config),
         machine=machine,
         processes=processes,
         nodes=nodes,
@@ -175,7 +175,7 @@ def make_plan(recipe: Recipe, job: Job, notes: tuple[str, ...] = ()) -> Plan:
         grid=tuple(_grid(recipe, job)),
         chosen=chosen,
         reason=reason,
-        remedies=() if chosen else tuple(remedies(recipe, job)),
+        suggestions=() if chosen else tuple(suggestions(recipe, job)),
         largest_row=largest_row(job, chosen or trainable[-1]),
         notes=notes,
     )
@@ -199,8 +199,8 @@ def choose(rows: list[Prediction]) -> tuple[Prediction | None, str]:
     fitting = [row for row in rows if row.fits]
     if not fitting:
         least = min(rows, key=lambda row: row.memory.peak)
-        needed, usable = gigabytes(needed_bytes(least)), gigabytes(least.usable_bytes)
-        return None, f"nothing fits: {_name(least)} needs least, {needed}, and {usable} are usable"
+        needed, select_kernel = gigabytes(needed_bytes(least)), gigabytes(least.usable_bytes)
+        return None, f"nothing fits: {_name(least)} needs least, {needed}, and {select_kernel} are usable"
     fastest = min(row.step_seconds for row in fitting)
     chosen = next(row for row in fitting if row.step_seconds <= fastest * (1 + _WORTH))
     simpler = rows[: rows.index(chosen)]
@@ -215,7 +215,7 @@ def choose(rows: list[Prediction]) -> tuple[Prediction | None, str]:
     return chosen, reason
 
 
-def remedies(recipe: Recipe, job: Job) -> Iterator[str]:
+def suggestions(recipe: Recipe, job: Job) -> Iterator[str]:
     """Say which single changes of the recipe, or which machines, would fit; the cheapest first."""
     training = recipe.training
     lora, checkpointing = training.lora, training.gradient_checkpointing
@@ -293,10 +293,10 @@ def largest_row(job: Job, prediction: Prediction) -> int:
     Memory grows linearly with the tokens of a row, so two predictions give all.
     """
     setting = prediction.setting
-    footprint = job.footprint(setting.strategy, setting.lora)
+    cost = job.cost(setting.strategy, setting.lora)
     share = _supervised_of(job, 1_000_000) / 1_000_000
-    per_token = token_bytes(footprint, setting)
-    per_token += share * kept_logit_bytes(footprint, setting)
+    per_token = token_bytes(cost, setting)
+    per_token += share * kept_logit_bytes(cost, setting)
     many = 1 << 24  # where activations decide the peak
     huge = predict(
         job, setting.strategy, checkpointing=setting.checkpointing, lora=setting.lora, row=(many, round(many * share))
@@ -318,7 +318,7 @@ def gigabytes(size: float) -> str:
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlanOptions:
     """What the command line asked for; None: this machine, and the recipe's processes."""
 
     gpu: str | None
@@ -326,7 +326,7 @@ class Wish:
     nodes: int
 
 
-def plan_for(recipe: Recipe, wish: Wish) -> Plan:
+def plan_for(recipe: Recipe, wish: PlanOptions) -> Plan:
     """Plan a recipe for a machine.
 
     Raises:
@@ -355,7 +355,7 @@ def _sizes(recipe: Recipe) -> tuple[Sizes | None, tuple[str, ...]]:
         return prepared_sizes(recipe), ()
     except UserError as error:
         assumed = "full rows and half of the tokens supervised are assumed, and the run's length is unknown"
-        return None, (f"the data is not prepared ({error.where}: {error.what}): {assumed}",)
+        return None, (f"the data is not prepared ({error.where}: {error.problem}): {assumed}",)
 
 
 def predict_run(recipe: "Recipe") -> "Prediction":

@@ -10,7 +10,7 @@ from typing import Any
 
 from minisft.planning.machines import Machine
 from minisft.planning.memory import LIVE, ZERO, Memory, Setting, memory_of
-from minisft.planning.model_cost import Arithmetic, Footprint, Footprints
+from minisft.planning.model_cost import ModelCost, ModelCosts, PrecisionMode
 from minisft.planning.workload import Workload
 from minisft.recipe import LoraRecipe
 
@@ -42,35 +42,33 @@ class StepTime:
 
 
 def step_time(
-    footprint: Footprint, setting: Setting, machine: Machine, workload: Workload, *, nodes: int, precision: str
+    cost: ModelCost, setting: Setting, machine: Machine, workload: Workload, *, nodes: int, precision: str
 ) -> StepTime:
     """Predict the time of a mean step."""
-    products = products_seconds(footprint, setting, machine, workload, precision)
+    products = products_seconds(cost, setting, machine, workload, precision)
     shards = setting.processes if setting.strategy in ZERO else 1
-    moved = (_ADAM_BYTES + _CLIP_BYTES + (_ZERO_COPY_BYTES if shards > 1 else 0)) * footprint.trainable / shards
+    moved = (_ADAM_BYTES + _CLIP_BYTES + (_ZERO_COPY_BYTES if shards > 1 else 0)) * cost.trainable / shards
     link = machine.link if nodes == 1 else min(machine.link, machine.network)
-    sent = traffic(footprint, setting, workload.rows) / link
+    sent = traffic(cost, setting, workload.rows) / link
     if setting.strategy == "vanilla" and machine.kind == "gpu":
         sent = max(0.0, sent - _OVERLAP * products)
     update = moved / machine.bandwidth
     if not setting.offload:
         return StepTime(products, update, sent, 0.0)
-    over_bus = (2 if setting.half else 4) * footprint.trainable * (1 + workload.rows) / shards / machine.host_link
+    over_bus = (2 if setting.half else 4) * cost.trainable * (1 + workload.rows) / shards / machine.host_link
     return StepTime(products, 0.0, sent, over_bus + moved / machine.host_bandwidth)
 
 
-def products_seconds(
-    footprint: Footprint, setting: Setting, machine: Machine, workload: Workload, precision: str
-) -> float:
+def products_seconds(cost: ModelCost, setting: Setting, machine: Machine, workload: Workload, precision: str) -> float:
     operations = (
-        workload.busiest_tokens * footprint.step_flops(setting.checkpointing)
-        + footprint.head_flops(workload.busiest_supervised)
-        + footprint.attention_flops(workload.busiest_squares, setting.checkpointing)
+        workload.busiest_tokens * cost.step_flops(setting.checkpointing)
+        + cost.head_flops(workload.busiest_supervised)
+        + cost.attention_flops(workload.busiest_squares, setting.checkpointing)
     )
     return operations / (machine.flops[precision] * machine.utilisation)
 
 
-def traffic(footprint: Footprint, setting: Setting, rows: float) -> float:
+def traffic(cost: ModelCost, setting: Setting, rows: float) -> float:
     """Bytes that a process sends in a step, as `training.communication` counts them in `metrics.jsonl`.
 
     With N processes, a whole of S bytes is gathered or scattered for (N-1)/N S and all-reduced for twice that.
@@ -81,14 +79,14 @@ def traffic(footprint: Footprint, setting: Setting, rows: float) -> float:
     """
     share = (setting.processes - 1) / setting.processes
     width = 2 if setting.half and setting.strategy in ZERO else 4
-    gradients, weights = width * footprint.trainable, width * footprint.parameters
+    gradients, weights = width * cost.trainable, width * cost.parameters
     if setting.strategy == "vanilla":
         return share * 2 * gradients
     if setting.strategy == "zero1":
         return share * 3 * gradients
     if setting.strategy == "zero2":
         return share * (2 * rows + 1) * gradients
-    gathers = 1 if footprint.parameters <= LIVE else 2
+    gathers = 1 if cost.parameters <= LIVE else 2
     return share * rows * (gradients + gathers * weights)
 
 
@@ -113,7 +111,7 @@ class Job:
         optimizer_bytes: that the optimizer keeps for each trained parameter.
     """
 
-    model: Footprints
+    model: ModelCosts
     machine: Machine
     processes: int
     nodes: int
@@ -122,9 +120,9 @@ class Job:
     row_tokens: int
     optimizer_bytes: int = 8
 
-    def footprint(self, strategy: str, lora: LoraRecipe | None) -> Footprint:
-        arithmetic: Arithmetic = "half" if strategy != "vanilla" else "autocast"
-        return self.model.of("fp32" if self.precision == "fp32" else arithmetic, lora)
+    def cost(self, strategy: str, lora: LoraRecipe | None) -> ModelCost:
+        mode: PrecisionMode = "half" if strategy != "vanilla" else "autocast"
+        return self.model.of("fp32" if self.precision == "fp32" else mode, lora)
 
 
 @dataclass(frozen=True)
@@ -203,27 +201,27 @@ def predict(
         strategy=strategy, processes=job.processes, half=job.precision != "fp32", on_cpu=machine.kind == "cpu",
         checkpointing=checkpointing, offload=offload, lora=lora, optimizer_bytes=job.optimizer_bytes,
     )  # fmt: skip
-    footprint = job.footprint(strategy, lora)
+    cost = job.cost(strategy, lora)
     if row is None:
-        row = workload.heaviest_row(footprint.kept_bytes(checkpointing), 12.0 * footprint.vocabulary)
-    memory = memory_of(footprint, setting, row, workload.most_rows)
-    step = step_time(footprint, setting, machine, workload, nodes=job.nodes, precision=job.precision)
+        row = workload.heaviest_row(cost.kept_bytes(checkpointing), 12.0 * cost.vocabulary)
+    memory = memory_of(cost, setting, row, workload.most_rows)
+    step = step_time(cost, setting, machine, workload, nodes=job.nodes, precision=job.precision)
     return Prediction(
         setting=setting,
         memory=memory,
         process_bytes=_process_bytes(setting),
         usable_bytes=machine.memory,
         step=step,
-        traffic_bytes=traffic(footprint, setting, workload.rows),
+        traffic_bytes=traffic(cost, setting, workload.rows),
         steps=workload.steps,
-        total_seconds=_total_seconds(step.total, workload, footprint),
+        total_seconds=_total_seconds(step.total, workload, cost),
     )
 
 
-def _total_seconds(step: float, workload: Workload, footprint: Footprint) -> float | None:
+def _total_seconds(step: float, workload: Workload, cost: ModelCost) -> float | None:
     if workload.steps is None:
         return None
-    checkpoint = 4 * footprint.parameters + 8 * footprint.trainable
+    checkpoint = 4 * cost.parameters + 8 * cost.trainable
     return workload.steps * step + workload.checkpoints * checkpoint / _DISK
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minisft.recipe import Recipe, TrainingRecipe
-from minisft.training.batching import Sizes, deal, fill_rows, steps_of_epoch
+from minisft.training.batching import Sizes, balance_ranks, fill_bins, steps_of_epoch
 
 _STEPS_LOOKED_AT = 400  # of an epoch, spread over it; the rest are like them
 _SHARE_SUPERVISED = 0.5  # of the tokens, where no data is known
@@ -118,10 +118,10 @@ class _Step:
     @classmethod
     def of(cls, sizes: Sizes, conversations: np.ndarray, row_tokens: int, processes: int) -> "_Step":
         tokens, supervised = sizes.tokens[conversations], sizes.supervised[conversations]
-        shares = deal(tokens.tolist(), processes)
+        shares = balance_ranks(tokens.tolist(), processes)
         busiest = max(shares, key=lambda share: int(tokens[share].sum()))
         filled = [
-            [[share[at] for at in row] for row in fill_rows(tokens[share].tolist(), row_tokens)] for share in shares
+            [[share[at] for at in row] for row in fill_bins(tokens[share].tolist(), row_tokens)] for share in shares
         ]
         rows = [row for share in filled for row in share]
         return cls(

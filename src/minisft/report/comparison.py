@@ -15,7 +15,7 @@ from minisft.report.run_data import RunFiles, read_run
 from minisft.report.tables import comparison_table, markdown
 from minisft.report.verdict import comparison_verdict, is_trained
 from minisft.results import MIN_CONVERSATIONS, is_below_base, is_reliable
-from minisft.text import json_text, printable
+from minisft.text import dump_json, printable
 
 TOLERANCE = 2e-4  # relative: what rounding in fp32 comes to, and a wrong loss or gradient does not
 _COMPARED = ("loss", "grad_norm")
@@ -53,7 +53,7 @@ def write_comparison(output: Path, entries: Sequence[Entry]) -> dict[str, Any]:
     """
     runs = {entry.name: run for entry in entries if (run := _run_of(output, entry)) is not None}
     found = compare_runs(entries, runs)
-    write_atomically(output / "comparison.json", json_text(found, indent=1) + "\n")
+    write_atomically(output / "comparison.json", dump_json(found, indent=1) + "\n")
     write_atomically(output / "comparison.md", printable(_as_markdown(output.resolve().name, found)))
     steps = {name: run.steps for name, run in runs.items() if run.steps}
     if steps:

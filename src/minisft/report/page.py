@@ -11,7 +11,7 @@ from minisft.report.html import environment, table, whole_page
 from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of, page_data, read_run
 from minisft.report.tables import score_table
 from minisft.report.verdict import verdict
-from minisft.results import is_reliable, why_withheld
+from minisft.results import is_reliable, unreliability_reason
 
 _KIND = "MiniSFT report"
 _WRITTEN = ("report.html", "results.md", "evaluation")  # what a report consists of
@@ -115,7 +115,7 @@ def _score_notes(results: dict[str, Any], metrics: list[str]) -> str:
             "and best, by the paired bootstrap."
         )
     else:
-        told += f"{why_withheld(results)}."
+        told += f"{unreliability_reason(results)}."
     return f'<p class="soft">{told}</p>\n'
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft.manifest import record
+from minisft.manifest import record_files
 from minisft.report.run_data import RunFiles, metrics_of, read_run
 from minisft.results import best_label, is_reliable
 
@@ -83,7 +83,7 @@ def _finish(axes: "Axes", label: str) -> None:
 def _write(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")
-    record(aside, path)
+    record_files(aside, path)
     figure.savefig(aside, dpi=150, format="png")
     aside.replace(path)
     return path

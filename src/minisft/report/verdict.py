@@ -4,7 +4,7 @@ from typing import Any
 
 from minisft.report.run_data import RunFiles, metrics_of
 from minisft.report.tables import chance
-from minisft.results import MIN_CONVERSATIONS, is_reliable, why_withheld
+from minisft.results import MIN_CONVERSATIONS, is_reliable, unreliability_reason
 
 SURE = 0.05  # the p-value below which a difference counts as more than chance
 
@@ -36,7 +36,7 @@ def verdict(run: RunFiles) -> str:
         first = (
             f"No checkpoint beats the base model ({name} {base['score']:.1f}); best is {results['best']} with {where}."
         )
-    reason = f" {why_withheld(results)}." if why_withheld(results) else ""
+    reason = f" {unreliability_reason(results)}." if unreliability_reason(results) else ""
     return f"{first} {_against_constant(score, results['constant'][metric], name)}{reason}"
 
 

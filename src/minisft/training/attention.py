@@ -70,9 +70,9 @@ def padding_free_attention(
     window = sliding_window if sliding_window is not None and max(lengths) > sliding_window else None
     shape = Shape(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device, scaling, window)
     rows = [one[0].transpose(0, 1) for one in (query, key, value)]  # (tokens, heads, head size)
-    kernel = usable(shape, dropout) if value.shape == key.shape else None
+    kernel = select_kernel(shape, dropout) if value.shape == key.shape else None
     if kernel is None:
-        return plain(rows[0], rows[1], rows[2], lengths, shape, dropout)[None], None
+        return per_conversation_attention(rows[0], rows[1], rows[2], lengths, shape, dropout)[None], None
     return kernel(rows[0], rows[1], rows[2], lengths, shape)[None], None
 
 
@@ -82,19 +82,19 @@ def _refuse(
     lengths: tuple[int, ...] | None,
     kwargs: dict[str, Any],
 ) -> None:
-    mend = "take another model, or tell us of this one"
+    fix = "take another model, or tell us of this one"
     name = type(module).__name__
     if lengths is None:
-        raise UserError(name, "this model does not hand the lengths of a row to its attention", mend)
+        raise UserError(name, "this model does not hand the lengths of a row to its attention", fix)
     if mask is not None:
-        raise UserError(name, "this model makes an attention mask of its own", mend)
+        raise UserError(name, "this model makes an attention mask of its own", fix)
     for option, meaning in (
         ("softcap", "a soft cap on"),
         ("s_aux", "a sink in"),
         ("position_bias", "a bias on"),
     ):
         if kwargs.get(option) is not None:
-            raise UserError(name, f"this model needs {meaning} its attention scores", mend)
+            raise UserError(name, f"this model needs {meaning} its attention scores", fix)
 
 
 _PROBED_LENGTHS, _PROBED_WINDOW = (37, 1, 150, 20), 64
@@ -180,19 +180,19 @@ def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
-def usable(shape: Shape, dropout: float) -> Kernel | None:
+def select_kernel(shape: Shape, dropout: float) -> Kernel | None:
     """Return the kernel for such attention; None where there is none, and on a CPU, in fp32 and with dropout."""
     if shape.device.type != "cuda" or shape.dtype not in (torch.float16, torch.bfloat16) or dropout > 0:
         return None
-    return _proven(shape)
+    return _verified_kernel(shape)
 
 
 @lru_cache
-def _proven(shape: Shape) -> Kernel | None:
-    return first_proven(KERNELS, shape)
+def _verified_kernel(shape: Shape) -> Kernel | None:
+    return first_verified(KERNELS, shape)
 
 
-def first_proven(kernels: Sequence[Kernel], shape: Shape) -> Kernel | None:
+def first_verified(kernels: Sequence[Kernel], shape: Shape) -> Kernel | None:
     """Return the first kernel whose outputs and gradients are those of plain attention; None where there is none.
 
     A window is probed with a short one, which a short row shows.
@@ -206,7 +206,7 @@ def first_proven(kernels: Sequence[Kernel], shape: Shape) -> Kernel | None:
 
     inputs = [numbers(shape.heads), numbers(shape.key_heads), numbers(shape.key_heads)]
     direction = numbers(shape.heads)
-    exact = _results(plain, [one.float() for one in inputs], direction.float(), shape)
+    exact = _results(per_conversation_attention, [one.float() for one in inputs], direction.float(), shape)
     for kernel in kernels:
         try:
             found = _results(kernel, inputs, direction, shape)
@@ -232,7 +232,7 @@ def _close(found: torch.Tensor, exact: torch.Tensor) -> bool:
     return found.shape == exact.shape and bool(difference < 0.1)
 
 
-def plain(
+def per_conversation_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -247,7 +247,7 @@ def plain(
     """
     if q.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or v.dtype in (torch.bfloat16, torch.float16)):
         with torch.autocast("cpu", enabled=False):
-            return plain(q.float(), k.float(), v.float(), lengths, shape, dropout).to(v.dtype)
+            return per_conversation_attention(q.float(), k.float(), v.float(), lengths, shape, dropout).to(v.dtype)
     grouped, outputs = shape.heads != shape.key_heads, []
     parts = [one.transpose(0, 1)[None].split(list(lengths), 2) for one in (q, k, v)]
     for query, key, value in zip(*parts, strict=True):

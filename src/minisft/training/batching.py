@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 
 IGNORED = -100
 
-_Deal = list[tuple[int, list[int]]]  # tokens and positions of each process's share, fullest first
+_Partition = list[tuple[int, list[int]]]  # tokens and positions of each process's share, fullest first
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Conversations laid end to end for one forward, without padding.
 
     Attributes:
@@ -47,11 +47,11 @@ class Row:
         assert self.predict_at.shape == self.targets.shape
         assert IGNORED not in self.targets
 
-    def to(self, device: torch.device) -> "Row":
+    def to(self, device: torch.device) -> "PackedRow":
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return Row(
+        return PackedRow(
             move(self.input_ids), move(self.position_ids), self.lengths, move(self.predict_at),
             move(self.targets), self.indexes,
         )  # fmt: skip
@@ -70,7 +70,7 @@ class RowPlan:
 class StepBatch:
     """What one process does in one optimizer step; the totals are those of all processes."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PackedRow, ...]
     step_tokens: int
     step_supervised: int
 
@@ -90,7 +90,7 @@ class Sizes:
         return len(self.tokens)
 
 
-def measure(dataset: Any) -> Sizes:
+def measure_lengths(dataset: Any) -> Sizes:
     """Count the tokens of a `datasets.Dataset` with the columns input_ids and labels.
 
     A label on the first token of a conversation is no prediction, so it does not count.
@@ -106,13 +106,13 @@ def measure(dataset: Any) -> Sizes:
     return Sizes(np.concatenate(tokens).astype(np.int64), np.concatenate(supervised).astype(np.int64))
 
 
-def deal(lengths: Sequence[int], processes: int) -> list[list[int]]:
+def balance_ranks(lengths: Sequence[int], processes: int) -> list[list[int]]:
     """Deal the items of `lengths` to `processes` so that the largest sum is small; return their positions.
 
     The differencing method (Karmarkar and Karp 1982, for more than two parts as in Korf 2009): the two partial deals
     whose sums differ most are joined, the fullest share of one with the emptiest of the other.
     """
-    heap: list[tuple[int, int, _Deal]] = []
+    heap: list[tuple[int, int, _Partition]] = []
     for position, length in enumerate(lengths):
         heap.append((-length, position, [(length, [position]), *[(0, [])] * (processes - 1)]))
     heapq.heapify(heap)
@@ -125,7 +125,7 @@ def deal(lengths: Sequence[int], processes: int) -> list[list[int]]:
     return [sorted(share) for _, share in heap[0][2]] if heap else [[] for _ in range(processes)]
 
 
-def fill_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+def fill_bins(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Put the items of `lengths` into rows of at most `row_tokens`, longest first; a longer item has its own.
 
     Best-fit decreasing: into the row with the least room that is enough (Johnson 1973: at most 11/9 of the
@@ -170,7 +170,7 @@ def steps_of_epoch(
     order = random.permutation(len(lengths))
     if pack_tokens is None:
         return [order[start : start + global_batch] for start in range(0, len(order), global_batch)]
-    packs = fill_rows(lengths[order].tolist(), pack_tokens)  # among equals the order decides
+    packs = fill_bins(lengths[order].tolist(), pack_tokens)  # among equals the order decides
     shuffled = [order[packs[at]] for at in random.permutation(len(packs))]
     return [np.concatenate(shuffled[at : at + global_batch]) for at in range(0, len(shuffled), global_batch)]
 
@@ -223,8 +223,8 @@ class StepSampler:
     def plan(self, step: np.ndarray) -> list[RowPlan]:
         """Return this process's rows of the step that learns from the conversations `step`."""
         lengths = self.sizes.tokens[step].tolist()
-        shares = deal(lengths, self.processes)
-        filled = [fill_rows([lengths[at] for at in share], self.row_tokens) for share in shares]
+        shares = balance_ranks(lengths, self.processes)
+        filled = [fill_bins([lengths[at] for at in share], self.row_tokens) for share in shares]
         own = [tuple(int(step[shares[self.rank][at]]) for at in row) for row in filled[self.rank]]
         own += [()] * (max(map(len, filled)) - len(own))
         totals = int(self.sizes.tokens[step].sum()), int(self.sizes.supervised[step].sum())
@@ -240,19 +240,19 @@ class RowDataset(Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, plan: RowPlan) -> tuple[Row, RowPlan]:
+    def __getitem__(self, plan: RowPlan) -> tuple[PackedRow, RowPlan]:
         if not plan.indexes:
             return _empty_row(), plan
         items = [self.dataset[index] for index in plan.indexes]
-        return lay_out([(item["input_ids"], item["labels"]) for item in items], plan.indexes), plan
+        return pack_sequences([(item["input_ids"], item["labels"]) for item in items], plan.indexes), plan
 
 
-def lay_out(conversations: Sequence[tuple[np.ndarray, np.ndarray]], indexes: tuple[int, ...] = ()) -> Row:
+def pack_sequences(conversations: Sequence[tuple[np.ndarray, np.ndarray]], indexes: tuple[int, ...] = ()) -> PackedRow:
     """Lay conversations, as (input_ids, labels), end to end in a row."""
     lengths = tuple(len(ids) for ids, _ in conversations)
     labels = np.concatenate([_without_first(labels) for _, labels in conversations])
     supervised = np.flatnonzero(labels != IGNORED)
-    return Row(
+    return PackedRow(
         input_ids=_tensor(np.concatenate([ids for ids, _ in conversations]))[None],
         position_ids=_tensor(np.concatenate([np.arange(length) for length in lengths]))[None],
         lengths=lengths,
@@ -262,7 +262,7 @@ def lay_out(conversations: Sequence[tuple[np.ndarray, np.ndarray]], indexes: tup
     )
 
 
-def join_rows(rows: Sequence[tuple[Row, RowPlan]]) -> StepBatch:
+def collate(rows: Sequence[tuple[PackedRow, RowPlan]]) -> StepBatch:
     """Collate the rows of one step."""
     plan = rows[0][1]
     return StepBatch(tuple(row for row, _ in rows), plan.step_tokens, plan.step_supervised)
@@ -273,10 +273,10 @@ def _without_first(labels: np.ndarray) -> np.ndarray:
     return np.concatenate([[IGNORED], labels[1:]])
 
 
-def _empty_row() -> Row:
+def _empty_row() -> PackedRow:
     nothing = torch.zeros(0, dtype=torch.int64)
     token = torch.zeros((1, 1), dtype=torch.int64)
-    return Row(token, token, (1,), nothing, nothing, ())
+    return PackedRow(token, token, (1,), nothing, nothing, ())
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 
 from minisft.console import error_console, warn
 from minisft.files import write_atomically
-from minisft.manifest import record
-from minisft.processes import stop_signals
+from minisft.manifest import record_files
+from minisft.processes import handle_stop_signals
 from minisft.training.batching import StepSampler
 from minisft.training.held_out import eval_losses, is_due, stops_early
 
@@ -37,9 +37,9 @@ LOGGED = (
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def keep_steps_up_to(path: Path, step: int) -> None:
+def truncate_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a torn last one, so that a resumed run has one line a step."""
-    record(path)
+    record_files(path)
     if not path.exists():
         path.unlink(missing_ok=True)  # a link to nowhere: what is appended would make a file there
         return
@@ -123,7 +123,7 @@ class ProgressLine(TrainerCallback):
         error_console.print(f"step {state.global_step}/{state.max_steps}  {status}  {left:.0f} s left", markup=False)
 
 
-class ResumedState(TrainerCallback):
+class RestoreSampler(TrainerCallback):
     """Set what the Trainer does not on resume: the sampler's epoch, and the recipe's own log and save steps."""
 
     def __init__(self, sampler: StepSampler) -> None:
@@ -136,7 +136,7 @@ class ResumedState(TrainerCallback):
         self.sampler.epoch = state.global_step // len(self.sampler)
 
 
-class FirstStep(TrainerCallback):
+class OnFirstStep(TrainerCallback):
     """Call a function once, when the first step of this process's part of a run is taken."""
 
     def __init__(self, call: Callable[[], None]) -> None:
@@ -209,12 +209,12 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[StopRequest]:
+def listen_for_stop() -> Iterator[StopRequest]:
     """What asks this process to stop: its launcher's file where it has one, else the signals."""
     file = os.environ.get(STOP_FILE)
     if file is not None:
         yield StopRequest(Path(file))
         return
     request = StopRequest()
-    with stop_signals(request.receive):
+    with handle_stop_signals(request.receive):
         yield request

@@ -19,14 +19,21 @@ from safetensors import SafetensorError
 
 from minisft.console import warn
 from minisft.errors import UserError
-from minisft.files import REFUSED, follow_umask, read_json, read_json_lines, remove_left_overs, whole_folder
-from minisft.manifest import foreign_files, in_marked_folder, record_folder, record_scratch, shown
+from minisft.files import (
+    WRITE_ERRNOS,
+    apply_umask,
+    read_json,
+    read_json_lines,
+    remove_leftovers,
+    write_folder_atomically,
+)
+from minisft.manifest import foreign_files, in_marked_folder, list_some, record_folder, record_scratch_folder
 from minisft.recipe import TrainingRecipe
-from minisft.replacement import free_name
+from minisft.replacement import unused_name
 from minisft.run_folder import RunFolder, list_checkpoints
 from minisft.training.held_out import eval_losses, stops_early
 
-ORIGIN = "written_by.json"
+METADATA = "written_by.json"
 _STAGING = ".unfinished"
 _REMOVED = ".removed-"
 # What only resuming needs; for a 7B model it is several times the size of the model itself.
@@ -39,12 +46,12 @@ def staging_folder(folder: Path) -> Path:
     return folder / _STAGING
 
 
-def clear_left_overs(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process was writing or removing."""
     for path in (folder / _STAGING, *folder.glob(f"{_REMOVED}*")):
         if path.is_symlink():
             path.unlink()
-        record_scratch(path)
+        record_scratch_folder(path)
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -72,7 +79,7 @@ def _sync(path: Path) -> None:
 def publish(staged: Path, final: Path) -> None:
     """Give a completely written checkpoint its name, replacing one of the same step."""
     if final.exists() and not remove_checkpoint(final):
-        final.rename(free_name(final, "kept"))
+        final.rename(unused_name(final, "kept"))
     record_folder(staged, final)
     staged.rename(final)
     with contextlib.suppress(OSError):
@@ -88,13 +95,13 @@ def remove_checkpoint(checkpoint: Path) -> bool:
     """
     foreign = foreign_files(checkpoint) if in_marked_folder(checkpoint) else []
     if foreign:
-        warn(f"{checkpoint} is kept, since it holds what MiniSFT did not write: {shown(foreign)}")
+        warn(f"{checkpoint} is kept, since it holds what MiniSFT did not write: {list_some(foreign)}")
         return False
-    aside = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
-    record_scratch(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-    shutil.rmtree(aside)
+    temporary = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+    record_scratch_folder(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+    checkpoint.rename(temporary)
+    shutil.rmtree(temporary)
     return True
 
 
@@ -111,15 +118,15 @@ def drop_optimizer_states(folder: Path, keep: Path) -> None:
                     shutil.rmtree(path)
 
 
-def tidy(run: RunFolder, training: TrainingRecipe, newest: Path) -> None:
+def prune(run: RunFolder, training: TrainingRecipe, newest: Path) -> None:
     """Remove what a recipe does not keep, once the checkpoint `newest` is whole."""
     if training.keep_optimizer == "newest":
         drop_optimizer_states(run.checkpoints, keep=newest)
     if training.keep_checkpoints is not None:
-        retain(run, training.keep_checkpoints)
+        prune_checkpoints(run, training.keep_checkpoints)
 
 
-def retain(run: RunFolder, count: int) -> None:
+def prune_checkpoints(run: RunFolder, count: int) -> None:
     """Remove all checkpoints but the `count` newest and those that are best as far as the run folder knows."""
     kept = best_checkpoints(run)
     for checkpoint in run.list_checkpoints()[:-count]:
@@ -157,14 +164,14 @@ def latest_resumable(folder: Path) -> Path | None:
     return resumable[-1] if resumable else None
 
 
-def note_origin(checkpoint: Path, strategy: str, processes: int) -> None:
+def write_metadata(checkpoint: Path, strategy: str, processes: int) -> None:
     """Write into a checkpoint how its optimizer state is laid out."""
-    (checkpoint / ORIGIN).write_text(json.dumps({"strategy": strategy, "processes": processes}), encoding="utf-8")
+    (checkpoint / METADATA).write_text(json.dumps({"strategy": strategy, "processes": processes}), encoding="utf-8")
 
 
-def layout_of(checkpoint: Path) -> tuple[str, int]:
+def read_metadata(checkpoint: Path) -> tuple[str, int]:
     """Return the strategy and the number of processes that wrote a checkpoint's optimizer state."""
-    origin = read_json(checkpoint / ORIGIN, _without(checkpoint), strategy=str, processes=int)
+    origin = read_json(checkpoint / METADATA, _without(checkpoint), strategy=str, processes=int)
     return str(origin["strategy"]), int(origin["processes"])
 
 
@@ -199,34 +206,36 @@ def publish_final_model(run: RunFolder) -> None:
     Raises:
         OSError: the disk is full, and the like; nothing of it stays.
     """
-    remove_left_overs(run.model)
-    with whole_folder(run.model) as aside:
-        copy_model(run.list_checkpoints()[-1], aside)
-        follow_umask(aside)  # a checkpoint of an earlier version does not
-        sync_folder(aside)
+    remove_leftovers(run.model)
+    with write_folder_atomically(run.model) as temporary:
+        copy_model(run.list_checkpoints()[-1], temporary)
+        apply_umask(temporary)  # a checkpoint of an earlier version does not
+        sync_folder(temporary)
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint into a new or empty folder, without what only resuming needs."""
-    unneeded = shutil.ignore_patterns(*_STATES, ORIGIN, "trainer_state.json")
+    unneeded = shutil.ignore_patterns(*_STATES, METADATA, "trainer_state.json")
     shutil.copytree(checkpoint, folder, ignore=unneeded, dirs_exist_ok=True)
 
 
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "write(): ")  # in torch.save's RuntimeErrors
-_MEND = "free some room or repair the disk, then go on with --resume"
+_FIX = "free some room or repair the disk, then go on with --resume"
 
 
 def is_write_failure(error: BaseException) -> bool:
     """Say whether an error is that of a file system that refused a write."""
     if isinstance(error, OSError):
         many = error.args[0] if error.args and isinstance(error.args[0], list) else []  # shutil.copytree's
-        return error.errno in REFUSED or any(os.strerror(code) in str(one) for one in many for code in REFUSED)
+        return error.errno in WRITE_ERRNOS or any(
+            os.strerror(code) in str(one) for one in many for code in WRITE_ERRNOS
+        )
     if isinstance(error, SafetensorError):
         return "I/O error" in str(error) or "IoError" in str(error)
     return isinstance(error, RuntimeError) and any(name in str(error) for name in _TORCH_WRITERS)
 
 
-class Attempts:
+class WriteErrors:
     """Writes of which a failed one is noted; those after it are left out, since the whole is lost."""
 
     def __init__(self) -> None:
@@ -248,7 +257,7 @@ class Attempts:
 
 
 @contextlib.contextmanager
-def naming_failed_writes(folder: Path) -> Iterator[None]:
+def explain_failed_writes(folder: Path) -> Iterator[None]:
     """Turn an error of the file system inside the block into one that says what to do.
 
     TensorBoard writes in a thread, which dies with a traceback; its next write in the main thread raises the error.
@@ -263,7 +272,7 @@ def naming_failed_writes(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_failure(error):
             raise
-        raise failed_write(folder, "writing failed", reason_of(error)) from None
+        raise write_error(folder, "writing failed", reason_of(error)) from None
     finally:
         threading.excepthook = told
 
@@ -272,14 +281,14 @@ def _is_refused(error: BaseException | None) -> bool:
     return error is not None and is_write_failure(error)
 
 
-def failed_write(where: Path, what: str, reason: str) -> UserError:
+def write_error(where: Path, problem: str, reason: str) -> UserError:
     """Return the error of a write at or below `where` that was refused for `reason`."""
     there = next(folder for folder in (where, *where.parents) if folder.exists())
     free = size_text(shutil.disk_usage(there).free)
-    return UserError(where, f"{what} ({reason}; {free} free); {what_is_left(where)}", _MEND)
+    return UserError(where, f"{problem} ({reason}; {free} free); {checkpoints_left(where)}", _FIX)
 
 
-def what_is_left(where: Path) -> str:
+def checkpoints_left(where: Path) -> str:
     """Say which checkpoints there are of a run that failed: at its folder, or at one or two levels below it."""
     found = (list_checkpoints(folder / "checkpoints") for folder in (where, *where.parents[:2]))
     checkpoints = next((some for some in found if some), [])
@@ -299,7 +308,7 @@ def size_text(size: int) -> str:
 def reason_of(error: BaseException) -> str:
     """Return the file system's own words where the error has them."""
     text = str(error)
-    known = next((os.strerror(code) for code in REFUSED if os.strerror(code) in text), None)
+    known = next((os.strerror(code) for code in WRITE_ERRNOS if os.strerror(code) in text), None)
     if known is None and any(name in text for name in _TORCH_WRITERS):
         return "torch.save could not write all of it"
     return known or (text.strip().splitlines() or [type(error).__name__])[0]

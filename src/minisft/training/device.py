@@ -54,7 +54,7 @@ def require_processes(processes: int) -> None:
         )
 
 
-def default_row_tokens(on_cpu: bool) -> int:
+def default_tokens_per_forward(on_cpu: bool) -> int:
     """Return the tokens of a forward: on a CPU larger rows take memory and are no faster; on a GPU they fill it."""
     return 512 if on_cpu else 16384
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from minisft.console import say
 from minisft.errors import UserError
-from minisft.models import lay_out_model, load_config
+from minisft.models import build_on_meta_device, load_config
 from minisft.recipe import LoraRecipe, Recipe, TrainingRecipe
 from minisft.run_folder import RunFolder, step_of
-from minisft.training.batching import measure, steps_of_epoch
+from minisft.training.batching import measure_lengths, steps_of_epoch
 from minisft.training.checkpoints import has_state, size_text
 from minisft.training.device import choose_precision
 from minisft.training.optimization import bytes_of_states, require_steps
@@ -41,7 +41,7 @@ def require_disk(
     model_folder: Path,
     resume_from: Path | None,
     *,
-    freed: int = 0,
+    freed_bytes: int = 0,
     place: Path | None = None,
 ) -> None:
     """Make sure that the checkpoints that a run will write have room.
@@ -51,7 +51,7 @@ def require_disk(
         run: its folder, which must be there.
         model_folder: of the base model.
         resume_from: the checkpoint it goes on from.
-        freed: bytes that an earlier run gives back before the first checkpoint is written.
+        freed_bytes: bytes that an earlier run gives back before the first checkpoint is written.
         place: where the run will lie, if that is not the folder of `run`; it may not be there yet.
 
     Raises:
@@ -66,16 +66,16 @@ def require_disk(
     needed = most_added(states, count, size, recipe.training)
     place = place or run.root
     there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free + freed
+    free = shutil.disk_usage(there).free + freed_bytes
     model, state = size_text(size.model), size_text(size.state)
-    what = f"{size_text(needed)} for {count} checkpoints of {model}, {state} of state for resuming"
+    problem = f"{size_text(needed)} for {count} checkpoints of {model}, {state} of state for resuming"
     if needed > free:
         raise UserError(
             place,
-            f"the run needs {what} and model/, and {size_text(free)} are free there",
+            f"the run needs {problem} and model/, and {size_text(free)} are free there",
             "make room, name an `output` on another disk, or keep less: training.keep_checkpoints, training.save_every",
         )
-    say(f"disk {what}; {size_text(free)} free")
+    say(f"disk {problem}; {size_text(free)} free")
 
 
 def checkpoint_size(recipe: Recipe, model_folder: Path) -> CheckpointSize:
@@ -104,7 +104,7 @@ def count_parameters(folder: Path, lora: LoraRecipe | None, trust_remote_code: b
 
     config = load_config(folder, trust_remote_code)
     with torch.device("meta"):  # no memory is taken
-        model = lay_out_model(config, trust_remote_code)
+        model = build_on_meta_device(config, trust_remote_code)
         if lora is not None:
             model = add_lora(model, lora, base_name=str(folder), seed=0)
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
@@ -129,7 +129,7 @@ class StepsOfRun:
         from minisft.data.prepared import load_split
 
         epoch = steps_of_epoch(
-            measure(load_split(run.root, "train")).tokens,
+            measure_lengths(load_split(run.root, "train")).tokens,
             global_batch=training.batch_size * training.processes * training.gradient_accumulation,
             pack_tokens=max_length if training.packing else None,
             seed=seed,

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minisft.errors import StoppedError, UserError, WorkerError
-from minisft.library_output import tame_libraries
-from minisft.processes import die_with_parent, leave, stop_signals
+from minisft.library_output import escape_library_output
+from minisft.processes import exit_with_parent, handle_stop_signals, hard_exit
 from minisft.text import printable
 from minisft.training.callbacks import STOP_FILE, StopRequest
 from minisft.training.device import on_cpu, threads_of_a_process
-from minisft.training.nodes import Machines
+from minisft.training.nodes import Nodes
 from minisft.training.zero import ZERO_STAGES, start_communication
 
 _LOG = Path("/dev/kmsg")
@@ -34,7 +34,7 @@ _FIX = (
 )
 
 
-class MemoryKills:
+class OutOfMemoryEvidence:
     """The kernel's count of processes that it killed for memory, from the moment that this is made."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class MemoryKills:
         return None
 
 
-def killed_worker(rank: int, processes: int, signal_name: str, pid: int, kills: MemoryKills) -> Exception:
+def killed_worker_error(rank: int, processes: int, signal_name: str, pid: int, kills: OutOfMemoryEvidence) -> Exception:
     """Return the error to raise where a signal ended a process.
 
     Returns:
@@ -112,7 +112,7 @@ def _read(path: Path) -> str:
         return ""
 
 
-_PATIENCE = timedelta(hours=12)  # the first process may have much data to prepare
+_GRACE_SECONDS = timedelta(hours=12)  # the first process may have much data to prepare
 _ERROR_FILE = "MINISFT_ERROR_FILE"
 _LAUNCHER = "MINISFT_LAUNCHER"
 _TRACEBACK = "traceback-{}.txt"  # beside the error file, by the rank
@@ -147,7 +147,7 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def join(strategy: str, first_does: Callable[[], None]) -> None:
+def join_launch(strategy: str, first_does: Callable[[], None]) -> None:
     """Meet the other processes of a launch; the first does something before all of them go on.
 
     Raises:
@@ -158,9 +158,9 @@ def join(strategy: str, first_does: Callable[[], None]) -> None:
     if not on_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if strategy in ZERO_STAGES:
-        start_communication(on_cpu(), _PATIENCE)
+        start_communication(on_cpu(), _GRACE_SECONDS)
     else:
-        torch.distributed.init_process_group("gloo" if on_cpu() else "nccl", timeout=_PATIENCE)
+        torch.distributed.init_process_group("gloo" if on_cpu() else "nccl", timeout=_GRACE_SECONDS)
     error: UserError | None = None
     if torch.distributed.get_rank() == 0:
         try:
@@ -175,10 +175,10 @@ def join(strategy: str, first_does: Callable[[], None]) -> None:
         sys.exit(2)  # the first process says why
 
 
-def launch(module: str, arguments: list[str], processes: int, machines: Machines | None = None) -> bool:
+def launch(module: str, arguments: list[str], processes: int, nodes: Nodes | None = None) -> bool:
     """Run `python -m module arguments` in several processes of this machine and wait for them.
 
-    With `machines` they meet those that the other machines start.
+    With `nodes` they meet those that the other machines start.
 
     SIGINT and SIGTERM are passed on through a file, so that they stop together at the end of a step.
 
@@ -196,23 +196,23 @@ def launch(module: str, arguments: list[str], processes: int, machines: Machines
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it prints every failure again
     config = LaunchConfig(
         nproc_per_node=processes, run_id="minisft", max_restarts=0, start_method="spawn", monitor_interval=0.2,
-        signals_to_handle="SIGHUP,SIGQUIT", **_meeting(machines),
+        signals_to_handle="SIGHUP,SIGQUIT", **_rendezvous(nodes),
     )  # fmt: skip
-    kills = MemoryKills()
+    kills = OutOfMemoryEvidence()
     with _workers_environment(processes) as (error_file, stop):
         try:
-            with stop_signals(stop.receive):
+            with handle_stop_signals(stop.receive):
                 elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
         except ChildFailedError as error:
-            _raise_handed_over(error_file)
+            _raise_recorded_error(error_file)
             ends = {rank: (failure.exitcode, failure.pid) for rank, failure in error.failures.items()}
-            raise _failure(error_file, ends, processes * (machines.count if machines else 1), kills) from None
+            raise _failure(error_file, ends, processes * (nodes.count if nodes else 1), kills) from None
         except SignalException:
             raise KeyboardInterrupt from None
     return stop.signalled
 
 
-def launch_alone(module: str, arguments: list[str]) -> bool:
+def launch_single(module: str, arguments: list[str]) -> bool:
     """Run `python -m module arguments` in one process, which joins no others, and wait for it.
 
     SIGINT and SIGTERM reach it as they reach the processes of `launch`.
@@ -224,12 +224,12 @@ def launch_alone(module: str, arguments: list[str]) -> bool:
         UserError: the one that the process raised, or the kernel killed it for memory.
         WorkerError: it failed or was killed otherwise; its traceback is on stderr.
     """
-    kills = MemoryKills()
-    with _workers_environment(1) as (error_file, stop), stop_signals(stop.receive):
+    kills = OutOfMemoryEvidence()
+    with _workers_environment(1) as (error_file, stop), handle_stop_signals(stop.receive):
         command = [sys.executable, "-u", "-m", module, *arguments]
         with subprocess.Popen(command, start_new_session=True) as process:  # a terminal's Ctrl-C is for this process
             status = process.wait()
-        _raise_handed_over(error_file)
+        _raise_recorded_error(error_file)
         if status:
             raise _failure(error_file, {0: (status, process.pid)}, 1, kills)
     return stop.signalled
@@ -251,7 +251,9 @@ def _workers_environment(processes: int) -> Iterator[tuple[Path, StopRequest]]:
                 del os.environ[name]
 
 
-def _failure(error_file: Path, ends: dict[int, tuple[int, int]], processes: int, kills: MemoryKills) -> Exception:
+def _failure(
+    error_file: Path, ends: dict[int, tuple[int, int]], processes: int, kills: OutOfMemoryEvidence
+) -> Exception:
     """Return the error to raise for processes that failed; where none was killed, print the first one's traceback.
 
     The others lose a process that is killed, and fail for that: theirs would hide the reason.
@@ -266,7 +268,7 @@ def _failure(error_file: Path, ends: dict[int, tuple[int, int]], processes: int,
     by_themselves = {rank: end for rank, end in ends.items() if end[0] != -signal.SIGTERM} or ends
     for rank, (status, pid) in sorted(by_themselves.items(), key=lambda end: end[1][0] != -signal.SIGKILL):
         if status < 0:
-            return killed_worker(rank, processes, signal.Signals(-status).name, pid, kills)
+            return killed_worker_error(rank, processes, signal.Signals(-status).name, pid, kills)
     tracebacks = sorted(error_file.parent.glob(_TRACEBACK.format("*")), key=lambda path: path.stat().st_mtime_ns)
     if tracebacks:
         print(tracebacks[0].read_text(encoding="utf-8"), file=sys.stderr, end="")
@@ -274,18 +276,18 @@ def _failure(error_file: Path, ends: dict[int, tuple[int, int]], processes: int,
     return WorkerError(f"a training process failed: rank {rank} of {processes} with exit status {status}; see above")
 
 
-def _meeting(machines: Machines | None) -> dict[str, Any]:
+def _rendezvous(nodes: Nodes | None) -> dict[str, Any]:
     """Where the processes meet, as elastic's settings."""
-    if machines is None:
+    if nodes is None:
         return {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
     return {
-        "min_nodes": machines.count, "max_nodes": machines.count, "rdzv_backend": "static",
-        "rdzv_endpoint": machines.endpoint,
-        "rdzv_configs": {"rank": machines.rank, "timeout": int(_PATIENCE.total_seconds())},
+        "min_nodes": nodes.count, "max_nodes": nodes.count, "rdzv_backend": "static",
+        "rdzv_endpoint": nodes.endpoint,
+        "rdzv_configs": {"rank": nodes.rank, "timeout": int(_GRACE_SECONDS.total_seconds())},
     }  # fmt: skip
 
 
-def _raise_handed_over(error_file: Path) -> None:
+def _raise_recorded_error(error_file: Path) -> None:
     if error_file.exists():
         raise UserError(*json.loads(error_file.read_text(encoding="utf-8"))) from None
 
@@ -296,9 +298,9 @@ def run_worker(work: Callable[[], None]) -> NoReturn:
     A user's error goes to the launcher, which prints it once. The process dies with the launcher: elastic
     starts workers in sessions of their own, so they would train on without it.
     """
-    _die_with_launcher()
-    tame_libraries()
-    leave(_status_of(work))
+    _exit_with_launcher()
+    escape_library_output()
+    hard_exit(_status_of(work))
 
 
 def _status_of(work: Callable[[], None]) -> int:
@@ -307,25 +309,25 @@ def _status_of(work: Callable[[], None]) -> int:
     except StoppedError:
         return 0  # the launcher, which passed it on, says so
     except UserError as error:
-        _hand_over(error)
+        _write_error_file(error)
         return 2
     except BaseException:
-        _leave_traceback(printable(traceback.format_exc()))
+        _write_traceback(printable(traceback.format_exc()))
         return 1
     return 0
 
 
-def _hand_over(error: UserError) -> None:
+def _write_error_file(error: UserError) -> None:
     target = os.environ.get(_ERROR_FILE)
     if target is None:
         print(f"minisft: {printable(str(error))}", file=sys.stderr)
         return
-    aside = Path(f"{target}.{os.getpid()}")
-    aside.write_text(json.dumps([error.where, error.what, error.mend]), encoding="utf-8")
-    aside.replace(target)
+    temporary = Path(f"{target}.{os.getpid()}")
+    temporary.write_text(json.dumps([error.where, error.problem, error.fix]), encoding="utf-8")
+    temporary.replace(target)
 
 
-def _leave_traceback(text: str) -> None:
+def _write_traceback(text: str) -> None:
     """Leave a traceback to the launcher, which prints the one that says why; without one, print it."""
     target = os.environ.get(_ERROR_FILE)
     if target is None:
@@ -334,10 +336,10 @@ def _leave_traceback(text: str) -> None:
         Path(target).with_name(_TRACEBACK.format(os.environ.get("RANK", "0"))).write_text(text, encoding="utf-8")
 
 
-def _die_with_launcher() -> None:
+def _exit_with_launcher() -> None:
     launcher = os.environ.get(_LAUNCHER)
     if launcher is None or sys.platform != "linux":
         return
-    die_with_parent()
+    exit_with_parent()
     if os.getppid() != int(launcher):  # it died before the signal was asked for
         os._exit(1)

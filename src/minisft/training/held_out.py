@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisft.training.batching import Row, RowDataset, StepSampler, measure
+from minisft.training.batching import PackedRow, RowDataset, StepSampler, measure_lengths
 
 EVAL_LOSS = "eval_loss"  # in metrics.jsonl, the Trainer's log history and the trackers
 
@@ -23,7 +23,7 @@ class HeldOutRows:
     """
 
     def __init__(self, dataset: Any, *, row_tokens: int, processes: int, rank: int) -> None:
-        sizes = measure(dataset)
+        sizes = measure_lengths(dataset)
         sampler = StepSampler(
             sizes, global_batch=len(sizes), row_tokens=row_tokens, processes=processes, rank=rank, seed=0
         )
@@ -32,7 +32,7 @@ class HeldOutRows:
         self.supervised = int(sizes.supervised.sum())  # of all processes
 
     @torch.no_grad()
-    def sum_of_losses(self, model: Any, loss_of: Callable[[Any, Row], torch.Tensor]) -> torch.Tensor:
+    def sum_of_losses(self, model: Any, loss_of: Callable[[Any, PackedRow], torch.Tensor]) -> torch.Tensor:
         """Return the summed loss of this process's supervised tokens, () in fp64; the model is left in eval mode.
 
         Args:

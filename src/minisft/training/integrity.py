@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 
 from minisft.errors import UserError
 from minisft.run_folder import list_checkpoints
-from minisft.training.checkpoints import ORIGIN, has_state, layout_of
+from minisft.training.checkpoints import METADATA, has_state, read_metadata
 
 _CLASS = re.compile(r"GLOBAL ([\w.]+)")  # as torch names what it refuses
 
 
 @contextlib.contextmanager
-def refusing_code(checkpoint: Path) -> Iterator[None]:
+def forbid_pickled_code(checkpoint: Path) -> Iterator[None]:
     """Turn torch's refusal to read something else than plain state, inside the block, into one that says what to do.
 
     Raises:
@@ -32,20 +32,20 @@ def refusing_code(checkpoint: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         named = _CLASS.search(str(error))
-        what = (
+        problem = (
             f"its training state holds objects that could run code ({named[1]}): none of it was run"
             if named
             else "its training state cannot be read as tensors and numbers: it is damaged, or holds objects that could "
             "run code, and none of it was run"
         )
-        mend = "delete this checkpoint, and resume from an earlier one or train anew; do not trust where it came from"
-        raise UserError(checkpoint, what, mend) from None
+        fix = "delete this checkpoint, and resume from an earlier one or train anew; do not trust where it came from"
+        raise UserError(checkpoint, problem, fix) from None
 
 
-_NEEDED = ("trainer_state.json", "scheduler.pt", ORIGIN)
+_NEEDED = ("trainer_state.json", "scheduler.pt", METADATA)
 _KEYS = {
     "trainer_state.json": ("global_step", "max_steps", "epoch", "log_history"),
-    ORIGIN: ("strategy", "processes"),
+    METADATA: ("strategy", "processes"),
 }
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*/*.pt")  # of torch.save
 _WEIGHTS = "*.safetensors"
@@ -53,7 +53,7 @@ _WEIGHTS = "*.safetensors"
 _TORCH_READERS = ("PytorchStreamReader", "zip archive", "storage has wrong")
 
 
-def refuse_damaged(checkpoint: Path) -> None:
+def require_intact(checkpoint: Path) -> None:
     """Make sure that every file that resuming reads is there and has its end, without reading all of it.
 
     Raises:
@@ -63,16 +63,16 @@ def refuse_damaged(checkpoint: Path) -> None:
         if not (checkpoint / name).is_file():
             raise damaged(checkpoint, f"{name} is missing")
     for path in _each(checkpoint, tuple(_KEYS)):
-        with _naming(checkpoint, path):
+        with _explain(checkpoint, path):
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict) or not set(_KEYS[path.name]) <= set(found):
                 raise ValueError(f"it does not hold {', '.join(_KEYS[path.name])}")
     _refuse_missing_shards(checkpoint)
     for path in _each(checkpoint, _ARCHIVES):
-        with _naming(checkpoint, path), zipfile.ZipFile(path):  # its directory is at its end
+        with _explain(checkpoint, path), zipfile.ZipFile(path):  # its directory is at its end
             pass
     for path in _each(checkpoint, (_WEIGHTS,)):
-        with _naming(checkpoint, path), safe_open(path, "pt"):
+        with _explain(checkpoint, path), safe_open(path, "pt"):
             pass
 
 
@@ -82,14 +82,14 @@ def _refuse_missing_shards(checkpoint: Path) -> None:
         latest = checkpoint / "latest"
         if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != folder.name:
             raise damaged(checkpoint, f"the file `latest` does not name {folder.name}")
-        for rank in range(layout_of(checkpoint)[1]):
+        for rank in range(read_metadata(checkpoint)[1]):
             pattern = f"*zero_pp_rank_{rank}_mp_rank_*optim_states.pt"
             if not list(folder.glob(pattern)):
                 raise damaged(checkpoint, f"{folder.name}/{pattern} is missing")
 
 
 @contextlib.contextmanager
-def naming_damage(checkpoint: Path | str | None) -> Iterator[None]:
+def explain_damage(checkpoint: Path | str | None) -> Iterator[None]:
     """Turn an error of reading a checkpoint inside the block into one that says so."""
     try:
         yield
@@ -101,14 +101,14 @@ def naming_damage(checkpoint: Path | str | None) -> Iterator[None]:
         raise _damaged_by(checkpoint, error) from None
 
 
-def damaged(checkpoint: Path, what: str) -> UserError:
+def damaged(checkpoint: Path, problem: str) -> UserError:
     """Return the error of a checkpoint that cannot be resumed from, and how to go on without it."""
     earlier = [path for path in list_checkpoints(checkpoint.parent) if path != checkpoint and has_state(path)]
     if earlier:
         fix = f"restore the file, or remove {checkpoint.name}: --resume then goes on from {earlier[-1].name}"
     else:
         fix = "restore the file, or train anew with --force: no other checkpoint holds an optimizer state"
-    return UserError(checkpoint, f"this checkpoint is damaged: {what}", fix)
+    return UserError(checkpoint, f"this checkpoint is damaged: {problem}", fix)
 
 
 def _damaged_by(checkpoint: Path | str | None, error: Exception) -> Exception:
@@ -120,7 +120,7 @@ def _damaged_by(checkpoint: Path | str | None, error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def _naming(checkpoint: Path, path: Path) -> Iterator[None]:
+def _explain(checkpoint: Path, path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, zipfile.BadZipFile, SafetensorError) as error:

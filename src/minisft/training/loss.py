@@ -22,13 +22,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
-from minisft.training.batching import Row
+from minisft.training.batching import PackedRow
 
 # Of an output layer: whether its model returns what it gives as it is.
-_passed_on: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_fusable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def row_loss(model: Any, row: Row) -> torch.Tensor:
+def row_loss(model: Any, row: PackedRow) -> torch.Tensor:
     """Return the sum of the cross-entropies of a row's supervised tokens, () in fp32.
 
     `logits_to_keep` takes the positions to predict at, and of these a chunk at a time has its logits, of shape (chunk,
@@ -36,20 +36,20 @@ def row_loss(model: Any, row: Row) -> torch.Tensor:
     at once, and so has fp16, whose gradients of probabilities would vanish before the loss scale reaches them.
     """
     layer = output_layer(model)
-    if layer is None or products_dtype(layer.weight) == torch.float16 or not _passes_losses_on(model, layer, row):
+    if layer is None or matmul_dtype(layer.weight) == torch.float16 or not _can_fuse(model, layer, row):
         return _loss_of_all_logits(model, row)
-    with giving_losses(layer, row.targets):
+    with fused_loss_head(layer, row.targets):
         return _forward(model, row)[0, 0]
 
 
-def _loss_of_all_logits(model: Any, row: Row) -> torch.Tensor:
+def _loss_of_all_logits(model: Any, row: PackedRow) -> torch.Tensor:
     logits = _forward(model, row)[0]
     if len(row.targets) == 0:  # a row without conversations, there for the collectives of its forward
         return logits.sum().float() * 0.0
     return cross_entropy(logits.float(), row.targets, reduction="sum")
 
 
-def _forward(model: Any, row: Row) -> Any:
+def _forward(model: Any, row: PackedRow) -> Any:
     return model(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
@@ -59,16 +59,16 @@ def _forward(model: Any, row: Row) -> Any:
     ).logits
 
 
-def _passes_losses_on(model: Any, layer: nn.Linear, row: Row) -> bool:
+def _can_fuse(model: Any, layer: nn.Linear, row: PackedRow) -> bool:
     """Find out on a row of one token, once for each model, without touching random states."""
-    if layer not in _passed_on:
+    if layer not in _fusable:
         token, learned = row.input_ids[:, :1], model.training
-        probe = Row(token, torch.zeros_like(token), (1,), torch.zeros_like(token[0]), token[0], ())
+        probe = PackedRow(token, torch.zeros_like(token), (1,), torch.zeros_like(token[0]), token[0], ())
         model.eval()
         with torch.no_grad():
-            _passed_on[layer] = passes_on(layer, lambda: _forward(model, probe))
+            _fusable[layer] = returns_raw_logits(layer, lambda: _forward(model, probe))
         model.train(learned)
-    return _passed_on[layer]
+    return _fusable[layer]
 
 
 # Logits of a chunk. On two cores 2^22 took 1.08 of the time of all logits at once, 2^24 0.89, 2^26 no less.
@@ -94,18 +94,18 @@ def chunk_length(vocabulary: int, on_cpu: bool) -> int:
 
 
 @contextlib.contextmanager
-def giving_losses(layer: nn.Linear, targets: torch.Tensor) -> Iterator[None]:
+def fused_loss_head(layer: nn.Linear, targets: torch.Tensor) -> Iterator[None]:
     """Let an output layer return (1, 1) the sum of the cross-entropies of `targets`, where it would return logits.
 
     Args:
         layer: it gets hidden states of shape (1, supervised, hidden size).
         targets: (supervised,) token ids.
     """
-    with _giving(layer, lambda hidden: sum_of_losses(hidden[0], layer.weight, targets).reshape(1, 1)):
+    with _replace_forward(layer, lambda hidden: fused_loss(hidden[0], layer.weight, targets).reshape(1, 1)):
         yield
 
 
-def passes_on(layer: nn.Linear, forward: Callable[[], torch.Tensor]) -> bool:
+def returns_raw_logits(layer: nn.Linear, forward: Callable[[], torch.Tensor]) -> bool:
     """Say whether a model returns what its output layer gives as it is: not scaled, capped or cut, in place or not.
 
     Args:
@@ -118,7 +118,7 @@ def passes_on(layer: nn.Linear, forward: Callable[[], torch.Tensor]) -> bool:
         given.append(torch.zeros((1, 1), device=hidden.device))
         return given[-1]
 
-    with _giving(layer, mark):
+    with _replace_forward(layer, mark):
         logits = forward()
     if len(given) != 1 or logits.shape != (1, 1):
         return False
@@ -127,7 +127,7 @@ def passes_on(layer: nn.Linear, forward: Callable[[], torch.Tensor]) -> bool:
 
 
 @contextlib.contextmanager
-def _giving(layer: nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def _replace_forward(layer: nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     layer.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -135,7 +135,7 @@ def _giving(layer: nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -
         del layer.forward
 
 
-def sum_of_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the sum of the cross-entropies, () in fp32, of logits `hidden @ weight.T` that are never there together.
 
     Args:
@@ -144,11 +144,11 @@ def sum_of_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
         targets: (positions,) token ids.
     """
     return _SumOfLosses.apply(  # type: ignore[no-any-return]
-        hidden, weight, targets, products_dtype(weight), torch.is_grad_enabled()
+        hidden, weight, targets, matmul_dtype(weight), torch.is_grad_enabled()
     )
 
 
-def products_dtype(weight: torch.Tensor) -> torch.dtype:
+def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
     """Return in which format a product with `weight` is computed, which autocast may have set."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -213,7 +213,7 @@ def _with_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.T
 
 
 @dataclass
-class Lookups:
+class EmbeddingLookups:
     """What the rows of a step looked up.
 
     Attributes:
@@ -228,16 +228,16 @@ class Lookups:
 
 
 @contextlib.contextmanager
-def one_gradient(model: Any) -> Iterator[Lookups]:
+def accumulate_embedding_gradient(model: Any) -> Iterator[EmbeddingLookups]:
     """Let the backwards of a step's rows give one gradient to the embedding: that of the row which is called last.
 
     Does nothing where the embedding is frozen or not torch's plain one.
     """
-    lookups, layer = Lookups(), unwrapped(model).get_input_embeddings()
+    lookups, layer = EmbeddingLookups(), unwrapped(model).get_input_embeddings()
     if not _is_plain(layer):
         yield lookups
         return
-    layer.forward = lambda ids: _Lookup.apply(layer.weight, ids, layer.padding_idx, lookups)
+    layer.forward = lambda ids: _EmbeddingLookup.apply(layer.weight, ids, layer.padding_idx, lookups)
     try:
         yield lookups
     finally:
@@ -253,9 +253,9 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-class _Lookup(torch.autograd.Function):
+class _EmbeddingLookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Any, ids: Any, padding_idx: int | None, lookups: Lookups) -> Any:
+    def forward(ctx: Any, weight: Any, ids: Any, padding_idx: int | None, lookups: EmbeddingLookups) -> Any:
         ctx.save_for_backward(ids)
         ctx.lookups, ctx.rows, ctx.padding_idx = lookups, len(weight), -1 if padding_idx is None else padding_idx
         return embedding(ids, weight)

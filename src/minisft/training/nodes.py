@@ -15,7 +15,7 @@ _SEEN_WITHIN = 30.0  # seconds in which a shared folder shows what another machi
 
 
 @dataclass(frozen=True)
-class Machines:
+class Nodes:
     """`count` machines meet at `host:port` of machine 0; this one is number `rank`."""
 
     count: int
@@ -38,7 +38,7 @@ class Machines:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_machines(nodes: int, rank: int | None, rendezvous: str | None) -> Machines | None:
+def parse_nodes(nodes: int, rank: int | None, rendezvous: str | None) -> Nodes | None:
     """Read `--nodes`, `--node-rank` and `--rendezvous`; None for a single machine.
 
     Raises:
@@ -46,36 +46,36 @@ def parse_machines(nodes: int, rank: int | None, rendezvous: str | None) -> Mach
     """
     if nodes == 1 and rank is None and rendezvous is None:
         return None
-    for option, value, mend in (
+    for option, value, fix in (
         ("--node-rank", rank, "number the machines from 0; the first prepares the data and writes the results"),
         ("--rendezvous", rendezvous, "give HOST:PORT of machine 0, the same on all of them"),
     ):
         if value is None:
-            raise UserError(option, f"is missing, with --nodes {nodes}", mend)
+            raise UserError(option, f"is missing, with --nodes {nodes}", fix)
     host, _, port = str(rendezvous).rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError("--rendezvous", f"{rendezvous!r} is no HOST:PORT", "such as gpu01:29500")
-    return Machines(nodes, int(rank or 0), host.strip("[]"), int(port))
+    return Nodes(nodes, int(rank or 0), host.strip("[]"), int(port))
 
 
-def processes_here(processes: int, machines: Machines | None) -> int:
+def local_processes(processes: int, nodes: Nodes | None) -> int:
     """Return this machine's share of all processes.
 
     Raises:
         UserError: they cannot be shared out evenly.
     """
-    if machines is None:
+    if nodes is None:
         return processes
-    if processes % machines.count:
+    if processes % nodes.count:
         raise UserError(
             "training.processes",
-            f"{processes} processes cannot be shared by {machines.count} machines",
-            f"it counts those of all machines: give a multiple of {machines.count}",
+            f"{processes} processes cannot be shared by {nodes.count} machines",
+            f"it counts those of all machines: give a multiple of {nodes.count}",
         )
-    return processes // machines.count
+    return processes // nodes.count
 
 
-def use_network_of(machines: Machines) -> None:
+def use_network_interface(nodes: Nodes) -> None:
     """Let gloo and NCCL use the interface by which machine 0 is reached, unless the environment names another.
 
     By default gloo takes what this machine's own name resolves to, which is often the loopback.
@@ -83,20 +83,20 @@ def use_network_of(machines: Machines) -> None:
     Raises:
         UserError: the host has no address, or there is no way to it.
     """
-    interface = _interface_to(machines.host, machines.port)
+    interface = _interface_to(nodes.host, nodes.port)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if interface is not None:
             os.environ.setdefault(variable, interface)
 
 
-def wait_for_first(machines: Machines, run: RunFolder) -> None:
+def wait_for_first_node(nodes: Nodes, run: RunFolder) -> None:
     """Wait until machine 0 has prepared the data, and listens.
 
     Raises:
         UserError: the run folder is not where machine 0 writes.
     """
-    say(f"machine {machines.rank} of {machines.count}: waiting for machine 0 at {machines.endpoint}")
-    while not _listens(machines.host, machines.port):
+    say(f"machine {nodes.rank} of {nodes.count}: waiting for machine 0 at {nodes.endpoint}")
+    while not _listens(nodes.host, nodes.port):
         time.sleep(_LOOK)
     _require_shared(run.recipe)
 

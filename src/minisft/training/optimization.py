@@ -93,13 +93,13 @@ def require_optimizer(optimizer: str) -> None:
     """
     known = [*_OWN, *_names_of_transformers()]
     if optimizer not in known:
-        what = f"there is no optimizer {optimizer!r} here"
+        problem = f"there is no optimizer {optimizer!r} here"
     elif (obstacle := _obstacle(optimizer)) is not None:
-        what = f"{optimizer} cannot be used here: {obstacle}"
+        problem = f"{optimizer} cannot be used here: {obstacle}"
     else:
         return
     working = [name for name in known if _obstacle(name) is None]
-    raise UserError("training.optimizer", what, f"use one of those that work here: {', '.join(working)}")
+    raise UserError("training.optimizer", problem, f"use one of those that work here: {', '.join(working)}")
 
 
 def _names_of_transformers() -> Iterable[str]:
@@ -162,8 +162,8 @@ def require_schedule(training: TrainingRecipe) -> None:
     """
     name, given = training.scheduler, training.scheduler_args
     if name not in SCHEDULERS:
-        what = f"there is no scheduler {name!r} here"
-        raise UserError("training.scheduler", what, f"use one of {', '.join(SCHEDULERS)}")
+        problem = f"there is no scheduler {name!r} here"
+        raise UserError("training.scheduler", problem, f"use one of {', '.join(SCHEDULERS)}")
     known, needed = _arguments(name)
     unknown = [key for key in given if key not in known]
     if unknown:
@@ -171,8 +171,8 @@ def require_schedule(training: TrainingRecipe) -> None:
         raise UserError(f"{_WHERE}.{unknown[0]}", f"the schedule {name} has no argument of that name", valid)
     missing = [key for key in needed if key not in given]
     if missing:
-        what = f"the schedule {name} needs {missing[0]}"
-        raise UserError(_WHERE, what, f"give it, as in training.scheduler_args={{{missing[0]}: 100}}")
+        problem = f"the schedule {name} needs {missing[0]}"
+        raise UserError(_WHERE, problem, f"give it, as in training.scheduler_args={{{missing[0]}: 100}}")
     for key, value in given.items():
         _check_value(key, value, training.learning_rate)
     refusal = _problem(training, max(_TRIED, *(2 * int(given.get(key, 0)) for key in _COUNTS)))
@@ -191,8 +191,8 @@ def require_steps(training: TrainingRecipe, steps: int) -> None:
         return
     warmup = math.ceil(training.warmup_ratio * steps)
     if warmup + decay > steps:
-        what = f"{warmup} steps of warm-up and {decay} of decay do not fit into the {steps} steps of this run"
-        raise UserError(f"{_WHERE}.num_decay_steps", what, f"give at most {max(steps - warmup, 1)}")
+        problem = f"{warmup} steps of warm-up and {decay} of decay do not fit into the {steps} steps of this run"
+        raise UserError(f"{_WHERE}.num_decay_steps", problem, f"give at most {max(steps - warmup, 1)}")
 
 
 def _arguments(name: str) -> tuple[list[str], list[str]]:
@@ -215,8 +215,8 @@ def _check_value(key: str, value: Any, learning_rate: float) -> None:
     if key in _SHARES and not 0 <= value <= 1:
         raise UserError(where, f"must be from 0 to 1, and is {value}", "it is a share of training.learning_rate")
     if key in _RATES and not 0 <= value <= learning_rate:
-        what = f"must be from 0 to training.learning_rate, which is {learning_rate}, and is {value}"
-        raise UserError(where, what, "give the rate at which the schedule ends")
+        problem = f"must be from 0 to training.learning_rate, which is {learning_rate}, and is {value}"
+        raise UserError(where, problem, "give the rate at which the schedule ends")
     if key in _COUNTS and not (isinstance(value, int) and value >= 1):
         raise UserError(where, f"must be a whole number of steps, at least 1, and is {value!r}", "give one")
 

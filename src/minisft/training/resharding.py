@@ -19,9 +19,9 @@ import torch
 from minisft.errors import UserError
 from minisft.recipe import TrainingRecipe
 from minisft.run_folder import step_of
-from minisft.training.checkpoints import layout_of
+from minisft.training.checkpoints import read_metadata
 from minisft.training.device import choose_precision
-from minisft.training.zero import MOMENTS, ZERO_STAGES, fill_zero_engine, restore_exact_weights, zero_state_is_plain
+from minisft.training.zero import MOMENTS, ZERO_STAGES, fill_fp32_masters, fill_zero_engine, plain_zero_state
 
 if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
@@ -32,16 +32,16 @@ _OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
 _WEIGHT = "weight"
 
 
-def is_laid_out_for(checkpoint: Path, strategy: str, processes: int) -> bool:
+def same_layout(checkpoint: Path, strategy: str, processes: int) -> bool:
     """Say whether a strategy on a number of processes takes a checkpoint's state as it is.
 
     Vanilla keeps it whole, so there any number of processes can; DeepSpeed keeps shards.
     """
-    wrote, count = layout_of(checkpoint)
+    wrote, count = read_metadata(checkpoint)
     return strategy == wrote and (strategy == "vanilla" or processes == count)
 
 
-def refuse_inconvertible(checkpoint: Path, training: TrainingRecipe) -> None:
+def require_reshardable(checkpoint: Path, training: TrainingRecipe) -> None:
     """Refuse to resume what can be resumed neither as it is nor by conversion, before anything starts.
 
     Args:
@@ -51,9 +51,9 @@ def refuse_inconvertible(checkpoint: Path, training: TrainingRecipe) -> None:
     Raises:
         UserError: naming why, and the layout that can go on.
     """
-    wrote, count = layout_of(checkpoint)
+    wrote, count = read_metadata(checkpoint)
     strategy = wrote if training.strategy == "auto" else training.strategy
-    if is_laid_out_for(checkpoint, strategy, training.processes):
+    if same_layout(checkpoint, strategy, training.processes):
         return
     reason = _obstacle(wrote, training)
     if reason is not None:
@@ -75,7 +75,7 @@ def _obstacle(wrote: str, training: TrainingRecipe) -> str | None:
     return None
 
 
-def take_over(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
+def reshard_state(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
     """Give a trainer that is ready for its first step the weights, optimizer and schedule of another layout.
 
     Args:
@@ -87,12 +87,12 @@ def take_over(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
     """
     model: Any = trainer.model
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    wrote, processes = layout_of(checkpoint)
-    state: _SavedState
+    wrote, processes = read_metadata(checkpoint)
+    state: SavedState
     if wrote in ZERO_STAGES:
-        state = _Shards(checkpoint, ZERO_STAGES[wrote], processes)
+        state = ShardedState(checkpoint, ZERO_STAGES[wrote], processes)
     else:
-        state = _Whole(checkpoint, _in_order_of_optimizer(trainer, trained))
+        state = UnshardedState(checkpoint, _in_order_of_optimizer(trainer, trained))
     _require_names(checkpoint, state.names(), set(trained))
     if trainer.is_deepspeed_enabled:
         fill_zero_engine(
@@ -103,7 +103,7 @@ def take_over(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
     _continue_schedule(trainer, checkpoint)
 
 
-def keep_exact_weights(trainer: "SupervisedTokenTrainer", folder: Path) -> None:
+def restore_fp32_weights(trainer: "SupervisedTokenTrainer", folder: Path) -> None:
     """Let a new run under ZeRO in half precision begin with the fp32 weights of its model folder, as vanilla does.
 
     Args:
@@ -118,7 +118,7 @@ def keep_exact_weights(trainer: "SupervisedTokenTrainer", folder: Path) -> None:
     }
     if rounded:
         files = _weight_files(folder)
-        restore_exact_weights(trainer.model_wrapped, rounded, lambda name: _weight_in_fp32(files, name))
+        fill_fp32_masters(trainer.model_wrapped, rounded, lambda name: _weight_in_fp32(files, name))
 
 
 def _weight_in_fp32(files: dict[str, Path], name: str) -> torch.Tensor | None:
@@ -150,7 +150,7 @@ def _require_names(checkpoint: Path, found: set[str], wanted: set[str]) -> None:
     )
 
 
-def _fill_optimizer(optimizer: Any, trained: dict[str, Any], state: "_SavedState") -> None:
+def _fill_optimizer(optimizer: Any, trained: dict[str, Any], state: "SavedState") -> None:
     """Fill torch's AdamW, and the weights that it updates."""
     for name, weight in trained.items():
         weight.data.copy_(state.weight(name).view_as(weight))
@@ -178,7 +178,7 @@ def _continue_schedule(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> N
 # --- what a checkpoint holds, by the name of the parameter
 
 
-class _SavedState(Protocol):
+class SavedState(Protocol):
     """AdamW's state of each trained parameter, flat and in fp32 on the CPU; tensors belong to the caller."""
 
     steps: float
@@ -190,22 +190,22 @@ class _SavedState(Protocol):
     def weight(self, name: str) -> torch.Tensor: ...
 
 
-class _Whole:
+class UnshardedState:
     """What vanilla writes: the moments by number, in the optimizer's order, and the weights in a plain folder."""
 
     def __init__(self, checkpoint: Path, order: list[str]) -> None:
         saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         if len(numbers) != len(order):
-            what = f"its optimizer holds {len(numbers)} parameters, and {len(order)} are trained"
-            raise UserError(checkpoint, what, "resume with training.strategy=vanilla")
+            problem = f"its optimizer holds {len(numbers)} parameters, and {len(order)} are trained"
+            raise UserError(checkpoint, problem, "resume with training.strategy=vanilla")
         # A parameter that no loss ever reached has none.
         self._moments = {name: saved["state"].get(number) for name, number in zip(order, numbers, strict=True)}
         self._files = _weight_files(checkpoint)
         steps = {float(one["step"]) for one in saved["state"].values()}
         if len(steps) != 1:  # DeepSpeed has one count for all
-            what = f"its parameters have taken different numbers of steps, {min(steps):.0f} to {max(steps):.0f}"
-            raise UserError(checkpoint, what, "resume with training.strategy=vanilla")
+            problem = f"its parameters have taken different numbers of steps, {min(steps):.0f} to {max(steps):.0f}"
+            raise UserError(checkpoint, problem, "resume with training.strategy=vanilla")
         [self.steps] = steps
 
     def names(self) -> set[str]:
@@ -243,7 +243,7 @@ def _saved_name(name: str) -> str:
 _Piece = tuple[dict[str, torch.Tensor], int, int]
 
 
-class _Shards:
+class ShardedState:
     """What DeepSpeed writes: on each process, pieces of the parameters one after the other in flat tensors."""
 
     def __init__(self, checkpoint: Path, stage: int, processes: int) -> None:
@@ -290,6 +290,6 @@ def _pieces_of_stage_3(folder: Path, rank: int, processes: int) -> Iterator[tupl
 
 def _load_shard(folder: Path, rank: int, kind: str) -> dict[str, Any]:
     [path] = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
-    with zero_state_is_plain():
+    with plain_zero_state():
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return loaded

@@ -10,38 +10,38 @@ from typing import TYPE_CHECKING, Any
 from minisft.console import say
 from minisft.data.encoder import Encoder
 from minisft.errors import StoppedError, UserError
-from minisft.library_output import hold_back_notices
-from minisft.manifest import record, refuse_foreign_files
+from minisft.library_output import suppress_known_warnings
+from minisft.manifest import record_files, refuse_foreign_files
 from minisft.models import ResolvedModel, load_model, load_tokenizer, resolve_model
 from minisft.recipe import Recipe, TrainingRecipe
 from minisft.run_folder import (
     RunFolder,
     delete_replaced_run,
     load_run,
-    remember_environment,
-    rewrite_recipe,
     step_of,
-    worker_consent,
+    trust_arguments,
+    write_environment,
+    write_resolved_recipe,
 )
-from minisft.training.callbacks import listening
+from minisft.training.callbacks import listen_for_stop
 from minisft.training.checkpoints import (
-    clear_left_overs,
+    explain_failed_writes,
     is_last,
     last_step,
-    naming_failed_writes,
+    prune,
     publish_final_model,
-    tidy,
+    remove_unfinished,
 )
 from minisft.training.device import (
     choose_precision,
-    default_row_tokens,
+    default_tokens_per_forward,
     describe_environment,
     on_cpu,
     prepare_cpu_memory,
     require_processes,
 )
 from minisft.training.distributed import is_joined, launch
-from minisft.training.nodes import Machines, processes_here, use_network_of
+from minisft.training.nodes import Nodes, local_processes, use_network_interface
 from minisft.training.optimization import (
     clipping_norm,
     own_optimizer,
@@ -73,7 +73,7 @@ _TRACKER_PACKAGES = {
 }
 
 
-def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
+def require_feasible(recipe: Recipe, nodes: Nodes | None = None) -> None:
     """Find out what cannot work before anything is read or written.
 
     Raises:
@@ -87,49 +87,49 @@ def refuse_impossible(recipe: Recipe, machines: Machines | None = None) -> None:
     choose_precision(training.precision)
     _check_lora(recipe)
     if not is_joined():
-        require_processes(processes_here(training.processes, machines))
+        require_processes(local_processes(training.processes, nodes))
     if training.strategy in ZERO_STAGES:
         require_deepspeed(training.strategy, on_cpu())
 
 
-def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, machines: Machines | None = None) -> None:
+def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, nodes: Nodes | None = None) -> None:
     """Train in this process, or in processes that this one starts.
 
     Raises:
         UserError: the model or the data cannot be trained so.
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
-    if resume_from is not None and _ended_with(resume_from, recipe.training):
-        with naming_failed_writes(run.model):
+    if resume_from is not None and _is_finished(resume_from, recipe.training):
+        with explain_failed_writes(run.model):
             publish_final_model(run)  # it ended before this was done
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
         train_in_this_process(recipe, run, resume_from)
         return
-    arguments = [str(run.root), *([str(resume_from)] if resume_from else []), *worker_consent(recipe)]
-    if machines is not None:
-        use_network_of(machines)
-    launch(_WORKER, arguments, processes_here(training.processes, machines), machines)
+    arguments = [str(run.root), *([str(resume_from)] if resume_from else []), *trust_arguments(recipe)]
+    if nodes is not None:
+        use_network_interface(nodes)
+    launch(_WORKER, arguments, local_processes(training.processes, nodes), nodes)
     if not run.is_trained():
         raise _stopped(run)
 
 
-def _ended_with(checkpoint: Path, training: TrainingRecipe) -> bool:
+def _is_finished(checkpoint: Path, training: TrainingRecipe) -> bool:
     return is_last(checkpoint, training.early_stopping, last_step(checkpoint, training))
 
 
-def go_beyond_end(recipe: Recipe, run: RunFolder, checkpoint: Path) -> None:
+def extend_run(recipe: Recipe, run: RunFolder, checkpoint: Path) -> None:
     """Take up a recipe with more epochs or steps than the run had, if it has; `model/` is made anew at the new end.
 
     Nothing is lost: `model/` is a copy of the last checkpoint. Killed between the two, the run is as before its end.
     """
-    if _ended_with(checkpoint, recipe.training):
+    if _is_finished(checkpoint, recipe.training):
         return
     refuse_foreign_files(run.model)
     if run.model.exists():
         shutil.rmtree(run.model.resolve())  # a link stays, and leads to the new one
-    rewrite_recipe(run, recipe)
+    write_resolved_recipe(run, recipe)
 
 
 def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> None:
@@ -148,7 +148,7 @@ def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | No
         patience = recipe.training.early_stopping
         say(f"stopped early at step {trainer.state.global_step}: {patience} evaluations without a lower held-out loss")
     if trainer.args.should_save and not stopped:
-        with naming_failed_writes(run.model):
+        with explain_failed_writes(run.model):
             publish_final_model(run)
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
@@ -177,7 +177,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     """
     import torch
 
-    hold_back_notices()
+    suppress_known_warnings()
     prepare_cpu_memory(recipe.training.strategy, choose_precision(recipe.training.precision))
     start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
@@ -188,31 +188,31 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     encoder = Encoder(tokenizer, recipe.data.template)
     model = _load_for_training(recipe, resolved, arguments.device)
     tokenizer.chat_template = encoder.chat_template
-    return _trainer(recipe, run, model, encoder, arguments, _begun_at(resume_from), resolved.folder)
+    return _trainer(recipe, run, model, encoder, arguments, _start_step(resume_from), resolved.folder)
 
 
 def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: Path | None = None) -> None:
     """Train, from the beginning or from a checkpoint, until the last step or until asked to stop."""
-    from minisft.training.callbacks import FirstStep, ProgressLine, keep_steps_up_to
+    from minisft.training.callbacks import OnFirstStep, ProgressLine, truncate_metrics
 
     progress = ProgressLine()
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
     if trainer.args.should_save:
-        clear_left_overs(run.checkpoints)
-        trainer.add_callback(FirstStep(partial(delete_replaced_run, run)))
-        keep_steps_up_to(run.metrics, _begun_at(resume_from))
+        remove_unfinished(run.checkpoints)
+        trainer.add_callback(OnFirstStep(partial(delete_replaced_run, run)))
+        truncate_metrics(run.metrics, _start_step(resume_from))
         arguments = trainer.args
         precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-        remember_environment(run, describe_environment(precision))
+        write_environment(run, describe_environment(precision))
     try:
-        with naming_failed_writes(run.root), listening() as trainer.stop:
+        with explain_failed_writes(run.root), listen_for_stop() as trainer.stop:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         progress.stop()  # else an error would leave the terminal without its cursor
 
 
-def _begun_at(resume_from: Path | None) -> int:
+def _start_step(resume_from: Path | None) -> int:
     return step_of(resume_from) if resume_from else 0
 
 
@@ -229,10 +229,13 @@ def _check_trackers(training: TrainingRecipe) -> None:
             continue
         if name in INTEGRATION_TO_CALLBACK:
             package = _TRACKER_PACKAGES.get(name, name)
-            what, fix = f"the package of {name} is not installed", f"run `pip install {package}`, or leave {name} out"
+            problem, fix = (
+                f"the package of {name} is not installed",
+                f"run `pip install {package}`, or leave {name} out",
+            )
         else:
-            what, fix = f"there is no tracker {name!r}", f"use one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-        raise UserError("training.report_to", what, fix)
+            problem, fix = f"there is no tracker {name!r}", f"use one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+        raise UserError("training.report_to", problem, fix)
 
 
 def _arguments(recipe: Recipe, run: RunFolder) -> Any:
@@ -325,21 +328,21 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
 
 
 def _trainer(
-    recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any, begun_at: int, begins_with: Path
+    recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any, begun_at: int, base_model_folder: Path
 ) -> "SupervisedTokenTrainer":
     from transformers.integrations import TensorBoardCallback
 
     from minisft.data.prepared import load_split
-    from minisft.training.batching import StepSampler, measure
+    from minisft.training.batching import StepSampler, measure_lengths
     from minisft.training.callbacks import MetricsFile
     from minisft.training.trainer import SupervisedTokenTrainer
 
     training = recipe.training
     dataset = load_split(run.root, "train")
     sampler = StepSampler(
-        measure(dataset),
+        measure_lengths(dataset),
         global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
-        row_tokens=training.row_tokens or default_row_tokens(on_cpu()),
+        row_tokens=training.row_tokens or default_tokens_per_forward(on_cpu()),
         processes=arguments.world_size,
         rank=arguments.process_index,
         seed=recipe.seed,
@@ -354,8 +357,8 @@ def _trainer(
         strategy=training.strategy,
         stop_token_ids=encoder.stop_token_ids,
         describe_rows=_row_describer(dataset),
-        when_saved=partial(tidy, run, training),
-        begins_with=begins_with,
+        on_saved=partial(prune, run, training),
+        base_model_folder=base_model_folder,
         held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
         eval_every=training.eval_every,
         early_stopping=training.early_stopping,
@@ -366,7 +369,7 @@ def _trainer(
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run.tensorboard), purge_step=begun_at + 1)
-        record(*run.tensorboard.glob(f"events.out.tfevents.*.{os.getpid()}.*"))
+        record_files(*run.tensorboard.glob(f"events.out.tfevents.*.{os.getpid()}.*"))
         trainer.add_callback(TensorBoardCallback(writer))
     return trainer
 
@@ -379,8 +382,8 @@ def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -
         return None
     dataset = load_split(run.root, "test")
     if len(dataset) == 0:
-        what = "there are no held-out conversations to compute a loss on"
-        raise UserError("training.eval_every", what, "set data.test_fraction above 0, or data.test, and train anew")
+        problem = "there are no held-out conversations to compute a loss on"
+        raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test, and train anew")
     return HeldOutRows(dataset, row_tokens=row_tokens, processes=arguments.world_size, rank=arguments.process_index)
 
 

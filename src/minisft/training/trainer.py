@@ -20,27 +20,27 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minisft.errors import UserError
-from minisft.files import follow_umask
-from minisft.training.batching import RowDataset, StepBatch, StepSampler, join_rows
-from minisft.training.callbacks import HeldOutLoss, ResumedState, StopAtStepEnd, StopRequest
+from minisft.files import apply_umask
+from minisft.training.batching import RowDataset, StepBatch, StepSampler, collate
+from minisft.training.callbacks import HeldOutLoss, RestoreSampler, StopAtStepEnd, StopRequest
 from minisft.training.checkpoints import (
-    Attempts,
-    clear_left_overs,
-    failed_write,
-    note_origin,
+    WriteErrors,
+    checkpoints_left,
     publish,
+    remove_unfinished,
     staging_folder,
     sync_folder,
-    what_is_left,
+    write_error,
+    write_metadata,
 )
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows
-from minisft.training.integrity import naming_damage, refusing_code
+from minisft.training.integrity import explain_damage, forbid_pickled_code
 from minisft.training.lora import has_adapters, save_adapters
-from minisft.training.loss import Lookups, one_gradient, row_loss
+from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss
 from minisft.training.optimization import clip_gradients
-from minisft.training.resharding import is_laid_out_for, keep_exact_weights, take_over
+from minisft.training.resharding import reshard_state, restore_fp32_weights, same_layout
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
-from minisft.training.zero import zero_state_is_plain, zero_writes_through
+from minisft.training.zero import plain_zero_state, zero_writes_through
 
 _NEW_RUN = "that makes another run, which needs --force or another `output`"
 
@@ -59,8 +59,8 @@ class SupervisedTokenTrainer(Trainer):
         strategy: str,
         stop_token_ids: tuple[int, ...],
         describe_rows: Callable[[tuple[int, ...]], str],
-        when_saved: Callable[[Path], None],
-        begins_with: Path | None = None,
+        on_saved: Callable[[Path], None],
+        base_model_folder: Path | None = None,
         held_out: HeldOutRows | None = None,
         eval_every: str | int | None = None,
         early_stopping: int | None = None,
@@ -70,11 +70,11 @@ class SupervisedTokenTrainer(Trainer):
         self.strategy = strategy
         self.stop_token_ids = stop_token_ids
         self.describe_rows = describe_rows
-        self.when_saved = when_saved
-        self.begins_with = begins_with
+        self.on_saved = on_saved
+        self.base_model_folder = base_model_folder
         self.held_out = held_out
         self._staging: str | None = None
-        self._writing = Attempts()
+        self._writing = WriteErrors()
         super().__init__(*args, **kwargs)
         assert self.args.gradient_accumulation_steps == 1
         self._step = StepMetrics()
@@ -84,7 +84,7 @@ class SupervisedTokenTrainer(Trainer):
         self.ended_early = False
         self._step_loss = torch.zeros((), device=self.args.device)
         self.remove_callback(PrinterCallback)
-        self.add_callback(ResumedState(sampler))
+        self.add_callback(RestoreSampler(sampler))
         self.add_callback(HeldOutLoss(self, eval_every, early_stopping))
         self.add_callback(StopAtStepEnd(self))
 
@@ -96,11 +96,11 @@ class SupervisedTokenTrainer(Trainer):
         Raises:
             UserError: the checkpoint is damaged, or holds something else than plain state, which could run code.
         """
-        with naming_damage(resume_from_checkpoint):
+        with explain_damage(resume_from_checkpoint):
             return self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with naming_damage(resume_from_checkpoint), refusing_code(Path(resume_from_checkpoint)):
+        with explain_damage(resume_from_checkpoint), forbid_pickled_code(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -110,30 +110,30 @@ class SupervisedTokenTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        refusing = refusing_code(Path(checkpoint)) if checkpoint else contextlib.nullcontext()
-        with naming_damage(checkpoint), refusing:
+        refusing = forbid_pickled_code(Path(checkpoint)) if checkpoint else contextlib.nullcontext()
+        with explain_damage(checkpoint), refusing:
             super()._load_rng_state(checkpoint)
 
     def _prepare_or_resume(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if checkpoint is None:
             ready = super()._prepare_for_training(max_steps, train_dataloader, None)
-            if self.is_deepspeed_enabled and self.begins_with is not None:
-                keep_exact_weights(self, self.begins_with)
+            if self.is_deepspeed_enabled and self.base_model_folder is not None:
+                restore_fp32_weights(self, self.base_model_folder)
             return ready
-        plain = zero_state_is_plain() if self.is_deepspeed_enabled else contextlib.nullcontext()
-        with plain, refusing_code(checkpoint):
-            if is_laid_out_for(checkpoint, self.strategy, self.args.world_size):
+        plain = plain_zero_state() if self.is_deepspeed_enabled else contextlib.nullcontext()
+        with plain, forbid_pickled_code(checkpoint):
+            if same_layout(checkpoint, self.strategy, self.args.world_size):
                 return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             ready = super()._prepare_for_training(max_steps, train_dataloader, None)
-            take_over(self, checkpoint)
+            reshard_state(self, checkpoint)
             return ready
 
     # --- batches
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
         """Give the Trainer one `StepBatch` an optimizer step; nothing shards it a second time."""
-        return DataLoader(RowDataset(self.train_dataset), batch_sampler=self.sampler, collate_fn=join_rows)
+        return DataLoader(RowDataset(self.train_dataset), batch_sampler=self.sampler, collate_fn=collate)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
         """Take the batches as they are: each brings its own count of supervised tokens."""
@@ -164,13 +164,13 @@ class SupervisedTokenTrainer(Trainer):
                     loss = loss * (self.args.world_size / batch.step_supervised)
                     total += loss.detach()
                     if last:  # DeepSpeed steps inside the last backward
-                        self._agree(total, batch)
+                        self._synchronise_step(total, batch)
                     self.accelerator.backward(loss, **self._backward_options())
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
         self._step_loss = total
         return total
 
-    def _agree(self, share: torch.Tensor, batch: StepBatch) -> None:
+    def _synchronise_step(self, share: torch.Tensor, batch: StepBatch) -> None:
         """Find out on every process whether one was asked to stop, and whether the step's loss is a number.
 
         Raises:
@@ -185,7 +185,7 @@ class SupervisedTokenTrainer(Trainer):
         rows = self.describe_rows(tuple(index for row in batch.rows for index in row.indexes))
         raise UserError(
             f"step {self.state.global_step + 1}",
-            f"the loss is {loss}; rows of the step: {rows}; {what_is_left(Path(str(self.args.output_dir)))}",
+            f"the loss is {loss}; rows of the step: {rows}; {checkpoints_left(Path(str(self.args.output_dir)))}",
             f"look at those rows, or lower training.learning_rate or use precision fp32 or bf16; {_NEW_RUN}",
         )
 
@@ -199,9 +199,13 @@ class SupervisedTokenTrainer(Trainer):
             with self.accelerator.no_sync(model):
                 yield
 
-    def _large_gradients(self, model: Any) -> contextlib.AbstractContextManager[Lookups]:
+    def _large_gradients(self, model: Any) -> contextlib.AbstractContextManager[EmbeddingLookups]:
         """Let a step make one gradient of the embedding; DeepSpeed takes those of every backward itself."""
-        return contextlib.nullcontext(Lookups()) if self.is_deepspeed_enabled else one_gradient(model)
+        return (
+            contextlib.nullcontext(EmbeddingLookups())
+            if self.is_deepspeed_enabled
+            else accumulate_embedding_gradient(model)
+        )
 
     def _backward_options(self) -> dict[str, Any]:
         return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
@@ -257,7 +261,7 @@ class SupervisedTokenTrainer(Trainer):
             UserError: the step's gradient was no number, so the weights are spoiled; or the file system refused.
         """
         if not (self._norm is None or self.args.fp16 or math.isfinite(float(self._norm))):  # fp16 skips such a step
-            left = what_is_left(Path(str(self.args.output_dir)))
+            left = checkpoints_left(Path(str(self.args.output_dir)))
             raise UserError(
                 f"step {self.state.global_step}",
                 f"the gradient norm is {float(self._norm)}, so no checkpoint was written of this step; {left}",
@@ -266,23 +270,23 @@ class SupervisedTokenTrainer(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(str(self.args.output_dir))
         staging = staging_folder(folder)
-        self._staging, self._writing = str(staging), Attempts()
+        self._staging, self._writing = str(staging), WriteErrors()
         try:
             with self._writing:
                 super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        self._agree_written(name)  # all of it, by every process
+        self._synchronise_write_errors(name)  # all of it, by every process
         if self.args.should_save:
-            self._writing(note_origin, staging / name, self.strategy, self.args.world_size)
-            self._writing(follow_umask, staging / name)
+            self._writing(write_metadata, staging / name, self.strategy, self.args.world_size)
+            self._writing(apply_umask, staging / name)
             self._writing(sync_folder, staging / name)
             self._writing(publish, staging / name, folder / name)
-        self._agree_written(name)
+        self._synchronise_write_errors(name)
         if self.args.should_save:
-            self.when_saved(folder / name)
+            self.on_saved(folder / name)
 
-    def _agree_written(self, name: str) -> None:
+    def _synchronise_write_errors(self, name: str) -> None:
         """Find out on every process whether the file system refused one of them a write.
 
         Raises:
@@ -293,10 +297,10 @@ class SupervisedTokenTrainer(Trainer):
             return
         folder = Path(str(self.args.output_dir))
         if self.args.should_save:
-            clear_left_overs(folder)
+            remove_unfinished(folder)
         reasons = gather_object([self._writing.failure])
         reason = next(str(one) for one in reasons if one is not None)
-        raise failed_write(folder / name, "the checkpoint could not be written", reason)
+        raise write_error(folder / name, "the checkpoint could not be written", reason)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         engine = self.model_wrapped if self.is_deepspeed_enabled else None

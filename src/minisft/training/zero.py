@@ -28,8 +28,8 @@ import torch
 from minisft.console import warn
 from minisft.errors import StoppedError, UserError
 from minisft.files import cache_folder
-from minisft.library_output import without_lines
-from minisft.processes import die_with_parent, stop_signals
+from minisft.library_output import drop_lines
+from minisft.processes import exit_with_parent, handle_stop_signals
 
 _SAYS_BUILT = "built successfully"  # DeepSpeed prints that of an op that it loads
 
@@ -116,12 +116,12 @@ def start_communication(on_cpu: bool, timeout: timedelta = timedelta(minutes=30)
     if on_cpu:
         with _extensions_guarded():
             _load_shared_memory_op()
-    with without_lines(_SAYS_BUILT):
+    with drop_lines(_SAYS_BUILT):
         deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=timeout)
 
 
 @contextlib.contextmanager
-def zero_state_is_plain() -> Iterator[None]:
+def plain_zero_state() -> Iterator[None]:
     """While it lasts, torch and DeepSpeed read checkpoints as tensors, numbers and the classes that ZeRO's state has.
 
     DeepSpeed would run whatever a pickle says. These classes hold numbers: the stage, the loss scale, and where a
@@ -204,7 +204,7 @@ def fill_zero_engine(
     engine.global_samples = steps * engine.train_batch_size()
 
 
-def restore_exact_weights(engine: Any, parameters: dict[str, Any], exact: Callable[[str], torch.Tensor | None]) -> None:
+def fill_fp32_masters(engine: Any, parameters: dict[str, Any], exact: Callable[[str], torch.Tensor | None]) -> None:
     """Give the optimizer of a half-precision engine the fp32 weights that its module was rounded from.
 
     DeepSpeed makes its own fp32 weights after it has rounded the module. They would begin exactly on rounded numbers,
@@ -297,7 +297,7 @@ def _compile_communication(where: str) -> None:
     with _extensions_guarded():
         if _is_built(extensions):  # before, or by another process meanwhile
             return
-        reason = compile_apart(clean_up=lambda: _remove_locks(extensions / "deepspeed_shm_comm"))
+        reason = compile_in_subprocess(clean_up=lambda: _remove_locks(extensions / "deepspeed_shm_comm"))
     if reason is not None:
         raise UserError(
             where,
@@ -354,7 +354,7 @@ def _load_shared_memory_op() -> None:
 _COMMAND = ("-m", "minisft.training.zero")
 
 
-def compile_apart(clean_up: Callable[[], object]) -> str | None:
+def compile_in_subprocess(clean_up: Callable[[], object]) -> str | None:
     """Compile the op, and wait for it; SIGINT and SIGTERM end it at once.
 
     Args:
@@ -366,10 +366,10 @@ def compile_apart(clean_up: Callable[[], object]) -> str | None:
     Raises:
         StoppedError: this process was asked to stop.
     """
-    with stop_signals(_stop):
+    with handle_stop_signals(_stop):
         process = subprocess.Popen(
             [sys.executable, *_COMMAND], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True, preexec_fn=die_with_parent,
+            text=True, errors="replace", start_new_session=True, preexec_fn=exit_with_parent,
         )  # fmt: skip
         try:
             printed, _ = process.communicate()

@@ -246,7 +246,7 @@ def test_options_out_of_their_range_are_named(model_folder, option, values):
 
 def start_chat(folder, *options, **settings):
     code = (
-        "import sys, torch; torch.set_num_threads(1); from minisft.chat import chat; "
+        "import sys, torch; torch.set_num_threads(1); from minisft.chat.terminal import chat; "
         "chat(sys.argv[1], max_new_tokens=int(sys.argv[2]))"
     )
     return subprocess.Popen([sys.executable, "-c", code, str(folder), *options], preexec_fn=heed_ctrl_c, **settings)

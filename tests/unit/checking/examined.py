@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minisft.checking.run_checks import CHECKS, examine
+from minisft.checking.run_checks import CHECKS, run_checks
 from minisft.checking.scratch import take_steps_twice
 from minisft.recipe import load_recipe
 from minisft.run_start import open_run
@@ -14,7 +14,7 @@ def examined(recipe_file, *overrides, quick=False, only=None):
     wanted = {check.name for check in CHECKS} if only is None else {only, *needed_by(only), *depending_on(only)}
     checks = [check for check in CHECKS if check.name in wanted]
     with open_run(recipe, prepares_only=True) as run:
-        results = examine(recipe, run, quick=quick, tell=lambda result: None, checks=checks)
+        results = run_checks(recipe, run, quick=quick, on_result=lambda result: None, checks=checks)
     return {result.name: result for result in results}
 
 
@@ -33,7 +33,7 @@ def assert_first_to_fail(results, name):
     """`name` failed, before all others; what depends on it was not run for that reason, and the rest was."""
     failed = [result.name for result in results.values() if result.status == "FAILED"]
     assert failed[:1] == [name], [(r.name, r.status, r.detail) for r in results.values() if r.status != "ok"]
-    assert results[name].mend
+    assert results[name].fix
     for dependent in depending_on(name) & set(results):
         assert (results[dependent].status, results[dependent].detail) == ("not run", f"because {name} failed")
     return results[name].detail

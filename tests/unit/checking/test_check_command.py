@@ -62,7 +62,7 @@ def test_another_word_about_the_same_recipe_is_no_obstacle(recipe_file, report):
 
 
 def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file, monkeypatch, report):
-    def raise_it(subject):
+    def raise_it(context):
         raise ValueError("no such thing")
 
     checks = (
@@ -70,7 +70,7 @@ def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file, 
         *run_checks.CHECKS[:4],
         Check("b.after", "", raise_it, ("a.broken",)),
     )
-    monkeypatch.setattr(run_checks.examine, "__kwdefaults__", {"checks": checks})
+    monkeypatch.setattr(run_checks.run_checks, "__kwdefaults__", {"checks": checks})
     assert main(["check", str(recipe_file), "--quick"]) == 2
     found = {one["name"]: one for one in report()["checks"]}
     assert "ValueError: no such thing (raise_it, line" in found["a.broken"]["detail"]
@@ -80,11 +80,11 @@ def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file, 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), StoppedError("stopped as asked")])
 def test_a_check_that_is_stopped_leaves_nothing_and_says_nothing(recipe_file, monkeypatch, capsys, stop):
-    def raise_it(subject):
-        (subject.scratch / "left").touch()
+    def raise_it(context):
+        (context.scratch / "left").touch()
         raise stop
 
-    monkeypatch.setattr(run_checks.examine, "__kwdefaults__", {"checks": (Check("a.stopped", "", raise_it),)})
+    monkeypatch.setattr(run_checks.run_checks, "__kwdefaults__", {"checks": (Check("a.stopped", "", raise_it),)})
     assert main(["check", str(recipe_file), "--quick"]) == 1
     run = recipe_file.parent / "run"
     assert not (run / ".check").exists()

@@ -17,12 +17,12 @@ PROMPT = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 def with_template(recipe_file, tmp_path):
     """Return a function that examines the recipe, quickly, under a Jinja template."""
 
-    def examine(text, *overrides):
+    def run_checks(text, *overrides):
         path = tmp_path / "template.jinja"
         path.write_text(text, encoding="utf-8")
         return examined(recipe_file, f"data.template={path}", *overrides, quick=True)
 
-    return examine
+    return run_checks
 
 
 @pytest.fixture

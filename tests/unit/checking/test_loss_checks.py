@@ -55,13 +55,13 @@ for config, model in ((ForgetfulConfig, ForgetfulModel), (LeakyConfig, LeakyMode
 def with_model(recipe_file, tmp_path):
     """Return a function that examines the recipe with a model of a class of its own."""
 
-    def examine(model_class, config):
+    def run_checks(model_class, config):
         torch.manual_seed(0)
         model_class(config).save_pretrained(tmp_path / "model")
         byte_tokenizer().save_pretrained(tmp_path / "model")
         return examined(recipe_file, f"model={tmp_path / 'model'}", only="loss.rows")
 
-    return examine
+    return run_checks
 
 
 def test_a_model_that_ignores_position_ids(with_model):
@@ -83,10 +83,10 @@ def test_a_model_that_lets_conversations_see_each_other(with_model):
 
 
 def test_labels_that_are_overwritten_on_the_way_to_the_loss(recipe_file, monkeypatch):
-    def all_learned(conversations, indexes=(), own=batching.lay_out):
+    def all_learned(conversations, indexes=(), own=batching.pack_sequences):
         return own([(ids, ids) for ids, _ in conversations], indexes)
 
-    monkeypatch.setattr(batching, "lay_out", all_learned)
+    monkeypatch.setattr(batching, "pack_sequences", all_learned)
     assert "the mask is lost" in assert_first_to_fail(examined(recipe_file, only="loss.mask"), "loss.mask")
 
 
@@ -104,7 +104,7 @@ def test_targets_that_are_off_by_one(recipe_file, monkeypatch):
     """The padded reference shifts by itself, so a second shift shows."""
 
     def shifted(model, row):
-        return row_loss(model, batching.Row(
+        return row_loss(model, batching.PackedRow(
             row.input_ids, row.position_ids, row.lengths, (row.predict_at - 1).clamp(min=0), row.targets, row.indexes
         ))  # fmt: skip
 

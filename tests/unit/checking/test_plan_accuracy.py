@@ -32,14 +32,14 @@ def test_a_run_that_does_not_fit(recipe_file, monkeypatch):
         return made if ".check" in recipe.output else replace(made, usable_bytes=made.process_bytes)
 
     monkeypatch.setattr(planner, "predict_here", on_a_small_machine)
-    monkeypatch.setattr(strategy_checks, "MOST_OFF", 1e9)  # what the tests before this one took counts here
+    monkeypatch.setattr(strategy_checks, "MAX_RATIO", 1e9)  # what the tests before this one took counts here
     assert "the run needs" in assert_first_to_fail(examined(recipe_file, only="spend.memory"), "spend.memory")
 
 
 def test_steps_that_take_far_longer_than_planned(recipe_file, monkeypatch):
     """As a tiny model's do, whose steps are hardly arithmetic, if short ones were not spared."""
     monkeypatch.setattr(strategy_checks, "SLOW", 0.0)
-    monkeypatch.setattr(strategy_checks, "MOST_SLOWER", 1e-3)
+    monkeypatch.setattr(strategy_checks, "MAX_SLOWDOWN", 1e-3)
     results = examined(recipe_file, only="spend.time")
     assert "the plan says" in assert_first_to_fail(results, "spend.time")
 
@@ -54,10 +54,10 @@ def test_what_one_process_cannot_hold_is_no_failure(recipe_file, monkeypatch):
     """A model that fits under ZeRO alone: what compares with one process is not run, with the reason."""
     import torch
 
-    def too_large(subject, recipe):
+    def too_large(context, recipe):
         raise torch.OutOfMemoryError("tried to allocate 28 GiB")
 
-    monkeypatch.setattr("minisft.checking.context.Subject.train_in_scratch", too_large)
+    monkeypatch.setattr("minisft.checking.context.CheckContext.train_in_scratch", too_large)
     results = examined(recipe_file, only="checkpoint.plain")
     assert "tried to allocate 28 GiB" in results["loss.mask"].detail
     assert {result.status for result in results.values()} == {"ok", "not run"}

@@ -145,13 +145,13 @@ def test_generation_that_sees_its_padding(recipe_file, monkeypatch):
 
 
 def test_a_model_whose_weights_are_frozen_but_one(recipe_file, monkeypatch):
-    def frozen(subject, recipe, own=overfit_check.Subject.train_in_scratch):
-        trainer = own(subject, recipe)
+    def frozen(context, recipe, own=overfit_check.CheckContext.train_in_scratch):
+        trainer = own(context, recipe)
         if recipe.output.endswith("learning"):
             for name, weight in trainer.model.named_parameters():
                 weight.requires_grad_(name.endswith("norm.weight") and "layers" not in name)
         return trainer
 
-    monkeypatch.setattr(overfit_check.Subject, "train_in_scratch", frozen)
+    monkeypatch.setattr(overfit_check.CheckContext, "train_in_scratch", frozen)
     monkeypatch.setattr(overfit_check, "MOST_STEPS", 20)
     assert "after 20 steps" in assert_first_to_fail(examined(recipe_file, only="learning.recall"), "learning.recall")

@@ -9,7 +9,7 @@ import pytest
 
 from minisft.comparison.compare import share
 from minisft.errors import StoppedError
-from minisft.processes import Ended, run_verb
+from minisft.processes import CompletedVerb, run_verb
 
 
 def test_an_error_that_the_user_can_mend(tmp_path):
@@ -40,7 +40,7 @@ def test_the_log_keeps_what_earlier_children_printed(tmp_path):
     ],
 )
 def test_why_it_failed(status, printed, said):
-    assert Ended(status, printed).error == said
+    assert CompletedVerb(status, printed).error == said
 
 
 def test_a_signal_stops_the_child_and_then_this_process(tmp_path):

@@ -66,8 +66,8 @@ def merges(vocabulary: dict[str, int], scores: dict[str, float]) -> list[tuple[s
     found = []
     for piece, score in scores.items():
         splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        usable = [(left, right) for left, right in splits if left in scores and right in scores]
-        found += [(-score, -len(left), vocabulary[left], (left, right)) for left, right in usable]
+        select_kernel = [(left, right) for left, right in splits if left in scores and right in scores]
+        found += [(-score, -len(left), vocabulary[left], (left, right)) for left, right in select_kernel]
     return [pair for _, _, _, pair in sorted(found)]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minisft.data.encoder import Encoder
 from minisft.data.formats import FORMATS, detect_format
-from minisft.data.pipeline import Task, process_chunk
+from minisft.data.pipeline import ChunkTask, process_chunk
 from minisft.data.sources import Source, read_source
 from minisft.errors import UserError
 from minisft.recipe import DataRecipe
@@ -65,8 +65,8 @@ def assert_counts_or_message(content, suffix, invalid, folder, encoder):
         found = next((name for _, row in chunk.parsed() if (name := detect_format(row))), None)
         for format in [found] if found else FORMATS:
             data = DataRecipe(source=str(path), invalid=invalid, max_length=40)
-            result = process_chunk(chunk, encoder, Task(data, (format,), 0))
-            assert result.tally.count("rows", "read") == len(chunk) == len(result.keys) + result.tally.skipped
+            result = process_chunk(chunk, encoder, ChunkTask(data, (format,), 0))
+            assert result.stats.count("rows", "read") == len(chunk) == len(result.keys) + result.stats.skipped
 
 
 @settings(max_examples=200)

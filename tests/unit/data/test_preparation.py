@@ -193,7 +193,7 @@ def test_the_data_of_a_run_that_has_begun_must_be_those_that_it_began_with(tmp_p
     with pytest.raises(UserError) as caught:
         prepare_source(path, run, chat_bpe, begun=True)
     assert f"changed since then: {path}" in str(caught.value)
-    assert "--force" in caught.value.mend
+    assert "--force" in caught.value.fix
     assert json.loads((run / "dataset" / "ledger.json").read_text()) == first.ledger
     path.write_bytes(path.read_bytes().replace(b"Question number 8?", b"Question number 7?", 1))
     with pytest.raises(UserError, match="the tokenizer"):
@@ -401,7 +401,7 @@ def test_cut_rows_are_verified_wherever_the_cut_falls(template, tmp_path, chat_b
 
 
 def test_verification_finds_a_cut_row_that_reads_otherwise(tmp_path, chat_bpe, monkeypatch):
-    whole = pipeline.fit
+    whole = pipeline.truncate
 
     def wrong(*arguments):
         fitted = whole(*arguments)
@@ -409,7 +409,7 @@ def test_verification_finds_a_cut_row_that_reads_otherwise(tmp_path, chat_bpe, m
         fitted.encoded.input_ids[-1] = fitted.encoded.labels[-1] = chat_bpe.eos_token_id
         return fitted
 
-    monkeypatch.setattr(pipeline, "fit", wrong)
+    monkeypatch.setattr(pipeline, "truncate", wrong)
     path = write_rows(tmp_path / "a.jsonl", [talk("Hi", "word " * 100)] * 3)
     with pytest.raises(VerificationError, match="the supervised tokens read"):
         prepare_source(path, tmp_path / "run", chat_bpe, max_length=50)

@@ -82,7 +82,7 @@ def test_rows_are_called_by_file_and_line(tmp_path):
 
 def test_a_large_json_list_is_read_piece_by_piece(tmp_path):
     path = tmp_path / "list.json"
-    long = [talk("Question é" * 40_000, f"Answer {i}") for i in range(8)]
+    long = [talk("EvalExample é" * 40_000, f"Answer {i}") for i in range(8)]
     path.write_text(json.dumps(long, ensure_ascii=False), encoding="utf-8")
     assert rows(path) == long
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from minisft.evaluation.generation import Draws, Generated, Sampling, generate, inference_dtype, plan_batches
+from minisft.evaluation.generation import Generated, Sampling, TokenSampler, generate, inference_dtype, plan_batches
 from minisft.evaluation.kv_cache import PromptCache, new_cache
 
 VOCABULARY = 97
@@ -191,7 +191,7 @@ def test_tokens_are_drawn_as_often_as_the_model_says(temperature, top_p):
     warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits))
     expected = torch.softmax(warped, dim=-1)[0]
     rows = 500
-    draws = Draws(Sampling(temperature, top_p), {row: [row] for row in range(rows)})
+    draws = TokenSampler(Sampling(temperature, top_p), {row: [row] for row in range(rows)})
     picked = torch.cat([draws.pick(logits.expand(rows, -1), range(rows)) for _ in range(40)])
     drawn = torch.bincount(picked, minlength=30) / len(picked)
     assert not drawn[expected == 0].any()

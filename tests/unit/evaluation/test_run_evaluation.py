@@ -25,7 +25,7 @@ from minisft.evaluation.run_evaluation import evaluate
 from minisft.files import hold_lock
 from minisft.models import weights_fingerprint
 from minisft.recipe import DataRecipe, EvaluationRecipe, Recipe
-from minisft.run_folder import RunFolder, remember_model
+from minisft.run_folder import RunFolder, record_base_model
 
 MARKERS = ["<|im_start|>", "<|im_end|>"]
 
@@ -138,8 +138,8 @@ def test_all_turns_have_the_earlier_answers_of_the_data_in_their_prompts(made, r
     encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(made.model), "chatml")
     held_out = load_held_out(run, encoder, "all", None)
     rows = load_test(run)
-    assert [q.turn for q in held_out.questions] == [1, 2] * len(rows)
-    for row, first, second in zip(rows, held_out.questions[::2], held_out.questions[1::2], strict=True):
+    assert [q.turn for q in held_out.examples] == [1, 2] * len(rows)
+    for row, first, second in zip(rows, held_out.examples[::2], held_out.examples[1::2], strict=True):
         assert row["input_ids"][: len(second.prompt_ids)] == second.prompt_ids
         assert row["input_ids"][: len(first.prompt_ids)] == first.prompt_ids
         assert first.reference in second.prompt
@@ -194,8 +194,8 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(made, run, monkeypatch
     with journal.open("a") as file:
         file.write('{"answers": [["abc", {"ids": [1')  # torn as it was killed
     again = evaluate(made, run)
-    questions = len(load_test(run))
-    assert len(asked) == 3 * questions, "each answer of each model once"
+    examples = len(load_test(run))
+    assert len(asked) == 3 * examples, "each answer of each model once"
     assert without_seconds(again) == without_seconds(undisturbed)
 
 
@@ -315,10 +315,10 @@ def test_settings_out_of_their_range_are_named(key, value):
 
 
 def test_a_base_model_that_is_not_the_runs_is_refused(made, run):
-    remember_model(RunFolder(run), "here", weights_fingerprint(Path(made.model)))
+    record_base_model(RunFolder(run), "here", weights_fingerprint(Path(made.model)))
     evaluate(made, run)
     (run / "base_model.json").unlink()
-    remember_model(RunFolder(run), "the model of yesterday", "other")
+    record_base_model(RunFolder(run), "the model of yesterday", "other")
     with pytest.raises(UserError, match="began with the model of yesterday, and the name now leads to"):
         evaluate(made, run)
 
@@ -461,7 +461,7 @@ def test_following_scores_checkpoints_as_they_appear(made, run, monkeypatch):
 
 def test_following_ends_where_training_died(made, run, monkeypatch):
     locked = [True, True, True, False]
-    monkeypatch.setattr(monitor, "is_locked", lambda run: locked.pop(0))
+    monkeypatch.setattr(monitor, "is_training_running", lambda run: locked.pop(0))
     monkeypatch.setattr(monitor.time, "sleep", lambda seconds: None)
     assert len(evaluate(made, run, follow=True)["checkpoints"]) == 2
     assert locked == []
@@ -470,7 +470,7 @@ def test_following_ends_where_training_died(made, run, monkeypatch):
 def test_following_waits_for_the_data_of_a_training_that_has_only_begun(made, run, monkeypatch, capsys):
     aside = (run / "dataset").rename(run / "aside")
     locked = [False, True, True, True, False]
-    monkeypatch.setattr(monitor, "is_locked", lambda run: locked.pop(0))
+    monkeypatch.setattr(monitor, "is_training_running", lambda run: locked.pop(0))
     slept: list[float] = []
 
     def prepare_at_the_second(seconds):
@@ -491,7 +491,7 @@ def test_following_does_not_wait_for_data_that_will_not_come(tmp_path, monkeypat
         monitor.wait_for_data(RunFolder(tmp_path))
     assert sum(slept) == 60
     locked = [True, False]
-    monkeypatch.setattr(monitor, "is_locked", lambda run: locked.pop(0))
+    monkeypatch.setattr(monitor, "is_training_running", lambda run: locked.pop(0))
     with pytest.raises(UserError, match="ended before it prepared the data"):
         monitor.wait_for_data(RunFolder(tmp_path))
 
@@ -506,11 +506,11 @@ def test_following_ends_where_no_training_begins(made, run, monkeypatch):
 
 def test_the_lock_of_a_training_is_seen(tmp_path):
     run = RunFolder(tmp_path)
-    assert not monitor.is_locked(run)
+    assert not monitor.is_training_running(run)
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert monitor.is_locked(run)
-    assert not monitor.is_locked(run)
+        assert monitor.is_training_running(run)
+    assert not monitor.is_training_running(run)
 
 
 def test_what_was_scored_stays_when_its_checkpoint_is_removed(made, run):
@@ -519,8 +519,8 @@ def test_what_was_scored_stays_when_its_checkpoint_is_removed(made, run):
     assert evaluate(made, run) == before
     other = evaluate(with_settings(made, max_new_tokens=5), run)
     assert [entry["checkpoint"] for entry in other["checkpoints"]] == ["checkpoint-10"]
-    what = "it was removed before all of it was scored"
-    assert other["failed"] == [{"checkpoint": "checkpoint-9", "error": what, "removed": True}]
+    problem = "it was removed before all of it was scored"
+    assert other["failed"] == [{"checkpoint": "checkpoint-9", "error": problem, "removed": True}]
     again = evaluate(made, run)
     assert again["checkpoints"][0] == before["checkpoints"][0], "asking otherwise cost nothing that cannot be had anew"
 

@@ -3,11 +3,11 @@
 import functools
 from pathlib import Path
 
-from minisft.planning.model_cost import Footprints, read_config
+from minisft.planning.model_cost import ModelCosts, read_config
 
 MODELS = Path(__file__).parent / "models"
 
 
 @functools.cache
-def footprints(name: str) -> Footprints:
-    return Footprints(read_config(MODELS / name))
+def footprints(name: str) -> ModelCosts:
+    return ModelCosts(read_config(MODELS / name))

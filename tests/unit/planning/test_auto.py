@@ -15,7 +15,7 @@ from minisft.planning.workload import workload_assumed
 from minisft.recipe import load_recipe
 from minisft.run_folder import load_run
 from minisft.run_start import open_run
-from minisft.training.distributed import launch_alone
+from minisft.training.distributed import launch_single
 from tests.unit.planning.models_as_files import footprints
 
 GPU_RECIPE = ("training.strategy=auto", "training.precision=bf16", "training.gradient_checkpointing=true")
@@ -78,17 +78,17 @@ def test_nothing_fits_by_the_plan(settle):
     with pytest.raises(UserError) as caught:
         settle(15.0)
     assert caught.value.where == "training.strategy=auto"
-    assert "nothing fits in 15.0 GB a process" in caught.value.what
+    assert "nothing fits in 15.0 GB a process" in caught.value.problem
     for strategy in ("vanilla", "zero1", "zero2", "zero3"):
-        assert f"{strategy} " in caught.value.what
-    assert "16 h100 on 2 nodes with training.strategy=zero3" in caught.value.mend
+        assert f"{strategy} " in caught.value.problem
+    assert "16 h100 on 2 nodes with training.strategy=zero3" in caught.value.fix
 
 
 def test_nothing_fits_when_tried(settle):
     with pytest.raises(UserError) as caught:
         settle(25.0, {"zero3": None})
-    assert "zero3 ran out of memory" in caught.value.what
-    assert "by the plan vanilla" in caught.value.what
+    assert "zero3 ran out of memory" in caught.value.problem
+    assert "by the plan vanilla" in caught.value.problem
 
 
 # --- the trial ----------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_a_trial_takes_the_heaviest_step(prepared, monkeypatch):
         (root / "metrics.jsonl").write_text('{"peak_memory_mb": 700.0, "seconds": 2.0}\n')
         (root / "process_bytes").write_text("400000000")
 
-    monkeypatch.setattr(auto, "launch_alone", look)
+    monkeypatch.setattr(auto, "launch_single", look)
     assert try_strategy(recipe, run, job) == Trial("vanilla", 700e6, 400e6, 2.0)
     heaviest = job.workload.heaviest_step
     assert seen == [(2, len(heaviest)), sorted(auto.prepared_sizes(recipe).tokens[heaviest])]
@@ -140,7 +140,7 @@ def test_only_a_lack_of_memory_makes_it_go_on(prepared, monkeypatch, error, out_
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(auto, "launch_alone", fail)
+    monkeypatch.setattr(auto, "launch_single", fail)
     if out_of_memory:
         assert try_strategy(recipe, run, job).peak is None
     else:
@@ -166,11 +166,11 @@ def test_torchs_own_words_for_a_lack_of_memory():
 
 
 def test_how_a_process_alone_ended():
-    launch_alone("tests.unit.planning.ends", ["0"])
+    launch_single("tests.unit.planning.ends", ["0"])
     with pytest.raises(RuntimeError, match="SIGKILL"):
-        launch_alone("tests.unit.planning.ends", ["SIGKILL"])
+        launch_single("tests.unit.planning.ends", ["SIGKILL"])
     with pytest.raises(RuntimeError, match="exit status 3"):
-        launch_alone("tests.unit.planning.ends", ["3"])
+        launch_single("tests.unit.planning.ends", ["3"])
 
 
 # --- the command line ---------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from minisft.planning import machines
-from minisft.planning.machines import GPUS, with_rate_of_layers
-from minisft.planning.model_cost import Footprints
+from minisft.planning.machines import GPUS, with_layer_benchmark
+from minisft.planning.model_cost import ModelCosts
 
 CPU = replace(
     GPUS["l40s"], name="cpu", kind="cpu", flops={"fp32": 1e11}, utilisation=0.75, per_node=2, measured=True, source="x"
@@ -25,7 +25,7 @@ def config():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_layers_are_tried_in_the_precision(config, precision):
-    machine = with_rate_of_layers(CPU, config, precision, 1)
+    machine = with_layer_benchmark(CPU, config, precision, 1)
     assert list(machine.flops) == [precision]
     assert 1e7 < machine.flops[precision] < 1e14
     assert "layers of this model, on 2 cores" in machine.source
@@ -35,17 +35,17 @@ def test_layers_are_tried_in_the_precision(config, precision):
 def test_the_rate_is_that_of_the_operations_that_footprints_count(config, monkeypatch):
     monkeypatch.setattr(machines, "_seconds", lambda body, half: 2.0)
     monkeypatch.setattr(machines, "_LENGTHS", (30, 10))
-    machine = with_rate_of_layers(CPU, config, "fp32", 2)
+    machine = with_layer_benchmark(CPU, config, "fp32", 2)
     config.num_hidden_layers = 2
-    footprint = Footprints(config).of("fp32")
+    footprint = ModelCosts(config).of("fp32")
     operations = 40 * footprint.step_flops(False) + footprint.attention_flops(30**2 + 10**2, False)
     assert machine.flops["fp32"] == pytest.approx(operations / 2.0 / 2)  # two seconds, two processes
 
 
 def test_large_layers_are_not_tried(config, monkeypatch):
     monkeypatch.setattr(machines, "_MOST_PARAMETERS", 1e4)
-    assert with_rate_of_layers(CPU, config, "fp32", 1) is CPU
+    assert with_layer_benchmark(CPU, config, "fp32", 1) is CPU
 
 
 def test_a_model_that_cannot_be_tried_leaves_the_machine():
-    assert with_rate_of_layers(CPU, object(), "fp32", 1) is CPU
+    assert with_layer_benchmark(CPU, object(), "fp32", 1) is CPU

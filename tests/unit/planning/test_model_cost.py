@@ -15,7 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from minisft.planning.model_cost import count_footprint, read_config
+from minisft.planning.model_cost import count_cost, read_config
 from minisft.recipe import LoraRecipe
 from minisft.training import attention
 from minisft.training.lora import add_lora
@@ -61,7 +61,7 @@ def test_counts_what_a_real_forward_keeps(config, lora):
     if lora is not None:
         model = add_lora(model, lora, base_name="x", seed=0)
     kept = kept_in_a_real_forward(model.train(), TOKENS)
-    assert count_footprint(config, "fp32", lora).activation_bytes * TOKENS == pytest.approx(kept, rel=0.02)
+    assert count_cost(config, "fp32", lora).activation_bytes * TOKENS == pytest.approx(kept, rel=0.02)
 
 
 def test_agrees_with_korthikanti_et_al_2022():
@@ -74,7 +74,7 @@ def test_agrees_with_korthikanti_et_al_2022():
         vocab_size=320, n_embd=width, n_layer=layers, n_head=8, activation_function="gelu", resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    footprint = count_footprint(config, "half")
+    footprint = count_cost(config, "half")
     assert footprint.activation_bytes / layers == pytest.approx((34 - 2 + 2) * width, rel=0.03)
 
 
@@ -84,7 +84,7 @@ def test_agrees_with_korthikanti_et_al_2022():
 )
 def test_published_models(name, parameters):
     """The sizes that the safetensors indexes of these models give; 6 operations a weight and token (Kaplan et al.)."""
-    footprint = count_footprint(read_config(MODELS / name), "half")
+    footprint = count_cost(read_config(MODELS / name), "half")
     assert footprint.parameters == footprint.trainable == parameters
     in_products = parameters - 2 * footprint.vocabulary * footprint.hidden_size  # neither embedding nor output layer
     assert footprint.forward_flops == pytest.approx(2 * in_products, rel=1e-3)
@@ -94,7 +94,7 @@ def test_published_models(name, parameters):
 
 def test_half_precision_keeps_half_and_autocast_copies_weights():
     config = LlamaConfig(**SMALL, intermediate_size=96)
-    exact, half, autocast = (count_footprint(config, name) for name in ("fp32", "half", "autocast"))
+    exact, half, autocast = (count_cost(config, name) for name in ("fp32", "half", "autocast"))
     assert half.activation_bytes < 0.6 * exact.activation_bytes
     assert half.activation_bytes < autocast.activation_bytes < exact.activation_bytes
     layers = 3 * (4 * 48 * 48 + 3 * 48 * 96)
@@ -103,7 +103,7 @@ def test_half_precision_keeps_half_and_autocast_copies_weights():
 
 def test_lora_trains_the_adapters_alone_at_two_thirds_of_the_operations():
     config = LlamaConfig(**SMALL, intermediate_size=96)
-    full, lora = count_footprint(config, "fp32"), count_footprint(config, "fp32", LoraRecipe(rank=1))
+    full, lora = count_cost(config, "fp32"), count_cost(config, "fp32", LoraRecipe(rank=1))
     assert lora.trainable == 3 * (4 * (48 + 48) + 3 * (48 + 96))
     assert lora.parameters == full.parameters + lora.trainable
     assert lora.backward_flops < 0.65 * full.backward_flops
@@ -112,10 +112,8 @@ def test_lora_trains_the_adapters_alone_at_two_thirds_of_the_operations():
 @pytest.mark.parametrize("layers", [3, 12])  # counted as it is, and from two short stacks
 def test_the_width_of_what_has_adapters(layers):
     config = LlamaConfig(**SMALL | {"num_hidden_layers": layers}, intermediate_size=96, num_key_value_heads=2)
-    assert count_footprint(config, "fp32", LoraRecipe(rank=4)).adapted_width == layers * (
-        48 + 2 * 24 + 48 + 2 * 96 + 48
-    )
-    assert count_footprint(config, "fp32").adapted_width == 0
+    assert count_cost(config, "fp32", LoraRecipe(rank=4)).adapted_width == layers * (48 + 2 * 24 + 48 + 2 * 96 + 48)
+    assert count_cost(config, "fp32").adapted_width == 0
 
 
 @pytest.mark.parametrize(
@@ -129,4 +127,4 @@ def test_the_width_of_what_has_adapters(layers):
 )
 def test_which_models_have_all_logits_at_once(config, at_once):
     """A scale after the output layer, and a bias in it."""
-    assert count_footprint(config, "fp32").all_logits is at_once
+    assert count_cost(config, "fp32").all_logits is at_once

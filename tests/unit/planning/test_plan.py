@@ -54,15 +54,15 @@ def test_the_choice_on_h100(recipe, model, processes, chosen):
     assert (plan.chosen.setting.strategy if plan.chosen else None) == chosen
     if plan.chosen is None:
         assert "nothing fits" in plan.reason
-        assert plan.remedies
+        assert plan.suggestions
         return
     assert plan.chosen.fits
     assert f"{chosen} fits" in plan.reason
-    assert not plan.remedies
+    assert not plan.suggestions
 
 
 @pytest.mark.parametrize(
-    ("model", "processes", "remedies"),
+    ("model", "processes", "suggestions"),
     [
         (
             "mistral-7b",
@@ -73,21 +73,21 @@ def test_the_choice_on_h100(recipe, model, processes, chosen):
         ("llama3-70b", 8, ["training.lora={rank: 16} with training.strategy=zero3", "32 h100 on 4 nodes"]),
     ],
 )
-def test_remedies_do_fit(recipe, model, processes, remedies):
+def test_remedies_do_fit(recipe, model, processes, suggestions):
     recipe = with_training(recipe, gradient_checkpointing=True)
     plan = make_plan(recipe, job_on(model, processes, recipe))
-    for remedy in remedies:
-        assert any(remedy in said for said in plan.remedies), plan.remedies
+    for remedy in suggestions:
+        assert any(remedy in said for said in plan.suggestions), plan.suggestions
     adapters = predict(plan.job, "zero3", checkpointing=True, lora=LoraRecipe())
-    assert adapters.fits == any("lora" in said for said in plan.remedies)
+    assert adapters.fits == any("lora" in said for said in plan.suggestions)
 
 
 def test_a_remedy_in_the_recipe_itself(recipe):
     """Without checkpointing a row of 16,384 tokens does not fit on eight; each of these changes alone makes it fit."""
     plan = make_plan(recipe, job_on("mistral-7b", 8, recipe))
     assert plan.chosen is None
-    assert "training.gradient_checkpointing=true with training.strategy=zero1" in plan.remedies
-    assert "training.row_tokens=8192 with training.strategy=zero3" in plan.remedies
+    assert "training.gradient_checkpointing=true with training.strategy=zero1" in plan.suggestions
+    assert "training.row_tokens=8192 with training.strategy=zero3" in plan.suggestions
     assert make_plan(with_training(recipe, gradient_checkpointing=True), plan.job).chosen is not None
 
 

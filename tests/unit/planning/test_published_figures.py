@@ -7,7 +7,7 @@ import pytest
 
 from minisft.planning.machines import GPUS
 from minisft.planning.memory import Setting, memory_of, model_states
-from minisft.planning.model_cost import Footprint, count_footprint, read_config
+from minisft.planning.model_cost import ModelCost, count_cost, read_config
 from minisft.planning.prediction import traffic
 from minisft.recipe import LoraRecipe
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 def sized(parameters):
-    return Footprint(
+    return ModelCost(
         parameters=parameters, trainable=parameters, largest=100_000_000, tied=False, layers=32, hidden_size=4096,
         vocabulary=32000, activation_bytes=0, constant_bytes=0, stream_bytes=8192, forward_flops=0, backward_flops=0,
         attention_width=0,
@@ -76,7 +76,7 @@ def test_torchtune_lora_llama3_8b():
     logits are left out here.
     """
     lora = LoraRecipe(rank=8)
-    footprint = count_footprint(read_config(MODELS / "llama3-8b"), "half", lora)
+    footprint = count_cost(read_config(MODELS / "llama3-8b"), "half", lora)
     memory = memory_of(footprint, on_gpus("vanilla", 1, checkpointing=True, lora=lora), (4096, 4096), 1)
     assert (memory.peak - memory.logits) / GIB == pytest.approx(16.2, rel=0.15)
 
@@ -86,7 +86,7 @@ def test_torchtune_lora_llama2_7b():
     lora = LoraRecipe(rank=8)
     config = read_config(MODELS / "mistral-7b")
     config.update({"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32})
-    footprint = replace(count_footprint(config, "half", lora), all_logits=True)  # its loss had no chunks yet
+    footprint = replace(count_cost(config, "half", lora), all_logits=True)  # its loss had no chunks yet
     assert footprint.parameters - footprint.trainable == 6_738_415_616
     memory = memory_of(footprint, on_gpus("vanilla", 1, checkpointing=True, lora=lora), (8192, 8192), 1)
     assert memory.peak / 1e9 == pytest.approx(21.3, rel=0.15)

@@ -10,10 +10,10 @@ from minisft.training.batching import (
     RowDataset,
     Sizes,
     StepSampler,
-    deal,
-    fill_rows,
-    lay_out,
-    measure,
+    balance_ranks,
+    fill_bins,
+    measure_lengths,
+    pack_sequences,
     steps_of_epoch,
 )
 
@@ -54,7 +54,7 @@ def test_every_conversation_once_in_the_same_step(lengths, processes, row_tokens
 @settings(deadline=None, max_examples=60)
 @given(LENGTHS, st.integers(1, 400))
 def test_rows_keep_to_their_budget(lengths, row_tokens):
-    rows = fill_rows(lengths, row_tokens)
+    rows = fill_bins(lengths, row_tokens)
     assert sorted(position for row in rows for position in row) == list(range(len(lengths)))
     assert all(len(row) == 1 or sum(lengths[position] for position in row) <= row_tokens for row in rows)
 
@@ -62,7 +62,7 @@ def test_rows_keep_to_their_budget(lengths, row_tokens):
 @settings(deadline=None, max_examples=60)
 @given(LENGTHS, st.integers(1, 5))
 def test_the_deal_is_even(lengths, processes):
-    loads = [sum(lengths[position] for position in share) for share in deal(lengths, processes)]
+    loads = [sum(lengths[position] for position in share) for share in balance_ranks(lengths, processes)]
     assert max(loads) - min(loads) <= max(lengths)
 
 
@@ -76,7 +76,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 def test_a_row_holds_the_conversations_as_prepared():
     first = np.array([5, 6, 7, 8]), np.array([IGNORED, IGNORED, 7, 8])
     second = np.array([9, 3, 4]), np.array([9, IGNORED, 4])
-    row = lay_out([first, second])
+    row = pack_sequences([first, second])
     assert row.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 4]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert row.lengths == (4, 3)
@@ -95,7 +95,7 @@ def test_sizes_are_those_of_the_rows(tmp_path):
         rows[-1]["labels"][-1] = ids[-1]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "d"))
     dataset = datasets.load_from_disk(str(tmp_path / "d"))
-    sizes = measure(dataset)
+    sizes = measure_lengths(dataset)
     for step in steps(sizes, 1):
         for plan in step[0]:
             row, _ = RowDataset(dataset)[plan]
@@ -113,5 +113,5 @@ def test_packs_hold_every_conversation_once_and_steps_count_packs(lengths, epoch
     for step in epochs[0]:
         assert lengths[step].sum() <= global_batch * 300
     assert sorted(np.concatenate(epochs[0]).tolist()) == list(range(len(lengths)))
-    packs = len(fill_rows(lengths.tolist(), 300))
+    packs = len(fill_bins(lengths.tolist(), 300))
     assert len(epochs[0]) == -(-packs // global_batch)

@@ -8,13 +8,13 @@ import pytest
 from minisft.run_folder import RunFolder
 from minisft.training import checkpoints
 from minisft.training.checkpoints import (
-    clear_left_overs,
     drop_optimizer_states,
     latest_resumable,
+    prune_checkpoints,
     publish,
     publish_final_model,
     remove_checkpoint,
-    retain,
+    remove_unfinished,
     staging_folder,
 )
 
@@ -48,24 +48,24 @@ def score(run, losses, best):
 
 
 def test_the_newest_stay(run):
-    retain(run, 2)
+    prune_checkpoints(run, 2)
     assert names(run) == ["6", "8"]
-    retain(run, 1)
+    prune_checkpoints(run, 1)
     assert names(run) == ["8"]
 
 
 def test_the_best_stay_too(run):
     score(run, {2: 1.5, 4: 1.2, 6: None}, best=2)
-    retain(run, 1)
+    prune_checkpoints(run, 1)
     assert names(run) == ["2", "4", "8"], "the highest BLEU, the lowest loss, the newest"
 
 
 def test_a_best_that_is_gone_or_unknown_is_no_obstacle(run):
     score(run, {1: 0.1, 4: 1.2}, best=None)
-    retain(run, 1)
+    prune_checkpoints(run, 1)
     assert names(run) == ["4", "8"]
     score(run, {}, best=None)
-    retain(run, 1)
+    prune_checkpoints(run, 1)
     assert names(run) == ["8"]
 
 
@@ -85,7 +85,7 @@ def test_a_removal_that_is_cut_off_leaves_no_half_checkpoint(run, monkeypatch):
         remove_checkpoint(run.checkpoints / "checkpoint-4")
     monkeypatch.undo()
     assert names(run) == ["2", "6", "8"]
-    clear_left_overs(run.checkpoints)
+    remove_unfinished(run.checkpoints)
     assert len(list(run.checkpoints.iterdir())) == 3
 
 
@@ -111,5 +111,5 @@ def test_the_model_is_the_newest_checkpoint_or_absent(run, monkeypatch):
 def test_left_overs_are_no_checkpoints(run):
     shutil.copytree(run.checkpoints / "checkpoint-8", staging_folder(run.checkpoints) / "checkpoint-10")
     assert names(run) == ["2", "4", "6", "8"]
-    clear_left_overs(run.checkpoints)
+    remove_unfinished(run.checkpoints)
     assert not staging_folder(run.checkpoints).exists()

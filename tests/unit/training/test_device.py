@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisft.training import device
-from minisft.training.attention import Shape, plain
+from minisft.training.attention import Shape, per_conversation_attention
 from minisft.training.device import keeps_freed_memory, prepare_cpu_memory
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -56,7 +56,7 @@ def test_attention_in_half_precision_is_computed_in_fp32(autocast):
     rows = [torch.randn(12, heads, 16).bfloat16() for heads in (4, 2, 2)]
     given = [rows[0].float(), rows[1].float(), rows[2]] if autocast else rows
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = plain(given[0], given[1], given[2], lengths, shape)
-    exact = plain(rows[0].float(), rows[1].float(), rows[2].float(), lengths, shape)
+        output = per_conversation_attention(given[0], given[1], given[2], lengths, shape)
+    exact = per_conversation_attention(rows[0].float(), rows[1].float(), rows[2].float(), lengths, shape)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output, exact.bfloat16(), rtol=0, atol=0)

@@ -73,7 +73,7 @@ def test_a_run_without_room_is_refused(recipe_file, tiny_model, tmp_path, monkey
     with pytest.raises(UserError, match=r"the run needs .* for 2 checkpoints of .* free there") as caught:
         disk.require_disk(recipe, run, tiny_model, None)
     assert caught.value.where == str(run.root)
-    assert "training.keep_checkpoints" in caught.value.mend
+    assert "training.keep_checkpoints" in caught.value.fix
 
 
 def test_the_checkpoints_of_a_long_run_are_not_counted_one_by_one():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minisft.training.loss import one_gradient, row_loss
+from minisft.training.loss import accumulate_embedding_gradient, row_loss
 from tests.unit.training.test_loss_in_chunks import CAPPED, LLAMA, NEOX, TIED, make, make_row
 
 ROWS = [make_row(3, 20), make_row(1, 15), make_row(2, 9)]
@@ -13,7 +13,7 @@ def gradients(model, *, together):
     model.zero_grad()
     torch.manual_seed(0)  # of dropout
     seen = []
-    with one_gradient(model) as lookups:
+    with accumulate_embedding_gradient(model) as lookups:
         for row in ROWS:
             lookups.last = row is ROWS[-1] or not together
             (row_loss(model, row) / 50).backward()
@@ -47,7 +47,7 @@ def test_no_more_is_kept_than_the_embedding_has_rows():
     expected = [layer.num_embeddings > number * len(ROWS[0].input_ids[0]) for number in range(1, many + 1)]
     assert expected == [True] * (many - 1) + [False]
     waits = []
-    with one_gradient(model) as lookups:
+    with accumulate_embedding_gradient(model) as lookups:
         for _ in range(many):
             row_loss(model, ROWS[0]).backward()
             waits.append(bool(lookups.ids))
@@ -64,10 +64,10 @@ def test_the_row_of_padding_gets_none():
 def test_afterwards_the_layer_is_as_it_was():
     model = make(LLAMA)
     layer = model.get_input_embeddings()
-    with one_gradient(model):
+    with accumulate_embedding_gradient(model):
         assert "forward" in vars(layer)
     assert "forward" not in vars(layer)
-    with pytest.raises(RuntimeError), one_gradient(model):
+    with pytest.raises(RuntimeError), accumulate_embedding_gradient(model):
         raise RuntimeError
     assert "forward" not in vars(layer)
 
@@ -75,5 +75,5 @@ def test_afterwards_the_layer_is_as_it_was():
 def test_a_frozen_embedding_is_left_alone():
     model = make(TIED)
     model.get_input_embeddings().weight.requires_grad_(False)
-    with one_gradient(model):
+    with accumulate_embedding_gradient(model):
         assert "forward" not in vars(model.get_input_embeddings())

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from minisft.errors import UserError
-from minisft.training.checkpoints import Attempts, naming_failed_writes
+from minisft.training.checkpoints import WriteErrors, explain_failed_writes
 
 TENSOR = torch.zeros(50_000)
 FULL = Path("/dev/full")  # every write to it finds no space
@@ -50,7 +50,7 @@ WRITES = {
 
 @pytest.mark.parametrize("name", WRITES)
 def test_a_refused_write_is_noted(tmp_path, name):
-    attempt = Attempts()
+    attempt = WriteErrors()
     with small_files_only():
         assert attempt(WRITES[name], tmp_path) is None
     assert attempt.failure in ("File too large", "torch.save could not write all of it")
@@ -61,21 +61,21 @@ def test_a_full_disk_is_named(tmp_path, write):
     (tmp_path / "checkpoints" / "checkpoint-4").mkdir(parents=True)
     with (
         pytest.raises(UserError, match="the checkpoints written before are whole") as caught,
-        naming_failed_writes(tmp_path),
+        explain_failed_writes(tmp_path),
     ):
         write()
-    assert "--resume" in caught.value.mend
-    assert "the last of them checkpoint-4" in caught.value.what
+    assert "--resume" in caught.value.fix
+    assert "the last of them checkpoint-4" in caught.value.problem
 
 
 def test_a_full_disk_before_the_first_checkpoint_claims_none(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint was written yet") as caught, naming_failed_writes(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint was written yet") as caught, explain_failed_writes(tmp_path):
         FULL.write_text("a" * 99_999)
-    assert "are whole" not in caught.value.what
+    assert "are whole" not in caught.value.problem
 
 
 def test_after_a_refused_write_no_other_is_tried():
-    attempt = Attempts()
+    attempt = WriteErrors()
     written: list[Any] = []
 
     def refuse():
@@ -94,8 +94,8 @@ def test_other_errors_stay_what_they_are(tmp_path, error):
         raise error
 
     with pytest.raises(type(error)):
-        Attempts()(fail)
-    with pytest.raises(type(error)), naming_failed_writes(tmp_path):
+        WriteErrors()(fail)
+    with pytest.raises(type(error)), explain_failed_writes(tmp_path):
         fail()
 
 
@@ -107,7 +107,7 @@ def test_a_threads_refused_write_is_told_by_the_main_one_alone(tmp_path, monkeyp
     def fail():
         raise error
 
-    with naming_failed_writes(tmp_path):
+    with explain_failed_writes(tmp_path):
         thread = threading.Thread(target=fail)
         thread.start()
         thread.join()

@@ -11,7 +11,7 @@ from datasets import Dataset
 from minisft.errors import UserError
 from minisft.recipe import load_recipe
 from minisft.report.run_data import read_run
-from minisft.run_folder import RunFolder, identity
+from minisft.run_folder import RunFolder, run_identity
 from minisft.training.callbacks import MetricsFile
 from minisft.training.checkpoints import best_checkpoints, is_last
 from minisft.training.held_out import HeldOutRows, is_due, stops_early
@@ -118,8 +118,8 @@ def test_what_cannot_be_is_named(recipe_file, overrides, said):
 
 def test_it_may_change_on_resume_unless_it_decides_when_the_run_ends(recipe_file):
     plain, other = (load_recipe(recipe_file, words) for words in ([], ["training.eval_every=5"]))
-    assert identity(plain) == identity(other)
+    assert run_identity(plain) == run_identity(other)
     stopping = [
         load_recipe(recipe_file, ["training.early_stopping=2", f"training.eval_every={every}"]) for every in (5, 6)
     ]
-    assert identity(stopping[0]) != identity(stopping[1])
+    assert run_identity(stopping[0]) != run_identity(stopping[1])

@@ -15,12 +15,12 @@ from minisft.training.attention import (
     KERNELS,
     PADDING_FREE,
     Shape,
-    first_proven,
+    first_verified,
     flash_attn,
     register,
+    select_kernel,
     torch_varlen,
     torch_varlen_repeated,
-    usable,
 )
 
 SHAPE = Shape(4, 2, 16, torch.float32, torch.device("cpu"), None, None)
@@ -70,16 +70,16 @@ def absent(q, k, v, lengths, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("wrong", [leaking, other_scale, without_a_gradient, absent])
 def test_the_first_that_is_right_is_taken(shape, wrong):
-    assert first_proven([wrong, right], shape) is right
-    assert first_proven([wrong], shape) is None
+    assert first_verified([wrong, right], shape) is right
+    assert first_verified([wrong], shape) is None
 
 
 def test_a_window_that_is_one_too_long_is_seen():
-    assert first_proven([one_too_far], replace(SHAPE, window=4096)) is None
+    assert first_verified([one_too_far], replace(SHAPE, window=4096)) is None
 
 
 def test_half_precision_is_close_enough():
-    assert first_proven([right], replace(SHAPE, dtype=torch.bfloat16)) is right
+    assert first_verified([right], replace(SHAPE, dtype=torch.bfloat16)) is right
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -92,7 +92,7 @@ def test_the_package_is_called_as_it_documents(shape, monkeypatch):
         return explicit(q, k, v, cu_q, softmax_scale, window_size[0])
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=function))
-    assert first_proven(KERNELS, shape) is flash_attn
+    assert first_verified(KERNELS, shape) is flash_attn
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -110,14 +110,14 @@ def test_torchs_own_is_called_as_it_documents(shape, shares_heads, taken, monkey
 
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if shares_heads else old)
-    assert first_proven(KERNELS, shape) is taken
+    assert first_verified(KERNELS, shape) is taken
 
 
 @pytest.mark.parametrize(
     ("shape", "dropout"), [(SHAPE, 0.0), (replace(SHAPE, dtype=torch.bfloat16), 0.0)], ids=["fp32", "bf16"]
 )
 def test_a_cpu_has_none(shape, dropout):
-    assert usable(shape, dropout) is None
+    assert select_kernel(shape, dropout) is None
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -144,7 +144,7 @@ def test_a_model_gives_the_same_logits_with_a_kernel(window, monkeypatch):
         windows.add(shape.window)
         return right
 
-    monkeypatch.setattr(attention, "usable", right_everywhere)
+    monkeypatch.setattr(attention, "select_kernel", right_everywhere)
     torch.testing.assert_close(logits(), expected, atol=2e-5, rtol=2e-4)
     assert windows == {window}
 
@@ -153,6 +153,6 @@ def test_a_model_gives_the_same_logits_with_a_kernel(window, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_gpu_has_one(shape):
     shape = replace(shape, dtype=torch.bfloat16, device=torch.device("cuda"), head_size=64)
-    assert usable(shape, 0.0) is not None
-    assert usable(shape, 0.1) is None
-    assert usable(replace(shape, dtype=torch.float32), 0.0) is None
+    assert select_kernel(shape, 0.0) is not None
+    assert select_kernel(shape, 0.1) is None
+    assert select_kernel(replace(shape, dtype=torch.float32), 0.0) is None

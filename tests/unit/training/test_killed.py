@@ -7,7 +7,7 @@ import pytest
 
 from minisft.errors import UserError, WorkerError
 from minisft.training import distributed
-from minisft.training.distributed import MemoryKills, killed_worker
+from minisft.training.distributed import OutOfMemoryEvidence, killed_worker_error
 
 
 @pytest.fixture
@@ -25,24 +25,24 @@ def groups(tmp_path, monkeypatch):
 
 def test_a_count_that_grew_is_evidence(groups):
     groups.write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
-    kills = MemoryKills()
+    kills = OutOfMemoryEvidence()
     assert kills.evidence(1) is None
     groups.write_text("low 0\noom 4\noom_kill 3\noom_group_kill 0\n")
     assert "memory limit" in str(kills.evidence(1))
-    error = killed_worker(1, 2, "SIGKILL", 7, kills)
+    error = killed_worker_error(1, 2, "SIGKILL", 7, kills)
     assert isinstance(error, UserError)
     assert error.where == "rank 1 of 2 processes"
 
 
 def test_without_evidence_memory_is_only_likely(groups):
-    error = killed_worker(0, 1, "SIGKILL", 7, MemoryKills())
+    error = killed_worker_error(0, 1, "SIGKILL", 7, OutOfMemoryEvidence())
     assert isinstance(error, WorkerError)
     assert "rank 0 of 1 process was killed (SIGKILL)" in str(error)
     assert "likely" in str(error)
 
 
 def test_the_kernels_log_names_the_process(groups, monkeypatch):
-    kills = MemoryKills()
+    kills = OutOfMemoryEvidence()
     now = int(time.monotonic() * 1e6)
     lines = [
         f"6,1,{now - 10**9},-;Out of memory: Killed process 7 (python) before",
@@ -64,4 +64,4 @@ def test_the_kernels_log_names_the_process(groups, monkeypatch):
 
 
 def test_another_signal_is_named(groups):
-    assert "died of SIGSEGV" in str(killed_worker(3, 4, "SIGSEGV", 7, MemoryKills()))
+    assert "died of SIGSEGV" in str(killed_worker_error(3, 4, "SIGSEGV", 7, OutOfMemoryEvidence()))

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTNeoXConfig, LlamaConfig, PhiConfig
 
 from minisft.training import attention, loss
-from minisft.training.batching import Row, lay_out
+from minisft.training.batching import PackedRow, pack_sequences
 
 VOCABULARY = 300
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -34,10 +34,10 @@ def make(config):
     return model.float().train()
 
 
-def make_row(conversations=3, tokens=20) -> Row:
+def make_row(conversations=3, tokens=20) -> PackedRow:
     random = np.random.default_rng(0)
     ids = [random.integers(0, VOCABULARY, tokens) for _ in range(conversations)]
-    return lay_out([(one, np.where(np.arange(tokens) < 5, -100, one)) for one in ids])
+    return pack_sequences([(one, np.where(np.arange(tokens) < 5, -100, one)) for one in ids])
 
 
 def loss_and_gradients(model, row, how, factor=1.0):
@@ -100,7 +100,9 @@ def test_a_frozen_output_layer_has_no_gradient(all_logits_refused):
 def test_a_row_without_conversations_takes_part_in_the_backward(all_logits_refused):
     nothing = torch.zeros(0, dtype=torch.long)
     token = torch.zeros((1, 1), dtype=torch.long)
-    value, gradients = loss_and_gradients(make(TIED), Row(token, token, (1,), nothing, nothing, ()), loss.row_loss)
+    value, gradients = loss_and_gradients(
+        make(TIED), PackedRow(token, token, (1,), nothing, nothing, ()), loss.row_loss
+    )
     assert value == 0
     assert all((gradient == 0).all() for gradient in gradients.values())
 

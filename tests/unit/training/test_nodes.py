@@ -6,21 +6,21 @@ import socket
 import pytest
 
 from minisft.errors import UserError
-from minisft.training.nodes import Machines, parse_machines, processes_here, use_network_of
+from minisft.training.nodes import Nodes, local_processes, parse_nodes, use_network_interface
 
 
 def test_one_machine_needs_no_options():
-    assert parse_machines(1, None, None) is None
-    assert processes_here(6, None) == 6
+    assert parse_nodes(1, None, None) is None
+    assert local_processes(6, None) == 6
 
 
 def test_machines_share_the_processes():
-    machines = parse_machines(2, 1, "gpu01:29500")
-    assert machines == Machines(2, 1, "gpu01", 29500)
+    machines = parse_nodes(2, 1, "gpu01:29500")
+    assert machines == Nodes(2, 1, "gpu01", 29500)
     assert machines.endpoint == "gpu01:29500"
-    assert Machines(2, 0, "fe80::1", 80).endpoint == "[fe80::1]:80"
-    assert parse_machines(2, 0, "[fe80::1]:80") == Machines(2, 0, "fe80::1", 80)
-    assert processes_here(16, machines) == 8
+    assert Nodes(2, 0, "fe80::1", 80).endpoint == "[fe80::1]:80"
+    assert parse_nodes(2, 0, "[fe80::1]:80") == Nodes(2, 0, "fe80::1", 80)
+    assert local_processes(16, machines) == 8
 
 
 @pytest.mark.parametrize(
@@ -39,23 +39,23 @@ def test_machines_share_the_processes():
 )
 def test_options_that_make_no_sense_are_named(options, said):
     with pytest.raises(UserError, match=said):
-        parse_machines(*options)
+        parse_nodes(*options)
 
 
 def test_processes_that_cannot_be_shared_evenly_are_refused():
     with pytest.raises(UserError, match="3 processes cannot be shared by 2 machines"):
-        processes_here(3, Machines(2, 0, "a", 1))
+        local_processes(3, Nodes(2, 0, "a", 1))
 
 
 def test_the_interface_that_leads_to_the_first_machine_is_used(monkeypatch):
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "kept")  # so that it is restored
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    use_network_of(Machines(2, 0, "127.0.0.1", 29500))
+    use_network_interface(Nodes(2, 0, "127.0.0.1", 29500))
     assert os.environ["GLOO_SOCKET_IFNAME"] in [name for _, name in socket.if_nameindex()]
     assert os.environ["NCCL_SOCKET_IFNAME"] == "kept"
 
 
 def test_a_host_without_an_address_is_named():
     with pytest.raises(UserError, match=r"nowhere.invalid cannot be reached"):
-        use_network_of(Machines(2, 1, "nowhere.invalid", 29500))
+        use_network_interface(Nodes(2, 1, "nowhere.invalid", 29500))

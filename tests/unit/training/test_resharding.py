@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from minisft.errors import UserError
 from minisft.recipe import TrainingRecipe
 from minisft.training import resharding
-from minisft.training.resharding import _Shards, _Whole, is_laid_out_for, refuse_inconvertible
+from minisft.training.resharding import ShardedState, UnshardedState, require_reshardable, same_layout
 
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "norm": (2,)}  # 15 and 7 leave something over for two processes
 
@@ -48,13 +48,13 @@ def test_a_whole_state_is_in_the_order_of_the_optimizer(tmp_path, values):
         optimizer.state[weight] = {"step": torch.tensor(4.0), **moments}
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     save_file(values["weight"], tmp_path / "model.safetensors")
-    check(_Whole(tmp_path, [name for group in groups for name in group]), values)
+    check(UnshardedState(tmp_path, [name for group in groups for name in group]), values)
 
 
 def test_a_state_of_another_number_of_parameters_is_refused(tmp_path):
     torch.save({"state": {}, "param_groups": [{"params": [0]}]}, tmp_path / "optimizer.pt")
     with pytest.raises(UserError, match="holds 1 parameters, and 2 are trained"):
-        _Whole(tmp_path, ["a", "b"])
+        UnshardedState(tmp_path, ["a", "b"])
 
 
 def test_parameters_of_different_steps_are_refused(tmp_path):
@@ -62,7 +62,7 @@ def test_parameters_of_different_steps_are_refused(tmp_path):
     state = {0: {"step": torch.tensor(4.0)}, 1: {"step": torch.tensor(3.0)}}
     torch.save({"state": state, "param_groups": [{"params": [0, 1]}]}, tmp_path / "optimizer.pt")
     with pytest.raises(UserError, match="different numbers of steps, 3 to 4"):
-        _Whole(tmp_path, ["a", "b"])
+        UnshardedState(tmp_path, ["a", "b"])
 
 
 def test_adapters_are_found_under_the_names_that_peft_saves(tmp_path):
@@ -70,7 +70,7 @@ def test_adapters_are_found_under_the_names_that_peft_saves(tmp_path):
     torch.save(
         {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"params": [0]}]}, tmp_path / "optimizer.pt"
     )
-    state = _Whole(tmp_path, ["x.lora_A.default.weight"])
+    state = UnshardedState(tmp_path, ["x.lora_A.default.weight"])
     assert state.names() == {"x.lora_A.default.weight"}
     assert torch.equal(state.weight("x.lora_A.default.weight"), torch.ones(4))
 
@@ -100,7 +100,7 @@ def test_shards_of_stage_2_are_joined(tmp_path, values):
             "base_optimizer_state": {"state": {number: moments(piece) for number, piece in enumerate(pieces)}},
         }
         write_shard(tmp_path, rank, "optim", {"optimizer_state_dict": state})
-    check(_Shards(tmp_path, 2, 2), values)
+    check(ShardedState(tmp_path, 2, 2), values)
 
 
 def test_shards_of_stage_3_are_joined_without_their_padding(tmp_path, values):
@@ -117,7 +117,7 @@ def test_shards_of_stage_3_are_joined_without_their_padding(tmp_path, values):
         write_shard(tmp_path, rank, "optim", {"optimizer_state_dict": state})
         shapes = [{name: torch.Size(SHAPES[name]) for name in group} for group in groups]
         write_shard(tmp_path, rank, "model", {"param_shapes": shapes})
-    check(_Shards(tmp_path, 3, 2), values)
+    check(ShardedState(tmp_path, 3, 2), values)
 
 
 def moments(piece):
@@ -148,7 +148,7 @@ def write_shard(checkpoint, rank, kind, content):
     ],
 )
 def test_only_another_layout_is_converted(tmp_path, wrote, asked, same):
-    assert is_laid_out_for(origin(tmp_path, *wrote), *asked) is same
+    assert same_layout(origin(tmp_path, *wrote), *asked) is same
 
 
 ASKED = TrainingRecipe(strategy="vanilla", processes=1, precision="fp32")
@@ -162,21 +162,21 @@ def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch, changes, sai
     monkeypatch.setattr(resharding, "choose_precision", lambda precision: precision)
     checkpoint = origin(tmp_path, "zero2", 2)
     with pytest.raises(UserError) as refused:
-        refuse_inconvertible(checkpoint, replace(ASKED, **changes))
+        require_reshardable(checkpoint, replace(ASKED, **changes))
     assert said in str(refused.value)
     assert "training.strategy=zero2 training.processes=2" in str(refused.value)
-    refuse_inconvertible(checkpoint, replace(ASKED, **changes, strategy="zero2", processes=2))  # as it was written
-    refuse_inconvertible(checkpoint, ASKED)
+    require_reshardable(checkpoint, replace(ASKED, **changes, strategy="zero2", processes=2))  # as it was written
+    require_reshardable(checkpoint, ASKED)
 
 
 def test_reading_shards_needs_deepspeed(tmp_path, monkeypatch):
     monkeypatch.setattr(resharding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="DeepSpeed, which is not installed"):
-        refuse_inconvertible(origin(tmp_path, "zero3", 2), ASKED)
+        require_reshardable(origin(tmp_path, "zero3", 2), ASKED)
 
 
 def test_auto_goes_on_as_the_checkpoint_was_written(tmp_path):
     auto = replace(ASKED, strategy="auto", optimizer="adafactor", processes=2)
-    refuse_inconvertible(origin(tmp_path, "zero3", 2), auto)
+    require_reshardable(origin(tmp_path, "zero3", 2), auto)
     with pytest.raises(UserError, match="zero3 on 1 cannot take over"):
-        refuse_inconvertible(origin(tmp_path, "zero3", 2), replace(auto, processes=1))
+        require_reshardable(origin(tmp_path, "zero3", 2), replace(auto, processes=1))

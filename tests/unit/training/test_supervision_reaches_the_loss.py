@@ -8,7 +8,7 @@ from minisft.data.conversation import Conversation, Message
 from minisft.data.encoder import Encoder
 from minisft.models import load_model, load_tokenizer
 from minisft.training import attention
-from minisft.training.batching import IGNORED, lay_out
+from minisft.training.batching import IGNORED, pack_sequences
 from minisft.training.loss import row_loss
 
 TALKS = [
@@ -45,7 +45,7 @@ def test_the_forward_predicts_answers_and_terminators_alone(encoder, encoded, mo
         seen.update(kwargs)
 
     handle = model.register_forward_pre_hook(watch, with_kwargs=True)
-    row = lay_out(encoded)
+    row = pack_sequences(encoded)
     row_loss(model, row)
     handle.remove()
     following = seen["input_ids"][0, seen["logits_to_keep"] + 1].tolist()
@@ -65,7 +65,7 @@ def test_a_masked_label_changes_nothing_and_a_supervised_one_does(encoder, model
             Message("assistant", masked, supervised=False),
         )
         row = encoder.encode(Conversation(messages, id="0", location="test:0"))
-        return row_loss(model, lay_out([(np.array(row.input_ids), np.array(row.labels))]))
+        return row_loss(model, pack_sequences([(np.array(row.input_ids), np.array(row.labels))]))
 
     loss = loss_of("with milk?", "here you are")
     torch.testing.assert_close(loss_of("with milk?", "something else, and longer"), loss)
@@ -80,4 +80,4 @@ def test_the_loss_is_that_of_plain_transformers(encoded, model, tiny_model):
         count = int((labels[1:] != IGNORED).sum())
         loss = plain(torch.from_numpy(ids)[None].long(), labels=torch.from_numpy(labels)[None].long()).loss
         expected += loss.item() * count
-    assert row_loss(model, lay_out(encoded)).item() == pytest.approx(expected, rel=1e-5)
+    assert row_loss(model, pack_sequences(encoded)).item() == pytest.approx(expected, rel=1e-5)

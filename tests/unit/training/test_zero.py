@@ -100,7 +100,7 @@ def test_a_compilation_is_stopped_with_what_it_started(tmp_path, monkeypatch):
     threading.Thread(target=stop_when, args=(child,)).start()
     begun = time.monotonic()
     with pytest.raises(StoppedError, match="SIGTERM"):
-        zero.compile_apart(lambda: cleaned.append(True))
+        zero.compile_in_subprocess(lambda: cleaned.append(True))
     assert time.monotonic() - begun < 60
     assert cleaned == [True]
     assert ended(int(child.read_text()))
@@ -123,4 +123,4 @@ def stop_when(path):
 
 def test_the_reason_of_a_failed_compilation_is_its_last_line(monkeypatch):
     monkeypatch.setattr(zero, "_COMMAND", ("-c", "print('c++: not today'); raise SystemExit(3)"))
-    assert zero.compile_apart(lambda: None) == "c++: not today"
+    assert zero.compile_in_subprocess(lambda: None) == "c++: not today"

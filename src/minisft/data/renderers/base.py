@@ -17,7 +17,7 @@ from minisft.data.renderers.templates import TurnTemplate, with_tools
 START, AFTER_CONTROL, CONTINUE = 0, 1, 2
 
 
-class Run(NamedTuple):
+class Segment(NamedTuple):
     """A text to encode on its own, or (where `control` is not -1) one control token.
 
     `context` is START, AFTER_CONTROL or CONTINUE; `answer` says whether an answer's text or end stands in it.
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 class Rendered:
     """A conversation as runs; `findings` names what the template did to it that the user should know."""
 
-    runs: list[Run]
+    segments: list[Segment]
     answers: list[Answer]
     findings: list[str]
 
@@ -52,10 +52,10 @@ class Rendered:
 class RefusedError(Exception):
     """A conversation that the template cannot render faithfully; `reason` is the ledger's name for it."""
 
-    def __init__(self, reason: str, what: str) -> None:
+    def __init__(self, reason: str, problem: str) -> None:
         self.reason = reason
-        self.what = what
-        super().__init__(reason, what)
+        self.problem = problem
+        super().__init__(reason, problem)
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class MarkerSplitter:
         self.controls = dict(controls)
         longest_first = sorted((name for name in controls if name), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        self._memo: dict[tuple[str, bool, bool], tuple[str, list[Run], str]] = {}
+        self._memo: dict[tuple[str, bool, bool], tuple[str, list[Segment], str]] = {}
 
-    def split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Run], str]:
+    def split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Segment], str]:
         """The text before the first control token, the runs from there to the last one, and the text after it."""
         key = (text, supervised, answer)
         found = self._memo.get(key)
@@ -89,33 +89,33 @@ class MarkerSplitter:
                 self._memo[key] = found
         return found
 
-    def _split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Run], str]:
+    def _split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Segment], str]:
         head, position = "", 0
-        runs: list[Run] = []
+        segments: list[Segment] = []
         for match in self._pattern.finditer(text) if self._pattern else ():
             control = self.controls[match.group()]
             before = text[position : match.start()]
             if control.lstrip:
                 before = before.rstrip()
-            if not runs:
+            if not segments:
                 head = before
             elif before:
-                runs.append(Run(before, -1, supervised, AFTER_CONTROL, answer))
-            runs.append(Run("", control.id, supervised, 0, answer))
+                segments.append(Segment(before, -1, supervised, AFTER_CONTROL, answer))
+            segments.append(Segment("", control.id, supervised, 0, answer))
             position = match.end()
             if control.rstrip:
                 position += len(text[position:]) - len(text[position:].lstrip())
-        return (head, runs, text[position:]) if runs else (text, [], "")
+        return (head, segments, text[position:]) if segments else (text, [], "")
 
 
-class RunBuilder:
+class SegmentBuilder:
     """Collects runs: adjoining texts are joined, and a control token or a boundary ends a run."""
 
-    __slots__ = ("_buffer", "_context", "_pending", "_start", "answers", "runs", "splitter")
+    __slots__ = ("_buffer", "_context", "_pending", "_start", "answers", "segments", "splitter")
 
     def __init__(self, splitter: MarkerSplitter) -> None:
         self.splitter = splitter
-        self.runs: list[Run] = []
+        self.segments: list[Segment] = []
         self.answers: list[Answer] = []
         self._buffer: list[str] = []  # texts of the run under way
         self._pending = ""  # text of the template that is still to be split
@@ -138,7 +138,7 @@ class RunBuilder:
 
     def flush(self, supervised: bool = False, answer: bool = False) -> None:
         self._settle()
-        self._end_run(supervised, answer)
+        self._end_segment(supervised, answer)
 
     def apart(self) -> None:
         """End the run; the next text is encoded as if it stood alone."""
@@ -147,15 +147,15 @@ class RunBuilder:
 
     def open_answer(self) -> None:
         self.flush()
-        self._start = len(self.runs)
+        self._start = len(self.segments)
 
     def close_answer(self, message: int, text: str, supervised: bool, terminated: bool = True) -> None:
         self.flush(supervised, True)
-        self.answers.append(Answer(message, self._start, len(self.runs), text, terminated))
+        self.answers.append(Answer(message, self._start, len(self.segments), text, terminated))
 
     def control(self, token: int, supervised: bool, answer: bool = False) -> None:
         self.flush(supervised, answer)
-        self.runs.append(Run("", token, supervised, 0, answer))
+        self.segments.append(Segment("", token, supervised, 0, answer))
         self._context = AFTER_CONTROL
 
     def _settle(self) -> None:
@@ -164,22 +164,22 @@ class RunBuilder:
             self._split(text, False, False)
 
     def _split(self, text: str, supervised: bool, answer: bool) -> None:
-        head, runs, tail = self.splitter.split(text, supervised, answer)
+        head, segments, tail = self.splitter.split(text, supervised, answer)
         if head:
             self._buffer.append(head)
-        if runs:
-            self._end_run(supervised, answer)
-            self.runs.extend(runs)
+        if segments:
+            self._end_segment(supervised, answer)
+            self.segments.extend(segments)
             self._context = AFTER_CONTROL
             if tail:
                 self._buffer.append(tail)
 
-    def _end_run(self, supervised: bool, answer: bool) -> None:
+    def _end_segment(self, supervised: bool, answer: bool) -> None:
         if self._buffer:
             text = "".join(self._buffer)
             self._buffer.clear()
             if text:
-                self.runs.append(Run(text, -1, supervised, self._context, answer))
+                self.segments.append(Segment(text, -1, supervised, self._context, answer))
                 self._context = CONTINUE
 
 
@@ -205,7 +205,7 @@ class TurnRenderer:
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> Rendered:
         template, findings = self.template, []
-        builder = RunBuilder(self.splitter)
+        builder = SegmentBuilder(self.splitter)
         if template.begin:
             builder.template(template.begin)
         if tools and (not messages or messages[0].role != "system"):
@@ -225,14 +225,14 @@ class TurnRenderer:
         if prompt:
             builder.template(template.open_turn("assistant"))
         builder.flush()
-        return Rendered(builder.runs, builder.answers, findings)
+        return Rendered(builder.segments, builder.answers, findings)
 
-    def _turn(self, builder: RunBuilder, role: str, text: str) -> None:
+    def _turn(self, builder: SegmentBuilder, role: str, text: str) -> None:
         builder.template(self.template.open_turn(role))
         builder.content(text)
         builder.template(self.template.end + self.template.after)
 
-    def _answer(self, builder: RunBuilder, index: int, text: str, supervised: bool) -> None:
+    def _answer(self, builder: SegmentBuilder, index: int, text: str, supervised: bool) -> None:
         builder.template(self.template.open_turn("assistant"))
         builder.open_answer()
         builder.content(text)

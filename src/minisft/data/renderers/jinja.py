@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from minisft.data.conversation import Message, message_as_dict
-from minisft.data.renderers.base import MarkerSplitter, RefusedError, Rendered, RunBuilder
+from minisft.data.renderers.base import MarkerSplitter, RefusedError, Rendered, SegmentBuilder
 from minisft.data.renderers.jinja_limits import TemplateLimitError, bound_templates
 from minisft.data.renderers.templates import with_tools
 from minisft.errors import UserError
@@ -108,7 +108,7 @@ class JinjaRenderer:
         findings: list[str],
         shift: int,
     ) -> Rendered:
-        builder, open_message, written, unmarked = RunBuilder(self.splitter), -1, "", False
+        builder, open_message, written, unmarked = SegmentBuilder(self.splitter), -1, "", False
         for kind, value in skeleton.steps:
             supervised = open_message >= 0 and messages[open_message].supervised and not unmarked
             if kind in ("open", "unmarked"):
@@ -127,7 +127,7 @@ class JinjaRenderer:
             else:
                 builder.template(value)
         builder.flush()
-        return Rendered(builder.runs, builder.answers, findings)
+        return Rendered(builder.segments, builder.answers, findings)
 
     # --- the skeleton -------------------------------------------------------------------------------------
 
@@ -292,7 +292,7 @@ class JinjaRenderer:
         try:
             text = self._apply(dicts, (), False)
         except RefusedError as refusal:
-            raise UserError("data.template", refusal.what, "use another template") from None
+            raise UserError("data.template", refusal.problem, "use another template") from None
         match = self._special.search(text, text.find(mark) + len(mark)) if mark in text else None
         if match is None:
             raise UserError(
@@ -315,15 +315,15 @@ class JinjaRenderer:
             text = self._apply([message_as_dict(m) for m in marked], tools, prompt)
             if not any(trim(message.content) in text for trim in _TRIMS):
                 reason = "thinking_removed" if "</think>" in message.content else "content_rewritten"
-                what = f"the template rewrites the content of message {index + 1} ({message.role})"
-                return RefusedError(reason, what)
+                problem = f"the template rewrites the content of message {index + 1} ({message.role})"
+                return RefusedError(reason, problem)
         return RefusedError("content_rewritten", "the template rewrites a content")
 
 
 def _unbounded(limit: Exception) -> UserError:
     reason = "it is nested too deeply" if isinstance(limit, RecursionError) else str(limit)
-    what = f"the template was stopped: {reason}; a template that renders conversations does not"
-    return UserError("data.template", what, "use another template, and do not trust where this one came from")
+    problem = f"the template was stopped: {reason}; a template that renders conversations does not"
+    return UserError("data.template", problem, "use another template, and do not trust where this one came from")
 
 
 _THINKING = re.compile(r"\s*<think>\n?(?P<reasoning>.*?)\n?</think>\n*(?P<content>.*)", re.DOTALL)

@@ -245,10 +245,10 @@ def _check_format(text: str) -> None:
         raise TemplateLimitError("it pads a value to a width of a million and more, or to one that it computes")
 
 
-def _check_numbers(values: Iterable[Any], what: str) -> None:
+def _check_numbers(values: Iterable[Any], problem: str) -> None:
     for value in values:
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise TemplateLimitError(f"it asks {what} for {value:,}")
+            raise TemplateLimitError(f"it asks {problem} for {value:,}")
 
 
 def _check_filter(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from minisft.data.conversation import JOIN, Message, ToolCall, join_runs, parsed_or_text
-from minisft.data.renderers.base import MarkerSplitter, Rendered, RunBuilder
+from minisft.data.conversation import JOIN, Message, ToolCall, join_same_role_messages, parsed_or_text
+from minisft.data.renderers.base import MarkerSplitter, Rendered, SegmentBuilder
 from minisft.data.renderers.templates import MistralTemplate, with_tools
 
 INSTRUCTION = ("[INST]", "[/INST]")
@@ -37,7 +37,7 @@ class MistralRenderer:
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> Rendered:
         findings = self._findings(messages, tools)
-        builder = RunBuilder(_NO_MARKERS)
+        builder = SegmentBuilder(_NO_MARKERS)
         if self.bos is not None:
             builder.control(self.bos, False)
         system = _joined_system(messages, () if self.template.tools else tools)
@@ -56,7 +56,7 @@ class MistralRenderer:
                     text = system + JOIN + text
                 self._user(builder, text)
         builder.flush()
-        return Rendered(builder.runs, builder.answers, findings)
+        return Rendered(builder.segments, builder.answers, findings)
 
     def _findings(self, messages: Sequence[Message], tools: Sequence[str]) -> list[str]:
         findings = ["reasoning_dropped"] if any(message.reasoning for message in messages) else []
@@ -72,20 +72,20 @@ class MistralRenderer:
     def _system_place(self, users: Sequence[int]) -> int:
         return users[-1] if self.template.controls else users[0]
 
-    def _user(self, builder: RunBuilder, text: str) -> None:
+    def _user(self, builder: SegmentBuilder, text: str) -> None:
         if self.template.controls:
             self._between(builder, "INST", text)
         else:
             builder.apart()
             builder.content(f"[INST] {text} [/INST]")
 
-    def _between(self, builder: RunBuilder, name: str, text: str) -> None:
+    def _between(self, builder: SegmentBuilder, name: str, text: str) -> None:
         builder.control(self.controls[f"[{name}]"], False)
         builder.apart()
         builder.content(text)
         builder.control(self.controls[f"[/{name}]"], False)
 
-    def _answer(self, builder: RunBuilder, index: int, message: Message, findings: list[str]) -> None:
+    def _answer(self, builder: SegmentBuilder, index: int, message: Message, findings: list[str]) -> None:
         calls = message.tool_calls if self.template.tools else ()
         text = message.content if calls else message.text
         if self.template.controls and text.endswith(" "):
@@ -160,7 +160,7 @@ def _turns(messages: Sequence[Message]) -> tuple[list[int], list[Message]]:
     if any(a.role == b.role != "tool" for a, b in pairwise(turns)):
         last_of_run = [a.role != b.role or a.role == "tool" for a, b in pairwise(turns)] + [True]
         places = [place for place, is_last in zip(places, last_of_run, strict=True) if is_last]
-        turns = join_runs(turns)
+        turns = join_same_role_messages(turns)
     if not turns or turns[0].role != "user":
         return [-1, *places], [Message("user", ""), *turns]
     return places, turns

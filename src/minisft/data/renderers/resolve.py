@@ -17,16 +17,16 @@ from minisft.data.renderers.templates import (
     mistral_jinja,
     turn_jinja,
 )
-from minisft.data.segment_encoder import RunEncoder
+from minisft.data.segment_encoder import SegmentEncoder
 from minisft.errors import UserError
-from minisft.files import user_path
+from minisft.files import expand_user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
-class Choice:
+class ResolvedTemplate:
     """A template as it stands on one tokenizer.
 
     Args:
@@ -50,7 +50,7 @@ class Choice:
     joint: bool = False
 
 
-class Chooser:
+class TemplateResolver:
     """Finds the template that a recipe names, and fits it to a tokenizer.
 
     Args:
@@ -58,14 +58,14 @@ class Chooser:
         probe: its texts' encoding, to see where it puts spaces.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", probe: RunEncoder) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", probe: SegmentEncoder) -> None:
         self.tokenizer = tokenizer
         self._probe = probe
         self._added = {token.content: (id, token) for id, token in tokenizer.added_tokens_decoder.items()}
 
-    def choose(self, template: str) -> Choice:
+    def resolve(self, template: str) -> ResolvedTemplate:
         if template == "auto":
-            return self._choose_own()
+            return self._resolve_own()
         if template in NATIVE_TEMPLATES:
             return self._native(template)
         if _is_jinja(template):
@@ -78,7 +78,7 @@ class Chooser:
             )
         return self._jinja_or_native(_read_template(path), path.name)
 
-    def _choose_own(self) -> Choice:
+    def _resolve_own(self) -> ResolvedTemplate:
         own = own_template(self.tokenizer)
         if not own:
             raise UserError(
@@ -88,23 +88,23 @@ class Chooser:
             )
         return self._jinja_or_native(own, "auto")
 
-    def _jinja_or_native(self, text: str, name: str) -> Choice:
+    def _jinja_or_native(self, text: str, name: str) -> ResolvedTemplate:
         """Our own renderer where the text is the twin of one of ours, so that it goes on as it was trained."""
         match = re.match(r"\{# minisft: ([\w-]+) #\}", text)
         if match:
             named = {"mistral-text": "mistral"}.get(match[1], match[1])
             if named in NATIVE_TEMPLATES:
-                choice = self._native(named)
-                if choice.chat_template == text:
-                    return choice
+                resolved = self._native(named)
+                if resolved.chat_template == text:
+                    return resolved
         return self._jinja(text, name)
 
-    def _native(self, name: str) -> Choice:
+    def _native(self, name: str) -> ResolvedTemplate:
         if name in TURN_TEMPLATES:
             return self._turns(TURN_TEMPLATES[name])
         return self._mistral(name)
 
-    def _turns(self, template: TurnTemplate) -> Choice:
+    def _turns(self, template: TurnTemplate) -> ResolvedTemplate:
         if template.end == EOS:
             self._require_eos(template.name)
             template = replace(template, end=str(self.tokenizer.eos_token))
@@ -116,7 +116,7 @@ class Chooser:
             template = replace(template, begin="")
         plain = [name for name in written if name and name not in controls]
         answer_end = template.end if template.end in controls else str(self.tokenizer.eos_token)
-        return Choice(
+        return ResolvedTemplate(
             template.name,
             turn_jinja(template, answer_end),
             TurnRenderer(template, MarkerSplitter(controls), stop),
@@ -127,7 +127,7 @@ class Chooser:
             joint=True,
         )
 
-    def _mistral(self, name: str) -> Choice:
+    def _mistral(self, name: str) -> ResolvedTemplate:
         has_controls = all(map(self._is_special, INSTRUCTION))
         if name == "mistral-v3" and not has_controls:
             raise UserError(
@@ -151,7 +151,7 @@ class Chooser:
         )
         controls = (*(INSTRUCTION if has_controls else ()), *(TOOLS if has_tools else ()))
         ids = {control: self._id(control) for control in controls}
-        return Choice(
+        return ResolvedTemplate(
             form,
             mistral_jinja(written),
             MistralRenderer(written, self._id(bos) if bos else None, eos, ids),
@@ -161,7 +161,7 @@ class Chooser:
             answer_context=START,
         )
 
-    def _jinja(self, text: str, name: str) -> Choice:
+    def _jinja(self, text: str, name: str) -> ResolvedTemplate:
         from minisft.data.renderers.jinja import JinjaRenderer
 
         spelled = [name for name in self._added if name.strip() and (self._is_special(name) or name in text)]
@@ -171,7 +171,9 @@ class Chooser:
             MarkerSplitter({name: self._control(name) for name in spelled}),
             frozenset(filter(self._is_special, spelled)),
         )
-        return Choice(name, text, renderer, (renderer.stop,), markers=spelled, answer_context=CONTINUE, joint=True)
+        return ResolvedTemplate(
+            name, text, renderer, (renderer.stop,), markers=spelled, answer_context=CONTINUE, joint=True
+        )
 
     # --- what the tokenizer has ---------------------------------------------------------------------------
 
@@ -220,7 +222,7 @@ def template_file(template: str) -> Path | None:
     if template in ("auto", *NATIVE_TEMPLATES) or _is_jinja(template):
         return None
     try:
-        path = user_path(template, "data.template")
+        path = expand_user_path(template, "data.template")
         return path if path.is_file() else None
     except OSError:  # a name too long
         return None
