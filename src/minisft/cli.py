@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can mend it, 1 anything else."""
+    """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can fix it, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
     escape_library_output()
     try:

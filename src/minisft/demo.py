@@ -52,7 +52,7 @@ def _say_scores(results: dict[str, Any]) -> None:
 def _say_where(root: Path) -> None:
     for path, meaning in (
         ("model", "the tuned model, for from_pretrained"),
-        ("checkpoints", "one for each epoch, likewise"),
+        ("checkpoints", "one for each epoch, each a plain model folder too"),
         ("dataset/ledger.json", "what became of every row and token"),
         ("metrics.jsonl", "a line for each step"),
         ("evaluation", "scores, all outputs, examples, the loss curve"),

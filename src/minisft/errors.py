@@ -1,8 +1,8 @@
-"""The error that a user can mend, and the end of a run that was asked to stop."""
+"""The error that a user can fix, and the end of a run that was asked to stop."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints it and exits with status 2.
+    """A mistake that the user can fix; the command line prints it and exits with status 2.
 
     Args:
         where: the file, line, row or key that is concerned.
@@ -17,7 +17,7 @@ class UserError(Exception):
         super().__init__(self.where, problem, fix)  # all three: an exception is pickled by its args
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem}\n  To mend it: {self.fix}"
+        return f"{self.where}: {self.problem}\n  Fix: {self.fix}"
 
 
 class StoppedError(Exception):

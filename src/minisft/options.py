@@ -140,7 +140,7 @@ def resume(parser: Parser) -> None:
 
 def dry_run(parser: Parser) -> None:
     parser.add_argument(
-        "--dry-run", action="store_true", help="make every check, prepare the data aside, write nothing"
+        "--dry-run", action="store_true", help="make every check, prepare the data in a temporary folder, write nothing"
     )
 
 

@@ -89,9 +89,9 @@ def delete_replaced(folder: Path, kind: str) -> list[str]:
         write_marker(folder, kind)  # from now on none of them comes back
     kept = []
     for old in olds:
-        aside = unused_name(folder.resolve(), "deleted")  # a later command goes on where this one is killed
-        old.rename(aside)
-        kept.append(_delete(aside, old))
+        temporary = unused_name(folder.resolve(), "deleted")  # a later command goes on where this one is killed
+        old.rename(temporary)
+        kept.append(_delete(temporary, old))
     return [said for said in kept if said]
 
 
@@ -124,11 +124,11 @@ def delete_leftovers(folder: Path) -> list[str]:
     return [said for said in kept if said]
 
 
-def _delete(aside: Path, name: Path) -> str | None:
-    foreign = delete_written_files(aside)
+def _delete(temporary: Path, name: Path) -> str | None:
+    foreign = delete_written_files(temporary)
     if not foreign:
         return None
     if not os.path.lexists(name):
-        aside.rename(name)
-        aside = name
-    return f"{aside} {KEPT_REASON}: {list_some(foreign)}"
+        temporary.rename(name)
+        temporary = name
+    return f"{temporary} {KEPT_REASON}: {list_some(foreign)}"

@@ -61,9 +61,9 @@ class StartedRun:
         new, old = self.run, self._old
         earlier = [path.name for path in replaced_folders(old.root)]
         write_resolved_recipe(new, replace(self.recipe, output=str(old.root)))
-        aside = swap_folders(new.root, old.root, _RUN, earlier)
+        temporary = swap_folders(new.root, old.root, _RUN, earlier)
         self.run, self.recipe, self._old = old, replace(self.recipe, output=str(old.root)), None
-        _move_comparison(aside, old.root)
+        _move_comparison(temporary, old.root)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a user can mend: exit status 2, one message that says where, what and how, and no traceback."""
+"""What a user can fix: exit status 2, one message that says where, what and how, and no traceback."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def refused(capsys, *words):
     status, said = run(capsys, *words)
     assert status == 2, said
     assert said.startswith("minisft: ")
-    assert "To mend it: " in said
+    assert "Fix: " in said
     assert "Traceback" not in said
     return said
 

@@ -37,7 +37,7 @@ def holds(capsys, run, verb):
     said = capsys.readouterr().err
     assert status in (0, 2), said
     if status == 2:
-        assert "To mend it: " in said
+        assert "Fix: " in said
         assert "Traceback" not in said
     return status, said
 

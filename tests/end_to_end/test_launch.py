@@ -133,7 +133,7 @@ def test_what_the_kernel_says_of_memory_is_repeated(rank_1, monkeypatch):
     status, said = rank_1("os.kill(os.getpid(), signal.SIGKILL)")
     assert status == 2
     assert f"the kernel killed it (SIGKILL), since memory ran out: {words}" in said
-    assert "To mend it: give it more memory" in said
+    assert "Fix: give it more memory" in said
 
 
 @pytest.mark.long

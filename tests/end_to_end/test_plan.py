@@ -22,7 +22,7 @@ def plan(capsys, *words):
 def refused(capsys, *words):
     status, _, said = plan(capsys, *words)
     assert status == 2, said
-    assert "To mend it: " in said
+    assert "Fix: " in said
     assert "Traceback" not in said
     return said
 

@@ -22,7 +22,7 @@ def refused(capsys, *words):
     status, printed = run(capsys, *words)
     assert status == 2, printed.err
     assert printed.err.startswith("minisft: ")
-    assert "To mend it: " in printed.err
+    assert "Fix: " in printed.err
     assert len(printed.err) < 2000
     return printed.err
 

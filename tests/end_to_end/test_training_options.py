@@ -46,7 +46,7 @@ def test_an_optimizer_that_does_not_work_here(capsys, recipe_file, tmp_path, opt
     assert f"{optimizer} cannot be used here: " in said
     assert reason in said
     assert "adamw, lion, " in said
-    assert optimizer not in said.split("To mend it")[1], "what does not work is offered"
+    assert optimizer not in said.split("Fix:")[1], "what does not work is offered"
     assert not (tmp_path / "run").exists()
 
 

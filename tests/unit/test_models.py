@@ -93,7 +93,7 @@ def test_an_unknown_model_is_named(name, said):
     with pytest.raises(UserError, match=said) as caught:
         resolve_model(name)
     assert name in str(caught.value)
-    assert "To mend it" in str(caught.value)
+    assert "Fix:" in str(caught.value)
 
 
 def test_files_and_folders_that_are_no_models(tmp_path, tiny_model):

@@ -91,7 +91,7 @@ def test_overrides_win_and_make_sections(tmp_path):
 def test_mistakes_are_named_with_line_and_mend(tmp_path, text, overrides, expected):
     said = message(tmp_path, text, *overrides)
     assert re.search(expected, said, re.DOTALL), said
-    assert "To mend it: " in said
+    assert "Fix: " in said
 
 
 def test_a_missing_recipe_is_named(tmp_path):

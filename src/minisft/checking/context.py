@@ -156,7 +156,7 @@ class CheckContext:
 
     @cached_property
     def source(self) -> "SourceRows":
-        """Rows of the source beside their tokens, encoded aside: train rows do not keep their messages.
+        """Rows of the source with their tokens, encoded separately: train rows do not keep their messages.
 
         Rows that the template refuses are left out and counted: checks name the reason.
         """
@@ -173,16 +173,16 @@ class CheckContext:
     def prepared(self) -> Prepared:
         """The data set that training learns from.
 
-        Where `prepare` doubts its own tokens the data set is made aside, unverified, for the checks to find out what
-        is wrong: it must not lie where training would take it for good.
+        Where `prepare` finds a wrong token, the data set is made again without verification, in a scratch folder where
+        training does not take it, so that the checks can find out what is wrong.
         """
         try:
             return prepare(self.recipe, self.encoder.tokenizer, begun=self.run.has_begun())
         except VerificationError as error:
             self.verification_error = error
             unverified = replace(self.recipe.data, verify=False)
-            aside = replace(self.recipe, output=str(self.scratch / "unverified"), data=unverified)
-            return prepare(aside, self.encoder.tokenizer)
+            temporary = replace(self.recipe, output=str(self.scratch / "unverified"), data=unverified)
+            return prepare(temporary, self.encoder.tokenizer)
 
     @cached_property
     def splits(self) -> dict[str, Any]:

@@ -269,5 +269,5 @@ def shares_are_sane(context: CheckContext) -> str:
         raise Failed(f"{cut:.0%} of the tokens are cut", "raise data.max_length")
     if skipped > MOST_SKIPPED:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in ledger["skipped"].items())
-        raise Failed(f"{skipped:.0%} of the rows are skipped ({reasons})", "mend them, or see data.invalid: repair")
+        raise Failed(f"{skipped:.0%} of the rows are skipped ({reasons})", "fix them, or see data.invalid: repair")
     return f"{learned:.0%} of the tokens are learned, {cut:.0%} cut; {skipped:.0%} of the rows skipped"

@@ -43,7 +43,10 @@ CHECKS = (
     Check("data.split", "test rows are not train rows", data_checks.held_out_stays_out, ("data.rows",)),
     Check("data.shares", "sane shares are learned, cut, skipped", data_checks.shares_are_sane, ("data.rows",)),
     Check(
-        "serve.prompts", "what is sent is what was trained", serving_checks.prompts_are_those_trained, ("data.answers",)
+        "serve.prompts",
+        "prompts sent at inference are those that were trained",
+        serving_checks.prompts_are_those_trained,
+        ("data.answers",),
     ),
     Check(
         "serve.stops", "generation stops where answers end", serving_checks.stops_are_those_trained, ("data.answers",)
@@ -106,7 +109,7 @@ CHECKS = (
     ),
     Check(
         "learning.recall",
-        "rows can be learned by heart",
+        "a few rows can be overfitted",
         overfit_check.can_overfit_batch,
         ("loss.split", "serve.prompts", "serve.stops"),
         True,
@@ -233,7 +236,7 @@ def show(result: Result) -> None:
     console.print(line)
     console.print(Text(f"{_INDENT}{result.detail}", style="dim" if result.status == "ok" else ""))
     if result.fix:
-        console.print(Text(f"{_INDENT}To mend it: {result.fix}"))
+        console.print(Text(f"{_INDENT}Fix: {result.fix}"))
 
 
 def summary(results: Sequence[Result]) -> str:

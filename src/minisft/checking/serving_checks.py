@@ -21,7 +21,7 @@ from minisft.evaluation.examples import load_held_out
 SAMPLE = 64  # conversations
 _OWN = (*NATIVE_TEMPLATES, "mistral-text")
 _FAULT = "remove `<output>/dataset` and check again; if it stays so, report it"
-_TEMPLATE = "use data.template: chatml or mistral, which other tools render alike, or mend the template"
+_TEMPLATE = "use data.template: chatml or mistral, which other tools render alike, or fix the template"
 
 Render = Callable[[Any, list[dict[str, Any]], list[Any] | None, bool], list[int]]
 
@@ -106,7 +106,7 @@ def stops_are_those_trained(context: CheckContext) -> str:
     name = context.encoder.tokenizer.convert_ids_to_tokens
     if trained != stops:
         problem = f"answers end with {name(sorted(trained))}, generation stops at {name(sorted(stops))}"
-        raise Failed(problem, "use another data.template, or mend the one in use")
+        raise Failed(problem, "use another data.template, or fix the one in use")
     return ", ".join(map(repr, name(sorted(stops))))
 
 

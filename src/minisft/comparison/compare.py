@@ -51,28 +51,28 @@ class CompareOptions:
     force: bool = False
 
 
-def compare(wish: CompareOptions) -> int:
+def compare(options: CompareOptions) -> int:
     """Run every variant that is not done yet, one after the other, and write what they measured.
 
     Returns:
-        The exit status: 0 where all variants succeeded, 2 where the user can mend every failure, else 1.
+        The exit status: 0 where all variants succeeded, 2 where the user can fix every failure, else 1.
 
     Raises:
         UserError: the output folder is another's, or a variant's folder holds a run with other settings.
         StoppedError: SIGINT or SIGTERM came; the variant under way has saved its work.
     """
-    variants = choose_variants(wish.path, wish.overrides, read_axes(wish.strategies, wish.varied))
-    output = Path(load_recipe(wish.path, wish.overrides).output)
+    variants = choose_variants(options.path, options.overrides, read_axes(options.strategies, options.varied))
+    output = Path(load_recipe(options.path, options.overrides).output)
     refuse_foreign_folder(RunFolder(output))
     (output / FOLDER).mkdir(parents=True, exist_ok=True)
     with _exclusive(output):
-        if not wish.force:
+        if not options.force:
             _refuse_other_runs(variants)
         _warn_early(variants)
         entries = [Entry(v.name, f"{FOLDER}/{v.name}", v.overrides, trajectory(v)) for v in variants]
         statuses = []
         for place, variant in enumerate(variants):
-            status, entries[place] = _VariantRun(wish, variant, output).execute(entries[place], entries[:place])
+            status, entries[place] = _VariantRun(options, variant, output).execute(entries[place], entries[:place])
             statuses.append(status)
             found = write_comparison(output, entries)
         print_comparison(found)
@@ -110,7 +110,7 @@ def _warn_early(variants: Sequence[Variant]) -> None:
 class _VariantRun:
     """One variant on its way: trained, then scored, each by a verb in a process of its own."""
 
-    wish: CompareOptions
+    options: CompareOptions
     variant: Variant
     output: Path
 
@@ -136,7 +136,7 @@ class _VariantRun:
         except UserError as error:
             return self._failed(entry, "start", 2, str(error))
         for stage, is_done in (("train", self.run.is_trained), ("evaluate", self._is_evaluated)):
-            if stage == "evaluate" and not self.wish.evaluate:
+            if stage == "evaluate" and not self.options.evaluate:
                 continue
             if is_done():
                 say(f"{self.variant.name}: {stage} is done already")
@@ -145,7 +145,7 @@ class _VariantRun:
             if ended.status:
                 restore_replaced_run(self.run)
                 return self._failed(entry, stage, ended.status, ended.error)
-        if self.wish.evaluate:
+        if self.options.evaluate:
             write_atomically(self.record_files, self._evaluation_settings())
         return 0, replace(entry, status="done")
 
@@ -154,21 +154,21 @@ class _VariantRun:
         return (2 if status == 2 else 1), replace(entry, status="failed", failed_at=stage, error=error)
 
     def _begin(self, earlier: Sequence[Entry]) -> None:
-        """Make the run folder, and put into it what an earlier variant computed and this one may need likewise.
+        """Make the run folder, and put into it what an earlier variant computed and this one needs too.
 
         Whether it does, the preparation and the evaluation find out: both check what they find by a hash.
         """
         assert self.variant.recipe is not None
-        if self.wish.force:
+        if self.options.force:
             self.record_files.unlink(missing_ok=True)
-        with start_run(self.variant.recipe, force=self.wish.force, prepares_only=True) as started:
+        with start_run(self.variant.recipe, force=self.options.force, prepares_only=True) as started:
             started.replace_old_run()
             for other in reversed([self.output / entry.folder for entry in earlier]):
                 share(other / "dataset", self.run.dataset)
                 share(other / _BASE_JOURNAL, self.run.root / _BASE_JOURNAL)
 
     def _run_verb(self, verb: str) -> CompletedVerb:
-        words = [verb, str(self.wish.path), *self.wish.overrides, *self.variant.overrides]
+        words = [verb, str(self.options.path), *self.options.overrides, *self.variant.overrides]
         words.append(f"output={json.dumps(str(self.run.root))}")
         if verb == "train" and self.run.has_begun():
             words.append("--resume")
@@ -215,16 +215,16 @@ def share(source: Path, target: Path) -> None:
     if target.exists() or not source.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    record_scratch_folder(aside)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    record_scratch_folder(temporary)
     if source.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(source, aside, copy_function=_link_or_copy)
-        record_folder(aside, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary, copy_function=_link_or_copy)
+        record_folder(temporary, target)
     else:
-        shutil.copyfile(source, aside)
+        shutil.copyfile(source, temporary)
         record_files(target)
-    aside.replace(target)
+    temporary.replace(target)
 
 
 def _link_or_copy(source: str, target: str) -> None:

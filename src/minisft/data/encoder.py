@@ -68,7 +68,7 @@ class EncodedBatch:
 
     Args:
         ids: int32, the rows one after the other.
-        labels: int32, likewise; -100 where not learned.
+        labels: int32, of the same lengths; -100 where a token is not supervised.
         offsets: int64, rows + 1; row i is ids[offsets[i]:offsets[i + 1]].
         answers: each row's answers.
         findings: each row's findings.

@@ -40,7 +40,7 @@ class RowError(Exception):
     Args:
         reason: the ledger's name for it.
         problem: what is wrong, for people.
-        fix: how to mend it.
+        fix: how to fix it.
     """
 
     def __init__(self, reason: str, problem: str, fix: str) -> None:
@@ -102,7 +102,7 @@ def not_json_error(error: ValueError) -> RowError:
         return RowError("too_many_cells", problem, 'put a text with a comma or a line break in it into "double quotes"')
     if isinstance(error, UnicodeDecodeError):
         return RowError("wrong_encoding", f"not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8")
-    return RowError("not_json", f"not JSON: {error}", "mend the line; a JSON checker shows the place")
+    return RowError("not_json", f"not JSON: {error}", "fix the line; a JSON checker shows the place")
 
 
 def ignored_columns(row: Any, format: str) -> set[str]:

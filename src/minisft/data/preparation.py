@@ -90,10 +90,10 @@ def prepare(
         # 3. Make it.
         assert found.tokenizer is not None
         encoder = Encoder(found.tokenizer, recipe.data.template)
-        with write_folder_atomically(folder) as aside:
-            ledger = _prepare_into(aside, recipe, found.sources, encoder, progress)
+        with write_folder_atomically(folder) as temporary:
+            ledger = _prepare_into(temporary, recipe, found.sources, encoder, progress)
             ledger["made_from"] = found.origin
-            (aside / "ledger.json").write_text(dump_json(ledger, indent=1), encoding="utf-8")
+            (temporary / "ledger.json").write_text(dump_json(ledger, indent=1), encoding="utf-8")
     return _prepared(folder, ledger, cached=False)
 
 
@@ -235,7 +235,7 @@ def _raise_problems(stats: DatasetStats, data: DataRecipe) -> None:
     raise UserError(
         _source_name(data),
         f"{lost:,} of {stats.count('rows', 'read'):,} rows cannot be used ({reasons}):\n" + "\n".join(lines),
-        f"mend the rows, or set data.invalid: skip (loses {lost:,} rows) or "
+        f"fix the rows, or set data.invalid: skip (loses {lost:,} rows) or "
         f"data.invalid: repair (saves {stats.repairable:,} of them)",
     )
 

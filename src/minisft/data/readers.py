@@ -272,7 +272,7 @@ class _Text:
 
     def error(self, problem: str, offset: int = 0) -> UserError:
         line = self.line + self.text.count("\n", 0, offset)
-        return UserError(f"{self._path}:{line}", problem, "mend the file there; a JSON checker shows the place")
+        return UserError(f"{self._path}:{line}", problem, "fix the file there; a JSON checker shows the place")
 
     def value(self) -> Any:
         """The JSON value that comes next.
@@ -361,7 +361,7 @@ def _csv_rows(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
                 parse_list_columns(row) if extra is None else CellsError(len(columns) + len(extra), len(columns)),
             )
     except csv.Error as error:
-        raise UserError(f"{name}:{reader.line_num}", f"not CSV: {error}", "mend the file there") from None
+        raise UserError(f"{name}:{reader.line_num}", f"not CSV: {error}", "fix the file there") from None
 
 
 def _bounded_lines(name: str, text: IO[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from minisft.data.conversation import Conversation
 
 
 def prompt_key(conversation: Conversation, seed: int) -> int:
-    """A seeded 64-bit hash of the first user turn, white space and case aside: rows with the same one stay together."""
+    """Return a seeded 64-bit hash of the first user turn, ignoring space and case."""
     first = next((m.content for m in conversation.messages if m.role == "user"), "")
     plain = " ".join(first.lower().split())
     digest = hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8, key=str(seed).encode()[:64])

@@ -248,7 +248,7 @@ class Outcome:
     Args:
         task: its number.
         value: what its `of` gave.
-        seconds: that it took, loading aside.
+        seconds: Time that it took, without loading.
     """
 
     task: int

@@ -164,7 +164,7 @@ class Evaluator:
 
 
 def _cache_key(spec: ModelSpec) -> str:
-    """A hash of what every answer depends on, the prompt aside."""
+    """Return a hash of everything but the prompt that an answer depends on."""
     how = _settings(spec)
     if spec.base is not None and is_adapter(spec.weights):
         how.append(_fingerprint(spec.base))

@@ -113,7 +113,7 @@ def p_value(system: CorpusScore, baseline: CorpusScore) -> float:
 
 
 def exact_match(outputs: Sequence[str], references: Sequence[str]) -> float:
-    """The share (0 to 1) of outputs that equal their reference, blanks at both ends aside."""
+    """Return the share (0 to 1) of outputs that equal their reference, ignoring blanks at both ends."""
     hits = (a.strip() == b.strip() for a, b in zip(outputs, references, strict=True))
     return sum(hits) / len(outputs)
 

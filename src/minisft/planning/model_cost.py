@@ -45,7 +45,7 @@ class ModelCost:
         constant_bytes: kept for the backward, whatever the tokens (autocast's copies of the weights).
         stream_bytes: of the residual stream, for each token: what gradient checkpointing keeps of a layer.
         forward_flops: for each token, without attention scores and output layer.
-        backward_flops: likewise.
+        backward_flops: The same for the backward.
         attention_width: heads times head size, summed over layers.
         all_logits: those of a row are there at once, since the model changes them, or has a bias there.
         adapted_width: elements of the outputs of all layers that have adapters, for each token.
@@ -140,7 +140,7 @@ def count_cost(config: Any, mode: PrecisionMode, lora: LoraRecipe | None = None)
     """Lay a model out on the meta device and count what a row of it takes.
 
     Raises:
-        UserError: the configuration does not describe a model that transformers can lay out.
+        UserError: the configuration does not describe a model that transformers can build.
     """
     register_attention()
     try:

@@ -326,20 +326,20 @@ class PlanOptions:
     nodes: int
 
 
-def plan_for(recipe: Recipe, wish: PlanOptions) -> Plan:
+def plan_for(recipe: Recipe, options: PlanOptions) -> Plan:
     """Plan a recipe for a machine.
 
     Raises:
         UserError: no such machine, an impossible count, or a model's configuration that does not do.
     """
-    count = recipe.training.processes if wish.count is None else wish.count
-    machine = limited(machine_named(wish.gpu, max(count, 1), recipe.training.precision), recipe)
-    require_count(machine, count, wish.nodes)
+    count = recipe.training.processes if options.count is None else options.count
+    machine = limited(machine_named(options.gpu, max(count, 1), recipe.training.precision), recipe)
+    require_count(machine, count, options.nodes)
     config_of(recipe)  # before anything is prepared
     sizes, notes = _sizes(recipe)
     if machine.kind == "cpu" and (busy := load_of_machine()) > machine.per_node / 2:
         notes += (f"others are at work (load {busy:.1f} on {machine.per_node} cores): an idle machine is faster",)
-    job = job_of(recipe, machine, sizes=sizes, count=count, nodes=wish.nodes)
+    job = job_of(recipe, machine, sizes=sizes, count=count, nodes=options.nodes)
     return make_plan(recipe, job, notes)
 
 

@@ -137,7 +137,7 @@ class Prediction:
         step: a mean step's time.
         traffic_bytes: that a process sends in a step.
         steps: of the run; None where the data is not known.
-        total_seconds: of all steps and checkpoints; None likewise.
+        total_seconds: Time of all steps and checkpoints; None where the number of steps is unknown.
     """
 
     setting: Setting

@@ -20,8 +20,8 @@ class Workload:
         checkpoints: that it writes.
         tokens: of a step, over all processes, as a mean.
         busiest_tokens: of a step, of the process with most, as a mean.
-        busiest_supervised: likewise.
-        busiest_squares: likewise, the sum of the squares of the conversations' lengths.
+        busiest_supervised: Supervised tokens of that process.
+        busiest_squares: Sum of the squares of its conversations' lengths.
         rows: forwards of a step, as a mean; all processes have the same number.
         most_rows: of a step.
         row_tokens: (rows,) tokens of each row that was looked at.

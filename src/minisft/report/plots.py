@@ -82,10 +82,10 @@ def _finish(axes: "Axes", label: str) -> None:
 
 def _write(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    record_files(aside, path)
-    figure.savefig(aside, dpi=150, format="png")
-    aside.replace(path)
+    temporary = path.with_name(f".{path.name}")
+    record_files(temporary, path)
+    figure.savefig(temporary, dpi=150, format="png")
+    temporary.replace(path)
     return path
 
 

@@ -224,7 +224,7 @@ def _interval(score: dict[str, Any]) -> str:
 
 
 def _failure(variant: dict[str, Any]) -> str:
-    error = " ".join((variant["error"] or "").split()).replace(" To mend it:", ". To mend it:")  # on a line of its own
+    error = " ".join((variant["error"] or "").split()).replace(" Fix:", ". Fix:")  # on a line of its own
     return f"{variant['name']} failed ({variant['failed_at']}): {error}"
 
 

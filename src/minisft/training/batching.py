@@ -1,7 +1,7 @@
 """Padding-free batches: which conversations make which optimizer step, on which process, in which forward.
 
 A step is a fixed set of conversations, whatever the number of processes and the split of the batch: the
-epoch's permutation, cut into global batches; with packing, the epoch's packs, cut likewise. Every process
+epoch's permutation, cut into global batches; with packing, the epoch's packs, cut in the same way. Every process
 computes the same plan from the lengths alone, so nothing has to be communicated: the conversations of a step
 are dealt to the processes by length, and each process lays its share end to end in rows of at most
 `row_tokens` tokens, one forward and backward each.
@@ -107,7 +107,7 @@ def measure_lengths(dataset: Any) -> Sizes:
 
 
 def balance_ranks(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Deal the items of `lengths` to `processes` so that the largest sum is small; return their positions.
+    """Distribute the items of `lengths` over `processes` so that the largest sum is small; return their positions.
 
     The differencing method (Karmarkar and Karp 1982, for more than two parts as in Korf 2009): the two partial deals
     whose sums differ most are joined, the fullest share of one with the emptiest of the other.

@@ -76,15 +76,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def publish(staged: Path, final: Path) -> None:
+def publish(unfinished: Path, final: Path) -> None:
     """Give a completely written checkpoint its name, replacing one of the same step."""
     if final.exists() and not remove_checkpoint(final):
         final.rename(unused_name(final, "kept"))
-    record_folder(staged, final)
-    staged.rename(final)
+    record_folder(unfinished, final)
+    unfinished.rename(final)
     with contextlib.suppress(OSError):
         _sync(final.parent)
-    shutil.rmtree(staged.parent, ignore_errors=True)
+    shutil.rmtree(unfinished.parent, ignore_errors=True)
 
 
 def remove_checkpoint(checkpoint: Path) -> bool:

@@ -255,7 +255,7 @@ class SupervisedTokenTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write aside, and rename when every process has written its part.
+        """Write to a temporary folder, and rename it when every process has written its part.
 
         Raises:
             UserError: the step's gradient was no number, so the weights are spoiled; or the file system refused.
@@ -316,7 +316,7 @@ class SupervisedTokenTrainer(Trainer):
         folder = Path(str(output_dir))
         # The Trainer has set the tokenizer's EOS meanwhile, which need not be what was trained as terminator.
         set_stop_tokens(self._model(), self.stop_token_ids)
-        self._model().config.use_cache = True  # likewise: it was switched off for training
+        self._model().config.use_cache = True  # it was switched off for training
         if has_adapters(self._model()):
             save_adapters(self._model(), folder, state_dict)
             cast(Any, self.processing_class).save_pretrained(folder)

@@ -192,7 +192,7 @@ def fill_zero_engine(
         engine: of stage 1, 2 or 3, over torch's AdamW.
         parameters: the trained ones of its module, by name; one after the other is filled.
         moment: given a parameter's name and one of `MOMENTS`, returns all of it, flat, in fp32 on the CPU.
-        weight: likewise the fp32 weight, which the module gets in its own format too.
+        weight: Returns the fp32 weight in the same way; the module gets it in its own format too.
         adam_steps: that AdamW has taken.
         steps: that the engine has taken.
     """

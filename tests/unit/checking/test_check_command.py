@@ -18,9 +18,9 @@ def report(recipe_file):
 
 
 def table(printed):
-    """(status, name, detail, mend) of each check in the printed table."""
+    """(status, name, detail, fix) of each check in the printed table."""
     pattern = re.compile(
-        r"^(ok|FAILED|not run) +([\w.]+) .*\n {28}(.*)\n(?: {28}To mend it: (.*)\n)?", re.MULTILINE
+        r"^(ok|FAILED|not run) +([\w.]+) .*\n {28}(.*)\n(?: {28}Fix: (.*)\n)?", re.MULTILINE
     )  # fmt: skip
     return pattern.findall(printed)
 

@@ -16,7 +16,7 @@ def test_an_error_that_the_user_can_mend(tmp_path):
     lines: list[str] = []
     ended = run_verb(["train", str(tmp_path / "none.yaml")], tmp_path / "log", lines.append)
     assert ended.status == 2
-    assert ended.error.startswith(f"{tmp_path / 'none.yaml'}: there is no such recipe\n  To mend it: ")
+    assert ended.error.startswith(f"{tmp_path / 'none.yaml'}: there is no such recipe\n  Fix: ")
     assert lines
     assert (tmp_path / "log").read_text().startswith(f"$ minisft train {tmp_path / 'none.yaml'}\nminisft: ")
 
@@ -36,7 +36,7 @@ def test_the_log_keeps_what_earlier_children_printed(tmp_path):
         (-15, "", "killed by SIGTERM"),
         (1, "Traceback\nRuntimeError: no\n\n", "exit status 1: RuntimeError: no"),
         (1, "", "exit status 1: it printed nothing"),
-        (2, "step 1\nminisft: a: b\n  To mend it: c\n", "a: b\n  To mend it: c"),
+        (2, "step 1\nminisft: a: b\n  Fix: c\n", "a: b\n  Fix: c"),
     ],
 )
 def test_why_it_failed(status, printed, said):

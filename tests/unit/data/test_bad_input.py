@@ -59,7 +59,7 @@ def test_a_bad_row_is_named_with_its_line_and_its_mend(reason, tmp_path, chat_bp
     message = str(caught.value)
     shown = next(text for text in message.splitlines() if "talks.jsonl:3: " in text)
     assert words in shown
-    assert "To mend it" in message
+    assert "Fix:" in message
     assert "skip (loses 1 rows)" in message
     assert not (tmp_path / "run" / "dataset").exists()
 

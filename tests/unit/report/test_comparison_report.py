@@ -219,4 +219,4 @@ def test_the_page_in_a_browser(tmp_path):
 def test_an_error_and_its_mend_are_two_sentences(tmp_path):
     error = str(UserError("disk", "the run needs 3 GB", "make room"))
     found = write_comparison(tmp_path, [entry("zero1", status="failed", failed_at="train", error=error)])
-    assert found["verdict"] == ["zero1 failed (train): disk: the run needs 3 GB. To mend it: make room"]
+    assert found["verdict"] == ["zero1 failed (train): disk: the run needs 3 GB. Fix: make room"]

@@ -234,7 +234,7 @@ class JinjaRenderer:
             raise _unbounded(limit) from None
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
-                "data.template", f"line {error.lineno} of the template: {error.message}", "mend the template"
+                "data.template", f"line {error.lineno} of the template: {error.message}", "fix the template"
             ) from None
         except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
             raise self._refusal(dicts, tools, prompt, str(error)) from None
@@ -298,7 +298,7 @@ class JinjaRenderer:
             raise UserError(
                 "data.template",
                 "the template ends an answer with no special token of this tokenizer, so a model would not stop",
-                "use data.template: chatml or mistral, which end answers with the EOS token, or mend the template",
+                "use data.template: chatml or mistral, which end answers with the EOS token, or fix the template",
             )
         return match.group()
 

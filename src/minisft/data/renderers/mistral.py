@@ -66,7 +66,7 @@ class MistralRenderer:
         if any(message.role == "tool" and not message.call_id for message in messages):
             findings.append("call_id_missing")  # mistral-common refuses it; the result is written without
         if any(message.tool_calls and message.content for message in messages):
-            findings.append("text_before_calls")  # likewise; v7 writes it so
+            findings.append("text_before_calls")  # v7 of the template writes text before calls
         return findings
 
     def _system_place(self, users: Sequence[int]) -> int:
