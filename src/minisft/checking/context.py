@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from minisft.checking.scratch import Steps, choose_steps, make_scratch_run, step_recipe
 from minisft.data.conversation import Conversation, Message, messages_from_rows
 from minisft.data.encoder import IGNORED, Encoder
 from minisft.data.preparation import Prepared, prepare
@@ -30,7 +31,6 @@ from minisft.run_folder import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from minisft.checking.scratch import Steps
     from minisft.planning.prediction import Prediction
     from minisft.training.trainer import SupervisedTokenTrainer
 
@@ -220,18 +220,14 @@ class CheckContext:
         return chosen.training.strategy
 
     @cached_property
-    def steps(self) -> "Steps":
-        from minisft.checking.scratch import choose_steps
-
-        return choose_steps(self)
+    def steps(self) -> Steps:
+        return choose_steps(self.recipe.training, self.splits["train"])
 
     @cached_property
     def chosen_recipe(self) -> Recipe:
         """The scratch run of the steps as the recipe has them."""
-        from minisft.checking.scratch import make_scratch, step_recipe
-
-        recipe = step_recipe(self, "steps", self.steps, strategy=self.strategy)
-        make_scratch(self, recipe, self.steps.rows)
+        recipe = step_recipe(self.recipe, self.scratch / "steps", self.steps, strategy=self.strategy)
+        make_scratch_run(recipe, self.splits["train"], self.steps.rows)
         return recipe
 
     @property
@@ -241,11 +237,10 @@ class CheckContext:
     @cached_property
     def reference_recipe(self) -> Recipe:
         """The scratch run of the same steps on one process, without a strategy."""
-        from minisft.checking.scratch import make_scratch, step_recipe
-
         batch = self.steps.conversations
-        recipe = step_recipe(self, "reference", self.steps, strategy="vanilla", processes=1, batch_size=batch)
-        make_scratch(self, recipe, self.steps.rows)
+        folder = self.scratch / "reference"
+        recipe = step_recipe(self.recipe, folder, self.steps, strategy="vanilla", processes=1, batch_size=batch)
+        make_scratch_run(recipe, self.splits["train"], self.steps.rows)
         return recipe
 
     @cached_property

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from minisft.checking.context import CheckContext, TokenRow
 from minisft.checking.reference import Conversations, count_learned, padded_loss, plain_attention
 from minisft.checking.result import Failed
-from minisft.checking.scratch import Steps, make_scratch, short_rows, step_recipe, switch_off_dropout
+from minisft.checking.scratch import Steps, make_scratch_run, short_rows, step_recipe, switch_off_dropout
 from minisft.evaluation.generation import generate
 from minisft.training.batching import measure_lengths
 
@@ -28,7 +28,7 @@ def can_overfit_batch(context: CheckContext) -> str:
     """Train on the shortest rows until the loss is near zero, and generate their answers."""
     rows = _shortest_rows(context)
     recipe = _recipe(context, len(rows))
-    make_scratch(context, recipe, rows)
+    make_scratch_run(recipe, context.splits["train"], rows)
     trainer = context.train_in_scratch(recipe)
     switch_off_dropout(trainer.model)
     trainer.args.save_strategy = "no"
@@ -58,7 +58,7 @@ def _shortest_rows(context: CheckContext) -> list[int]:
 def _recipe(context: CheckContext, rows: int) -> "Recipe":
     rate = _RATE_TIMES_WIDTH / context.width
     return step_recipe(
-        context, "learning", Steps(rows, []),
+        context.recipe, context.scratch / "learning", Steps(rows, []),
         strategy="vanilla", processes=1, batch_size=rows, max_steps=MOST_STEPS, save_every=MOST_STEPS,
         learning_rate=rate, scheduler="constant", scheduler_args={}, weight_decay=0.0, optimizer="adamw",
     )  # fmt: skip

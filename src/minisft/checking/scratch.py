@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback
@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from minisft.console import console, error_console
 from minisft.errors import StoppedError
-from minisft.recipe import Recipe
+from minisft.recipe import Recipe, TrainingRecipe
 from minisft.run_folder import RunFolder, load_run, trust_arguments
 from minisft.run_start import open_run
 from minisft.training.batching import measure_lengths
@@ -30,10 +30,6 @@ from minisft.training.device import choose_precision, on_cpu
 from minisft.training.distributed import launch, launch_single
 from minisft.training.run_training import make_trainer, take_steps
 from minisft.training.zero import ZERO_STAGES, set_deepspeed_environment
-
-if TYPE_CHECKING:
-    from minisft.checking.context import CheckContext
-
 
 STEPS = 3
 RESUME_AT = 2
@@ -59,10 +55,9 @@ class Steps:
     rows: list[int]
 
 
-def choose_steps(context: "CheckContext") -> Steps:
+def choose_steps(training: TrainingRecipe, train_split: Any) -> Steps:
     """Choose short rows of different lengths, and as many in a step as the recipe has where there is time for it."""
-    training = context.recipe.training
-    tokens = measure_lengths(context.splits["train"]).tokens
+    tokens = measure_lengths(train_split).tokens
     budget = _TOKENS_CPU if on_cpu() else _TOKENS_GPU
     whole = training.batch_size * training.processes * training.gradient_accumulation
     for conversations in range(whole, training.processes, -1):
@@ -83,13 +78,13 @@ def row_limit() -> int:
     return _ROW_CPU if on_cpu() else _ROW_GPU
 
 
-def step_recipe(context: "CheckContext", name: str, steps: Steps, **training: Any) -> Recipe:
+def step_recipe(recipe: Recipe, folder: Path, steps: Steps, **training: Any) -> Recipe:
     """The recipe for a scratch run of STEPS steps: the recipe's own but for length, batch and where it is written.
 
     All steps change the weights: there is no warm-up. What belongs to a long run alone is left out, and what belongs
     to another strategy.
     """
-    own = context.recipe.training
+    own = recipe.training
     changed = {
         "batch_size": steps.conversations // own.processes, "gradient_accumulation": 1, "max_steps": STEPS,
         "save_every": RESUME_AT, "log_every": 1, "warmup_ratio": 0.0, "report_to": [],
@@ -99,15 +94,15 @@ def step_recipe(context: "CheckContext", name: str, steps: Steps, **training: An
         changed["offload"] = None
     if choose_precision(own.precision) != "fp32" and "learning_rate" not in training:
         changed["learning_rate"] = min(own.learning_rate, _MOST_IN_HALF_PRECISION)
-    return replace(context.recipe, output=str(context.scratch / name), training=replace(own, **changed))
+    return replace(recipe, output=str(folder), training=replace(own, **changed))
 
 
-def make_scratch(context: "CheckContext", recipe: Recipe, rows: list[int]) -> None:
-    """Make the run folder of a scratch recipe with rows of the train side; a long row loses what is far off."""
+def make_scratch_run(recipe: Recipe, train_split: Any, rows: list[int]) -> None:
+    """Make the run folder of a scratch recipe with some rows of the train split; long rows are cut around an answer."""
     import datasets
 
     with open_run(recipe) as run:
-        chosen = context.splits["train"].select_columns(["input_ids", "labels", "id"]).select(rows)
+        chosen = train_split.select_columns(["input_ids", "labels", "id"]).select(rows)
         cut = [_shortened(row, row_limit()) for row in chosen]
         bars = datasets.utils.logging.is_progress_bar_enabled()
         datasets.disable_progress_bars()

@@ -24,10 +24,9 @@ from minisft.files import write_atomically
 from minisft.manifest import record_files
 from minisft.processes import handle_stop_signals
 from minisft.training.batching import StepSampler
-from minisft.training.held_out import eval_losses, is_due, stops_early
 
 if TYPE_CHECKING:
-    from minisft.training.trainer import SupervisedTokenTrainer
+    pass
 
 
 LOGGED = (
@@ -146,38 +145,6 @@ class OnFirstStep(TrainerCallback):
         if self.call is not None:
             call, self.call = self.call, None
             call()
-
-
-class HeldOutLoss(TrainerCallback):
-    """Compute the held-out loss where it is due, in the log of its step, and end the run when it no longer falls."""
-
-    def __init__(self, trainer: "SupervisedTokenTrainer", every: str | int | None, patience: int | None) -> None:
-        self.trainer, self.every, self.patience = trainer, every, patience
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        epoch_steps = len(self.trainer.sampler)
-        if is_due(state.global_step, every=self.every, epoch_steps=epoch_steps, last=state.max_steps):
-            control.should_evaluate = control.should_log = True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if stops_early(eval_losses(state.log_history), self.patience):
-            self.trainer.ended_early = True
-            control.should_save = control.should_training_stop = True
-
-
-class StopAtStepEnd(TrainerCallback):
-    """Save and end where the processes agreed to stop; the epoch's end, which follows, saves no second time."""
-
-    def __init__(self, trainer: "SupervisedTokenTrainer") -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stops_here:
-            control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stops_here or self.trainer.ended_early:
-            control.should_save = False
 
 
 STOP_FILE = "MINISFT_STOP_FILE"

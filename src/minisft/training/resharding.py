@@ -24,7 +24,7 @@ from minisft.training.device import choose_precision
 from minisft.training.zero import MOMENTS, ZERO_STAGES, fill_fp32_masters, fill_zero_engine, plain_zero_state
 
 if TYPE_CHECKING:
-    from minisft.training.trainer import SupervisedTokenTrainer
+    from transformers import Trainer
 
 
 # Those whose state is AdamW's two moments in fp32.
@@ -75,7 +75,7 @@ def _obstacle(wrote: str, training: TrainingRecipe) -> str | None:
     return None
 
 
-def reshard_state(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
+def reshard_state(trainer: "Trainer", checkpoint: Path) -> None:
     """Give a trainer that is ready for its first step the weights, optimizer and schedule of another layout.
 
     Args:
@@ -103,7 +103,7 @@ def reshard_state(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
     _continue_schedule(trainer, checkpoint)
 
 
-def restore_fp32_weights(trainer: "SupervisedTokenTrainer", folder: Path) -> None:
+def restore_fp32_weights(trainer: "Trainer", folder: Path) -> None:
     """Let a new run under ZeRO in half precision begin with the fp32 weights of its model folder, as vanilla does.
 
     Args:
@@ -133,7 +133,7 @@ def _weight_in_fp32(files: dict[str, Path], name: str) -> torch.Tensor | None:
     return weight.flatten()
 
 
-def _in_order_of_optimizer(trainer: "SupervisedTokenTrainer", trained: dict[str, Any]) -> list[str]:
+def _in_order_of_optimizer(trainer: "Trainer", trained: dict[str, Any]) -> list[str]:
     """Name the parameters in the order in which the Trainer gives them to an optimizer: with decay, without."""
     decayed = set(trainer.get_decay_parameter_names(trainer.model))  # type: ignore[arg-type]  # of a model, not None
     return sorted(trained, key=lambda name: name not in decayed)  # a stable sort
@@ -159,7 +159,7 @@ def _fill_optimizer(optimizer: Any, trained: dict[str, Any], state: "SavedState"
         optimizer.state[weight] = {"step": steps, **moments}
 
 
-def _continue_schedule(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
+def _continue_schedule(trainer: "Trainer", checkpoint: Path) -> None:
     """Load the schedule, and put its learning rate into the optimizer.
 
     It holds lists of an entry for each group of parameters. Their entries are equal; their number is not the same

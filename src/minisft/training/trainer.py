@@ -15,14 +15,14 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PrinterCallback, Trainer
+from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minisft.errors import UserError
 from minisft.files import apply_umask
 from minisft.training.batching import RowDataset, StepBatch, StepSampler, collate
-from minisft.training.callbacks import HeldOutLoss, RestoreSampler, StopAtStepEnd, StopRequest
+from minisft.training.callbacks import RestoreSampler, StopRequest
 from minisft.training.checkpoints import (
     WriteErrors,
     checkpoints_left,
@@ -33,7 +33,7 @@ from minisft.training.checkpoints import (
     write_error,
     write_metadata,
 )
-from minisft.training.held_out import EVAL_LOSS, HeldOutRows
+from minisft.training.held_out import EVAL_LOSS, HeldOutRows, eval_losses, is_due, stops_early
 from minisft.training.integrity import explain_damage, forbid_pickled_code
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss
@@ -346,3 +346,35 @@ def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:
         eos_token_id=stop if len(stop) > 1 else stop[0],
         pad_token_id=pad if pad is not None else stop[0],
     )
+
+
+class HeldOutLoss(TrainerCallback):
+    """Compute the held-out loss where it is due, in the log of its step, and end the run when it no longer falls."""
+
+    def __init__(self, trainer: SupervisedTokenTrainer, every: str | int | None, patience: int | None) -> None:
+        self.trainer, self.every, self.patience = trainer, every, patience
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch_steps = len(self.trainer.sampler)
+        if is_due(state.global_step, every=self.every, epoch_steps=epoch_steps, last=state.max_steps):
+            control.should_evaluate = control.should_log = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if stops_early(eval_losses(state.log_history), self.patience):
+            self.trainer.ended_early = True
+            control.should_save = control.should_training_stop = True
+
+
+class StopAtStepEnd(TrainerCallback):
+    """Save and end where the processes agreed to stop; the epoch's end, which follows, saves no second time."""
+
+    def __init__(self, trainer: SupervisedTokenTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stops_here:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stops_here or self.trainer.ended_early:
+            control.should_save = False
