@@ -41,7 +41,7 @@ def _say_scores(results: dict[str, Any]) -> None:
             tuned = f"tuned ({best['checkpoint']}{below}) {best[metric]['score']:.1f}, " if best else ""
             say(
                 f"{name} on held-out answers: base {results['base'][metric]['score']:.1f}, {tuned}"
-                f"best stock phrase {results['constant'][metric]['score']:.1f}",
+                f"constant baseline {results['constant'][metric]['score']:.1f}",
                 style="bold",
             )
     if best is None:

@@ -42,7 +42,7 @@ def verdict(run: RunFiles) -> str:
 
 def _against_constant(score: dict[str, Any], constant: dict[str, Any], name: str) -> str:
     p = score.get("p", {}).get("constant")
-    phrase = f"the best stock phrase ({name} {constant['score']:.1f})"
+    phrase = f"the constant baseline ({name} {constant['score']:.1f})"
     if score["score"] <= constant["score"]:
         return f"It does not beat {phrase}: that score is no proof of learning."
     if not is_reliable(score):

@@ -41,7 +41,7 @@ def test_without_a_best_checkpoint_the_base_models_answers_are_shown(tmp_path, c
     out = capsys.readouterr().out
     assert out.count("base says") == 3
     assert "tuned:" not in out
-    assert "BLEU on held-out answers: base 10.0, best stock phrase 10.0" in out
+    assert "BLEU on held-out answers: base 10.0, constant baseline 10.0" in out
     assert "No checkpoint could be scored." in out
 
 

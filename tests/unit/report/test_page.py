@@ -117,8 +117,8 @@ def test_the_page_holds_every_part(tmp_path):
     ("best", "said"),
     [
         (20.0, "Take checkpoint-9: BLEU 20.0 (95 % interval 18.0 to 22.0), 17.0 above the base model, which is more "
-               "than chance (p = 0.001). It beats the best stock phrase (BLEU 10.0), which may be chance (p = 0.200)."),
-        (5.0, "It does not beat the best stock phrase (BLEU 10.0): that score is no proof of learning."),
+               "than chance (p = 0.001). It beats the constant baseline (BLEU 10.0), which may be chance (p = 0.200)."),
+        (5.0, "It does not beat the constant baseline (BLEU 10.0): that score is no proof of learning."),
         (2.0, "No checkpoint beats the base model (BLEU 3.0); best is checkpoint-9 with BLEU 2.0"),
     ],
 )  # fmt: skip
