@@ -57,3 +57,50 @@ def test_every_command_is_one(line, tmp_path):
 def test_there_are_blocks_and_commands_to_look_at():
     assert len(list(blocks())) >= 3
     assert len(list(commands())) >= 40
+
+
+# --- the map of the code ----------------------------------------------------------------------------------
+
+SOURCE = ROOT / "src" / "minisft"
+# Words that nobody searches for; each stands for a term of the field (docs/glossary.md).
+OLD_WORDS = r"mend|mends|deal|tidy|lay out|learned by heart|rehearsal|staged|wish|heed|stock phrase"
+STANDARD = {
+    '"mend": self.fix': "a field of check.json, which other programs read",
+}
+
+
+def listed_files():
+    """Return the files of the README's tree, by the indentation of its lines."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text[text.index("```\nsrc/minisft/\n") : text.index("\nrecipes/  tests/")].splitlines()[2:]
+    folders: list[str] = []
+    for line in tree:
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth - 1 :] = [name]
+        if not name.endswith("/"):
+            assert len(line.split()) > 1, f"{name} has no description"
+            yield "".join(folders)
+
+
+def test_the_tree_of_the_readme_lists_every_module_and_nothing_else():
+    listed = list(listed_files())
+    assert sorted(listed) == sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
+
+
+def test_every_file_and_function_of_the_walks_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z_/]+\.py)(?:: ([A-Za-z_.]+))?`((?:, `[A-Za-z_]+`)*)", text)
+    assert len(named) >= 40
+    for file, name, more in named:
+        content = (SOURCE / file if file.startswith(("tests/", "benchmarks/")) is False else ROOT / file).read_text(
+            encoding="utf-8"
+        )
+        for wanted in [*name.split("."), *re.findall(r"\w+", more)]:
+            assert not wanted or re.search(rf"^ *(?:def|class) {wanted}\b", content, re.MULTILINE), f"{file}: {wanted}"
+
+
+def test_messages_and_comments_use_the_terms_of_the_field():
+    for path in sorted(SOURCE.rglob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(rf"\b(?:{OLD_WORDS})\b", line, re.IGNORECASE):
+                assert any(known in line for known in STANDARD), f"{path}:{number}: {line.strip()}"
