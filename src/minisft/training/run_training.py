@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,10 @@ def require_feasible(recipe: Recipe, nodes: Nodes | None = None) -> None:
     require_schedule(training)
     _check_trackers(training)
     choose_precision(training.precision)
-    _check_lora(recipe)
+    if training.lora is not None:
+        from minisft.training.lora import require_quantisation
+
+        require_quantisation(training.lora)
     if not is_joined():
         require_processes(local_processes(training.processes, nodes))
     if training.strategy in ZERO_STAGES:
@@ -259,7 +261,8 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         max_grad_norm=clipping_norm(training),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        **_save_options(training),
+        save_strategy="epoch" if training.save_every == "epoch" else "steps",
+        save_steps=500 if training.save_every == "epoch" else training.save_every,  # 500 is the default, not read
         logging_strategy="steps",
         logging_steps=training.log_every,
         logging_first_step=True,
@@ -283,19 +286,6 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
     arguments.device  # noqa: B018 (it counts the GPUs)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several in one process would mean DataParallel
     return arguments
-
-
-def _save_options(training: TrainingRecipe) -> dict[str, Any]:
-    if training.save_every == "epoch":
-        return {"save_strategy": "epoch"}
-    return {"save_strategy": "steps", "save_steps": training.save_every}
-
-
-def _check_lora(recipe: Recipe) -> None:
-    from minisft.training.lora import require_quantisation
-
-    if recipe.training.lora is not None:
-        require_quantisation(recipe.training.lora)
 
 
 def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> Any:
@@ -356,7 +346,7 @@ def _trainer(
         sampler=sampler,
         strategy=training.strategy,
         stop_token_ids=encoder.stop_token_ids,
-        describe_rows=_row_describer(dataset),
+        describe_rows=lambda rows: ", ".join(str(dataset[row].get("id", row)) for row in rows),
         on_saved=partial(prune, run, training),
         base_model_folder=base_model_folder,
         held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
@@ -385,13 +375,6 @@ def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -
         problem = "there are no held-out conversations to compute a loss on"
         raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test, and train anew")
     return HeldOutRows(dataset, row_tokens=row_tokens, processes=arguments.world_size, rank=arguments.process_index)
-
-
-def _row_describer(dataset: Any) -> Callable[[tuple[int, ...]], str]:
-    def describe(indexes: tuple[int, ...]) -> str:
-        return ", ".join(str(dataset[index].get("id", index)) for index in indexes)
-
-    return describe
 
 
 def train_as_worker(root: Path, resume_from: Path | None, trust_remote_code: bool = False) -> None:

@@ -155,7 +155,11 @@ class SupervisedTokenTrainer(Trainer):
         started, sent_before = time.perf_counter(), bytes_sent()
         model.train()
         total = torch.zeros((), device=self.args.device)
-        with self._large_gradients(model) as lookups:
+        # DeepSpeed takes the gradients of every backward itself, so it gets those of the embedding one by one.
+        deepspeed = self.is_deepspeed_enabled
+        lookup = contextlib.nullcontext(EmbeddingLookups()) if deepspeed else accumulate_embedding_gradient(model)
+        options = {"scale_wrt_gas": False} if deepspeed else {}  # the loss is scaled here, once
+        with lookup as lookups:
             for number, row in enumerate(batch.rows, 1):
                 lookups.last = last = number == len(batch.rows)
                 with self._reduction(model, last):
@@ -165,7 +169,7 @@ class SupervisedTokenTrainer(Trainer):
                     total += loss.detach()
                     if last:  # DeepSpeed steps inside the last backward
                         self._synchronise_step(total, batch)
-                    self.accelerator.backward(loss, **self._backward_options())
+                    self.accelerator.backward(loss, **options)
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
         self._step_loss = total
         return total
@@ -198,17 +202,6 @@ class SupervisedTokenTrainer(Trainer):
         else:
             with self.accelerator.no_sync(model):
                 yield
-
-    def _large_gradients(self, model: Any) -> contextlib.AbstractContextManager[EmbeddingLookups]:
-        """Let a step make one gradient of the embedding; DeepSpeed takes those of every backward itself."""
-        return (
-            contextlib.nullcontext(EmbeddingLookups())
-            if self.is_deepspeed_enabled
-            else accumulate_embedding_gradient(model)
-        )
-
-    def _backward_options(self) -> dict[str, Any]:
-        return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
 
     # --- the loss on held-out rows
 
