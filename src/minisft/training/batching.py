@@ -242,7 +242,10 @@ class RowDataset(Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, plan: RowPlan) -> tuple[PackedRow, RowPlan]:
         if not plan.indexes:
-            return _empty_row(), plan
+            # One token without a target: ZeRO gathers or reduces in every forward, so every process has as many.
+            nothing = torch.zeros(0, dtype=torch.int64)
+            token = torch.zeros((1, 1), dtype=torch.int64)
+            return PackedRow(token, token, (1,), nothing, nothing, ()), plan
         items = [self.dataset[index] for index in plan.indexes]
         return pack_sequences([(item["input_ids"], item["labels"]) for item in items], plan.indexes), plan
 
@@ -250,7 +253,8 @@ class RowDataset(Dataset):  # type: ignore[type-arg]
 def pack_sequences(conversations: Sequence[tuple[np.ndarray, np.ndarray]], indexes: tuple[int, ...] = ()) -> PackedRow:
     """Lay conversations, as (input_ids, labels), end to end in a row."""
     lengths = tuple(len(ids) for ids, _ in conversations)
-    labels = np.concatenate([_without_first(labels) for _, labels in conversations])
+    # Nothing stands before the first token of a conversation, so nothing can predict it.
+    labels = np.concatenate([np.concatenate([[IGNORED], labels[1:]]) for _, labels in conversations])
     supervised = np.flatnonzero(labels != IGNORED)
     return PackedRow(
         input_ids=_tensor(np.concatenate([ids for ids, _ in conversations]))[None],
@@ -266,17 +270,6 @@ def collate(rows: Sequence[tuple[PackedRow, RowPlan]]) -> StepBatch:
     """Collate the rows of one step."""
     plan = rows[0][1]
     return StepBatch(tuple(row for row, _ in rows), plan.step_tokens, plan.step_supervised)
-
-
-def _without_first(labels: np.ndarray) -> np.ndarray:
-    """Nothing stands before the first token of a conversation, so nothing can predict it."""
-    return np.concatenate([[IGNORED], labels[1:]])
-
-
-def _empty_row() -> PackedRow:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    token = torch.zeros((1, 1), dtype=torch.int64)
-    return PackedRow(token, token, (1,), nothing, nothing, ())
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

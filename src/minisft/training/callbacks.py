@@ -104,22 +104,20 @@ class ProgressLine(TrainerCallback):
             f"{logs['peak_memory_mb'] / 1000:.2f} GB"
         )
         self.progress.update(self.task, completed=state.global_step, status=status)
-        if not error_console.is_terminal:
-            self._print_line(state, status)
+        # Without a terminal: a line now and then, and one for the last step.
+        now = time.perf_counter()
+        due = now - self.printed >= _SECONDS_BETWEEN_LINES or state.global_step >= state.max_steps
+        if due and not error_console.is_terminal:
+            self.printed = now
+            pace = (now - self.started) / max(state.global_step - self.first_step, 1)
+            left = pace * (state.max_steps - state.global_step)
+            error_console.print(
+                f"step {state.global_step}/{state.max_steps}  {status}  {left:.0f} s left", markup=False
+            )
 
     def stop(self) -> None:
         if self.progress.live.is_started:  # else it would print an empty line
             self.progress.stop()
-
-    def _print_line(self, state: Any, status: str) -> None:
-        """Where there is no terminal, a line now and then, and one for the last step."""
-        now = time.perf_counter()
-        if now - self.printed < _SECONDS_BETWEEN_LINES and state.global_step < state.max_steps:
-            return
-        self.printed = now
-        pace = (now - self.started) / max(state.global_step - self.first_step, 1)
-        left = pace * (state.max_steps - state.global_step)
-        error_console.print(f"step {state.global_step}/{state.max_steps}  {status}  {left:.0f} s left", markup=False)
 
 
 class RestoreSampler(TrainerCallback):

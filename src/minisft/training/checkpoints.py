@@ -140,17 +140,14 @@ def best_checkpoints(run: RunFolder) -> set[str]:
     scores: dict[str, Any] = {"checkpoints": [], "best": None}
     if results.is_file():
         scores = read_json(results, "delete it, then go on with --resume", checkpoints=list, best=(str, type(None)))
-    losses = _losses_in_training(run) or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
+    # Held-out losses of training, by the name of the checkpoint that the step has, if it has one.
+    lines = read_json_lines(run.metrics, "delete the damaged lines", step=int)
+    losses = {f"checkpoint-{line['step']}": line["eval_loss"] for line in lines if "eval_loss" in line}
+    losses = losses or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
     there = {path.name for path in run.list_checkpoints()}
     known = [name for name, loss in losses.items() if name in there and loss is not None]
     lowest = {min(known, key=losses.__getitem__)} if known else set()
     return lowest | {scores["best"]}
-
-
-def _losses_in_training(run: RunFolder) -> dict[str, float]:
-    """Held-out losses by the name of the checkpoint that the step has, if it has one."""
-    lines = read_json_lines(run.metrics, "delete the damaged lines", step=int)
-    return {f"checkpoint-{line['step']}": line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
 def has_state(checkpoint: Path) -> bool:
@@ -266,7 +263,7 @@ def explain_failed_writes(folder: Path) -> Iterator[None]:
         UserError: a write was refused.
     """
     told = threading.excepthook
-    threading.excepthook = lambda died: None if _is_refused(died.exc_value) else told(died)
+    threading.excepthook = lambda died: None if died.exc_value and is_write_failure(died.exc_value) else told(died)
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -275,10 +272,6 @@ def explain_failed_writes(folder: Path) -> Iterator[None]:
         raise write_error(folder, "writing failed", reason_of(error)) from None
     finally:
         threading.excepthook = told
-
-
-def _is_refused(error: BaseException | None) -> bool:
-    return error is not None and is_write_failure(error)
 
 
 def write_error(where: Path, problem: str, reason: str) -> UserError:

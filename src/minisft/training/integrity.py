@@ -67,17 +67,7 @@ def require_intact(checkpoint: Path) -> None:
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict) or not set(_KEYS[path.name]) <= set(found):
                 raise ValueError(f"it does not hold {', '.join(_KEYS[path.name])}")
-    _refuse_missing_shards(checkpoint)
-    for path in _each(checkpoint, _ARCHIVES):
-        with _explain(checkpoint, path), zipfile.ZipFile(path):  # its directory is at its end
-            pass
-    for path in _each(checkpoint, (_WEIGHTS,)):
-        with _explain(checkpoint, path), safe_open(path, "pt"):
-            pass
-
-
-def _refuse_missing_shards(checkpoint: Path) -> None:
-    """Make sure that DeepSpeed's folder has a file of each process, and is the one that `latest` names."""
+    # DeepSpeed's folder has a file of each process, and is the one that `latest` names.
     for folder in checkpoint.glob("global_step*"):
         latest = checkpoint / "latest"
         if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != folder.name:
@@ -86,6 +76,12 @@ def _refuse_missing_shards(checkpoint: Path) -> None:
             pattern = f"*zero_pp_rank_{rank}_mp_rank_*optim_states.pt"
             if not list(folder.glob(pattern)):
                 raise damaged(checkpoint, f"{folder.name}/{pattern} is missing")
+    for path in _each(checkpoint, _ARCHIVES):
+        with _explain(checkpoint, path), zipfile.ZipFile(path):  # its directory is at its end
+            pass
+    for path in _each(checkpoint, (_WEIGHTS,)):
+        with _explain(checkpoint, path), safe_open(path, "pt"):
+            pass
 
 
 @contextlib.contextmanager

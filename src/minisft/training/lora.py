@@ -110,11 +110,8 @@ def save_adapters(model: Any, folder: Path, state_dict: dict[str, Any] | None) -
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     model.generation_config.save_pretrained(folder)
     (folder / _MODEL_CARD).unlink(missing_ok=True)
-    _sort_target_modules(folder / "adapter_config.json")
-
-
-def _sort_target_modules(config_file: Path) -> None:
-    """Peft writes them in an order that changes from process to process; equal runs should give equal files."""
+    # Peft writes the target modules in an order that changes from process to process; equal runs give equal files.
+    config_file = folder / "adapter_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()

@@ -4,7 +4,6 @@ import os
 import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from minisft.console import say
 from minisft.errors import UserError
@@ -98,7 +97,12 @@ def wait_for_first_node(nodes: Nodes, run: RunFolder) -> None:
     say(f"machine {nodes.rank} of {nodes.count}: waiting for machine 0 at {nodes.endpoint}")
     while not _listens(nodes.host, nodes.port):
         time.sleep(_LOOK)
-    _require_shared(run.recipe)
+    end = time.monotonic() + _SEEN_WITHIN
+    while not run.recipe.exists():
+        if time.monotonic() > end:
+            problem = "machine 0 has started, and its run folder is not visible here"
+            raise UserError(run.recipe, problem, "name an `output` folder that all machines share")
+        time.sleep(_LOOK)
 
 
 def _listens(host: str, port: int) -> bool:
@@ -107,18 +111,6 @@ def _listens(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _require_shared(path: Path) -> None:
-    end = time.monotonic() + _SEEN_WITHIN
-    while not path.exists():
-        if time.monotonic() > end:
-            raise UserError(
-                path,
-                "machine 0 has begun, and nothing of it is here",
-                "`output` must be a folder that all machines see",
-            )
-        time.sleep(_LOOK)
 
 
 def _interface_to(host: str, port: int) -> str | None:

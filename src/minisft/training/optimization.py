@@ -91,7 +91,9 @@ def require_optimizer(optimizer: str) -> None:
     Raises:
         UserError: there is none of that name, or it does not work here; naming why, and those that work.
     """
-    known = [*_OWN, *_names_of_transformers()]
+    from transformers.training_args import OptimizerNames
+
+    known = [*_OWN, *(name.value for name in OptimizerNames)]
     if optimizer not in known:
         problem = f"there is no optimizer {optimizer!r} here"
     elif (obstacle := _obstacle(optimizer)) is not None:
@@ -102,12 +104,6 @@ def require_optimizer(optimizer: str) -> None:
     raise UserError("training.optimizer", problem, f"use one of those that work here: {', '.join(working)}")
 
 
-def _names_of_transformers() -> Iterable[str]:
-    from transformers.training_args import OptimizerNames
-
-    return [name.value for name in OptimizerNames]
-
-
 def _obstacle(optimizer: str) -> str | None:
     """Say why an optimizer cannot be used here, or return None: one parameter is given to it, as the Trainer does."""
     if optimizer in _OWN:
@@ -115,10 +111,17 @@ def _obstacle(optimizer: str) -> str | None:
     if optimizer.startswith(_NEED_A_STEP_OF_THEIR_OWN):
         return "it needs a training step of its own, which MiniSFT does not have"
     from transformers import Trainer
+    from transformers.training_args import OptimizerNames, TrainingArguments
 
+    # What the Trainer reads of its arguments to make an optimizer, at the defaults of TrainingArguments.
+    arguments: Any = SimpleNamespace(
+        optim=OptimizerNames(optimizer), optim_args=None, optim_target_modules=None, learning_rate=1e-3,
+        weight_decay=0.0, warmup_steps=0, adam_beta1=TrainingArguments.adam_beta1,
+        adam_beta2=TrainingArguments.adam_beta2, adam_epsilon=TrainingArguments.adam_epsilon,
+    )  # fmt: skip
     weight = torch.nn.Parameter(torch.ones(2, 2))
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(_arguments_of(optimizer))
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         made = kind([{"params": [weight], "weight_decay": 0.0}], **options)
         if not torch.cuda.is_available():
             weight.grad = torch.ones_like(weight)
@@ -126,17 +129,6 @@ def _obstacle(optimizer: str) -> str | None:
     except Exception as error:  # each library refuses in its own way, from ImportError to AssertionError
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None
-
-
-def _arguments_of(optimizer: str) -> Any:
-    """Return what the Trainer reads of its arguments to make an optimizer, at TrainingArguments' defaults."""
-    from transformers.training_args import OptimizerNames, TrainingArguments
-
-    return SimpleNamespace(
-        optim=OptimizerNames(optimizer), optim_args=None, optim_target_modules=None, learning_rate=1e-3,
-        weight_decay=0.0, warmup_steps=0, adam_beta1=TrainingArguments.adam_beta1,
-        adam_beta2=TrainingArguments.adam_beta2, adam_epsilon=TrainingArguments.adam_epsilon,
-    )  # fmt: skip
 
 
 # Those of transformers that need no metric.
