@@ -8,7 +8,7 @@ import atexit, ctypes, sys, threading, time
 from minisft.processes import hard_exit
 
 c = ctypes.CDLL(None)
-c.on_exit(c.abort, None)  # problem a C++ destructor may do while the interpreter is torn down
+c.on_exit(c.abort, None)  # what a C++ destructor may do while the interpreter is torn down
 atexit.register(lambda: print("at exit"))
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 print("work", end=" ")
@@ -21,7 +21,7 @@ def run(end):
 
 
 def test_what_dies_in_the_teardown_does_not_change_how_the_work_ended():
-    done = run("leave(3)")
+    done = run("hard_exit(3)")
     assert (done.returncode, done.stdout) == (3, "work thread\nat exit\n")
 
 
