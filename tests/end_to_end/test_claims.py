@@ -108,7 +108,7 @@ def all_knowing_base(monkeypatch):
             return system
         return replace(system, outputs=self.references, scores=self._score(self.references))
 
-    monkeypatch.setattr(Evaluator, "examine", knows)
+    monkeypatch.setattr(Evaluator, "evaluate_model", knows)
 
 
 def test_a_best_checkpoint_below_the_base_says_so_wherever_it_stands(run_folder, all_knowing_base, capsys):

@@ -97,7 +97,7 @@ import os, signal, sys
 
 def watch(event, arguments):
     if event == "import" and arguments[0] == "minisft.training.trainer":
-        {what}
+        {action}
 
 if os.environ.get("RANK") == "1":
     sys.addaudithook(watch)
@@ -108,8 +108,8 @@ if os.environ.get("RANK") == "1":
 def rank_1(recipe_file, tmp_path, monkeypatch, capfd):
     """Train on two processes, of which rank 1 does something before its first step; return what is printed."""
 
-    def train_and(problem):
-        (tmp_path / "sitecustomize.py").write_text(DIES.format(problem=problem))
+    def train_and(action):
+        (tmp_path / "sitecustomize.py").write_text(DIES.format(action=action))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
         status = main(["train", str(recipe_file), "training.processes=2", "training.batch_size=4"])
         return status, capfd.readouterr().err
