@@ -251,9 +251,20 @@ def swift_contenders(python: Path, work: Work) -> list[Contender]:
 
 
 def measure_rounds(
-    found: list[Contender], left_out: dict[str, str], arguments: argparse.Namespace, folder: Path
+    found: list[Contender],
+    left_out: dict[str, str],
+    arguments: argparse.Namespace,
+    folder: Path,
+    scripts: Path = CONTENDERS,
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure each contender in each round; one that fails is left out from then on.
+
+    Args:
+        found: Contenders to measure.
+        left_out: Reasons by name of contender; those that fail are added.
+        arguments: Options of the command line: `rounds` and `threads`.
+        folder: Folder for what the contenders write.
+        scripts: Folder with the script `matrix_product.py`.
 
     Returns:
         by name, what was measured in each round; under `PRODUCT` the rate of the matrix product in the same rounds.
@@ -261,7 +272,7 @@ def measure_rounds(
     rounds: dict[str, list[dict[str, Any]]] = {PRODUCT: []}
     environment = on_the_cpu(arguments.threads, folder)
     for number in range(arguments.rounds):
-        product = (sys.executable, str(CONTENDERS / "matrix_product.py"))
+        product = (sys.executable, str(scripts / "matrix_product.py"))
         rounds[PRODUCT].append(measured(product, folder / "result", environment, lambda result: str(result)))
         print(f"round {number + 1}: {PRODUCT}: {rounds[PRODUCT][-1]['flops'] / 1e9:.1f} GFLOP/s", flush=True)
         for one in [one for one in found if one.name not in left_out]:

@@ -38,14 +38,18 @@ _REDRAWN = 0.2
 
 
 @contextlib.contextmanager
-def row_progress() -> Iterator[Callable[[int], None]]:
-    """Give a function that is called with the number of rows done so far."""
-    printed = time.monotonic()
+def row_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int], None]]:
+    """Give a function that is called with the number of rows done so far.
+
+    Args:
+        clock: Returns seconds; rows are not printed more often than every few of them.
+    """
+    printed = clock()
     with error_console.status("reading") if error_console.is_terminal else contextlib.nullcontext() as status:
 
         def show(done: int) -> None:
             nonlocal printed
-            now = time.monotonic()
+            now = clock()
             if now - printed < (_REDRAWN if status else _SILENCE):
                 return
             printed = now

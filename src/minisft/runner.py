@@ -178,6 +178,7 @@ def train_in_launched_process(recipe: "Recipe", *, force: bool, resume: bool) ->
 def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> Path | None:
     from minisft.console import say
     from minisft.training.checkpoints import latest_resumable, read_metadata
+    from minisft.training.device import choose_precision
     from minisft.training.integrity import require_intact
     from minisft.training.resharding import require_reshardable
 
@@ -191,7 +192,7 @@ def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> P
         say("no checkpoint to resume from: from the beginning")
         return None
     require_intact(checkpoint)
-    require_reshardable(checkpoint, recipe.training)
+    require_reshardable(checkpoint, recipe.training, choose_precision(recipe.training.precision))
     strategy, processes = read_metadata(checkpoint)
     say(f"resuming from {checkpoint}, of {strategy} on {processes} process(es)")
     return checkpoint

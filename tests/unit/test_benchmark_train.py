@@ -57,9 +57,8 @@ def test_medians_and_shares_are_those_of_all_rounds(train):
     assert found["outside"] == 0.25
 
 
-def test_a_peer_that_fails_is_named_and_the_others_go_on(train, tmp_path, monkeypatch):
+def test_a_peer_that_fails_is_named_and_the_others_go_on(train, tmp_path):
     (tmp_path / "matrix_product.py").write_text("import sys; open(sys.argv[1], 'w').write('{\"flops\": 1}')")
-    monkeypatch.setattr(train, "CONTENDERS", tmp_path)
     python = (sys.executable, "-c")
     sizes = {"seconds": 1.0, "peak_mb": 2.0, "tokens": 4, "steps": 1}
     found = [
@@ -68,7 +67,7 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on(train, tmp_path, monkey
         train.Contender("last", (*python, WRITES), {"measured": sizes}),
     ]
     left_out: dict[str, str] = {}
-    rounds = train.measure_rounds(found, left_out, Namespace(rounds=2, threads=1), tmp_path)
+    rounds = train.measure_rounds(found, left_out, Namespace(rounds=2, threads=1), tmp_path, scripts=tmp_path)
     assert left_out["first"] == "OSError: no wheel for you"
     assert "result" in left_out["silent"]
     assert rounds == {train.PRODUCT: [{"flops": 1}] * 2, "last": [sizes] * 2}

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,83 +57,24 @@ class Trial:
     seconds: float = 0.0
 
 
-def settle_strategy(recipe: Recipe, run: RunFolder) -> Recipe:
-    """Choose the strategy of a recipe whose data is prepared, try it, and write it into the run's recipe.
-
-    Raises:
-        UserError: nothing fits; naming what would.
-    """
-    machine = limited(machine_named(None, recipe.training.processes, recipe.training.precision), recipe)
-    job = job_of(recipe, machine, sizes=prepared_sizes(recipe))
-    predictions = [predict_recipe(recipe, job, strategy) for strategy in STRATEGIES if _is_here(strategy)]
-    failed: list[str] = []
-    for prediction, reason in _by_cost(predictions):
-        strategy = prediction.setting.strategy
-        say(f"strategy auto: {reason}; trying {TRIAL_STEPS} steps")
-        settled = replace(recipe, training=replace(recipe.training, strategy=strategy))  # type: ignore[arg-type]
-        trial = try_strategy(settled, run, job)
-        if trial.peak is not None and trial.peak <= machine.memory:
-            say(f"strategy auto: {strategy}, {gigabytes(trial.peak)} and {trial.seconds:.1f} s a step in its trial")
-            write_resolved_recipe(run, settled)
-            return settled
-        failed.append(f"{strategy} took {gigabytes(trial.peak)}" if trial.peak else f"{strategy} ran out of memory")
-        say(f"strategy auto: {failed[-1]} of {gigabytes(machine.memory)} in its trial")
-    raise _nothing_fits(recipe, job, predictions, failed)
-
-
-def predicted_strategy(recipe: Recipe) -> Recipe:
-    """Return the recipe with the strategy that the plan chooses, without a trial.
-
-    Raises:
-        UserError: nothing fits; naming what would.
-    """
-    machine = limited(machine_named(None, recipe.training.processes, recipe.training.precision), recipe)
-    job = job_of(recipe, machine, sizes=prepared_sizes(recipe))
-    predictions = [predict_recipe(recipe, job, strategy) for strategy in STRATEGIES if _is_here(strategy)]
-    chosen, _ = choose(predictions)
-    if chosen is None:
-        raise _nothing_fits(recipe, job, predictions, [])
-    return replace(recipe, training=replace(recipe.training, strategy=chosen.setting.strategy))  # type: ignore[arg-type]
-
-
-def _is_here(strategy: str) -> bool:
-    """Say whether a strategy can start on this machine."""
-    if strategy not in ZERO_STAGES:
-        return True
-    try:
-        require_deepspeed(strategy, on_cpu())
-    except UserError as error:
-        say(f"strategy auto: {strategy} is left out: {error.problem}")
-        return False
-    return True
-
-
-def _by_cost(predictions: list[Prediction]) -> Iterator[tuple[Prediction, str]]:
-    left = list(predictions)
-    while True:
-        chosen, reason = choose(left)
-        if chosen is None:
-            return
-        yield chosen, reason
-        left.remove(chosen)
-        if not left:
-            return
-
-
-def _nothing_fits(recipe: Recipe, job: Job, predictions: list[Prediction], failed: list[str]) -> UserError:
-    needs = [f"{row.setting.strategy} {gigabytes(needed_bytes(row))}" for row in predictions if not row.fits]
-    problem = f"nothing fits in {gigabytes(job.machine.memory)} a process: " + ", ".join(
-        failed + ([f"by the plan {', '.join(needs)}"] if needs else [])
-    )
-    ways = list(suggestions(recipe, job))
-    return UserError(_WHERE, problem, "; or ".join(ways) if ways else "take a smaller model or a larger machine")
-
-
-# --- the trial --------------------------------------------------------------------------------------------
-
-
-def try_strategy(recipe: Recipe, run: RunFolder, job: Job, steps: int = TRIAL_STEPS) -> Trial:
+def try_strategy(
+    recipe: Recipe,
+    run: RunFolder,
+    job: Job,
+    steps: int = TRIAL_STEPS,
+    *,
+    launch_single: Callable[[str, list[str]], bool] = launch_single,
+    launch: Callable[[str, list[str], int], bool] = launch,
+) -> Trial:
     """Take the run's heaviest step a few times, in processes as the run will have them, without a checkpoint.
+
+    Args:
+        recipe: with the strategy to try.
+        run: Run folder that holds the prepared data.
+        job: What is trained; its workload says which step is the heaviest.
+        steps: Number of optimizer steps to take.
+        launch_single: Runs a module with arguments in one process, as `distributed.launch_single` does.
+        launch: Runs a module with arguments in a number of processes, as `distributed.launch` does.
 
     Raises:
         UserError: a process stopped with one that is not about memory.
@@ -178,6 +119,105 @@ def _read(folder: RunFolder, strategy: str) -> Trial:
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     process = float((folder.root / PROCESS_FILE).read_text(encoding="utf-8"))
     return Trial(strategy, max(line["peak_memory_mb"] for line in lines) * 1e6, process, lines[-1]["seconds"])
+
+
+def settle_strategy(
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    job: Job | None = None,
+    strategies: Sequence[str] | None = None,
+    try_strategy: Callable[[Recipe, RunFolder, Job], Trial] = try_strategy,
+) -> Recipe:
+    """Choose the strategy of a recipe whose data is prepared, try it, and write it into the run's recipe.
+
+    Args:
+        recipe: whose strategy is `auto`.
+        run: Its run folder.
+        job: What is trained on which machine; None is the recipe on this one.
+        strategies: Strategies to choose from; None means all that can start on this machine.
+        try_strategy: Tries the recipe, with a strategy in it, on the job.
+
+    Raises:
+        UserError: nothing fits; naming what would.
+    """
+    job = job or _job_here(recipe)
+    machine = job.machine
+    if strategies is None:
+        strategies = _strategies_here()
+    predictions = [predict_recipe(recipe, job, strategy) for strategy in strategies]
+    failed: list[str] = []
+    for prediction, reason in _by_cost(predictions):
+        strategy = prediction.setting.strategy
+        say(f"strategy auto: {reason}; trying {TRIAL_STEPS} steps")
+        settled = replace(recipe, training=replace(recipe.training, strategy=strategy))  # type: ignore[arg-type]
+        trial = try_strategy(settled, run, job)
+        if trial.peak is not None and trial.peak <= machine.memory:
+            say(f"strategy auto: {strategy}, {gigabytes(trial.peak)} and {trial.seconds:.1f} s a step in its trial")
+            write_resolved_recipe(run, settled)
+            return settled
+        failed.append(f"{strategy} took {gigabytes(trial.peak)}" if trial.peak else f"{strategy} ran out of memory")
+        say(f"strategy auto: {failed[-1]} of {gigabytes(machine.memory)} in its trial")
+    raise _nothing_fits(recipe, job, predictions, failed)
+
+
+def predicted_strategy(recipe: Recipe) -> Recipe:
+    """Return the recipe with the strategy that the plan chooses, without a trial.
+
+    Raises:
+        UserError: nothing fits; naming what would.
+    """
+    job = _job_here(recipe)
+    predictions = [predict_recipe(recipe, job, strategy) for strategy in _strategies_here()]
+    chosen, _ = choose(predictions)
+    if chosen is None:
+        raise _nothing_fits(recipe, job, predictions, [])
+    return replace(recipe, training=replace(recipe.training, strategy=chosen.setting.strategy))  # type: ignore[arg-type]
+
+
+def _job_here(recipe: Recipe) -> Job:
+    machine = limited(machine_named(None, recipe.training.processes, recipe.training.precision), recipe)
+    return job_of(recipe, machine, sizes=prepared_sizes(recipe))
+
+
+def _strategies_here() -> list[str]:
+    return [strategy for strategy in STRATEGIES if _is_here(strategy)]
+
+
+def _is_here(strategy: str) -> bool:
+    """Say whether a strategy can start on this machine."""
+    if strategy not in ZERO_STAGES:
+        return True
+    try:
+        require_deepspeed(strategy, on_cpu())
+    except UserError as error:
+        say(f"strategy auto: {strategy} is left out: {error.problem}")
+        return False
+    return True
+
+
+def _by_cost(predictions: list[Prediction]) -> Iterator[tuple[Prediction, str]]:
+    left = list(predictions)
+    while True:
+        chosen, reason = choose(left)
+        if chosen is None:
+            return
+        yield chosen, reason
+        left.remove(chosen)
+        if not left:
+            return
+
+
+def _nothing_fits(recipe: Recipe, job: Job, predictions: list[Prediction], failed: list[str]) -> UserError:
+    needs = [f"{row.setting.strategy} {gigabytes(needed_bytes(row))}" for row in predictions if not row.fits]
+    problem = f"nothing fits in {gigabytes(job.machine.memory)} a process: " + ", ".join(
+        failed + ([f"by the plan {', '.join(needs)}"] if needs else [])
+    )
+    ways = list(suggestions(recipe, job))
+    return UserError(_WHERE, problem, "; or ".join(ways) if ways else "take a smaller model or a larger machine")
+
+
+# --- the process of a trial -------------------------------------------------------------------------------
 
 
 PROCESS_FILE = "process_bytes"  # in the trial's folder

@@ -213,7 +213,26 @@ _MOST_PARAMETERS = 1e8  # more take too long, and their products are so large th
 _UTILISATION = {"fp32": 0.95, "bf16": 0.65}
 
 
-def with_layer_benchmark(machine: Machine, config: Any, precision: str, processes: int) -> Machine:
+def shortest_time(work: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of several runs, without the first one, which makes gradients and kernels."""
+    seconds = []
+    for _ in range(_ROUNDS + 1):
+        begun = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds[1:])
+
+
+def with_layer_benchmark(
+    machine: Machine,
+    config: Any,
+    precision: str,
+    processes: int,
+    *,
+    lengths: tuple[int, ...] = _LENGTHS,
+    most_parameters: float = _MOST_PARAMETERS,
+    shortest_time: Callable[[Callable[[], object]], float] = shortest_time,
+) -> Machine:
     """Return a measured CPU with the rate at which it trains layers of a model, in place of its products'.
 
     What stands between the products (casts, norms, attention, the adding of gradients) takes a share that depends on
@@ -226,9 +245,12 @@ def with_layer_benchmark(machine: Machine, config: Any, precision: str, processe
         config: the model's.
         precision: fp32 or bf16.
         processes: that share the machine.
+        lengths: Tokens of each conversation in the row that the layers compute.
+        most_parameters: Number of parameters above which the layers are too large to be tried.
+        shortest_time: Runs the work given to it several times, and returns the seconds of the fastest run.
     """
     try:
-        rate = _benchmark_layers(config, precision)
+        rate = _benchmark_layers(config, precision, lengths, most_parameters, shortest_time)
     except Exception:  # anything that a model's code raises; training or `check` says what it is
         return machine
     if rate is None:
@@ -239,16 +261,23 @@ def with_layer_benchmark(machine: Machine, config: Any, precision: str, processe
     )  # fmt: skip
 
 
-def _benchmark_layers(config: Any, precision: str) -> float | None:
+def _benchmark_layers(
+    config: Any,
+    precision: str,
+    lengths: tuple[int, ...],
+    most_parameters: float,
+    shortest_time: Callable[[Callable[[], object]], float],
+) -> float | None:
     """Return operations a second, as `ModelCost` counts them, of forward and backward; None: the layers are large."""
     config = _small(config)
     half = precision != "fp32"
     cost = count_cost(config, "autocast" if half else "fp32")
-    if cost.parameters > _MOST_PARAMETERS:
+    if cost.parameters > most_parameters:
         return None
-    tokens, squares = sum(_LENGTHS), float(sum(length**2 for length in _LENGTHS))
+    tokens, squares = sum(lengths), float(sum(length**2 for length in lengths))
     operations = tokens * cost.step_flops(checkpointing=False) + cost.attention_flops(squares, False)
-    return operations / _seconds(_model(config), half)
+    body = _model(config)
+    return operations / shortest_time(lambda: _forward_and_backward(body, lengths, half))
 
 
 def _small(config: Any) -> Any:
@@ -267,15 +296,9 @@ def _model(config: Any) -> torch.nn.Module:
     return model.base_model.train()  # type: ignore[no-any-return]
 
 
-def _seconds(body: torch.nn.Module, half: bool) -> float:
-    """Return the shortest time of a row, forward and backward; the first one makes gradients and kernels."""
-    ids = torch.zeros((1, sum(_LENGTHS)), dtype=torch.long)
-    positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None]
-    seconds = []
-    for _ in range(_ROUNDS + 1):
-        begun = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            given = body(input_ids=ids, position_ids=positions, conversation_lengths=_LENGTHS, use_cache=False)
-        given.last_hidden_state.sum().backward()
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds[1:])
+def _forward_and_backward(body: torch.nn.Module, lengths: tuple[int, ...], half: bool) -> None:
+    ids = torch.zeros((1, sum(lengths)), dtype=torch.long)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        given = body(input_ids=ids, position_ids=positions, conversation_lengths=lengths, use_cache=False)
+    given.last_hidden_state.sum().backward()

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -68,14 +69,37 @@ def cpu_has_bf16_arithmetic() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def prepare_cpu_memory(strategy: str, precision: str) -> None:
-    """Set how a CPU's process keeps memory; call it before the first product. On a GPU it does nothing."""
-    if not on_cpu():
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what training frees: every step needs the same large blocks again.
+
+    By default they go back to the kernel at every free and are faulted in page by page at the next step. On two
+    cores and a 135M model this took 5 % of a step (mallopt(3): M_TRIM_THRESHOLD, M_MMAP_MAX).
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def prepare_cpu_memory(
+    strategy: str, precision: str, cpu: bool, keep_freed_memory: Callable[[], object] = _keep_freed_memory
+) -> None:
+    """Set how a CPU's process keeps memory; call it before the first product.
+
+    Args:
+        strategy: Strategy that the process trains under.
+        precision: fp32, bf16 or fp16.
+        cpu: Whether the process trains on a CPU; on a GPU this function does nothing.
+        keep_freed_memory: Tells the allocator of this process to keep what it frees.
+    """
+    if not cpu:
         return
     if precision != "fp32":
         _keep_few_kernels()
     if keeps_freed_memory(strategy, half=precision != "fp32"):
-        _keep_freed_memory()
+        keep_freed_memory()
 
 
 def keeps_freed_memory(strategy: str, *, half: bool) -> bool:
@@ -96,20 +120,6 @@ def _keep_few_kernels() -> None:
     """
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, str(_KERNELS))
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep what training frees: every step needs the same large blocks again.
-
-    By default they go back to the kernel at every free and are faulted in page by page at the next step. On two
-    cores and a 135M model this took 5 % of a step (mallopt(3): M_TRIM_THRESHOLD, M_MMAP_MAX).
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 PACKAGES = (

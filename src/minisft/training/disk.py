@@ -7,6 +7,7 @@ the fp32 weight). The rest is counted as large as the base model's tokenizer and
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,11 @@ class CheckpointSize:
     state: int
 
 
+def free_space(folder: Path) -> int:
+    """Return the bytes that are free on the disk of a folder."""
+    return shutil.disk_usage(folder).free
+
+
 def require_disk(
     recipe: Recipe,
     run: RunFolder,
@@ -43,6 +49,7 @@ def require_disk(
     *,
     freed_bytes: int = 0,
     place: Path | None = None,
+    free_space: Callable[[Path], int] = free_space,
 ) -> None:
     """Make sure that the checkpoints that a run will write have room.
 
@@ -53,6 +60,7 @@ def require_disk(
         resume_from: the checkpoint it goes on from.
         freed_bytes: bytes that an earlier run gives back before the first checkpoint is written.
         place: where the run will lie, if that is not the folder of `run`; it may not be there yet.
+        free_space: Returns the bytes that are free on the disk of a folder.
 
     Raises:
         UserError: they have not; it says how much they need and how much is free.
@@ -66,7 +74,7 @@ def require_disk(
     needed = most_added(states, count, size, recipe.training)
     place = place or run.root
     there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free + freed_bytes
+    free = free_space(there) + freed_bytes
     model, state = size_text(size.model), size_text(size.state)
     problem = f"{size_text(needed)} for {count} checkpoints of {model}, {state} of state for resuming"
     if needed > free:

@@ -35,18 +35,24 @@ _FIX = (
 
 
 class OutOfMemoryEvidence:
-    """The kernel's count of processes that it killed for memory, from the moment that this is made."""
+    """The kernel's count of processes that it killed for memory, from the moment that this is made.
 
-    def __init__(self) -> None:
-        self.before = _count()
+    Args:
+        groups: Folder of the control groups.
+        log: The kernel's log.
+    """
+
+    def __init__(self, groups: Path = _CGROUPS, log: Path = _LOG) -> None:
+        self.groups, self.log = groups, log
+        self.before = _count(groups)
         self.began = time.monotonic()
 
     def evidence(self, pid: int) -> str | None:
         """Return the kernel's own words that it killed a process for memory, or None."""
-        for line in _log_since(self.began):
+        for line in _log_since(self.log, self.began):
             if f"Killed process {pid} " in line:
                 return line
-        if _count() > self.before:
+        if _count(self.groups) > self.before:
             return "the memory limit of its control group was reached (oom_kill in memory.events)"
         return None
 
@@ -69,40 +75,49 @@ def killed_worker_error(rank: int, processes: int, signal_name: str, pid: int, k
     )
 
 
-def _count() -> int:
+def _count(groups: Path) -> int:
     """Add up what the control groups of this process have counted, version 2 or 1."""
-    counts = [_COUNT.search(text) for text in _cgroup_files()]
+    counts = [_COUNT.search(text) for text in _cgroup_files(groups)]
     return sum(int(found[1]) for found in counts if found)
 
 
-def _cgroup_files() -> Iterator[str]:
+def _cgroup_files(groups: Path) -> Iterator[str]:
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            yield _read(_CGROUPS / path.lstrip("/") / "memory.events")
+            yield _read(groups / path.lstrip("/") / "memory.events")
         elif "memory" in controllers.split(","):
-            yield _read(_CGROUPS / "memory" / path.lstrip("/") / "memory.oom_control")
+            yield _read(groups / "memory" / path.lstrip("/") / "memory.oom_control")
 
 
-def _log_since(began: float) -> Iterator[str]:
+def _log_since(log: Path, began: float) -> Iterator[str]:
     """Yield the kernel's messages since a moment of the monotonic clock; none where they may not be read."""
     try:
-        log = os.open(_LOG, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
+        for line in _lines(log):
+            if line.startswith(" "):  # a field of the message before
+                continue
+            head, _, message = line.partition(";")
+            if float(head.split(",")[2]) / 1e6 >= began:
+                yield message
+    except (OSError, IndexError, ValueError):  # the end, or another format
         return
+
+
+def _lines(log: Path) -> Iterator[str]:
+    """Yield the lines of a log; of the kernel's device a read gives one message, and at the end it fails."""
+    file, begun = os.open(log, os.O_RDONLY | os.O_NONBLOCK), b""
     try:
         while True:
             try:
-                record = os.read(log, 8192).decode(errors="replace")
+                text = os.read(file, 8192)
             except BrokenPipeError:  # it was overwritten meanwhile: the next read gives a later one
                 continue
-            head, _, message = record.partition(";")
-            if float(head.split(",")[2]) / 1e6 >= began:
-                yield message.splitlines()[0]
-    except (OSError, IndexError, ValueError):  # the end, or another format
-        return
+            if not text:
+                return
+            *lines, begun = (begun + text).split(b"\n")
+            yield from (line.decode(errors="replace") for line in lines)
     finally:
-        os.close(log)
+        os.close(file)
 
 
 def _read(path: Path) -> str:

@@ -20,7 +20,6 @@ from minisft.errors import UserError
 from minisft.recipe import TrainingRecipe
 from minisft.run_folder import step_of
 from minisft.training.checkpoints import read_metadata
-from minisft.training.device import choose_precision
 from minisft.training.zero import MOMENTS, ZERO_STAGES, fill_fp32_masters, fill_zero_engine, plain_zero_state
 
 if TYPE_CHECKING:
@@ -41,12 +40,13 @@ def same_layout(checkpoint: Path, strategy: str, processes: int) -> bool:
     return strategy == wrote and (strategy == "vanilla" or processes == count)
 
 
-def require_reshardable(checkpoint: Path, training: TrainingRecipe) -> None:
+def require_reshardable(checkpoint: Path, training: TrainingRecipe, precision: str) -> None:
     """Refuse to resume what can be resumed neither as it is nor by conversion, before anything starts.
 
     Args:
         checkpoint: the one to go on from.
         training: how to go on; `auto` goes on as the checkpoint was written.
+        precision: Precision in which training goes on: fp32, bf16 or fp16.
 
     Raises:
         UserError: naming why, and the layout that can go on.
@@ -55,7 +55,7 @@ def require_reshardable(checkpoint: Path, training: TrainingRecipe) -> None:
     strategy = wrote if training.strategy == "auto" else training.strategy
     if same_layout(checkpoint, strategy, training.processes):
         return
-    reason = _obstacle(wrote, training)
+    reason = _obstacle(wrote, training, precision)
     if reason is not None:
         raise UserError(
             checkpoint,
@@ -65,10 +65,10 @@ def require_reshardable(checkpoint: Path, training: TrainingRecipe) -> None:
         )
 
 
-def _obstacle(wrote: str, training: TrainingRecipe) -> str | None:
+def _obstacle(wrote: str, training: TrainingRecipe, precision: str) -> str | None:
     if training.optimizer not in _OPTIMIZERS:
         return f"only AdamW's state is converted, and the optimizer is {training.optimizer}"
-    if choose_precision(training.precision) == "fp16":
+    if precision == "fp16":
         return "the loss scale of fp16 is not converted"
     if wrote in ZERO_STAGES and importlib.util.find_spec("deepspeed") is None:
         return "DeepSpeed, which is not installed, must read it"

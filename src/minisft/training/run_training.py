@@ -180,7 +180,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     import torch
 
     suppress_known_warnings()
-    prepare_cpu_memory(recipe.training.strategy, choose_precision(recipe.training.precision))
+    prepare_cpu_memory(recipe.training.strategy, choose_precision(recipe.training.precision), on_cpu())
     start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
         start_communication(on_cpu())

@@ -105,17 +105,33 @@ def require_deepspeed(strategy: str, on_cpu: bool) -> None:
     _compile_communication(where)
 
 
-def start_communication(on_cpu: bool, timeout: timedelta = timedelta(minutes=30)) -> None:
+def _load_shared_memory_op() -> None:
+    """Load the op, which DeepSpeed keeps for the process; one that is not built yet is built."""
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load(verbose=False)
+
+
+def start_communication(
+    on_cpu: bool,
+    timeout: timedelta = timedelta(minutes=30),
+    load_op: Callable[[], object] = _load_shared_memory_op,
+) -> None:
     """Initialise DeepSpeed's communication.
 
     On a CPU it must be there before a model is loaded under ZeRO-3: transformers would otherwise shard for
     one process and fail with sizes that do not match.
+
+    Args:
+        on_cpu: Whether the processes train on CPUs.
+        timeout: How long a process waits for the others.
+        load_op: Loads the compiled operation of a CPU's communication.
     """
     import deepspeed
 
     if on_cpu:
         with _extensions_guarded():
-            _load_shared_memory_op()
+            load_op()
     with drop_lines(_SAYS_BUILT):
         deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=timeout)
 
@@ -344,21 +360,15 @@ def build_communication() -> None:
     _load_shared_memory_op()
 
 
-def _load_shared_memory_op() -> None:
-    """Load the op, which DeepSpeed keeps for the process; one that is not built yet is built."""
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-    ShareMemCommBuilder().load(verbose=False)
-
-
 _COMMAND = ("-m", "minisft.training.zero")
 
 
-def compile_in_subprocess(clean_up: Callable[[], object]) -> str | None:
+def compile_in_subprocess(clean_up: Callable[[], object], command: tuple[str, ...] = _COMMAND) -> str | None:
     """Compile the op, and wait for it; SIGINT and SIGTERM end it at once.
 
     Args:
         clean_up: called once nothing is at work any more.
+        command: Arguments of the Python that compiles.
 
     Returns:
         Why it failed, or None.
@@ -368,7 +378,7 @@ def compile_in_subprocess(clean_up: Callable[[], object]) -> str | None:
     """
     with handle_stop_signals(_stop):
         process = subprocess.Popen(
-            [sys.executable, *_COMMAND], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", start_new_session=True, preexec_fn=exit_with_parent,
         )  # fmt: skip
         try:
@@ -400,7 +410,6 @@ def _stop(number: int, frame: object) -> None:
 
 
 def main() -> None:
-
     build_communication()
 
 

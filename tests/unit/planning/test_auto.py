@@ -8,11 +8,11 @@ import torch
 from minisft.cli import main
 from minisft.data.preparation import prepare
 from minisft.errors import StoppedError, UserError
-from minisft.planning import auto
 from minisft.planning.auto import OUT_OF_MEMORY, Trial, is_out_of_memory, settle_strategy, try_strategy
 from minisft.planning.machines import GPUS
+from minisft.planning.planner import job_of, limited, prepared_sizes
 from minisft.planning.workload import workload_assumed
-from minisft.recipe import load_recipe
+from minisft.recipe import STRATEGIES, load_recipe
 from minisft.run_folder import load_run
 from minisft.run_start import open_run
 from minisft.training.distributed import launch_single
@@ -22,20 +22,12 @@ GPU_RECIPE = ("training.strategy=auto", "training.precision=bf16", "training.gra
 
 
 @pytest.fixture
-def settle(recipe_file, monkeypatch):
+def settle(recipe_file):
     """Settle the strategy of a 7B model on eight H100 as if it were trained here; trials are played."""
     recipe = load_recipe(recipe_file, GPU_RECIPE)
     with open_run(recipe):
         prepare(recipe)
-    job_of = auto.job_of
-    monkeypatch.setattr(auto, "_is_here", lambda strategy: True)
-    monkeypatch.setattr(auto, "machine_named", lambda *_: GPUS["h100"])
     work = workload_assumed(recipe.training, row_tokens=4096, processes=8, length=1024)
-
-    def job_of_a_large_model(*words, **more):
-        return replace(job_of(*words, **more), model=footprints("mistral-7b"), processes=8, workload=work)
-
-    monkeypatch.setattr(auto, "job_of", job_of_a_large_model)
 
     def settle_under(limit, peaks=None):
         """Return the settled strategy and those tried; `peaks` in GB of what does not go as planned, None: no memory."""
@@ -47,10 +39,11 @@ def settle(recipe_file, monkeypatch):
             peak = (peaks or {}).get(strategy, 1.0)
             return Trial(strategy, None if peak is None else peak * 1e9, 0.0, 1.0)
 
-        monkeypatch.setattr(auto, "try_strategy", play)
-        limited = replace(recipe, training=replace(recipe.training, memory_limit_gb=limit))
-        with open_run(limited) as run:
-            settled = settle_strategy(limited, run)
+        under_limit = replace(recipe, training=replace(recipe.training, memory_limit_gb=limit))
+        small = job_of(under_limit, limited(GPUS["h100"], under_limit), sizes=prepared_sizes(under_limit))
+        job = replace(small, model=footprints("mistral-7b"), processes=8, workload=work)
+        with open_run(under_limit) as run:
+            settled = settle_strategy(under_limit, run, job=job, strategies=STRATEGIES, try_strategy=play)
         assert load_run(run.root).training.strategy == settled.training.strategy
         return settled.training.strategy, tried
 
@@ -99,11 +92,11 @@ def prepared(recipe_file):
     recipe = load_recipe(recipe_file)
     with open_run(recipe) as run:
         prepare(recipe)
-        job = auto.job_of(recipe, GPUS["h100"], sizes=auto.prepared_sizes(recipe))
+        job = job_of(recipe, GPUS["h100"], sizes=prepared_sizes(recipe))
         yield recipe, run, job
 
 
-def test_a_trial_takes_the_heaviest_step(prepared, monkeypatch):
+def test_a_trial_takes_the_heaviest_step(prepared):
     """Its data are that step's conversations, all in one step; nothing of it stays."""
     recipe, run, job = prepared
     seen: list[object] = []
@@ -112,14 +105,13 @@ def test_a_trial_takes_the_heaviest_step(prepared, monkeypatch):
         root = run.root / ".trial"
         trial = load_run(root).training
         seen.append((trial.max_steps, trial.batch_size * trial.gradient_accumulation))
-        seen.append(sorted(auto.prepared_sizes(load_run(root)).tokens))
+        seen.append(sorted(prepared_sizes(load_run(root)).tokens))
         (root / "metrics.jsonl").write_text('{"peak_memory_mb": 700.0, "seconds": 2.0}\n')
         (root / "process_bytes").write_text("400000000")
 
-    monkeypatch.setattr(auto, "launch_single", look)
-    assert try_strategy(recipe, run, job) == Trial("vanilla", 700e6, 400e6, 2.0)
+    assert try_strategy(recipe, run, job, launch_single=look) == Trial("vanilla", 700e6, 400e6, 2.0)
     heaviest = job.workload.heaviest_step
-    assert seen == [(2, len(heaviest)), sorted(auto.prepared_sizes(recipe).tokens[heaviest])]
+    assert seen == [(2, len(heaviest)), sorted(prepared_sizes(recipe).tokens[heaviest])]
     assert len(heaviest) == 8
     assert not (run.root / ".trial").exists()
     assert not run.has_begun()
@@ -134,27 +126,25 @@ def test_a_trial_takes_the_heaviest_step(prepared, monkeypatch):
         (UserError("data", "is broken", "x"), False),
     ],
 )
-def test_only_a_lack_of_memory_makes_it_go_on(prepared, monkeypatch, error, out_of_memory):
+def test_only_a_lack_of_memory_makes_it_go_on(prepared, error, out_of_memory):
     recipe, run, job = prepared
 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(auto, "launch_single", fail)
     if out_of_memory:
-        assert try_strategy(recipe, run, job).peak is None
+        assert try_strategy(recipe, run, job, launch_single=fail).peak is None
     else:
         with pytest.raises(type(error)):
-            try_strategy(recipe, run, job)
+            try_strategy(recipe, run, job, launch_single=fail)
     assert not (run.root / ".trial").exists()
 
 
-def test_a_stop_in_a_trial_is_heeded(prepared, monkeypatch):
+def test_a_stop_in_a_trial_is_heeded(prepared):
     recipe, run, job = prepared
-    monkeypatch.setattr(auto, "launch", lambda *_: True)
     two = replace(recipe, training=replace(recipe.training, processes=2))
     with pytest.raises(StoppedError):
-        try_strategy(two, run, job)
+        try_strategy(two, run, job, launch=lambda *_: True)
 
 
 def test_torchs_own_words_for_a_lack_of_memory():

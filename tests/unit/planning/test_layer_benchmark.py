@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from minisft.planning import machines
 from minisft.planning.machines import GPUS, with_layer_benchmark
 from minisft.planning.model_cost import ModelCosts
 
@@ -32,19 +31,16 @@ def test_layers_are_tried_in_the_precision(config, precision):
     assert (config.num_hidden_layers, config.vocab_size) == (9, 512)
 
 
-def test_the_rate_is_that_of_the_operations_that_footprints_count(config, monkeypatch):
-    monkeypatch.setattr(machines, "_seconds", lambda body, half: 2.0)
-    monkeypatch.setattr(machines, "_LENGTHS", (30, 10))
-    machine = with_layer_benchmark(CPU, config, "fp32", 2)
+def test_the_rate_is_that_of_the_operations_that_footprints_count(config):
+    machine = with_layer_benchmark(CPU, config, "fp32", 2, lengths=(30, 10), shortest_time=lambda work: 2.0)
     config.num_hidden_layers = 2
     footprint = ModelCosts(config).of("fp32")
     operations = 40 * footprint.step_flops(False) + footprint.attention_flops(30**2 + 10**2, False)
     assert machine.flops["fp32"] == pytest.approx(operations / 2.0 / 2)  # two seconds, two processes
 
 
-def test_large_layers_are_not_tried(config, monkeypatch):
-    monkeypatch.setattr(machines, "_MOST_PARAMETERS", 1e4)
-    assert with_layer_benchmark(CPU, config, "fp32", 1) is CPU
+def test_large_layers_are_not_tried(config):
+    assert with_layer_benchmark(CPU, config, "fp32", 1, most_parameters=1e4) is CPU
 
 
 def test_a_model_that_cannot_be_tried_leaves_the_machine():

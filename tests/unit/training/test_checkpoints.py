@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from minisft.run_folder import RunFolder
-from minisft.training import checkpoints
 from minisft.training.checkpoints import (
     drop_optimizer_states,
     latest_resumable,
@@ -80,7 +79,7 @@ def test_a_removal_that_is_cut_off_leaves_no_half_checkpoint(run, monkeypatch):
         if path.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", die)
+    monkeypatch.setattr(shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         remove_checkpoint(run.checkpoints / "checkpoint-4")
     monkeypatch.undo()
@@ -96,13 +95,14 @@ def test_one_of_the_same_step_is_replaced(run):
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
 
 
-def test_the_model_is_the_newest_checkpoint_or_absent(run, monkeypatch):
+def test_the_model_is_the_newest_checkpoint_or_absent(run):
     (run.root / ".model.123").mkdir()  # a killed process left it
-    monkeypatch.setattr(checkpoints.shutil, "copytree", lambda *args, **options: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    unreadable = run.checkpoints / "checkpoint-8" / "vocabulary.txt"
+    unreadable.symlink_to("nowhere")
+    with pytest.raises(OSError, match=r"vocabulary\.txt"):
         publish_final_model(run)
     assert [path.name for path in run.root.iterdir()] == ["checkpoints"]
-    monkeypatch.undo()
+    unreadable.unlink()
     publish_final_model(run)
     assert (run.model / "model.safetensors").read_text() == "weights 8"
     assert not (run.model / "optimizer.pt").exists()

@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-from minisft.training import device
 from minisft.training.attention import Shape, per_conversation_attention
 from minisft.training.device import keeps_freed_memory, prepare_cpu_memory
 
@@ -13,15 +12,18 @@ CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 @pytest.fixture
-def kept(monkeypatch):
-    """Whether freed memory was asked to be kept, without telling this process's allocator."""
-    asked = []
-    monkeypatch.setattr(device, "on_cpu", lambda: True)
-    monkeypatch.setattr(device, "_keep_freed_memory", lambda: asked.append(True))
+def prepare(monkeypatch):
+    """Prepare memory without telling this process's allocator; returns whether it would have been told."""
     for name in CACHES:
         monkeypatch.setenv(name, "")  # so that it is set back afterwards
         monkeypatch.delenv(name)
-    return asked
+
+    def prepared(strategy, precision, cpu=True):
+        told = []
+        prepare_cpu_memory(strategy, precision, cpu, keep_freed_memory=lambda: told.append(True))
+        return bool(told)
+
+    return prepared
 
 
 @pytest.mark.parametrize(
@@ -29,22 +31,20 @@ def kept(monkeypatch):
     [("vanilla", "fp32", True, None), ("vanilla", "bf16", False, "64"), ("zero2", "fp32", False, None),
      ("zero3", "bf16", False, "64")],
 )  # fmt: skip
-def test_memory_is_kept_where_it_is_used_again(kept, strategy, precision, keeps, capacity):
-    prepare_cpu_memory(strategy, precision)
-    assert bool(kept) == keeps == keeps_freed_memory(strategy, half=precision != "fp32")
+def test_memory_is_kept_where_it_is_used_again(prepare, strategy, precision, keeps, capacity):
+    assert prepare(strategy, precision) == keeps == keeps_freed_memory(strategy, half=precision != "fp32")
     assert [os.environ.get(name) for name in CACHES] == [capacity, capacity]
 
 
-def test_a_users_own_number_of_kernels_stays(kept, monkeypatch):
+def test_a_users_own_number_of_kernels_stays(prepare, monkeypatch):
     monkeypatch.setenv(CACHES[1], "7")
-    prepare_cpu_memory("vanilla", "bf16")
+    prepare("vanilla", "bf16")
     assert [os.environ[name] for name in CACHES] == ["64", "7"]
 
 
-def test_a_gpus_process_is_left_alone(kept, monkeypatch):
-    monkeypatch.setattr(device, "on_cpu", lambda: False)
-    prepare_cpu_memory("vanilla", "bf16")
-    assert not kept
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpus_process_is_left_alone(prepare, precision):
+    assert not prepare("vanilla", precision, cpu=False)
     assert not {*CACHES} & {*os.environ}
 
 

@@ -1,7 +1,5 @@
 """The disk that a run will take, computed before it starts."""
 
-from types import SimpleNamespace
-
 import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
@@ -9,8 +7,14 @@ from transformers import AutoModelForCausalLM
 from minisft.errors import UserError
 from minisft.recipe import LoraRecipe, TrainingRecipe, load_recipe
 from minisft.run_folder import RunFolder
-from minisft.training import disk
-from minisft.training.disk import CheckpointSize, checkpoint_size, checkpoints_to_write, count_parameters, most_added
+from minisft.training.disk import (
+    CheckpointSize,
+    checkpoint_size,
+    checkpoints_to_write,
+    count_parameters,
+    most_added,
+    require_disk,
+)
 
 SIZE = CheckpointSize(model=10, state=3)
 
@@ -61,17 +65,15 @@ def test_checkpoints_are_counted_as_they_will_be_written(tmp_path, changes, begu
         assert checkpoints_to_write(settings, RunFolder(tmp_path), begun_at, 99, 0) == len(written)
 
 
-def test_a_run_without_room_is_refused(recipe_file, tiny_model, tmp_path, monkeypatch):
+def test_a_run_without_room_is_refused(recipe_file, tiny_model, tmp_path):
     rows = Dataset.from_dict({"input_ids": [[1, 2]] * 30, "labels": [[-100, 2]] * 30})
     rows.save_to_disk(str(tmp_path / "run" / "dataset" / "train"))
     recipe, run = load_recipe(recipe_file), RunFolder(tmp_path / "run")
     size = checkpoint_size(recipe, tiny_model)
     needed = 2 * size.model + max(size.model, size.state) + size.state  # checkpoints of two epochs, and model/
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
-    disk.require_disk(recipe, run, tiny_model, None)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    require_disk(recipe, run, tiny_model, None, free_space=lambda folder: needed)
     with pytest.raises(UserError, match=r"the run needs .* for 2 checkpoints of .* free there") as caught:
-        disk.require_disk(recipe, run, tiny_model, None)
+        require_disk(recipe, run, tiny_model, None, free_space=lambda folder: needed - 1)
     assert caught.value.where == str(run.root)
     assert "training.keep_checkpoints" in caught.value.fix
 

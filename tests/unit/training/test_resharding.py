@@ -1,5 +1,6 @@
 """What another layout wrote, read by the name of the parameter; and what cannot be converted, refused."""
 
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -151,32 +152,32 @@ def test_only_another_layout_is_converted(tmp_path, wrote, asked, same):
     assert same_layout(origin(tmp_path, *wrote), *asked) is same
 
 
-ASKED = TrainingRecipe(strategy="vanilla", processes=1, precision="fp32")
+ASKED = TrainingRecipe(strategy="vanilla", processes=1)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"optimizer": "adafactor"}, "only AdamW's state"), ({"precision": "fp16"}, "the loss scale of fp16")],
+    ("changes", "precision", "said"),
+    [({"optimizer": "adafactor"}, "fp32", "only AdamW's state"), ({}, "fp16", "the loss scale of fp16")],
 )
-def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch, changes, said):
-    monkeypatch.setattr(resharding, "choose_precision", lambda precision: precision)
+def test_what_cannot_be_converted_is_refused(tmp_path, changes, precision, said):
     checkpoint = origin(tmp_path, "zero2", 2)
     with pytest.raises(UserError) as refused:
-        require_reshardable(checkpoint, replace(ASKED, **changes))
+        require_reshardable(checkpoint, replace(ASKED, **changes), precision)
     assert said in str(refused.value)
     assert "training.strategy=zero2 training.processes=2" in str(refused.value)
-    require_reshardable(checkpoint, replace(ASKED, **changes, strategy="zero2", processes=2))  # as it was written
-    require_reshardable(checkpoint, ASKED)
+    as_written = replace(ASKED, **changes, strategy="zero2", processes=2)
+    require_reshardable(checkpoint, as_written, precision)
+    require_reshardable(checkpoint, ASKED, "fp32")
 
 
 def test_reading_shards_needs_deepspeed(tmp_path, monkeypatch):
-    monkeypatch.setattr(resharding.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="DeepSpeed, which is not installed"):
-        require_reshardable(origin(tmp_path, "zero3", 2), ASKED)
+        require_reshardable(origin(tmp_path, "zero3", 2), ASKED, "fp32")
 
 
 def test_auto_goes_on_as_the_checkpoint_was_written(tmp_path):
     auto = replace(ASKED, strategy="auto", optimizer="adafactor", processes=2)
-    require_reshardable(origin(tmp_path, "zero3", 2), auto)
+    require_reshardable(origin(tmp_path, "zero3", 2), auto, "fp32")
     with pytest.raises(UserError, match="zero3 on 1 cannot take over"):
-        require_reshardable(origin(tmp_path, "zero3", 2), replace(auto, processes=1))
+        require_reshardable(origin(tmp_path, "zero3", 2), replace(auto, processes=1), "fp32")

@@ -12,7 +12,12 @@ import pytest
 
 from minisft.errors import StoppedError
 from minisft.training import zero
-from minisft.training.zero import deepspeed_config
+from minisft.training.zero import (
+    compile_in_subprocess,
+    deepspeed_config,
+    set_deepspeed_environment,
+    start_communication,
+)
 
 SETTINGS: dict[str, Any] = {"precision": "bf16", "max_grad_norm": 1.0, "batch_size": 4}
 
@@ -42,12 +47,18 @@ def test_parameters_go_with_the_optimizer_and_a_cpu_pins_nothing():
 
 @pytest.fixture
 def extensions(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(zero, "_extensions_folder", lambda: tmp_path)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    op = tmp_path / "deepspeed_shm_comm"
-    op.mkdir()
+    """The folder of compiled operations, with DeepSpeed's communication built in it."""
+    monkeypatch.setenv("MINISFT_CACHE", str(tmp_path))
+    for name in ("TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR", "DS_LOG_LEVEL", "LOG_LEVEL"):
+        monkeypatch.setenv(name, "")  # so that it is set back afterwards
+        monkeypatch.delenv(name)
+    set_deepspeed_environment(on_cpu=True)
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    assert tmp_path in folder.parents
+    op = folder / "deepspeed_shm_comm"
+    op.mkdir(parents=True)
     (op / "deepspeed_shm_comm.so").touch()
-    return tmp_path
+    return folder
 
 
 def test_a_lock_left_by_a_killed_build_is_removed(extensions):
@@ -71,14 +82,13 @@ def test_nobody_takes_the_lock_of_a_process_that_is_loading(extensions, monkeypa
 
     def worker() -> None:
         started.wait()
-        zero.start_communication(on_cpu=True)
+        start_communication(on_cpu=True, load_op=load)
 
     def another_job() -> None:
         started.wait()
         for _ in range(20):
             zero._compile_communication("training.strategy=zero2")
 
-    monkeypatch.setattr(zero, "_load_shared_memory_op", load)
     monkeypatch.setattr(deepspeed, "init_distributed", lambda *_, **__: None)
     threads = [threading.Thread(target=target) for target in (worker, worker, another_job)]
     for thread in threads:
@@ -88,7 +98,7 @@ def test_nobody_takes_the_lock_of_a_process_that_is_loading(extensions, monkeypa
     assert lost == [False, False]
 
 
-def test_a_compilation_is_stopped_with_what_it_started(tmp_path, monkeypatch):
+def test_a_compilation_is_stopped_with_what_it_started(tmp_path):
     """The compilers have process groups of their own, as ninja gives them."""
     child, cleaned = tmp_path / "child", []
     code = (
@@ -96,11 +106,10 @@ def test_a_compilation_is_stopped_with_what_it_started(tmp_path, monkeypatch):
         f"made = subprocess.Popen(['sleep', '600'], start_new_session=True); Path({str(child)!r}).write_text(str(made.pid)); "
         "time.sleep(600)"
     )
-    monkeypatch.setattr(zero, "_COMMAND", ("-c", code))
     threading.Thread(target=stop_when, args=(child,)).start()
     begun = time.monotonic()
     with pytest.raises(StoppedError, match="SIGTERM"):
-        zero.compile_in_subprocess(lambda: cleaned.append(True))
+        compile_in_subprocess(lambda: cleaned.append(True), command=("-c", code))
     assert time.monotonic() - begun < 60
     assert cleaned == [True]
     assert ended(int(child.read_text()))
@@ -121,6 +130,6 @@ def stop_when(path):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_reason_of_a_failed_compilation_is_its_last_line(monkeypatch):
-    monkeypatch.setattr(zero, "_COMMAND", ("-c", "print('c++: not today'); raise SystemExit(3)"))
-    assert zero.compile_in_subprocess(lambda: None) == "c++: not today"
+def test_the_reason_of_a_failed_compilation_is_its_last_line():
+    command = ("-c", "print('c++: not today'); raise SystemExit(3)")
+    assert compile_in_subprocess(lambda: None, command) == "c++: not today"
