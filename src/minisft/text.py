@@ -1,4 +1,4 @@
-"""Text that is not ours, made safe to read in a terminal."""
+"""Text from data, models, file names and libraries, made safe to read in a terminal."""
 
 import json
 import re
@@ -22,6 +22,11 @@ def dump_json(value: Any, indent: int | None = None) -> str:
     """Return `value` as JSON that is safe to print; what `printable` would write out is an escape of JSON's own."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return _UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _escape(code: int) -> str:

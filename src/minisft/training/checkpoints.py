@@ -31,6 +31,7 @@ from minisft.manifest import foreign_files, in_marked_folder, list_some, record_
 from minisft.recipe import TrainingRecipe
 from minisft.replacement import unused_name
 from minisft.run_folder import RunFolder, list_checkpoints
+from minisft.text import first_line
 from minisft.training.held_out import eval_losses, stops_early
 
 METADATA = "written_by.json"
@@ -304,4 +305,4 @@ def reason_of(error: BaseException) -> str:
     known = next((os.strerror(code) for code in WRITE_ERRNOS if os.strerror(code) in text), None)
     if known is None and any(name in text for name in _TORCH_WRITERS):
         return "torch.save could not write all of it"
-    return known or (text.strip().splitlines() or [type(error).__name__])[0]
+    return known or first_line(error)
