@@ -12,13 +12,18 @@ from minisft.recipe import METRICS
 MIN_CONVERSATIONS = 20
 
 
+def results_path(root: Path) -> Path:
+    """Return the path of a run folder's results."""
+    return root / "evaluation" / "results.json"
+
+
 def read_results(root: Path) -> dict[str, Any] | None:
     """Read `evaluation/results.json` of a run folder, as `withhold_unreliable` gives it; None where there is none yet.
 
     Raises:
         UserError: the file is damaged.
     """
-    path = root / "evaluation" / "results.json"
+    path = results_path(root)
     if not path.is_file():
         return None
     fix = f"delete it and run `minisft evaluate {root}`, which writes it again: no answer is computed twice"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import read_json, refuse_huge_files, write_atomically
+from minisft.files import read_json, read_json_lines, refuse_huge_files, write_atomically
 from minisft.manifest import size_of_written_files
 from minisft.recipe import Recipe, dump_recipe, load_recipe
 from minisft.replacement import delete_replaced
@@ -110,6 +110,15 @@ def step_of(checkpoint: Path) -> int:
     match = CHECKPOINT.fullmatch(checkpoint.name)
     assert match, f"{checkpoint} is no checkpoint folder"
     return int(match[1])
+
+
+def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`: a dict for each logged step, in the order of the steps; a missing file is empty.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    return read_json_lines(run.metrics, "delete the damaged lines", step=int)
 
 
 def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
