@@ -185,9 +185,7 @@ def read_json_lines(path: Path, fix: str, **fields: type | tuple[type, ...]) -> 
     """
     if not path.is_file():
         return []
-    raw_lines = path.read_bytes().split(
-        b"\n"
-    )  # splitlines would also split at Unicode's line ends, which texts may hold
+    raw_lines = path.read_bytes().split(b"\n")  # splitlines would also split at Unicode's line ends, inside texts
     lines = []
     for number, raw in enumerate(raw_lines, 1):
         try:
