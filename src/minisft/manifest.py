@@ -88,7 +88,7 @@ def record_files(*paths: Path) -> None:
 
 
 def record_scratch_folder(folder: Path) -> None:
-    """Add a folder that is about to be created, for MiniSFT's files only, to the manifest of the marked one around it."""
+    """Add a folder that is about to be created, for MiniSFT's files only, to the manifest of the folder around it."""
     _add_to_manifest({folder: "/"})
 
 

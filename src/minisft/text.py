@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
-    """Return `value` as JSON that is safe to print: characters that `printable` replaces are written as JSON escapes."""
+    """Return `value` as JSON that is safe to print: what `printable` would replace is written as a JSON escape."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return _UNPRINTABLE.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
 
