@@ -1,4 +1,7 @@
-"""Messages and progress in the terminal. Foreign text is never taken for markup, as `[/INST]` is, or for a control."""
+"""Messages and progress in the terminal.
+
+rich takes text such as `[/INST]` for markup, and a terminal obeys control characters: text that is not ours is escaped.
+"""
 
 import contextlib
 import time
@@ -12,7 +15,7 @@ from minisft.text import printable
 
 
 class _PrintableConsole(Console):
-    """A console on which no text is a control, be it in a table, a bar or a line; styles alone are."""
+    """A console that escapes control characters in all text, also in tables and bars; only rich's own controls pass."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -24,25 +27,25 @@ error_console: Console = _PrintableConsole(stderr=True, highlight=False, soft_wr
 
 
 def say(text: str = "", style: str | None = None) -> None:
-    """Print one message on stdout, as it stands."""
+    """Print one message on stdout, without interpreting markup."""
     console.print(escape(printable(text)), style=style)
 
 
 def warn(text: str) -> None:
-    """Print something that the user should know, on stderr, where it spoils no piped output."""
+    """Print a warning on stderr, so that it does not mix with piped output."""
     error_console.print(escape(printable(text)), style="yellow")
 
 
-_SILENCE = 10.0  # seconds
-_REDRAWN = 0.2
+# Seconds between two lines where there is no terminal, and between two updates of a line in one.
+_LINE_INTERVAL, _UPDATE_INTERVAL = 10.0, 0.2
 
 
 @contextlib.contextmanager
 def row_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int], None]]:
-    """Give a function that is called with the number of rows done so far.
+    """Yield a function to call with the number of rows prepared so far; their total is not known.
 
     Args:
-        clock: Returns seconds; rows are not printed more often than every few of them.
+        clock: Returns the time in seconds.
     """
     printed = clock()
     with error_console.status("reading") if error_console.is_terminal else contextlib.nullcontext() as status:
@@ -50,7 +53,7 @@ def row_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Callab
         def show(done: int) -> None:
             nonlocal printed
             now = clock()
-            if now - printed < (_REDRAWN if status else _SILENCE):
+            if now - printed < (_UPDATE_INTERVAL if status else _LINE_INTERVAL):
                 return
             printed = now
             if status:
@@ -61,33 +64,27 @@ def row_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Callab
         yield show
 
 
-class Progress:
-    """A context; `advance` is called with the number of answers that came.
+@contextlib.contextmanager
+def answer_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of answers that were just generated: a bar, or a line now and then.
 
     Args:
-        name: what the bar is called.
-        total: answers to come.
+        name: Name of the bar.
+        total: Number of answers to generate.
     """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done, self.printed = name, total, 0, time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    done, printed = 0, time.monotonic()
+    with Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
+        task = bar.add_task(name, total=total)
 
-    def __enter__(self) -> "Progress":
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        def advance(answers: int) -> None:
+            nonlocal done, printed
+            done += answers
+            bar.update(task, advance=answers)
+            if not error_console.is_terminal and (done == total or time.monotonic() - printed > _LINE_INTERVAL):
+                printed = time.monotonic()
+                error_console.print(f"{name}: {done} of {total} answers", markup=False)
 
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.bar = Bar(*columns, console=error_console, transient=True, disable=not error_console.is_terminal)
-        self.task = self.bar.add_task(self.name, total=self.total)
-        self.bar.start()
-        return self
-
-    def advance(self, answers: int) -> None:
-        self.done += answers
-        self.bar.update(self.task, advance=answers)
-        if not error_console.is_terminal and (self.done == self.total or time.monotonic() - self.printed > _SILENCE):
-            self.printed = time.monotonic()
-            error_console.print(f"{self.name}: {self.done} of {self.total} answers", markup=False)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        yield advance

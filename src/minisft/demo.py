@@ -1,4 +1,4 @@
-"""What the demo shows at its end: three answers before and after, where everything lies, what to type next."""
+"""The summary at the end of the demo: answers before and after, scores, files, and what to type next."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ _NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 
 
 def show_demo(root: Path) -> None:
-    """Print what a demo run in `root` came to."""
+    """Print the results of the demo run in the folder `root`."""
     results = read_results(root)
     assert results is not None, "the evaluation has just written it"
     _say_answers(root, results["best"])
@@ -21,7 +21,7 @@ def show_demo(root: Path) -> None:
 
 
 def _say_answers(root: Path, best: str | None) -> None:
-    """The first answers of the base model, with those of the best checkpoint where there is one."""
+    """Print the first answers of the base model, with those of the best checkpoint if there is one."""
     say(f"\nHeld-out dialogues, {'before and after' if best else 'answered by the base model'}\n", style="bold")
     before = _outputs(root, "base")[:_SHOWN]
     after = _outputs(root, best)[:_SHOWN] if best else [None] * len(before)

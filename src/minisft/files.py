@@ -1,4 +1,4 @@
-"""Files: atomic writes, locks, hashes, path patterns, and JSON that is read with clear messages."""
+"""Paths, atomic writes, reading with clear messages, and locks."""
 
 import contextlib
 import errno
@@ -20,8 +20,12 @@ from minisft.manifest import record_files, record_folder, record_scratch_folder,
 
 # What a file system refuses: no room, a quota, a limit on a file's size, read-only or forbidden, a broken disk.
 WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-_CHUNK = 1 << 20
-_RETRY = 0.05  # seconds between two tries for a lock
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from flock(2) on a file system without locks
+_CHUNK_SIZE = 1 << 20  # bytes
+_LOCK_RETRY = 0.05  # seconds between two tries for a lock
+
+
+# --- paths ----------------------------------------------------------------------------------------------
 
 
 def expand_user_path(text: str, where: str = "") -> Path:
@@ -31,11 +35,11 @@ def expand_user_path(text: str, where: str = "") -> Path:
     path returned never begins with `~` (`./~` becomes absolute), so a library that expands paths leaves it as it is.
 
     Args:
-        text: the path as it was written.
-        where: the key or option that holds it, for the message.
+        text: The path as the user wrote it.
+        where: The key or option that holds it, for the message.
 
     Raises:
-        UserError: the text is blank, holds a NUL character, or names the home of a user that does not exist.
+        UserError: The text is blank, holds a NUL character, or names the home of a user that does not exist.
     """
     if not text.strip():
         raise UserError(where or "a path", "the path is empty", "give the path of a file or a folder")
@@ -53,30 +57,40 @@ def expand_user_path(text: str, where: str = "") -> Path:
 
 
 def is_pattern(path: Path) -> bool:
-    """Say whether a path is a pattern such as data/*.jsonl, as shells have them."""
+    """Return whether a path is a pattern as in a shell, such as data/*.jsonl."""
     return glob.has_magic(str(path))
 
 
 def expand_pattern(pattern: Path) -> list[tuple[str, Path]]:
-    """Return the files that match a pattern, by name; each with its name from the first wildcard on.
+    """Return the files that match a pattern, sorted by name, each with its path from the first wildcard on.
 
-    `*` and `?` stand for characters of one name, `[ab]` for one of some, `**` for any number of folders. Hidden files
-    and folders match no wildcard, and `**` follows no links. Folders are no match.
+    `*` and `?` stand for characters of one name, `[ab]` for one of several characters, `**` for any number of folders.
+    Wildcards do not match hidden files and folders, `**` does not follow links, and folders are left out.
 
     Raises:
-        UserError: the pattern cannot be one.
+        UserError: The pattern is not valid.
     """
     parts = pattern.parts
-    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
-    root, wild = Path(*parts[:first]), parts[first:]
-    wild = (*wild, "*") if wild[-1] == "**" else wild
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    root, wildcards = Path(*parts[:first]), parts[first:]
+    wildcards = (*wildcards, "*") if wildcards[-1] == "**" else wildcards
     try:
-        found = [(path.relative_to(root), path) for path in root.glob("/".join(wild)) if path.is_file()]
+        matches = [(path.relative_to(root), path) for path in root.glob("/".join(wildcards)) if path.is_file()]
     except (ValueError, NotImplementedError, re.error) as error:
         raise UserError(
-            pattern, f"this is no pattern of paths ({error})", "use *, ?, [ab] and ** as shells do"
+            pattern, f"this is not a valid pattern of paths ({error})", "use *, ?, [ab] and ** as shells do"
         ) from None
-    return sorted((name.as_posix(), path) for name, path in found if not any(p.startswith(".") for p in name.parts))
+    return sorted((name.as_posix(), path) for name, path in matches if not any(p.startswith(".") for p in name.parts))
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted models and compiled code: $MINISFT_CACHE, else the user's cache folder."""
+    if folder := os.environ.get("MINISFT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minisft"
+
+
+# --- writing --------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -92,43 +106,14 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def hash_files(paths: Iterable[Path]) -> str:
-    """SHA-256, in hex, over the names and the bytes of `paths`, in the order given."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def refuse_huge_files(folder: Path, largest: Mapping[str, int]) -> None:
-    """Refuse a folder in which a small file is huge: reading it would take all the memory there is.
-
-    Args:
-        folder: which may be a stranger's.
-        largest: by a pattern of names, the bytes that such a file has at most.
-
-    Raises:
-        UserError: naming the file.
-    """
-    for pattern, limit in largest.items():
-        for path in folder.glob(pattern):
-            size = path.stat().st_size if path.is_file() else 0
-            if size > limit:
-                problem = f"it has {size / 1e6:,.0f} MB, and a file of this kind has at most {limit / 1e6:,.0f} MB"
-                raise UserError(path, problem, "delete it, and do not trust where it came from")
-
-
 @contextlib.contextmanager
 def write_folder_atomically(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill; it takes the name `folder` only when the block ends without an error.
+    """Yield a temporary folder to fill; it is renamed to `folder` when the block ends without an error.
 
     Where `folder` is a link to a folder, the folder that it leads to is replaced, and the link stays.
 
     Raises:
-        UserError: `folder` holds what MiniSFT did not write.
+        UserError: `folder` holds files that MiniSFT did not write.
     """
     refuse_foreign_files(folder)
     target = folder.resolve()
@@ -139,7 +124,7 @@ def write_folder_atomically(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         record_folder(temporary, folder)
-        refuse_foreign_files(folder)  # something may have come meanwhile
+        refuse_foreign_files(folder)  # the user may have added something meanwhile
         if target.exists():
             shutil.rmtree(target)
         temporary.replace(target)
@@ -148,26 +133,132 @@ def write_folder_atomically(folder: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left of making `folder` with `write_folder_atomically`."""
+    """Delete the temporary folders that killed processes left in `write_folder_atomically(folder)`."""
     target = folder.resolve()
     for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
         if re.fullmatch(r"\d+", path.suffix[1:]) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
-    """Hold the lock file `path`, which this makes; the lock ends with its holder, however that dies.
+def apply_umask(folder: Path) -> None:
+    """Set the permissions of the files that this process wrote in a folder to what the user's umask grants.
+
+    safetensors writes files that only their owner can read, so that a team could not share a model.
+    """
+    umask = os.umask(0o077)  # the only way to read the umask is to set it; the next line restores it
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~umask)
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, fix: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
 
     Args:
-        path: Path of the lock file. Nothing is written to it, and a link or a pipe in its place is an error.
-        patience: Seconds to try; another process may only look whether the lock is held.
+        path: Path of the file.
+        fix: What the user can do if the file is damaged.
+        **fields: The fields that the object must have, with their types.
 
     Raises:
-        BlockingIOError: it is held.
-        UserError: something else has that name.
+        UserError: The file is not JSON, is not an object, or lacks one of the fields.
+        OSError: The file cannot be read, for example because it does not exist.
     """
-    end = time.monotonic() + patience
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(path, f"this file is damaged ({_reason(error)})", fix) from None
+    _require_fields(path, content, fix, fields)
+    return dict(content)
+
+
+def read_json_lines(path: Path, fix: str, **fields: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    """Read a file with one JSON object per line; a missing file is empty.
+
+    An incomplete last line is left out: the process that wrote it was killed, and the lines before it are complete.
+
+    Raises:
+        UserError: Any other line is damaged or lacks one of the fields.
+    """
+    if not path.is_file():
+        return []
+    raw_lines = path.read_bytes().split(b"\n")  # splitlines would also split at Unicode's line ends, inside texts
+    lines = []
+    for number, raw in enumerate(raw_lines, 1):
+        try:
+            line = json.loads(raw)
+        except ValueError as error:
+            if number == len(raw_lines) or not raw:
+                continue
+            raise UserError(f"{path}:{number}", f"this line is damaged ({_reason(error)})", fix) from None
+        _require_fields(f"{path}:{number}", line, fix, fields)
+        lines.append(line)
+    return lines
+
+
+def _require_fields(where: object, content: Any, fix: str, fields: dict[str, Any]) -> None:
+    if not isinstance(content, dict):
+        raise UserError(where, "this is damaged (not a JSON object)", fix)
+    for name, kind in fields.items():
+        if not isinstance(content.get(name), kind):
+            raise UserError(where, f"this is damaged (no valid field {name!r})", fix)
+
+
+def _reason(error: ValueError) -> str:
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not JSON: {error}"
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Return the SHA-256, in hex, of the names and the content of files, in the given order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_SIZE):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def refuse_huge_files(folder: Path, largest: Mapping[str, int]) -> None:
+    """Refuse a folder in which a file that should be small is huge: reading it could use up all memory.
+
+    Args:
+        folder: Path of the folder, which may be untrusted.
+        largest: The maximum size in bytes, by the pattern of names that it holds for.
+
+    Raises:
+        UserError: A file is larger; the message names it.
+    """
+    for pattern, limit in largest.items():
+        for path in folder.glob(pattern):
+            size = path.stat().st_size if path.is_file() else 0
+            if size > limit:
+                problem = f"it has {size / 1e6:,.0f} MB, and a file of this kind has at most {limit / 1e6:,.0f} MB"
+                raise UserError(path, problem, "delete it, and do not trust where it came from")
+
+
+# --- locks ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
+    """Hold the lock file `path`, which is created; the kernel releases the lock when this process ends, even if killed.
+
+    The package filelock would not make this shorter: it has no test that neither creates nor takes the lock (see
+    `is_lock_held`), and by default it falls back to a lock that outlives a killed process.
+
+    Args:
+        path: Path of the lock file. Nothing is written to it; a link or a pipe in its place is an error.
+        patience: Seconds to try for; a process that only tests the lock holds it for a moment.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+        UserError: The name is taken by something else, or the file system has no locks.
+    """
+    deadline = time.monotonic() + patience
     if not path.exists():
         record_files(path)
     handle = _open_lock(path)
@@ -177,16 +268,21 @@ def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > end:
+                if time.monotonic() > deadline:
                     raise
-            time.sleep(_RETRY)
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise
+                problem = f"the file system of this folder cannot lock files ({os.strerror(error.errno)})"
+                raise UserError(path.parent, problem, "use a folder on another file system") from None
+            time.sleep(_LOCK_RETRY)
         yield
     finally:
         os.close(handle)
 
 
 def is_lock_held(path: Path) -> bool:
-    """Say whether a process holds the lock file `path`; nothing is made or written."""
+    """Return whether a process holds the lock file `path`, without creating or writing anything."""
     if not os.path.lexists(path):
         return False
     handle = _open_lock(path, os.O_RDONLY)
@@ -199,94 +295,16 @@ def is_lock_held(path: Path) -> bool:
     return False
 
 
-def _open_lock(path: Path, how: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Open a lock file and nothing else: through a link, another file would be opened or made."""
+def _open_lock(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    """Open a lock file without following a link, which could open or create a file somewhere else."""
+    taken = UserError(path, "this name is MiniSFT's lock file, and something else has it", "move that somewhere else")
     try:
-        handle = os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
-        raise _no_lock_file(path) from None
+        raise taken from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise _no_lock_file(path)
+        raise taken
     return handle
-
-
-def _no_lock_file(path: Path) -> UserError:
-    return UserError(path, "this name is MiniSFT's lock file, and something else has it", "move that somewhere else")
-
-
-def cache_folder() -> Path:
-    """Return where converted models are kept: $MINISFT_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("MINISFT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minisft"
-
-
-def apply_umask(folder: Path) -> None:
-    """Give the files in a folder that this process wrote the permissions that the user's umask grants to new files.
-
-    The writer of safetensors makes its files for their owner alone, who could then share no model.
-    """
-    umask = os.umask(0o077)  # there is no other way to read it, and it is set back at once
-    os.umask(umask)
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
-            path.chmod(0o666 & ~umask)
-
-
-def read_json(path: Path, fix: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-        path: of the file.
-        fix: what the user can do where it is damaged.
-        **fields: the types of the fields that it must have.
-
-    Raises:
-        UserError: it is not JSON, is no object, or lacks one of the fields.
-        OSError: it cannot be read, as where there is none.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise UserError(path, f"this file is damaged ({_reason(error)})", fix) from None
-    _require_fields(path, found, fix, fields)
-    return dict(found)
-
-
-def read_json_lines(path: Path, fix: str, **fields: type | tuple[type, ...]) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; a file that is missing is empty.
-
-    A torn last line is left out: the process that wrote it was killed, and the lines before it are whole.
-
-    Raises:
-        UserError: any other line is damaged or lacks one of the fields.
-    """
-    if not path.is_file():
-        return []
-    texts = path.read_bytes().split(b"\n")  # not at the other line ends that Unicode knows: they may stand in texts
-    lines = []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            if number == len(texts) or not text:
-                continue
-            raise UserError(f"{path}:{number}", f"this line is damaged ({_reason(error)})", fix) from None
-        _require_fields(f"{path}:{number}", line, fix, fields)
-        lines.append(line)
-    return lines
-
-
-def _require_fields(where: object, found: Any, fix: str, fields: dict[str, Any]) -> None:
-    if not isinstance(found, dict):
-        raise UserError(where, "this is damaged (no JSON object)", fix)
-    for name, kind in fields.items():
-        if not isinstance(found.get(name), kind):
-            raise UserError(where, f"this is damaged (no valid field {name!r})", fix)
-
-
-def _reason(error: ValueError) -> str:
-    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not JSON: {error}"

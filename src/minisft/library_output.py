@@ -1,6 +1,6 @@
-"""What libraries print: control characters are escaped, and known notices are left out.
+"""The output of libraries: control characters are escaped, and a few known notices are left out.
 
-Only lines that are known here are held back; every other warning and error of a library is shown.
+Only the notices listed here are suppressed; every other warning and error of a library is shown.
 """
 
 import contextlib
@@ -17,21 +17,21 @@ from minisft.text import printable
 
 
 def escape_library_output() -> None:
-    """Let what libraries log and warn of, and tracebacks, pass through `printable` too, in this process."""
+    """Pass log records, warnings and tracebacks through `printable`, in this process."""
     make_record = logging.getLogRecordFactory()
-    if getattr(make_record, "is_tame", False):
+    if getattr(make_record, "escapes_output", False):
         return
 
-    def make_tame_record(*args: Any, **options: Any) -> logging.LogRecord:
+    def make_escaped_record(*args: Any, **options: Any) -> logging.LogRecord:
         record = make_record(*args, **options)
         if isinstance(record.msg, str):
             record.msg = printable(record.msg)
         if isinstance(record.args, tuple):
-            record.args = tuple(printable(one) if isinstance(one, str) else one for one in record.args)
+            record.args = tuple(printable(value) if isinstance(value, str) else value for value in record.args)
         return record
 
-    make_tame_record.is_tame = True  # type: ignore[attr-defined]
-    logging.setLogRecordFactory(make_tame_record)
+    make_escaped_record.escapes_output = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_escaped_record)
     format_warning = warnings.formatwarning
     warnings.formatwarning = lambda *args, **options: printable(format_warning(*args, **options))
     sys.excepthook = _print_traceback
@@ -41,25 +41,29 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
     print(printable("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
 
-# Where a library logs it, how the message begins, and why it says nothing.
+# By logger: how a message begins that is not worth showing, and why.
 _NOTICES = {
-    "transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens",),  # checkpoints get the trained stops
+    "transformers.trainer_utils": (
+        "The tokenizer has new PAD/BOS/EOS tokens",
+    ),  # checkpoints get the trained stop tokens
 }
-# Of DeepSpeed's use of torch, which its next version will change.
+# Warnings about DeepSpeed's use of torch functions that a later version will not use.
 _DEPRECATIONS = (r".*_?all_gather_base.*", r".*_?all_gather_into_tensor.*", r".*_?reduce_scatter_(base|tensor).*")
 
 
 def suppress_known_warnings() -> None:
-    """Hold back, in this process, the notices that a run in which nothing is wrong brings about."""
+    """Suppress, in this process, the known notices that appear in a run in which nothing is wrong."""
     for name, beginnings in _NOTICES.items():
         logger = logging.getLogger(name)
-        if not any(isinstance(one, _Without) for one in logger.filters):
+        if not any(isinstance(known, _Without) for known in logger.filters):
             logger.addFilter(_Without(beginnings))
     for message in _DEPRECATIONS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
 
 
 class _Without(logging.Filter):
+    """A filter that drops messages with certain beginnings."""
+
     def __init__(self, beginnings: tuple[str, ...]) -> None:
         super().__init__()
         self.beginnings = beginnings
@@ -70,27 +74,27 @@ class _Without(logging.Filter):
 
 @contextlib.contextmanager
 def drop_lines(part: str) -> Iterator[None]:
-    """Hold back lines with `part` that Python code prints on stdout inside the block; others pass."""
-    with contextlib.redirect_stdout(_Lines(sys.stdout, part)) as passing:
+    """Drop the lines that contain `part` from what Python code prints on stdout inside the block."""
+    with contextlib.redirect_stdout(_LineFilter(sys.stdout, part)) as stream:
         try:
             yield
         finally:
-            passing.flush()
+            stream.flush()
 
 
-class _Lines(io.TextIOBase):
-    """Passes on whole lines but those that hold a text."""
+class _LineFilter(io.TextIOBase):
+    """A stream that forwards complete lines, except those that contain a text."""
 
     def __init__(self, target: TextIO, part: str) -> None:
-        self.target, self.part, self.begun = target, part, ""
+        self.target, self.part, self.incomplete = target, part, ""
 
     def write(self, text: str) -> int:
-        *whole, self.begun = (self.begun + text).split("\n")
-        self.target.writelines(f"{line}\n" for line in whole if self.part not in line)
+        *lines, self.incomplete = (self.incomplete + text).split("\n")
+        self.target.writelines(f"{line}\n" for line in lines if self.part not in line)
         return len(text)
 
     def flush(self) -> None:
-        if self.begun and self.part not in self.begun:
-            self.target.write(self.begun)
-        self.begun = ""
+        if self.incomplete and self.part not in self.incomplete:
+            self.target.write(self.incomplete)
+        self.incomplete = ""
         self.target.flush()

@@ -23,6 +23,7 @@ from minisft.console import warn
 from minisft.errors import UserError
 from minisft.files import apply_umask, cache_folder, hash_files, hold_lock, refuse_huge_files, write_folder_atomically
 from minisft.recipe import BUILT_IN_MODELS
+from minisft.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # a damaged file shows as anything: the tokenizers library raises a bare Exception
             _refuse_untrusted_code(folder, error)
-            problem = f"the tokenizer cannot be loaded ({_first_line(error)})"
+            problem = f"the tokenizer cannot be loaded ({first_line(error)})"
             raise UserError(folder, problem, _TOKENIZER_FIX) from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(folder, "the tokenizer is not a fast one", _TOKENIZER_FIX)
@@ -122,7 +123,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # an unfit file shows as anything, from KeyError to a validation error
             _refuse_untrusted_code(folder, error)
-            problem = f"the configuration cannot be read ({_first_line(error)})"
+            problem = f"the configuration cannot be read ({first_line(error)})"
             raise UserError(folder / "config.json", problem, "give a model folder that save_pretrained wrote") from None
 
 
@@ -146,7 +147,7 @@ def build_on_meta_device(config: Any, trust_remote_code: bool | None = None, **o
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
     except ValueError as error:
         _refuse_untrusted_code(config.name_or_path, error)
-        problem = f"the model cannot be laid out ({_first_line(error)})"
+        problem = f"the model cannot be laid out ({first_line(error)})"
         raise UserError(config.name_or_path, problem, "give a causal language model") from None
 
 
@@ -216,7 +217,7 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
                 raise
             raise UserError(
                 folder,
-                f"the model cannot be loaded ({_first_line(error)})",
+                f"the model cannot be loaded ({first_line(error)})",
                 "give a causal language model with its weights in safetensors",
             ) from None
 
@@ -227,7 +228,7 @@ def _base_of(adapter: Path, trust_remote_code: bool) -> Path:
         name = json.loads((adapter / _ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         return resolve_model(str(name), trust_remote_code).folder
     except (OSError, ValueError, KeyError) as error:
-        problem = f"its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})"
+        problem = f"its {_ADAPTER_CONFIG} cannot be read ({first_line(error)})"
         raise UserError(adapter, problem, "give a folder that peft's save_pretrained wrote") from None
     except UserError as error:
         raise UserError(
@@ -250,7 +251,7 @@ def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreT
         except Exception as error:  # as above
             if is_out_of_memory(error):
                 raise
-            problem = f"the adapters do not fit their base model ({_first_line(error)})"
+            problem = f"the adapters do not fit their base model ({first_line(error)})"
             raise UserError(folder, problem, "give the base model that they were trained on") from None
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -287,11 +288,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return out or "can't allocate memory" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # --- folders --------------------------------------------------------------------------------------------
@@ -353,7 +349,7 @@ def _hub_snapshot(name: str, trust_remote_code: bool, weights: bool) -> Path | s
             HfApi().model_info(name, timeout=_HUB_TIMEOUT)
             return Path(snapshot_download(name, allow_patterns=patterns))
         except Exception as error:  # the hub client raises its own, httpx's and OSError: each means "no"
-            reason = _first_line(error)
+            reason = first_line(error)
     try:
         cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     except Exception:
@@ -408,7 +404,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
             loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         except Exception as error:  # a bad file shows as anything, from struct.error to a bare Exception
             raise UserError(
-                path, f"transformers cannot load it ({_first_line(error)})", "give a model folder instead"
+                path, f"transformers cannot load it ({first_line(error)})", "give a model folder instead"
             ) from None
         config = type(loaded.config).from_dict(_remove_quantisation_config(loaded.config.to_dict()))
         # A model that was loaded quantised refuses to be saved: its weights move to one that was not.

@@ -20,56 +20,60 @@ _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def exit_with_parent() -> None:
-    """Ask the kernel to kill this process with its parent, which may be killed itself; on Linux only."""
+    """Ask the kernel to kill this process when its parent ends, even if that was killed; Linux only (prctl(2)).
+
+    torch's elastic launcher starts workers in sessions of their own, so that a launcher that is killed would leave
+    them training, beside the workers of a run that is resumed.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def hard_exit(status: int) -> NoReturn:
-    """End this process, whose work is done, without tearing the interpreter down.
+    """End this process, whose work is done, without finalizing the interpreter.
 
-    gloo's threads may still hold tensors of it, also after the process group is destroyed; now and then a process that
-    had trained and saved then died of SIGABRT, and the run counted as failed (pytorch/pytorch#179291). Threads are
-    waited for, what was registered to be done at the exit is done, and output is flushed, as at any other end.
+    gloo's threads may still hold tensors of the interpreter, even after the process group is destroyed: some processes
+    that had trained and saved died of SIGABRT in the finalization, and the run counted as failed
+    (pytorch/pytorch#179291). As at any other exit, threads are joined, `atexit` functions run, and output is flushed.
     """
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+        with contextlib.suppress(OSError, ValueError):  # the stream is closed, or its reader has ended
             stream.flush()
     os._exit(status)
 
 
 @contextlib.contextmanager
 def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """While it lasts, SIGINT and SIGTERM go to `handler`; one that is ignored, as under nohup, stays ignored."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+    """Send SIGINT and SIGTERM to `handler` in the block; a signal that is ignored, as under nohup, stays ignored."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    heeded = {number: earlier for number, earlier in before.items() if earlier != signal.SIG_IGN}
-    for number in heeded:
+    before = {number: earlier for number, earlier in before.items() if earlier != signal.SIG_IGN}
+    for number in before:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, earlier in heeded.items():
+        for number, earlier in before.items():
             signal.signal(number, earlier)
 
 
-_LOOK = 0.2  # seconds between two looks at what it printed
+_POLL_INTERVAL = 0.2  # seconds between two reads of what the child printed
 _OWN_MESSAGE = "minisft: "  # how the command line begins an error message
 
 
 @dataclass(frozen=True)
 class CompletedVerb:
-    """How a child ended.
+    """The result of a `minisft` command that ran in a process of its own.
 
     Args:
-        status: its exit status; minus the signal's number where one killed it.
-        printed: what it wrote on stdout and stderr.
+        status: Its exit status; minus the number of the signal where one killed it.
+        printed: Its output, on stdout and stderr.
     """
 
     status: int
@@ -77,13 +81,13 @@ class CompletedVerb:
 
     @property
     def error(self) -> str:
-        """Why it failed, from what it printed last."""
+        """The reason why it failed: its error message, or the last line that it printed."""
         if self.status < 0:
             name = signal.Signals(-self.status).name
             hint = ": often too little memory" if self.status == -signal.SIGKILL else ""
             return f"killed by {name}{hint}"
         lines = [line.rstrip() for line in self.printed.splitlines()]
-        starts = [place for place, line in enumerate(lines) if line.startswith(_OWN_MESSAGE)]
+        starts = [index for index, line in enumerate(lines) if line.startswith(_OWN_MESSAGE)]
         if self.status == 2 and starts:
             return "\n".join([lines[starts[-1]].removeprefix(_OWN_MESSAGE), *lines[starts[-1] + 1 :]]).strip()
         last = next((line for line in reversed(lines) if line), "it printed nothing")
@@ -91,62 +95,66 @@ class CompletedVerb:
 
 
 def run_verb(words: Sequence[str], log: Path, follow: Callable[[str], object]) -> CompletedVerb:
-    """Run `minisft WORDS` and wait for it; SIGINT and SIGTERM to this process stop it, with its work saved.
+    """Run `minisft WORDS` and wait for it; SIGINT and SIGTERM to this process stop the child, which saves its work.
 
     Args:
-        words: verb, recipe, overrides and options.
-        log: the file that its output is added to.
-        follow: called with each line that it prints.
+        words: Verb, recipe, overrides and options.
+        log: Path of the file to append its output to.
+        follow: Called with each line that it prints.
 
     Raises:
-        StoppedError: this process was asked to stop, and the child has ended.
+        StoppedError: This process was asked to stop, and the child has ended.
     """
     with log.open("ab") as file:
         file.write(f"$ minisft {' '.join(words)}\n".encode())
     begin = log.stat().st_size
-    asked: list[int] = []
-    with log.open("ab") as output, handle_stop_signals(lambda number, _: asked.append(number)):
+    stop_signals: list[int] = []
+    with log.open("ab") as output, handle_stop_signals(lambda number, _: stop_signals.append(number)):
         process = subprocess.Popen(
             [sys.executable, "-m", "minisft", *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+            start_new_session=True,  # Ctrl-C reaches this process only, which forwards it
             preexec_fn=exit_with_parent,
         )
         try:
-            _wait(process, log, begin, follow, asked)
+            _wait(process, log, begin, follow, stop_signals)
         finally:
             if process.poll() is None:
                 process.kill()
             process.wait()
-    if asked:
-        raise StoppedError("stopped as asked; the same command goes on from there")
+    if stop_signals:
+        raise StoppedError("stopped as asked; the same command resumes from there")
     return CompletedVerb(process.returncode, _read(log, begin)[0])
 
 
 def _wait(
-    process: "subprocess.Popen[bytes]", log: Path, place: int, follow: Callable[[str], object], asked: list[int]
+    process: "subprocess.Popen[bytes]",
+    log: Path,
+    position: int,
+    follow: Callable[[str], object],
+    stop_signals: list[int],
 ) -> None:
-    """Hand over what the child prints until it ends, and each signal that comes."""
-    passed_on, ended = 0, False
+    """Pass each line that the child prints to `follow` until it ends, and each stop signal to the child."""
+    forwarded, ended = 0, False
     while not ended:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_LOOK)
+            process.wait(_POLL_INTERVAL)
             ended = True
-        for _ in asked[passed_on:]:
+        for _ in stop_signals[forwarded:]:
             process.send_signal(signal.SIGTERM)
-        passed_on = len(asked)
-        text, place = _read(log, place, whole_lines=not ended)
+        forwarded = len(stop_signals)
+        text, position = _read(log, position, complete_lines=not ended)
         for line in text.splitlines():
             follow(line)
 
 
-def _read(log: Path, place: int, whole_lines: bool = False) -> tuple[str, int]:
-    """Return the log's text from `place` on, up to its last whole line where wished, and where it ends."""
+def _read(log: Path, position: int, complete_lines: bool = False) -> tuple[str, int]:
+    """Return the text of a log from a byte position on, if asked only its complete lines, and its end position."""
     with log.open("rb") as file:
-        file.seek(place)
-        found = file.read()
-    if whole_lines:
-        found = found[: found.rfind(b"\n") + 1]
-    return found.decode("utf-8", errors="replace"), place + len(found)
+        file.seek(position)
+        content = file.read()
+    if complete_lines:
+        content = content[: content.rfind(b"\n") + 1]
+    return content.decode("utf-8", errors="replace"), position + len(content)

@@ -1,8 +1,11 @@
 """The recipe: one YAML file and dotted overrides, typed and strict.
 
-A recipe is a tree of frozen dataclasses. Reading one checks every key and every type against them and
-names the line and the nearest valid key where something does not fit; combinations that cannot work are
-refused by the dataclasses themselves.
+A recipe is a tree of frozen dataclasses. Reading one checks every key and every type against them, and an error names
+the line and the nearest valid key; the dataclasses themselves refuse values that cannot work. docs/recipe.md explains
+every key.
+
+Pydantic would not make this shorter: line numbers, the nearest key, YAML's `8e-6` (a text in YAML 1.1) and the wording
+of each message would still be ours, and importing it takes longer than the rest of `minisft --help`.
 """
 
 import contextlib
@@ -22,14 +25,16 @@ from minisft.yaml_tree import MOST_CHARACTERS, Node, NotYamlError, parse, quoted
 
 STRATEGIES = ("vanilla", "zero1", "zero2", "zero3")
 METRICS = ("bleu", "chrf")
-PATTERN_KEYS = ("data.source", "data.test")  # which take patterns such as data/*.jsonl
+PATTERN_KEYS = ("data.source", "data.test")  # keys that take patterns such as data/*.jsonl
 BUILT_IN_MODELS = ("smollm2-135m",)
 LARGEST_SEED = 2**32 - 1  # numpy's limit
-MOST_EPOCHS = 1_000_000  # an absurd number; the steps of more would take minutes merely to count
+MOST_EPOCHS = 1_000_000  # far beyond any use; merely counting the steps of more would take minutes
 
 
 @dataclass(frozen=True)
 class DataRecipe:
+    """The section `data`: the conversations, their chat template, and the held-out split."""
+
     source: str | list[Any] | dict[str, Any]
     format: Literal["auto", "sharegpt", "messages", "alpaca", "prompt_completion"] = "auto"
     template: str = "auto"
@@ -46,13 +51,14 @@ class DataRecipe:
     def __post_init__(self) -> None:
         _require_positive("data", self, "max_length", "limit", "processes")
         if not 0 <= self.test_fraction < 1:
-            raise UserError(
-                "data.test_fraction", f"{self.test_fraction} is no share", "give a number from 0 to below 1"
-            )
+            problem = f"must be at least 0 and below 1, and is {self.test_fraction}"
+            raise UserError("data.test_fraction", problem, "give a fraction such as 0.1")
 
 
 @dataclass(frozen=True)
 class LoraRecipe:
+    """The section `training.lora`: adapters beside frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
+
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
@@ -62,14 +68,16 @@ class LoraRecipe:
     def __post_init__(self) -> None:
         _require_positive("training.lora", self, "rank", "alpha")
         if not 0 <= self.dropout < 1:
-            where = "training.lora.dropout"
-            raise UserError(where, f"{self.dropout} is no share", "give a number from 0 to below 1")
+            problem = f"must be at least 0 and below 1, and is {self.dropout}"
+            raise UserError("training.lora.dropout", problem, "give a probability such as 0.05")
         if not self.target_modules:
-            raise UserError("training.lora.target_modules", "there is none", "name some, or use all-linear")
+            raise UserError("training.lora.target_modules", "the list is empty", "name modules, or use all-linear")
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
+    """The section `training`: strategy, batch, optimizer, checkpoints and memory."""
+
     strategy: Literal["vanilla", "zero1", "zero2", "zero3", "auto"] = "vanilla"
     processes: int = 1
     epochs: float = 8
@@ -115,13 +123,14 @@ class TrainingRecipe:
             problem = "there is no held-out loss to stop on"
             raise UserError("training.early_stopping", problem, "set training.eval_every, such as epoch, too")
         if not 0 <= self.warmup_ratio < 1:
-            raise UserError(
-                "training.warmup_ratio", f"{self.warmup_ratio} is no share", "give a number from 0 to below 1"
-            )
+            problem = f"must be at least 0 and below 1, and is {self.warmup_ratio}"
+            raise UserError("training.warmup_ratio", problem, "give a fraction of all steps such as 0.03")
 
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
+    """The section `evaluation`: metrics, decoding and what to score."""
+
     metrics: list[str] = field(default_factory=lambda: list(METRICS))
     turns: Literal["last", "all"] = "last"
     max_new_tokens: int = 256
@@ -138,13 +147,15 @@ class EvaluationRecipe:
         _require_positive("evaluation", self, "max_new_tokens", "limit", "batch_size", "processes")
         _require_not_negative("evaluation.", self, "examples", "temperature")
         if not 0 < self.top_p <= 1:
-            raise UserError("evaluation.top_p", f"{self.top_p} is no share", "give a number above 0, and at most 1")
+            problem = f"must be above 0 and at most 1, and is {self.top_p}"
+            raise UserError("evaluation.top_p", problem, "give a probability such as 0.9")
         if self.prompts == [] or (isinstance(self.prompts, list) and not all(text.strip() for text in self.prompts)):
-            raise UserError("evaluation.prompts", "there is an empty one, or none", "give texts, or leave the key out")
+            problem = "the list, or one of its prompts, is empty"
+            raise UserError("evaluation.prompts", problem, "give texts, or leave the key out")
         if not self.metrics:
-            raise UserError("evaluation.metrics", "there is none", f"name some of {', '.join(METRICS)}")
+            raise UserError("evaluation.metrics", "the list is empty", f"name some of {', '.join(METRICS)}")
         if len(set(self.metrics)) < len(self.metrics):
-            raise UserError("evaluation.metrics", "a metric stands twice", "name each metric once")
+            raise UserError("evaluation.metrics", "a metric is named twice", "name each metric once")
         for metric in self.metrics:
             if metric not in METRICS:
                 raise UserError(
@@ -156,6 +167,8 @@ class EvaluationRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
+    """A complete recipe, with the default of every key that the file leaves out."""
+
     model: str
     output: str
     data: DataRecipe
@@ -214,19 +227,33 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def check_combinations(recipe: Recipe) -> None:
-    """Refuse what no single key is to blame for.
+    """Refuse combinations of keys that cannot work.
 
     Raises:
-        UserError: naming the key to change.
+        UserError: A combination cannot work; the message names the key to change.
     """
     training = recipe.training
+    # 1. Quantized weights.
     if training.strategy == "zero3" and training.lora is not None and training.lora.load_in_4bit:
         raise UserError(
             "training.lora.load_in_4bit",
-            "ZeRO-3 cannot shard weights of 4 bits",
+            "ZeRO-3 cannot shard 4-bit weights",
             "use strategy vanilla, zero1 or zero2, or leave it false",
         )
-    _check_offload(training)
+
+    # 2. Offloading.
+    offload = training.offload
+    if offload is not None and training.strategy == "auto":
+        problem = "auto chooses among strategies that keep everything on the GPU"
+        raise UserError("training.offload", problem, "name a ZeRO stage; `minisft plan` shows what each needs")
+    if offload is not None and training.strategy == "vanilla":
+        problem = "vanilla keeps everything on the GPU"
+        raise UserError("training.offload", problem, "use a ZeRO stage, or leave offload out")
+    if offload == "parameters" and training.strategy != "zero3":
+        problem = f"{training.strategy} keeps complete parameters on every GPU"
+        raise UserError("training.offload", problem, "use strategy zero3, or offload: optimizer")
+
+    # 3. Held-out data.
     if training.eval_every is not None and recipe.data.test is None and recipe.data.test_fraction == 0:
         problem = "there are no held-out conversations to compute a loss on"
         raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test")
@@ -234,26 +261,10 @@ def check_combinations(recipe: Recipe) -> None:
         raise UserError("data.test", "is the training source itself", "name another file, or use test_fraction")
 
 
-def _check_offload(training: TrainingRecipe) -> None:
-    if training.offload is None:
-        return
-    if training.strategy == "auto":
-        problem = "auto chooses among strategies that keep all on the GPU"
-        raise UserError("training.offload", problem, "name a ZeRO stage; `minisft plan` shows what each needs")
-    if training.strategy == "vanilla":
-        raise UserError("training.offload", "vanilla keeps all on the GPU", "use a ZeRO stage, or leave offload out")
-    if training.offload == "parameters" and training.strategy != "zero3":
-        raise UserError(
-            "training.offload",
-            f"{training.strategy} keeps whole parameters on every GPU",
-            "use strategy zero3, or offload: optimizer",
-        )
-
-
 def _read_recipe(path: Path) -> str:
     try:
         with path.open(encoding="utf-8") as file:
-            return file.read(MOST_CHARACTERS + 1)  # a device has no end, and a larger file is refused anyway
+            return file.read(MOST_CHARACTERS + 1)  # a device never ends, and a larger file is refused anyway
     except FileNotFoundError:
         raise UserError(
             path, "there is no such recipe", "give the path of a recipe such as recipes/demo.yaml"
@@ -287,14 +298,17 @@ def _apply_override(tree: Node, override: str) -> None:
 
 
 def _build(kind: type, node: Node, where: str, prefix: str) -> Any:
-    """Build the dataclass `kind` from a mapping node, refusing unknown, missing and ill-typed keys.
+    """Build the dataclass `kind` from a mapping node; a key without a value, as in `lora:`, has its default.
 
-    A key without a value, as in `lora:`, has its default.
+    Raises:
+        UserError: A key is unknown or missing, or its value has the wrong type.
     """
     hints = get_type_hints(kind)
     for key, child in node.value.items():
         if key not in hints:
-            raise UserError(_place(where, child), f"unknown key {quoted(prefix + key)}", _nearest(key, prefix, hints))
+            close = difflib.get_close_matches(key, hints, n=1)
+            fix = f"did you mean {prefix + close[0]!r}?" if close else f"valid keys here: {', '.join(hints)}"
+            raise UserError(_place(where, child), f"unknown key {quoted(prefix + key)}", fix)
     values: dict[str, Any] = {}
     for entry in fields(kind):
         key = entry.name
@@ -306,7 +320,7 @@ def _build(kind: type, node: Node, where: str, prefix: str) -> Any:
             raise UserError(place, f"the key {prefix + key!r} {lack}", f"add `{prefix + key}: ...`")
     try:
         return kind(**values)
-    except UserError as error:  # the dataclass names the key; the file and line are known here
+    except UserError as error:  # the dataclass knows the key; only here are the file and the line known
         child = node.value.get(error.where.rpartition(".")[2])
         raise UserError(f"{_place(where, child or node)}: {error.where}", error.problem, error.fix) from None
 
@@ -328,7 +342,7 @@ def _convert(hint: Any, node: Node, where: str, key: str) -> Any:
 
 
 def _coerce(option: Any, value: Any) -> tuple[bool, Any]:
-    """Say whether `value` is of the type `option`, and give it as that type."""
+    """Return whether `value` is of the type `option`, and the value converted to that type."""
     origin = get_origin(option)
     if option is type(None):
         return value is None, None
@@ -336,7 +350,7 @@ def _coerce(option: Any, value: Any) -> tuple[bool, Any]:
         return value in get_args(option) and not isinstance(value, bool), value
     if origin is list:
         (item,) = get_args(option)
-        return isinstance(value, list) and all(item is Any or _coerce(item, one)[0] for one in value), value
+        return isinstance(value, list) and all(item is Any or _coerce(item, element)[0] for element in value), value
     if origin is dict:
         return _coerce_dict(option, value)
     if option is float:
@@ -347,17 +361,17 @@ def _coerce(option: Any, value: Any) -> tuple[bool, Any]:
 
 
 def _coerce_dict(option: Any, value: Any) -> tuple[bool, Any]:
-    """Fit each item of a mapping to the first type of its items that it is of."""
+    """Convert each value of a mapping to the first allowed type that it has."""
     _, item = get_args(option)
     if not isinstance(value, dict) or item is Any:
         return isinstance(value, dict), value
-    fitted = {key: next((_coerce(one, found)[1] for one in get_args(item) if _coerce(one, found)[0]), None)
-              for key, found in value.items()}  # fmt: skip
-    return None not in fitted.values(), fitted
+    converted = {key: next((_coerce(kind, entry)[1] for kind in get_args(item) if _coerce(kind, entry)[0]), None)
+                 for key, entry in value.items()}  # fmt: skip
+    return None not in converted.values(), converted
 
 
 def _coerce_float(value: Any) -> tuple[bool, Any]:
-    if isinstance(value, str):  # YAML 1.1 takes 8e-6, without a dot, for text
+    if isinstance(value, str):  # in YAML 1.1, 8e-6 without a dot is text
         try:
             value = float(value)
         except ValueError:
@@ -386,15 +400,8 @@ def _place(where: str, node: Node) -> str:
     return f"{where}:{node.line}" if node.line is not None else "the command line"
 
 
-def _nearest(key: str, prefix: str, hints: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(key, hints, n=1)
-    if close:
-        return f"did you mean {prefix + close[0]!r}?"
-    return f"valid keys here: {', '.join(hints)}"
-
-
 def _line_of(key: str, tree: Node, where: str) -> str:
-    """The place of a dotted key, as far as the recipe has it."""
+    """Return the place of a dotted key, or of the longest part of it that the recipe holds."""
     for name in key.split("."):
         if not isinstance(tree.value, dict) or name not in tree.value:
             break
@@ -403,10 +410,10 @@ def _line_of(key: str, tree: Node, where: str) -> str:
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Expand all paths of the recipe, and look them up; nothing that reads the recipe has to do so again.
+    """Make all paths of the recipe absolute, so that nothing that reads the recipe has to expand them again.
 
     Raises:
-        UserError: one is blank, or in the home of a user that does not exist; `where` is its key.
+        UserError: A path is blank, or in the home of a user that does not exist; `where` is its key.
     """
     data, evaluation = recipe.data, recipe.evaluation
     source, test = _resolve_path(data.source, folder, "data.source"), _resolve_path(data.test, folder, "data.test")
@@ -426,12 +433,12 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _resolve_path(source: Any, folder: Path, key: str) -> Any:
-    """Make paths absolute: from the current folder, else from the recipe's; what is no path stays.
+    """Make paths absolute, relative to the current folder or else to the recipe's; other values are left unchanged.
 
     Args:
-        source: a path, a pattern of paths such as data/*.jsonl, a hub id, or a list or mapping with some.
-        folder: the recipe's.
-        key: the recipe's key, for messages.
+        source: A path, a pattern of paths such as data/*.jsonl, a hub id, or a list or mapping of these.
+        folder: The folder of the recipe.
+        key: The key in the recipe, for messages.
     """
     if isinstance(source, list):
         return [_resolve_path(item, folder, key) for item in source]
@@ -441,7 +448,7 @@ def _resolve_path(source: Any, folder: Path, key: str) -> Any:
         return source
     path = expand_user_path(source, key)
     bases = (Path.cwd(), folder.absolute())
-    with contextlib.suppress(OSError):  # a text too long for a path is none
+    with contextlib.suppress(OSError):  # a text that is too long to be a path
         for base in bases:
             if (base / path).exists():
                 return str((base / path).resolve())

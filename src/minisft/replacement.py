@@ -1,7 +1,8 @@
-"""One folder in the place of another: the old one keeps its name until the new one is ready.
+"""Replacing one folder by another: the old one keeps its name until the new one is ready.
 
-The steps are renames, and each leaves either the old folder or the new one whole: NAME becomes NAME.old-N, NAME.new-N
-becomes NAME; later NAME.old-N becomes NAME.deleted-N, of which only the files that MiniSFT wrote are deleted.
+All steps are renames, so that a process that is killed leaves the old folder or the new one complete: NAME becomes
+NAME.old-N, and NAME.new-N becomes NAME; later NAME.old-N becomes NAME.deleted-N, of which only the files that MiniSFT
+wrote are deleted.
 """
 
 import glob
@@ -23,10 +24,10 @@ def require_replaceable(folder: Path, kind: str) -> None:
 
     Args:
         folder: Path of the folder.
-        kind: What it must be, "run" or "export".
+        kind: What the folder must be: "run" or "export".
 
     Raises:
-        UserError: saying why.
+        UserError: It cannot be replaced.
     """
     if os.path.ismount(folder):
         raise UserError(folder, "--force cannot replace a mount point", "name a folder inside it")
@@ -41,22 +42,22 @@ def require_replaceable(folder: Path, kind: str) -> None:
 
 
 def unused_name(folder: Path, kind: str) -> Path:
-    """Return the first of FOLDER.KIND-1, FOLDER.KIND-2, ... that is free."""
+    """Return the first path of FOLDER.KIND-1, FOLDER.KIND-2, ... that does not exist."""
     numbered = (folder.with_name(f"{folder.name}.{kind}-{number}") for number in itertools.count(1))
     return next(path for path in numbered if not os.path.lexists(path))
 
 
 def swap_folders(new: Path, final: Path, kind: str, replaces: Sequence[str] = ()) -> Path:
-    """Give `new` the name `final`, and return the path that the folder of that name has got.
+    """Rename the folder `new` to `final`, and return the path to which the folder `final` was renamed.
 
     Args:
         new: Path of a marked folder beside `final`.
         final: Path of the folder to replace.
         kind: "run" or "export".
-        replaces: Names of older folders that `final` was replacing itself.
+        replaces: Names of older folders that `final` itself was replacing.
 
     Raises:
-        OSError: a folder cannot be renamed; then `final` is what it was.
+        OSError: A folder cannot be renamed; `final` is then unchanged.
     """
     old = unused_name(final, "old")
     write_marker(new, kind, final, (old.name, *replaces))
@@ -70,61 +71,62 @@ def swap_folders(new: Path, final: Path, kind: str, replaces: Sequence[str] = ()
 
 
 def replaced_folders(folder: Path) -> list[Path]:
-    """Return the folders beside a marked one that hold what it replaces, the newest first."""
+    """Return the folders beside a marked one that hold what it replaces, newest first."""
     marker = read_marker(folder)
-    place = folder.resolve()
-    fits = re.compile(re.escape(place.name) + r"\.old-\d+")
-    # A stranger may have written the marker: names that lead elsewhere are none.
-    return [place.with_name(name) for name in (marker.replaces if marker else ()) if fits.fullmatch(name)]
+    target = folder.resolve()
+    old_name = re.compile(re.escape(target.name) + r"\.old-\d+")
+    # The marker may be untrusted: names that lead to other places are left out.
+    return [target.with_name(name) for name in (marker.replaces if marker else ()) if old_name.fullmatch(name)]
 
 
 def delete_replaced(folder: Path, kind: str) -> list[str]:
-    """Delete what a folder has replaced; call it when the new one is good.
+    """Delete what a folder has replaced, now that the new one works.
 
     Returns:
-        A sentence for each folder that stays, since it holds what MiniSFT did not write.
+        A message for each folder that stays, since it holds files that MiniSFT did not write.
     """
     olds = [old for old in replaced_folders(folder) if read_marker(old) is not None]
     if replaced_folders(folder):
-        write_marker(folder, kind)  # from now on none of them comes back
+        write_marker(folder, kind)  # from here on, none of them is restored
     kept = []
     for old in olds:
-        temporary = unused_name(folder.resolve(), "deleted")  # a later command goes on where this one is killed
+        temporary = unused_name(folder.resolve(), "deleted")  # if this process is killed, a later command continues
         old.rename(temporary)
         kept.append(_delete(temporary, old))
-    return [said for said in kept if said]
+    return [message for message in kept if message]
 
 
 def restore_replaced(folder: Path, kind: str) -> bool:
-    """Give what a folder has replaced its name back, and delete the folder; say whether there was any."""
+    """Delete a folder and rename what it replaced back to its name; return whether it had replaced anything."""
     olds = replaced_folders(folder)
     if not olds or read_marker(olds[0]) is None:
         return False
-    place = folder.resolve()
-    failed = unused_name(place, "new")
-    place.rename(failed)
-    olds[0].rename(place)
-    write_marker(place, kind, replaces=[old.name for old in olds[1:]])
+    target = folder.resolve()
+    failed = unused_name(target, "new")
+    target.rename(failed)
+    olds[0].rename(target)
+    write_marker(target, kind, replaces=[old.name for old in olds[1:]])
     delete_written_files(failed)
     return True
 
 
 def delete_leftovers(folder: Path) -> list[str]:
-    """Delete what killed processes left beside `folder`: what was to replace it, and what was being deleted.
+    """Delete what killed processes left beside `folder`: new folders, and old ones that were being deleted.
 
     Returns:
-        A sentence for each that stays, since it holds what MiniSFT did not write.
+        A message for each folder that stays, since it holds files that MiniSFT did not write.
     """
-    place = folder.resolve()
+    target = folder.resolve()
     kept = []
     for kind in ("new", "deleted"):
-        for path in sorted(place.parent.glob(f"{glob.escape(place.name)}.{kind}-*")):
+        for path in sorted(target.parent.glob(f"{glob.escape(target.name)}.{kind}-*")):
             if path.is_dir() and not path.is_symlink() and read_marker(path) and not is_lock_held(path / ".lock"):
                 kept.append(_delete(path, path))
-    return [said for said in kept if said]
+    return [message for message in kept if message]
 
 
 def _delete(temporary: Path, name: Path) -> str | None:
+    """Delete a folder; if foreign files keep it alive, rename it back to `name` and return a message."""
     foreign = delete_written_files(temporary)
     if not foreign:
         return None

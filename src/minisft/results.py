@@ -1,4 +1,4 @@
-"""evaluation/results.json: read in one place, and what its scores can support."""
+"""Reading evaluation/results.json, and withholding intervals and p-values that too few conversations support."""
 
 from pathlib import Path
 from typing import Any
@@ -7,33 +7,38 @@ from minisft.errors import UserError
 from minisft.files import read_json
 from minisft.recipe import METRICS
 
-# Held-out conversations below which a bootstrap interval is too narrow and its p-value too small to be told. They are
-# counted, not their answers: with `turns: all` the answers of one conversation are not independent of each other.
+# With fewer held-out conversations, a bootstrap interval is too narrow and its p-value too small to report.
+# Conversations count, not answers: with `turns: all` the answers of one conversation are not independent of each other.
 MIN_CONVERSATIONS = 20
 
 
+def results_path(root: Path) -> Path:
+    """Return the path of a run folder's results."""
+    return root / "evaluation" / "results.json"
+
+
 def read_results(root: Path) -> dict[str, Any] | None:
-    """Read `evaluation/results.json` of a run folder, as `withhold_unreliable` gives it; None where there is none yet.
+    """Read `evaluation/results.json` of a run folder, through `withhold_unreliable`; None if it does not exist yet.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
-    path = root / "evaluation" / "results.json"
+    path = results_path(root)
     if not path.is_file():
         return None
     fix = f"delete it and run `minisft evaluate {root}`, which writes it again: no answer is computed twice"
-    kinds: dict[str, Any] = {"base": dict, "constant": dict, "checkpoints": list}
-    results = {"failed": [], **read_json(path, fix, best=(str, type(None)), **kinds)}
+    types: dict[str, Any] = {"base": dict, "constant": dict, "checkpoints": list, "best": (str, type(None))}
+    results = {"failed": [], **read_json(path, fix, **types)}
     if not all(isinstance(entry, dict) and "checkpoint" in entry for entry in results["checkpoints"]):
         raise UserError(path, "this file is damaged (an entry names no checkpoint)", fix)
     return withhold_unreliable(results)
 
 
 def withhold_unreliable(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of results.json with `"reliable": false` and p-values of None where it scored too few rows.
+    """Return results with `"reliable": false` and without p-values where too few conversations were scored.
 
-    The file itself and all that is read from it pass through here, so that results of earlier versions, which say how
-    many answers but not how many conversations they scored, claim no more than new ones.
+    The file is written and read through this function, so that results of earlier versions, which give the number of
+    answers but not of conversations, claim no more than new ones.
     """
     count = results.get("conversations", results.get("answers"))
     if count is None or count >= MIN_CONVERSATIONS:
@@ -52,12 +57,12 @@ def _withhold_scores(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_reliable(score: dict[str, Any]) -> bool:
-    """Say whether the interval and the p-values of one score, or of whole results, may be told."""
+    """Return whether the interval and the p-values of one score, or of all results, may be reported."""
     return bool(score.get("reliable", True))
 
 
 def unreliability_reason(results: dict[str, Any]) -> str:
-    """Return why results tell no interval and no significance; "" where they tell them."""
+    """Return the reason why results give no intervals and no p-values; "" where they give them."""
     if is_reliable(results):
         return ""
     count = results.get("conversations", results.get("answers"))
@@ -66,14 +71,14 @@ def unreliability_reason(results: dict[str, Any]) -> str:
 
 
 def best_label(results: dict[str, Any]) -> str:
-    """Return what stands beside the best checkpoint: "best", and that the base model scores higher where it does."""
+    """Return the label of the best checkpoint: "best", or that it still scores below the base model."""
     return "best, but below base" if is_below_base(results) else "best"
 
 
 def is_below_base(results: dict[str, Any]) -> bool:
-    """Say whether the best checkpoint scores below the base model, by the metric that chose it."""
+    """Return whether the best checkpoint scores below the base model, by the metric that chose it."""
     best = next((entry for entry in results["checkpoints"] if entry["checkpoint"] == results["best"]), None)
-    judge = next((metric for metric in METRICS if best is not None and metric in best), None)
-    if best is None or judge is None:
+    chosen_by = next((metric for metric in METRICS if best is not None and metric in best), None)
+    if best is None or chosen_by is None:
         return False
-    return bool(best[judge]["score"] < results["base"][judge]["score"])
+    return bool(best[chosen_by]["score"] < results["base"][chosen_by]["score"])

@@ -1,4 +1,4 @@
-"""The run folder: its paths, its resolved recipe, and what identifies a run."""
+"""The run folder: its paths, its resolved recipe, its metrics, and what identifies a run."""
 
 import json
 import re
@@ -8,26 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.files import read_json, refuse_huge_files, write_atomically
+from minisft.files import read_json, read_json_lines, refuse_huge_files, write_atomically
 from minisft.manifest import size_of_written_files
 from minisft.recipe import Recipe, dump_recipe, load_recipe
 from minisft.replacement import delete_replaced
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# The first line of a run's recipe: what tells a run folder from a folder that happens to hold a recipe.
+# The first line of a run's recipe: it distinguishes a run folder from another folder that holds a recipe.
 _MARK = "# The resolved recipe of a MiniSFT run; change the recipe it came from, not this file.\n"
-_RUN = "run"  # of the marker
-# A user's consent to a model's own code, as a word of the command line, and its absence.
+RUN_KIND = "run"  # what the marker of a run folder says
+# Consent to run a model's own code, and its absence, as overrides of a recipe.
 TRUST_OVERRIDE, DISTRUST_OVERRIDE = "trust_remote_code=true", "trust_remote_code=false"
 TRUST_OPTION = "--trust-remote-code"
-# Bytes that the small files of a run have at most, far above what any run came to.
+# Maximum sizes of the small files of a run in bytes, far above those of any real run.
 _LARGEST = {
     "recipe.yaml": 1 << 20, "*.json": 64 << 20, "dataset/*.json": 64 << 20, "evaluation/*.json": 64 << 20,
     "checkpoints/*/trainer_state.json": 256 << 20, "metrics.jsonl": 256 << 20, "evaluation/*/*.jsonl": 256 << 20,
     "model/*.json": 128 << 20, "model/*.jinja": 1 << 20, "checkpoints/*/*.jinja": 1 << 20,
     "checkpoints/*/*config.json": 16 << 20, "checkpoints/*/tokenizer.json": 128 << 20,
 }  # fmt: skip
-# Keys that may change on resume, since the trajectory does not depend on them.
+# Keys that may change on --resume, since the losses and weights do not depend on them.
 _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
     "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
@@ -38,7 +38,7 @@ _FREE_TRAINING_KEYS = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of a run, as the contract names them."""
+    """The paths of a run."""
 
     root: Path
 
@@ -80,7 +80,7 @@ class RunFolder:
 
     @property
     def scratch(self) -> Path:
-        """Where `check` trains a few steps; it removes the folder at its end."""
+        """Folder in which `check` trains a few steps; it deletes the folder at its end."""
         return self.root / ".check"
 
     def list_checkpoints(self) -> list[Path]:
@@ -88,34 +88,44 @@ class RunFolder:
         return list_checkpoints(self.checkpoints)
 
     def is_run(self) -> bool:
-        """Say whether MiniSFT wrote this folder."""
+        """Return whether MiniSFT wrote this folder."""
         return _is_resolved_recipe(self.recipe)
 
     def is_trained(self) -> bool:
-        """Say whether training ended: the final model is written last, and whole."""
+        """Return whether training has ended: the final model is written last, in one rename."""
         return any((self.model / name).exists() for name in ("config.json", "adapter_config.json"))
 
     def has_begun(self) -> bool:
-        """Say whether there is anything that training made."""
+        """Return whether training has written anything."""
         return self.is_trained() or self.metrics.exists() or bool(self.list_checkpoints())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the folders checkpoint-N in the order of N; they are whole, since they get their names last."""
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    """Return the folders checkpoint-N in the order of N; they are complete, since they get their names last."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(checkpoints, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step of a folder checkpoint-N."""
     match = CHECKPOINT.fullmatch(checkpoint.name)
-    assert match, f"{checkpoint} is no checkpoint folder"
+    assert match, f"{checkpoint} is not a checkpoint folder"
     return int(match[1])
 
 
-def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
-    """Return the resolved recipe of a run folder, which may be a stranger's.
+def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`: a dict for each logged step, in the order of the steps; a missing file is empty.
 
-    What the file says of `trust_remote_code` does not count: consent comes from the user, each time.
+    Raises:
+        UserError: A line is damaged.
+    """
+    return read_json_lines(run.metrics, "delete the damaged lines", step=int)
+
+
+def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
+    """Return the resolved recipe of a run folder, which may be untrusted.
+
+    The value of `trust_remote_code` in the file is ignored: only the user can consent, each time.
 
     Args:
         root: the folder.
@@ -123,13 +133,13 @@ def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bo
         trust_remote_code: the user, or the process that started this one, consents to the model's own code.
 
     Raises:
-        UserError: the folder is no run, or one of its small files is too large to be one.
+        UserError: The folder is not a run, or one of its small files is far too large.
     """
     run = RunFolder(root)
     if not run.is_run():
         raise UserError(
             root,
-            "this is no run folder (it has no recipe.yaml of a run)",
+            "this is not a run folder (it has no recipe.yaml of a run)",
             "give the `output` of a recipe that was run",
         )
     refuse_huge_files(root, _LARGEST)
@@ -138,25 +148,25 @@ def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bo
 
 
 def trust_arguments(recipe: Recipe) -> list[str]:
-    """Return what a process that reads a run folder's recipe must be told beside the folder."""
+    """Return the options with which a child process must read a run folder: its recipe cannot carry consent."""
     return [TRUST_OPTION] if recipe.trust_remote_code else []
 
 
 def run_of_recipe(recipe: Path) -> Path | None:
-    """Return the run folder whose own resolved recipe a path names, if it does."""
+    """Return the run folder if `recipe` is the path of its resolved recipe, else None."""
     return recipe.parent if recipe.name == "recipe.yaml" and _is_resolved_recipe(recipe) else None
 
 
 def came_with_run(recipe: Path) -> bool:
-    """Say whether a recipe file came with a run, and not from the user: such a file carries no consent."""
+    """Return whether a recipe file is part of a run, and not the user's own: such a file carries no consent."""
     if _is_resolved_recipe(recipe):
         return True
-    beside = ("checkpoints", "model", "metrics.jsonl", "base_model.json", "dataset/ledger.json")
-    return recipe.name == "recipe.yaml" and any((recipe.parent / name).exists() for name in beside)
+    run_files = ("checkpoints", "model", "metrics.jsonl", "base_model.json", "dataset/ledger.json")
+    return recipe.name == "recipe.yaml" and any((recipe.parent / name).exists() for name in run_files)
 
 
 def _is_resolved_recipe(path: Path) -> bool:
-    """Read no more than the first line, however large the file is."""
+    """Return whether a file begins as a run's recipe does; no more than that line is read, however large it is."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -164,7 +174,7 @@ def _is_resolved_recipe(path: Path) -> bool:
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
-    """Return what identifies a run: model, data, seed, optimisation and global batch, by dotted key."""
+    """Return what identifies a run: model, data, seed, optimization keys and global batch, by dotted key."""
     training = recipe.training
     batch = training.batch_size * training.processes * training.gradient_accumulation
     keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
@@ -175,45 +185,47 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def is_same_run(run: RunFolder, recipe: Recipe) -> bool:
-    """Say whether the folder holds a run that `recipe` identifies."""
+    """Return whether the folder holds the run of `recipe`."""
     return run.is_run() and run_identity(load_run(run.root)) == run_identity(recipe)
 
 
 def delete_replaced_run(run: RunFolder) -> None:
-    """Delete the run that this one replaces, now that it has taken its first step; foreign files in it stay."""
-    _warn_each(delete_replaced(run.root, _RUN))
+    """Delete the run that this one replaces, after the first step of this one; the user's files in it stay."""
+    warn_each(delete_replaced(run.root, RUN_KIND))
 
 
 def write_resolved_recipe(run: RunFolder, recipe: Recipe) -> None:
-    """Make `recipe` the resolved recipe of a run that this process has opened."""
+    """Write `recipe` as the resolved recipe of a run that this process has opened."""
     write_atomically(run.recipe, _MARK + dump_recipe(recipe))
 
 
 def describe_run(run: RunFolder) -> str:
-    """Say what a run folder holds and how large it is."""
+    """Return one line of text: what a run folder holds, and its size."""
     count = len(run.list_checkpoints())
     state = "a trained run" if run.is_trained() else "an unfinished run" if run.has_begun() else "prepared data"
     checkpoints = f" with {count} checkpoint{'s' if count != 1 else ''}" if count else ""
     return f"{run.root} ({state}{checkpoints}, {size_of_written_files(run.root.resolve()) / 1e6:,.1f} MB)"
 
 
-def _warn_each(sentences: Sequence[str]) -> None:
-    from minisft.console import warn
+def warn_each(messages: Sequence[str]) -> None:
+    """Print warnings; the console is imported only where there are some, since it takes long."""
+    if messages:
+        from minisft.console import warn
 
-    for sentence in sentences:
-        warn(sentence)
+        for message in messages:
+            warn(message)
 
 
-def write_environment(run: RunFolder, found: dict[str, Any]) -> None:
-    """Keep on what machine and with which versions the run was last trained."""
-    write_atomically(run.environment, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+def write_environment(run: RunFolder, environment: dict[str, Any]) -> None:
+    """Record the machine and the library versions of the last training of the run."""
+    write_atomically(run.environment, json.dumps(environment, indent=1, ensure_ascii=False) + "\n")
 
 
 def record_base_model(run: RunFolder, origin: str, fingerprint: str) -> None:
-    """Keep which base model a run was begun with, and refuse to go on with another.
+    """Record the base model of a new run, and refuse to continue a run with another one.
 
     Raises:
-        UserError: the model's name leads to other weights or another tokenizer than it did.
+        UserError: The model's name now leads to other weights or another tokenizer.
     """
     now = {"origin": origin, "fingerprint": fingerprint}
     if not run.base_model.exists():
@@ -222,14 +234,14 @@ def record_base_model(run: RunFolder, origin: str, fingerprint: str) -> None:
 
 
 def require_same_base_model(run: RunFolder, origin: str, fingerprint: str) -> None:
-    """Check that a base model is the one that the run was begun with, where the run remembers it.
+    """Check that a base model is the one that the run began with, if the run has a record of it.
 
     Raises:
-        UserError: it is another.
+        UserError: It is another model.
     """
     if not run.base_model.exists():
         return
-    fix = "restore it from a copy, or delete it where you know that `model` is still what the run began with"
+    fix = "restore it from a copy, or delete it if you know that `model` is still what the run began with"
     before = read_json(run.base_model, fix, origin=str, fingerprint=str)
     if before["fingerprint"] != fingerprint:
         raise UserError(

@@ -1,27 +1,32 @@
-"""Text that is not ours, made safe to read in a terminal."""
+"""Text from data, models, file names and libraries, made safe to read in a terminal."""
 
 import json
 import re
 from typing import Any
 
-# What a terminal obeys in place of showing it: control characters (C0 but tab and line feed, DEL, C1), the controls
-# that reorder text (Unicode TR 36, "bidirectional text spoofing"), and surrogates, which cannot be encoded.
+# Characters that a terminal interprets instead of showing: control characters (C0 except tab and line feed, DEL, C1),
+# the ones that reorder text (Unicode TR 36, "bidirectional text spoofing"), and surrogates, which cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with every character that a terminal would obey written out as an escape, such as `\x1b`.
+    r"""Return `text` with every character that a terminal would interpret replaced by an escape such as `\x1b`.
 
     Everything that comes from data, models, file names or errors passes through here before it reaches a terminal,
     or a file that is meant to be read in one. Tabs and line feeds stay, and line ends of Windows become line feeds.
     """
-    return _UNPRINTABLE.sub(lambda found: _escape(ord(found[0])), text.replace("\r\n", "\n"))
+    return _UNPRINTABLE.sub(lambda match: _escape(ord(match[0])), text.replace("\r\n", "\n"))
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
-    """Return `value` as JSON that is safe to print; what `printable` would write out is an escape of JSON's own."""
+    """Return `value` as JSON that is safe to print: what `printable` would replace is written as a JSON escape."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _escape(code: int) -> str:

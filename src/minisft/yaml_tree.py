@@ -1,8 +1,8 @@
-"""YAML text as a tree of values with their lines: strict about keys, and bounded whatever the text says.
+"""YAML text as a tree of values with their line numbers: strict about keys, and limited in size and depth.
 
-PyYAML parses; this module sets limits that it has not. References (`*name`) may repeat a value, so that a few lines
-can stand for billions of values; a value may contain itself; brackets may nest deeper than Python can recurse. Each
-of these is an error with its line here.
+PyYAML parses the text; this module adds the limits that PyYAML lacks. References (`*name`) can repeat a value, so that
+a few lines expand to billions of values; a value can contain itself; brackets can nest deeper than Python can recurse.
+Here each of these is an error with its line number.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from yaml.constructor import SafeConstructor
 from minisft.errors import UserError
 
 MOST_CHARACTERS = 1 << 20  # parsed in about 5 seconds
-MOST_VALUES = 20_000  # references counted as often as they are used
+MOST_VALUES = 20_000  # each use of a reference counts
 MOST_DEPTH = 40
-_MOST_DIGITS = 100  # of a number; PyYAML reads some forms in quadratic time
+_MOST_DIGITS = 100  # in a number; PyYAML parses some forms in quadratic time
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = (f"{_TAG}int", f"{_TAG}float", f"{_TAG}timestamp")
-# What PyYAML raises for a value that is not what its tag says, such as `!!int x`, or for a date such as 2024-13-45.
+# What PyYAML raises for a value that does not match its tag, such as `!!int x`, or for a date such as 2024-13-45.
 _UNREADABLE = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
 
 
 class NotYamlError(UserError):
-    """A text that is not YAML, or a value in it that cannot be read."""
+    """The text is not YAML, or a value in it cannot be read."""
 
 
 @dataclass
 class Node:
-    """A YAML value with the line it stands on.
+    """A YAML value with its line number.
 
     Args:
         value: a dict of nodes, a list of nodes, or a scalar.
@@ -42,7 +42,7 @@ class Node:
     empty: bool = False
 
     def plain(self) -> Any:
-        """Return the value without lines; a key without a value is left out."""
+        """Return the value without line numbers; keys without a value are left out."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items() if not child.empty}
         if isinstance(self.value, list):
@@ -51,16 +51,16 @@ class Node:
 
 
 def parse(text: str, where: str, *, lines: bool = True) -> Node:
-    """Parse one YAML document; a text without any value is an empty node.
+    """Parse one YAML document; a text without any value gives an empty node.
 
     Args:
-        text: the document.
-        where: the file or key, for messages.
-        lines: whether nodes and messages have line numbers; False for a value of the command line.
+        text: The document.
+        where: The file or key, for messages.
+        lines: Whether nodes and messages have line numbers; False for a value of the command line.
 
     Raises:
-        NotYamlError: it is not YAML, or holds a value that cannot be read.
-        UserError: it is too large, too deep, refers to itself, or gives a key twice.
+        NotYamlError: The text is not YAML, or holds a value that cannot be read.
+        UserError: The text is too large or too deep, refers to itself, or gives a key twice.
     """
     if len(text) > MOST_CHARACTERS:
         problem = f"the YAML text has {len(text):,} characters, and may have {MOST_CHARACTERS:,}"
@@ -94,7 +94,7 @@ class _Reader:
         self._where, self._lines, self._visited = where, lines, 0
 
     def compose(self, text: str) -> yaml.Node | None:
-        """The root of the graph, None for a text without a value."""
+        """Return the root of the graph, or None for a text without a value."""
         try:
             loader = _BoundedLoader(text, self)
             return loader.get_single_node()
@@ -105,15 +105,18 @@ class _Reader:
             mark = getattr(error, "problem_mark", None)
             where = f"{self._where}:{mark.line + 1}" if mark and self._lines else self._where
             problem = getattr(error, "problem", None) or str(error)
-            raise NotYamlError(where, f"this is not YAML ({problem})", _fix_for(text, mark)) from None
+            lines = text.splitlines()
+            line = lines[mark.line] if mark and mark.line < len(lines) else ""
+            fix = "correct the line"  # most often, a text without quotes holds a character that means something in YAML
+            if any(sign in line for sign in ("?", ": ", "[", "{", "*", "&", "%", "@", "`")):
+                fix += "; a text with one of ? : [ ] { } , * & % @ in it needs quotes"
+            raise NotYamlError(where, f"this is not YAML ({problem})", fix) from None
         except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF"
             raise NotYamlError(self._where, f"this is not YAML ({error})", "check the escapes in it") from None
 
     def check_limits(self, values: int, depth: int, at: Any) -> None:
         if values > MOST_VALUES:
-            problem = (
-                f"there are more than {MOST_VALUES:,} values, references (*name) counted as often as they are used"
-            )
+            problem = f"there are more than {MOST_VALUES:,} values, references (*name) counted each time they are used"
             raise UserError(self._place(at), problem, "write out what is needed, and keep long lists in files")
         if depth > MOST_DEPTH:
             problem = f"the values are nested more than {MOST_DEPTH} deep, or one refers to itself"
@@ -129,7 +132,7 @@ class _Reader:
             return Node(self._mapping(node, depth), self._line(node))
         if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
             return Node([self.to_node(item, depth + 1) for item in node.value], self._line(node))
-        raise self._unreadable(node, f"the tag {node.tag} is unknown here")
+        raise self._unreadable(node, f"the tag {node.tag} is not supported")
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Node]:
         entries: dict[str, Node] = {}
@@ -142,7 +145,7 @@ class _Reader:
                 raise self._unreadable(key_node, "a key must be a single word")
             key = str(key_node.value)
             if key in entries:
-                raise UserError(self._place(key_node), f"the key {quoted(key)} stands twice", "remove one")
+                raise UserError(self._place(key_node), f"the key {quoted(key)} is given twice", "remove one")
             entries[key] = child = self.to_node(value_node, depth + 1)
             if not isinstance(value_node, yaml.MappingNode):
                 child.line = self._line(key_node)
@@ -152,12 +155,12 @@ class _Reader:
         return entries
 
     def _merged(self, node: yaml.Node, depth: int) -> list[Node]:
-        """The mappings of a merge key, `<<: *name` or `<<: [*name, *other]`; of two with a key, the first counts."""
-        listed = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        found = [self.to_node(one, depth + 1) for one in listed]
-        if not all(isinstance(one.value, dict) for one in found):
+        """Return the mappings of a merge key, `<<: *name` or `<<: [*name, *other]`; the first one with a key wins."""
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        mappings = [self.to_node(item, depth + 1) for item in items]
+        if not all(isinstance(mapping.value, dict) for mapping in mappings):
             raise self._unreadable(node, "<< takes a mapping, or a list of mappings")
-        return found
+        return mappings
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         if node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
@@ -180,16 +183,7 @@ class _Reader:
         return f"{self._where}:{self._line(at)}" if self._lines else self._where
 
 
-def _fix_for(text: str, mark: Any) -> str:
-    """What most often makes a line no YAML: a text with a mark of YAML's own that stands without quotes."""
-    lines = text.splitlines()
-    line = lines[mark.line] if mark and mark.line < len(lines) else ""
-    if any(sign in line for sign in ("?", ": ", "[", "{", "*", "&", "%", "@", "`")):
-        return "correct the line; a text with one of ? : [ ] { } , * & % @ in it needs quotes"
-    return "correct the line"
-
-
 def quoted(value: Any) -> str:
-    """Return a value as a message names it: not longer than a line."""
+    """Return the `repr` of a value for a message, shortened to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

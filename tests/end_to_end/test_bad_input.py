@@ -148,5 +148,5 @@ def test_an_unknown_optimizer_or_scheduler(capsys, recipe_file, key):
 
 
 def test_evaluate_and_chat_want_a_run(capsys, tmp_path):
-    assert "no run folder" in refused(capsys, "evaluate", tmp_path)
+    assert "not a run folder" in refused(capsys, "evaluate", tmp_path)
     refused(capsys, "chat", tmp_path / "nothing")

@@ -259,7 +259,7 @@ def test_export_leaves_a_project_that_has_a_config_json_alone(capsys, recipe, tm
 def test_export_does_not_replace_a_folder_that_holds_the_run(capsys, recipe, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     before = tree(tmp_path)
-    assert "the run lies in this folder" in refused(capsys, "export", tmp_path / "run", tmp_path, "--force")
+    assert "the run is in this folder" in refused(capsys, "export", tmp_path / "run", tmp_path, "--force")
     assert tree(tmp_path) == before
 
 

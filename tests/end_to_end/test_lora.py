@@ -99,9 +99,9 @@ def test_export_merges_the_adapters(vanilla, tmp_path):
     ("words", "said"),
     [
         ((), "no folder to write is named"),
-        (("out", "--checkpoint", "checkpoint-3"), "has none of that name"),
+        (("out", "--checkpoint", "checkpoint-3"), "has no checkpoint of that name"),
         (("out", "--checkpoint", "best"), "not scored yet"),
-        (("{run}/model/inside",), "this is the run's own"),
+        (("{run}/model/inside",), "this folder belongs to the run itself"),
     ],
 )
 def test_what_cannot_be_exported_is_named(tmp_path, fresh_run, words, said):

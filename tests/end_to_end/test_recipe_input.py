@@ -93,8 +93,8 @@ def test_references_in_moderation_are_values(capsys, recipe_file, conversations)
         ("{path: PATH, split: train}", "data.source.split: PATH is local"),
         ("{path: PATH, subset: en}", "data.source.subset: PATH is local"),
         ("[{path: PATH, revision: main}]", "data.source.revision: PATH is local"),
-        ("[{path: PATH, limit: 1, limit: 2}]", "the key 'limit' stands twice"),
-        ("[[{path: PATH, path: PATH}]]", "the key 'path' stands twice"),
+        ("[{path: PATH, limit: 1, limit: 2}]", "the key 'limit' is given twice"),
+        ("[[{path: PATH, path: PATH}]]", "the key 'path' is given twice"),
     ],
 )
 def test_a_source_that_is_not_what_it_says(capsys, recipe_file, conversations, source, words):
@@ -106,7 +106,7 @@ def test_a_source_that_is_not_what_it_says(capsys, recipe_file, conversations, s
 
 def test_a_doubled_metric(capsys, recipe_file):
     said = refused(capsys, "prepare", recipe_file, "evaluation.metrics=[bleu, bleu]")
-    assert "evaluation.metrics: a metric stands twice" in said
+    assert "evaluation.metrics: a metric is named twice" in said
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**64 - 1, 10**30])

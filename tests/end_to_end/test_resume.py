@@ -123,7 +123,7 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer_from_the_start(capsys, 
     whole, grown = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "grown")
     assert run(capsys, "train", recipe_file, f"output={whole.root}", long, *constant)[0] == 0
     assert run(capsys, "train", recipe_file, f"output={grown.root}", short, *constant)[0] == 0
-    assert "--resume goes on with it" in refused(capsys, "train", recipe_file, f"output={grown.root}", long, *constant)
+    assert "--resume makes it longer" in refused(capsys, "train", recipe_file, f"output={grown.root}", long, *constant)
     status, said = run(capsys, "train", recipe_file, f"output={grown.root}", long, *constant, "--resume")
     assert status == 0, said
     assert lines(grown) == lines(whole)
@@ -139,8 +139,8 @@ def lines(folder):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["training.epochs=1"], "the learning rate of linear reaches its end"),
-        (["training.epochs=1", "training.scheduler=constant_with_warmup"], "the warm-up is a share of all steps"),
+        (["training.epochs=1"], "the learning rate of linear depends on the number of steps"),
+        (["training.epochs=1", "training.scheduler=constant_with_warmup"], "the warm-up is a fraction of all steps"),
         (
             [
                 "training.epochs=1",
@@ -174,4 +174,4 @@ def test_fewer_epochs_are_another_run(capsys, recipe_file):
     assert run(capsys, "train", recipe_file, "training.epochs=2", "training.scheduler=constant")[0] == 0
     said = refused(capsys, "train", recipe_file, "training.epochs=1", "training.scheduler=constant", "--resume")
     assert "holds another recipe's run: training.epochs" in said
-    assert "goes on with it" not in said
+    assert "makes it longer" not in said

@@ -1,11 +1,13 @@
-"""Paths as users write them."""
+"""Paths as users write them, and locks on file systems that have none."""
 
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
 
 from minisft.errors import UserError
-from minisft.files import expand_user_path
+from minisft.files import expand_user_path, hold_lock
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
@@ -31,3 +33,13 @@ def test_what_is_no_path_is_refused(text, problem):
     with pytest.raises(UserError, match=problem) as refused:
         expand_user_path(text, "output")
     assert refused.value.where == "output"
+
+
+def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="cannot lock files") as refused, hold_lock(tmp_path / ".lock"):
+        pass
+    assert refused.value.where == str(tmp_path)

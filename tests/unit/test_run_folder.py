@@ -77,7 +77,7 @@ def test_a_folder_that_is_no_run_is_left_alone(recipe):
     root.mkdir()
     (root / "thesis.tex").touch()
     for force in (False, True):
-        with pytest.raises(UserError, match="no run, and not empty.*thesis.tex"), start_run(recipe, force=force):
+        with pytest.raises(UserError, match="not a run, and not empty.*thesis.tex"), start_run(recipe, force=force):
             pass
     assert [path.name for path in root.iterdir()] == ["thesis.tex"]
 
@@ -99,7 +99,7 @@ def test_one_process_at_a_time(recipe):
 
 
 def test_a_folder_without_a_recipe_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         load_run(tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_a_recipe_of_the_users_own_is_not_overwritten(recipe):
     root.mkdir()
     (root / "recipe.yaml").write_text("# mine\nmodel: m\noutput: run\ndata: {source: d}\n")
     for force in (False, True):
-        with pytest.raises(UserError, match=r"no run, and not empty.*recipe.yaml"), start_run(recipe, force=force):
+        with pytest.raises(UserError, match=r"not a run, and not empty.*recipe.yaml"), start_run(recipe, force=force):
             pass
     assert (root / "recipe.yaml").read_text().startswith("# mine")
 

@@ -6,7 +6,6 @@ They are taken twice: once through, and once from the checkpoint after step RESU
 import contextlib
 import gc
 import io
-import json
 import os
 import shutil
 import sys
@@ -138,12 +137,6 @@ def run_steps_in_child(recipe: Recipe) -> None:
 
 def resumed_run(run: RunFolder) -> RunFolder:
     return RunFolder(run.root.with_name(f"{run.root.name}-resumed"))
-
-
-def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    if not run.metrics.exists():
-        return []
-    return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
 
 
 # --- in the processes -------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from minisft.checking.context import CheckContext
 from minisft.checking.loss_checks import live_trainer, tolerance
 from minisft.checking.reference import count_learned, padded_loss, plain_attention, plain_steps
 from minisft.checking.result import Failed
-from minisft.checking.scratch import RESUME_AT, STEPS, read_metrics, resumed_run, run_steps_in_child
+from minisft.checking.scratch import RESUME_AT, STEPS, resumed_run, run_steps_in_child
 from minisft.data.encoder import Encoder
 from minisft.models import load_model, load_tokenizer
-from minisft.run_folder import RunFolder
+from minisft.run_folder import RunFolder, read_metrics
 from minisft.training.batching import StepSampler, measure_lengths
 from minisft.training.optimization import clipping_norm
 from minisft.training.zero import ZERO_STAGES

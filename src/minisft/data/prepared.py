@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.errors import UserError
+from minisft.text import first_line
 
 if TYPE_CHECKING:
     pass
@@ -34,7 +35,7 @@ def load_split(output: Path | str, split: str) -> Any:
     try:
         data = datasets.load_from_disk(str(folder))
     except Exception as error:  # a damaged file shows as anything, from KeyError to Arrow's own errors
-        raise _damaged(folder, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}") from None
+        raise _damaged(folder, f"{type(error).__name__}: {first_line(error)}") from None
     ledger = read_ledger(folder.parent)
     if ledger is not None and len(data) != ledger["rows"][split]:  # an Arrow stream may end after any batch
         raise _damaged(folder, f"it holds {len(data):,} rows, and ledger.json says {ledger['rows'][split]:,}")

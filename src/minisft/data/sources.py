@@ -11,6 +11,7 @@ from minisft.data.readers import COMPRESSIONS, FILE_TYPES, Chunk, file_type, par
 from minisft.errors import UserError
 from minisft.files import expand_pattern, expand_user_path, is_pattern
 from minisft.recipe import DataRecipe
+from minisft.text import first_line
 from minisft.yaml_tree import quoted
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+$")
@@ -278,7 +279,7 @@ def read_hub(path: str, split: str, subset: str | None, revision: str | None, in
         numbered = ((f"{split}:{i}", parse_list_columns(row)) for i, row in enumerate(rows))
         yield from row_chunks(numbered, path, index)
     except Exception as error:  # the hub client raises many kinds; for the user each means the same
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             path,
             f"there is no such file, and the hub does not give a data set of that name ({reason})",

@@ -26,6 +26,7 @@ from minisft.errors import UserError
 from minisft.evaluation.generation import Finish, Generated, Sampling, context_length, generate
 from minisft.evaluation.metrics import LossRow, sum_of_losses
 from minisft.models import is_out_of_memory, load_config, load_model
+from minisft.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,8 +53,9 @@ class TransformersModel:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
-            first = str(error).strip().split("\n")[0]
-            raise UserError(weights, f"{type(error).__name__}: {first}", "train anew or delete it") from error
+            raise UserError(
+                weights, f"{type(error).__name__}: {first_line(error)}", "train anew or delete it"
+            ) from error
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: PreTrainedModel = model.to(device).eval()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minisft.console import Progress, warn
+from minisft.console import answer_progress, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.backends import AnswerTask, LossTask, ModelSpec, Workers
@@ -111,11 +111,11 @@ class Evaluator:
         asked = {tuple(example.prompt_ids) for example in self.held_out.examples}
         own = [prompt for prompt in self.prompts if tuple(prompt.prompt_ids) not in asked]
         tasks = self._missing(self.held_out.examples, cache) + self._missing(own, cache)
-        with Progress(name, sum(len(task.prompts) for task in tasks)) as progress:
+        with answer_progress(name, sum(len(task.prompts) for task in tasks)) as advance:
             for outcome in self.workers.perform(spec, tasks):
                 prompts = tasks[outcome.task].prompts
                 cache.add_answers(prompts, outcome.value, outcome.seconds)
-                progress.advance(len(prompts))
+                advance(len(prompts))
 
     def _missing(self, examples: Sequence[EvalExample], cache: ResultCache) -> list[AnswerTask]:
         """Batches over all questions, each prompt once, less what the journal has: resumed, they are the same ones."""

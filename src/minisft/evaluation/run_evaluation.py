@@ -23,7 +23,7 @@ from minisft.evaluation.result_files import write_changes, write_side_by_side
 from minisft.files import hold_lock, write_atomically
 from minisft.models import load_config, load_tokenizer, resolve_model, weights_fingerprint
 from minisft.recipe import METRICS, EvaluationRecipe, Recipe
-from minisft.results import best_label, is_reliable, unreliability_reason, withhold_unreliable
+from minisft.results import best_label, is_reliable, results_path, unreliability_reason, withhold_unreliable
 from minisft.run_folder import RunFolder, require_same_base_model
 from minisft.text import dump_json
 
@@ -161,7 +161,7 @@ def _score_models(
         results = withhold_unreliable(
             summarise_scores(scored_models, constant, recipe.evaluation) | _facts(recipe, evaluator, failed)
         )
-        write_atomically(evaluator.folder / "results.json", dump_json(results, indent=1) + "\n")
+        write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
         if draw is not None:
             draw(run.root)
     return scored_models, results

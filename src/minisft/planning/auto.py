@@ -1,6 +1,5 @@
 """`training.strategy=auto`: the cheapest strategy that fits by the plan, confirmed by a trial step."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from minisft.planning.planner import (
 )
 from minisft.planning.prediction import Job, Prediction
 from minisft.recipe import STRATEGIES, Recipe
-from minisft.run_folder import RunFolder, trust_arguments, write_resolved_recipe
+from minisft.run_folder import RunFolder, read_metrics, trust_arguments, write_resolved_recipe
 from minisft.run_start import open_run
 from minisft.training.device import on_cpu
 from minisft.training.distributed import launch, launch_single
@@ -116,7 +115,7 @@ def _make_trial(recipe: Recipe, run: RunFolder, job: Job, root: Path, steps: int
 
 
 def _read(folder: RunFolder, strategy: str) -> Trial:
-    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(folder)
     process = float((folder.root / PROCESS_FILE).read_text(encoding="utf-8"))
     return Trial(strategy, max(line["peak_memory_mb"] for line in lines) * 1e6, process, lines[-1]["seconds"])
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minisft.errors import UserError
 from minisft.models import build_on_meta_device, load_config
 from minisft.recipe import LoraRecipe
+from minisft.text import first_line
 from minisft.training.loss import output_layer, returns_raw_logits
 
 FIX = "complete the model's config.json, or give another model"
@@ -121,11 +122,6 @@ def _require_fields(path: Path, raw: dict[str, Any], config: Any) -> None:
     for name in _NEEDED:
         if not ({name, text.attribute_map.get(name, name)} & ({*raw} | {*section})):
             raise UserError(path, f"the field {name} is missing", FIX)
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # How numbers are kept: all in fp32, all in half precision (DeepSpeed), or fp32 with products in half (autocast).

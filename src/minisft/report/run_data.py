@@ -10,6 +10,7 @@ from minisft.errors import UserError
 from minisft.files import read_json, read_json_lines
 from minisft.report.html import rounded
 from minisft.results import best_label, is_reliable, read_results
+from minisft.run_folder import RunFolder, read_metrics
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 
@@ -67,7 +68,7 @@ def read_run(root: Path) -> RunFiles:
     preview = _read_json(root / "dataset" / "preview.json", without, rows=list)
     return RunFiles(
         root,
-        read_json_lines(root / "metrics.jsonl", "delete the damaged lines: the page does without them", step=int),
+        read_metrics(RunFolder(root)),
         read_results(root),
         _read_json(root / "dataset" / "ledger.json", again, rows=dict),
         recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",

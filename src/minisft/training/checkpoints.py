@@ -23,14 +23,15 @@ from minisft.files import (
     WRITE_ERRNOS,
     apply_umask,
     read_json,
-    read_json_lines,
     remove_leftovers,
     write_folder_atomically,
 )
 from minisft.manifest import foreign_files, in_marked_folder, list_some, record_folder, record_scratch_folder
 from minisft.recipe import TrainingRecipe
 from minisft.replacement import unused_name
-from minisft.run_folder import RunFolder, list_checkpoints
+from minisft.results import read_results
+from minisft.run_folder import RunFolder, list_checkpoints, read_metrics
+from minisft.text import first_line
 from minisft.training.held_out import eval_losses, stops_early
 
 METADATA = "written_by.json"
@@ -136,13 +137,9 @@ def prune_checkpoints(run: RunFolder, count: int) -> None:
 
 def best_checkpoints(run: RunFolder) -> set[str]:
     """Name the checkpoint of the lowest held-out loss and the one that the evaluation calls best, where known."""
-    results = run.root / "evaluation" / "results.json"
-    scores: dict[str, Any] = {"checkpoints": [], "best": None}
-    if results.is_file():
-        scores = read_json(results, "delete it, then go on with --resume", checkpoints=list, best=(str, type(None)))
+    scores = read_results(run.root) or {"checkpoints": [], "best": None}
     # Held-out losses of training, by the name of the checkpoint that the step has, if it has one.
-    lines = read_json_lines(run.metrics, "delete the damaged lines", step=int)
-    losses = {f"checkpoint-{line['step']}": line["eval_loss"] for line in lines if "eval_loss" in line}
+    losses = {f"checkpoint-{line['step']}": line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line}
     losses = losses or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
     there = {path.name for path in run.list_checkpoints()}
     known = [name for name, loss in losses.items() if name in there and loss is not None]
@@ -304,4 +301,4 @@ def reason_of(error: BaseException) -> str:
     known = next((os.strerror(code) for code in WRITE_ERRNOS if os.strerror(code) in text), None)
     if known is None and any(name in text for name in _TORCH_WRITERS):
         return "torch.save could not write all of it"
-    return known or (text.strip().splitlines() or [type(error).__name__])[0]
+    return known or first_line(error)

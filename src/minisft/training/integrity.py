@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from minisft.errors import UserError
 from minisft.run_folder import list_checkpoints
+from minisft.text import first_line
 from minisft.training.checkpoints import METADATA, has_state, read_metadata
 
 _CLASS = re.compile(r"GLOBAL ([\w.]+)")  # as torch names what it refuses
@@ -112,7 +113,7 @@ def _damaged_by(checkpoint: Path | str | None, error: Exception) -> Exception:
         return error
     if isinstance(error, pickle.UnpicklingError):  # torch's words are about trust
         return damaged(Path(checkpoint), "a file of its states does not hold what is expected there")
-    return damaged(Path(checkpoint), _first_line(error))
+    return damaged(Path(checkpoint), first_line(error))
 
 
 @contextlib.contextmanager
@@ -121,13 +122,9 @@ def _explain(checkpoint: Path, path: Path) -> Iterator[None]:
         yield
     except (ValueError, zipfile.BadZipFile, SafetensorError) as error:
         size = path.stat().st_size
-        reason = _first_line(error) if size else "it is empty"
+        reason = first_line(error) if size else "it is empty"
         raise damaged(checkpoint, f"{path.relative_to(checkpoint)} cannot be read ({reason})") from None
 
 
 def _each(checkpoint: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted(path for pattern in patterns for path in checkpoint.glob(pattern) if path.is_file())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

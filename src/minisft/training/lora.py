@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from minisft.errors import UserError
 from minisft.recipe import LoraRecipe
+from minisft.text import first_line
 from minisft.training.device import on_cpu
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +88,7 @@ def add_lora(model: Any, lora: LoraRecipe, *, base_name: str, seed: int) -> Any:
     except ValueError as error:
         raise UserError(
             "training.lora.target_modules",
-            str(error).strip().splitlines()[0],
+            first_line(error),
             f"use all-linear, or names among {', '.join(_names_of_linears(model))}",
         ) from None
 

@@ -17,6 +17,7 @@ import torch
 
 from minisft.errors import UserError
 from minisft.recipe import TrainingRecipe
+from minisft.text import first_line
 
 # Names of our own; every other name is one of transformers'.
 _FUSED_ADAMW = "adamw_torch_fused"
@@ -127,7 +128,7 @@ def _obstacle(optimizer: str) -> str | None:
             weight.grad = torch.ones_like(weight)
             made.step()
     except Exception as error:  # each library refuses in its own way, from ImportError to AssertionError
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 
@@ -229,7 +230,7 @@ def _problem(training: TrainingRecipe, steps: int) -> str | None:
             if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
                 return f"the learning rate at step {step} of {steps} would be {rates[0]}"
     except (TypeError, ValueError, ArithmeticError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 

@@ -49,7 +49,7 @@ def test_a_signal_stops_the_child_and_then_this_process(tmp_path):
     recipe.write_text(f"model: m\noutput: {tmp_path / 'run'}\ndata: {{source: s}}\n")
     threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
     before, begun = signal.getsignal(signal.SIGTERM), time.monotonic()
-    with pytest.raises(StoppedError, match="the same command goes on"):
+    with pytest.raises(StoppedError, match="the same command resumes"):
         run_verb(["evaluate", str(recipe), "--follow"], tmp_path / "log", lambda line: None)
     assert 0.6 < time.monotonic() - begun < 30
     assert signal.getsignal(signal.SIGTERM) is before

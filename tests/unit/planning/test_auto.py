@@ -106,7 +106,7 @@ def test_a_trial_takes_the_heaviest_step(prepared):
         trial = load_run(root).training
         seen.append((trial.max_steps, trial.batch_size * trial.gradient_accumulation))
         seen.append(sorted(prepared_sizes(load_run(root)).tokens))
-        (root / "metrics.jsonl").write_text('{"peak_memory_mb": 700.0, "seconds": 2.0}\n')
+        (root / "metrics.jsonl").write_text('{"step": 1, "peak_memory_mb": 700.0, "seconds": 2.0}\n')
         (root / "process_bytes").write_text("400000000")
 
     assert try_strategy(recipe, run, job, launch_single=look) == Trial("vanilla", 700e6, 400e6, 2.0)

@@ -42,7 +42,12 @@ def names(run):
 def score(run, losses, best):
     entries = [{"checkpoint": f"checkpoint-{step}", "loss": loss} for step, loss in losses.items()]
     (run.root / "evaluation").mkdir(exist_ok=True)
-    results = {"checkpoints": entries, "best": best and f"checkpoint-{best}"}
+    results: dict[str, object] = {
+        "base": {},
+        "constant": {},
+        "checkpoints": entries,
+        "best": best and f"checkpoint-{best}",
+    }
     (run.root / "evaluation" / "results.json").write_text(json.dumps(results))
 
 
