@@ -28,13 +28,13 @@ demo: setup
 	$(BIN)/minisft demo $(DEMO)
 
 lint: setup
-	$(BIN)/ruff check src tests benchmarks recipes
-	$(BIN)/ruff format --check src tests benchmarks recipes
+	$(BIN)/ruff check src tests benchmarks recipes examples
+	$(BIN)/ruff format --check src tests benchmarks recipes examples
 	$(BIN)/mypy
 
 format: setup
-	$(BIN)/ruff check --fix src tests benchmarks recipes
-	$(BIN)/ruff format src tests benchmarks recipes
+	$(BIN)/ruff check --fix src tests benchmarks recipes examples
+	$(BIN)/ruff format src tests benchmarks recipes examples
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal -m "not long"

@@ -1,3 +1,51 @@
-"""MiniSFT: supervised fine-tuning with exact tokens, exact loss and every checkpoint scored."""
+"""MiniSFT: supervised fine-tuning with exact tokens, exact loss and every checkpoint scored.
+
+The Python API; each name is imported when it is first used, so that `import minisft` costs next to nothing.
+"""
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # a type checker takes it for true; importing it from typing would take longer than all the rest
+if TYPE_CHECKING:
+    from minisft.api import Run, check, evaluate, export, load, plan, prepare, train
+    from minisft.data.prepared_data import PreparedData
+    from minisft.errors import StoppedError, UserError, WorkerError
+    from minisft.recipe import Recipe
+
+__all__ = [
+    "PreparedData",
+    "Recipe",
+    "Run",
+    "StoppedError",
+    "UserError",
+    "WorkerError",
+    "__version__",
+    "check",
+    "evaluate",
+    "export",
+    "load",
+    "plan",
+    "prepare",
+    "train",
+]
+
+_MODULES = {
+    **dict.fromkeys(("train", "prepare", "evaluate", "export", "plan", "check", "load", "Run"), "api"),
+    "PreparedData": "data.prepared_data",
+    **dict.fromkeys(("UserError", "StoppedError", "WorkerError"), "errors"),
+    "Recipe": "recipe",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'minisft' has no attribute {name!r}")
+    import importlib
+
+    found = getattr(importlib.import_module(f"minisft.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

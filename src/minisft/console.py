@@ -22,8 +22,9 @@ class _PrintableConsole(Console):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
-console: Console = _PrintableConsole(highlight=False, soft_wrap=True)
-error_console: Console = _PrintableConsole(stderr=True, highlight=False, soft_wrap=True)
+# In a notebook too, lines go to stdout and stderr: rich would make a block of HTML of each.
+console: Console = _PrintableConsole(highlight=False, soft_wrap=True, force_jupyter=False)
+error_console: Console = _PrintableConsole(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
 
 
 def say(text: str = "", style: str | None = None) -> None:

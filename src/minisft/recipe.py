@@ -11,6 +11,7 @@ of each message would still be ours, and importing it takes longer than the rest
 import contextlib
 import difflib
 import glob
+import numbers
 import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -21,7 +22,7 @@ import yaml
 
 from minisft.errors import UserError
 from minisft.files import expand_pattern, expand_user_path, is_pattern
-from minisft.yaml_tree import MOST_CHARACTERS, Node, NotYamlError, parse, quoted
+from minisft.yaml_tree import MOST_CHARACTERS, MOST_DEPTH, Node, NotYamlError, parse, quoted
 
 STRATEGIES = ("vanilla", "zero1", "zero2", "zero3")
 METRICS = ("bleu", "chrf")
@@ -199,9 +200,17 @@ def _require_positive(section: str, recipe: Any, *keys: str) -> None:
 
 # --- reading a recipe ---------------------------------------------------------------------------------
 
+# A change to one key: `dotted.key=value` as on the command line, its value as YAML, or the key and a Python value.
+Override = str | tuple[str, Any]
 
-def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `dotted.key=value` overrides, whose values are YAML.
+
+def override_key(override: Override) -> str:
+    """Return the dotted key that an override changes."""
+    return override.partition("=")[0] if isinstance(override, str) else override[0]
+
+
+def load_recipe(path: Path, overrides: typing.Sequence[Override] = ()) -> Recipe:
+    """Read a recipe file and apply overrides.
 
     Relative data paths are looked up from the current folder, then from the recipe's own. A leading `~` is the home
     folder. A key or an override without a value means the default.
@@ -210,15 +219,28 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         UserError: a missing file, broken YAML, an unknown key, a wrong type, a combination that cannot work, a path
             that is none.
     """
-    tree = _parse_recipe(_read_recipe(path), str(path))
+    return _recipe_of(_parse_recipe(_read_recipe(path), str(path)), str(path), path.parent, overrides)
+
+
+def make_recipe(overrides: typing.Sequence[Override], base: Recipe | None = None) -> Recipe:
+    """Make a recipe without a file: from its keys alone, or from another recipe with some keys changed.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    tree = Node({}, None, place="the recipe") if base is None else _node_of(asdict(base), "recipe", "the recipe")
+    return _recipe_of(tree, "the recipe", Path.cwd(), overrides)
+
+
+def _recipe_of(tree: Node, where: str, folder: Path, overrides: typing.Sequence[Override]) -> Recipe:
     for override in overrides:
         _apply_override(tree, override)
-    recipe = _build(Recipe, tree, str(path), "")
+    recipe = _build(Recipe, tree, where, "")
     check_combinations(recipe)
     try:
-        return _resolve_paths(recipe, path.parent)
+        return _resolve_paths(recipe, folder)
     except UserError as error:
-        raise UserError(f"{_line_of(error.where, tree, str(path))}: {error.where}", error.problem, error.fix) from None
+        raise UserError(f"{_line_of(error.where, tree, where)}: {error.where}", error.problem, error.fix) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -280,21 +302,50 @@ def _parse_recipe(text: str, where: str) -> Node:
     return root
 
 
-def _apply_override(tree: Node, override: str) -> None:
-    dotted, separator, text = override.partition("=")
-    if not separator or not dotted:
-        raise UserError(override, "is no override", "write key=value, such as training.epochs=3")
-    try:
-        node = parse(text, f"the command line: {dotted}", lines=False)
-    except NotYamlError:
-        node = Node(text, None)  # a value such as `a: b` or `[x` is meant as it stands
+def _apply_override(tree: Node, override: Override) -> None:
+    if isinstance(override, str):
+        dotted, separator, text = override.partition("=")
+        if not separator or not dotted:
+            raise UserError(override, "is no override", "write key=value, such as training.epochs=3")
+        try:
+            node = parse(text, f"the command line: {dotted}", lines=False)
+        except NotYamlError:
+            node = Node(text, None)  # a value such as `a: b` or `[x` is meant as it stands
+    else:
+        dotted = override[0]
+        node = _node_of(override[1], dotted)
     *parents, last = dotted.split(".")
     for name in parents:
         child = tree.value.get(name)
         if child is None or not isinstance(child.value, dict):
-            child = tree.value[name] = Node({}, None)
+            child = tree.value[name] = Node({}, None, place=node.place)
         tree = child
     tree.value[last] = node
+
+
+def _node_of(value: Any, where: str, place: str = "the override", depth: int = 0) -> Node:
+    """Return a Python value as YAML would give it: a mapping, a list, text, a number, true, false or null.
+
+    Raises:
+        UserError: it is of another type, or it holds itself.
+    """
+    if depth > MOST_DEPTH:
+        raise UserError(where, f"its value is nested more than {MOST_DEPTH} levels deep", "give a flatter value")
+    if isinstance(value, typing.Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise UserError(where, f"the key {odd[0]!r} is not text", "write keys as text")
+        items = {str(key): _node_of(item, f"{where}.{key}", place, depth + 1) for key, item in value.items()}
+        return Node(items, None, place=place)
+    if isinstance(value, list | tuple):
+        return Node([_node_of(item, where, place, depth + 1) for item in value], None, place=place)
+    if value is None or isinstance(value, bool):
+        return Node(value, None, place=place)
+    if isinstance(value, str | Path):
+        return Node(str(value), None, place=place)
+    if isinstance(value, numbers.Real):  # a plain number: YAML cannot write those of numpy
+        return Node(int(value) if isinstance(value, numbers.Integral) else float(value), None, place=place)
+    fix = "give text, a number, True, False, None, a list or a dict"
+    raise UserError(where, f"a value of the type {type(value).__name__} fits no key of a recipe", fix)
 
 
 def _build(kind: type, node: Node, where: str, prefix: str) -> Any:
@@ -397,7 +448,7 @@ def _describe(options: tuple[Any, ...], value: Any) -> str:
 
 
 def _place(where: str, node: Node) -> str:
-    return f"{where}:{node.line}" if node.line is not None else "the command line"
+    return f"{where}:{node.line}" if node.line is not None else node.place
 
 
 def _line_of(key: str, tree: Node, where: str) -> str:

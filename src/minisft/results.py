@@ -53,6 +53,8 @@ def _withhold_scores(entry: dict[str, Any]) -> dict[str, Any]:
     marked = {
         metric: {**score, "p": dict.fromkeys(score.get("p", {})), "reliable": False} for metric, score in scores.items()
     }
+    if "custom" in entry:
+        marked["custom"] = {name: {**score, "reliable": False} for name, score in entry["custom"].items()}
     return {**entry, **marked}
 
 

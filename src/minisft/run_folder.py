@@ -10,7 +10,7 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.files import read_json, read_json_lines, refuse_huge_files, write_atomically
 from minisft.manifest import size_of_written_files
-from minisft.recipe import Recipe, dump_recipe, load_recipe
+from minisft.recipe import Override, Recipe, dump_recipe, load_recipe
 from minisft.replacement import delete_replaced
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -122,14 +122,14 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     return read_json_lines(run.metrics, "delete the damaged lines", step=int)
 
 
-def load_run(root: Path, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
+def load_run(root: Path, overrides: Sequence[Override] = (), *, trust_remote_code: bool = False) -> Recipe:
     """Return the resolved recipe of a run folder, which may be untrusted.
 
     The value of `trust_remote_code` in the file is ignored: only the user can consent, each time.
 
     Args:
         root: the folder.
-        overrides: `key=value` words that the user gave.
+        overrides: changes to the recipe that the user gave.
         trust_remote_code: the user, or the process that started this one, consents to the model's own code.
 
     Raises:

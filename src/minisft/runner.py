@@ -4,6 +4,7 @@ What is heavy is imported inside the functions, so that `minisft --help` is inst
 """
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 from minisft.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from minisft.recipe import Recipe
     from minisft.run_folder import RunFolder
     from minisft.training.nodes import Nodes
@@ -45,8 +48,17 @@ def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None
     return resolved.folder
 
 
-def train_run(recipe: "Recipe", *, force: bool, resume: bool, nodes: "Nodes | None" = None) -> "RunFolder":
+def train_run(
+    recipe: "Recipe",
+    *,
+    force: bool,
+    resume: bool,
+    nodes: "Nodes | None" = None,
+    callbacks: Sequence["TrainerCallback"] = (),
+) -> "RunFolder":
     """Prepare and train, on this machine or as the first of several; return the run folder.
+
+    `callbacks` join the Trainer of a run that takes place in this process.
 
     Raises:
         UserError: what is asked for cannot be done.
@@ -71,7 +83,7 @@ def train_run(recipe: "Recipe", *, force: bool, resume: bool, nodes: "Nodes | No
         if checkpoint is not None:
             extend_run(started.recipe, started.run, checkpoint)
         started.replace_old_run()
-        start_training(started.recipe, started.run, checkpoint, nodes)
+        start_training(started.recipe, started.run, checkpoint, nodes, callbacks)
     draw_curves(started.run.root)
     return started.run
 

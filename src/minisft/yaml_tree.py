@@ -33,13 +33,15 @@ class Node:
 
     Args:
         value: a dict of nodes, a list of nodes, or a scalar.
-        line: from 1; None: it came from the command line.
+        line: from 1; None: it did not come from a file.
         empty: nothing at all was written, as in `key:`. The word `null` is not empty; both have the value None.
+        place: where it came from, for messages, where it has no line.
     """
 
     value: Any
     line: int | None
     empty: bool = False
+    place: str = "the command line"
 
     def plain(self) -> Any:
         """Return the value without line numbers; keys without a value are left out."""

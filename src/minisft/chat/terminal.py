@@ -55,7 +55,7 @@ def chat(
         UserError: an option is out of its range, there is no such model, it has no chat template or one that refuses
             the system prompt, or the one message does not fit its context.
     """
-    sampling = _check_options(max_new_tokens, temperature, top_p, seed)
+    sampling = check_options(max_new_tokens, temperature, top_p, seed)
     chosen, base = choose_model(str(folder))
     model, encoder = load_model_and_encoder(chosen, trust_remote_code, base, template)
     session = Session(model, encoder, "", max_new_tokens, sampling)
@@ -74,7 +74,7 @@ def chat(
             warn("\n/exit or Ctrl-D leaves.")
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> "Sampling | None":
+def check_options(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> "Sampling | None":
     """How to sample, None for greedy; refuses what is out of its range."""
     from minisft.evaluation.generation import Sampling
 

@@ -1,8 +1,8 @@
 """Evaluation of a run: the base model and every checkpoint scored, and which checkpoint is best."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from minisft.console import console, say, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec, Workers, default_processes, require_vllm
+from minisft.evaluation.custom_metrics import CustomMetric, check_custom_metrics, score_custom
 from minisft.evaluation.evaluator import Evaluator, ScoredModel
 from minisft.evaluation.examples import load_held_out, load_prompts, train_answers
 from minisft.evaluation.generation import Sampling, context_length, inference_dtype
@@ -39,6 +40,7 @@ def evaluate(
     as_json: bool = False,
     draw: Callable[[Path], object] | None = None,
     dtype: "torch.dtype | None" = None,
+    custom_metrics: Mapping[str, CustomMetric] | None = None,
 ) -> dict[str, Any]:
     """Score the base model and every checkpoint, write `<output>/evaluation` and print a table.
 
@@ -51,6 +53,7 @@ def evaluate(
         as_json: print results.json on stdout in place of the table.
         draw: called with the run folder whenever results.json has changed (the report's curves).
         dtype: of the weights; None: fp32 on a CPU or where the recipe trains in it, else bf16 or fp16.
+        custom_metrics: the caller's own metrics by name, f(outputs, references, prompts) -> a number for each answer.
 
     Returns:
         The content of results.json; checkpoints that could not be scored stand in `failed`.
@@ -59,6 +62,7 @@ def evaluate(
         UserError: no checkpoints, neither held-out rows nor prompts of the user's own, a base model that is not the
             run's, `max_new_tokens` that leave no room for a prompt, or another evaluation at work in the folder.
     """
+    custom = check_custom_metrics(custom_metrics or {})
     run = RunFolder(output)
     if follow:
         wait_for_data(run)
@@ -69,9 +73,10 @@ def evaluate(
         base = _find_base(recipe, run)
         with Workers(recipe.evaluation.processes or default_processes()) as workers:
             evaluator, constant = _load_examples(recipe, output, base, dtype, workers)
+            constant = _with_custom("constant", constant, evaluator, custom)
             # 2. a model after the other, the results written after each
             scored_models, results = _score_models(
-                recipe, run, evaluator, constant, models_to_score(run, base, follow), draw
+                recipe, run, evaluator, constant, models_to_score(run, base, follow), draw, custom
             )
         # 3. what changed for the better and the worse, the user's own prompts, and the summary
         _write_comparisons(evaluator, scored_models, results["best"])
@@ -144,6 +149,7 @@ def _score_models(
     constant: ScoredModel,
     models: Iterable[tuple[str, Path]],
     draw: Callable[[Path], object] | None,
+    custom: Mapping[str, CustomMetric],
 ) -> tuple[dict[str, ScoredModel], dict[str, Any]]:
     """Every model by name, and results.json, which is written after each; what cannot be scored stands in `failed`."""
     scored_models: dict[str, ScoredModel] = {}
@@ -158,6 +164,8 @@ def _score_models(
             problem = error.problem if isinstance(error, UserError) else "it was removed meanwhile"
             failed.append({"checkpoint": name, "error": problem, **({} if weights.exists() else {"removed": True})})
             warn(f"{name} cannot be scored and is left out: {problem}")
+        else:  # an error of the caller's own metric is no fault of the checkpoint
+            scored_models[name] = _with_custom(name, scored_models[name], evaluator, custom)
         results = withhold_unreliable(
             summarise_scores(scored_models, constant, recipe.evaluation) | _facts(recipe, evaluator, failed)
         )
@@ -165,6 +173,17 @@ def _score_models(
         if draw is not None:
             draw(run.root)
     return scored_models, results
+
+
+def _with_custom(
+    name: str, scored: ScoredModel, evaluator: Evaluator, custom: Mapping[str, CustomMetric]
+) -> ScoredModel:
+    """Return the scores of a model with those of the caller's own metrics in its entry, under `custom`."""
+    if not custom:
+        return scored
+    examples = evaluator.held_out.examples
+    scores = score_custom(custom, name, scored.outputs, evaluator.references, [example.prompt for example in examples])
+    return replace(scored, entry={**scored.entry, "custom": scores})
 
 
 def summarise_scores(
@@ -274,7 +293,7 @@ def print_table(results: dict[str, Any]) -> None:
     rows = [("base", results["base"]), *((c["checkpoint"], c) for c in results["checkpoints"])]
     rows.append(("constant", results["constant"]))
     metrics = [metric for metric in _NAMES if metric in results["base"]]
-    columns = ["loss", "perplexity", *metrics, "exact", "seconds"]
+    columns = ["loss", "perplexity", *metrics, *results["base"].get("custom", {}), "exact", "seconds"]
     if console.width < _WIDE:
         columns = [column for column in columns if column not in ("perplexity", "seconds")]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -309,6 +328,9 @@ def _cell(column: str, entry: dict[str, Any]) -> str:
         score = entry[column]
         interval = f" [{score['low']:.1f}, {score['high']:.1f}]" if is_reliable(score) else ""
         return f"{score['score']:.1f}{interval}"
+    if column in entry.get("custom", {}):
+        score = entry["custom"][column]
+        return f"{score['score']:.4g}" + (f" [{score['low']:.4g}, {score['high']:.4g}]" if is_reliable(score) else "")
     if column == "exact":
         return f"{100 * entry['exact_match']:.0f} %"
     value = entry.get(column)

@@ -343,6 +343,12 @@ def plan_for(recipe: Recipe, options: PlanOptions) -> Plan:
     return make_plan(recipe, job, notes)
 
 
+def limited(machine: Machine, recipe: Recipe) -> Machine:
+    """Return the machine with no more memory than the recipe allows a process."""
+    limit = recipe.training.memory_limit_gb
+    return machine if limit is None else replace(machine, memory=limit * 1e9)
+
+
 def _sizes(recipe: Recipe) -> tuple[Sizes | None, tuple[str, ...]]:
     """Return the data's lengths, preparing it where needed; None, and a note why, where it cannot be prepared."""
     try:
@@ -365,9 +371,3 @@ def predict_run(recipe: "Recipe") -> "Prediction":
         UserError: the data is not prepared, or the model's configuration does not do.
     """
     return predict_here(recipe)
-
-
-def limited(machine: Machine, recipe: Recipe) -> Machine:
-    """Return the machine with no more memory than the recipe allows a process."""
-    limit = recipe.training.memory_limit_gb
-    return machine if limit is None else replace(machine, memory=limit * 1e9)

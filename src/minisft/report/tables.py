@@ -22,6 +22,7 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
         *(_NAMES[metric] for metric in metrics),
         *(f"p: {rival}" for rival in rivals),
         *(["exact"] if metrics else []),
+        *run.results["base"].get("custom", {}),
     ]
     everyone = [*run.systems, *([("constant", run.results["constant"])] if metrics else [])]
     below = f"{best} ({best_label(run.results)})" if is_below_base(run.results) else best
@@ -38,9 +39,15 @@ def _score_cells(label: str, entry: dict[str, Any], metrics: list[str], rivals: 
     cells = [
         label, entry.get("step"), entry.get("loss"), entry.get("perplexity"),
         *(_score(entry[metric], True) for metric in metrics), *(chance(chances.get(rival)) for rival in rivals), *exact,
+        *(_custom(score) for score in entry.get("custom", {}).values()),
         entry.get("seconds"),
     ]  # fmt: skip
     return [_cell(cell) for cell in cells]
+
+
+def _custom(score: dict[str, Any]) -> str:
+    interval = f" [{score['low']:.4g}, {score['high']:.4g}]" if is_reliable(score) else ""
+    return f"{score['score']:.4g}{interval}"
 
 
 def chance(p: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ from minisft.training.zero import (
 )
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from minisft.training.held_out import HeldOutRows
     from minisft.training.trainer import SupervisedTokenTrainer
 
@@ -94,8 +97,14 @@ def require_feasible(recipe: Recipe, nodes: Nodes | None = None) -> None:
         require_deepspeed(training.strategy, on_cpu())
 
 
-def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, nodes: Nodes | None = None) -> None:
-    """Train in this process, or in processes that this one starts.
+def train(
+    recipe: Recipe,
+    run: RunFolder,
+    resume_from: Path | None = None,
+    nodes: Nodes | None = None,
+    callbacks: Sequence["TrainerCallback"] = (),
+) -> None:
+    """Train in this process, with the caller's own `callbacks`, or in processes that this one starts.
 
     Raises:
         UserError: the model or the data cannot be trained so.
@@ -107,7 +116,7 @@ def train(recipe: Recipe, run: RunFolder, resume_from: Path | None = None, nodes
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
-        train_in_this_process(recipe, run, resume_from)
+        train_in_this_process(recipe, run, resume_from, callbacks)
         return
     arguments = [str(run.root), *([str(resume_from)] if resume_from else []), *trust_arguments(recipe)]
     if nodes is not None:
@@ -134,7 +143,9 @@ def extend_run(recipe: Recipe, run: RunFolder, checkpoint: Path) -> None:
     write_resolved_recipe(run, recipe)
 
 
-def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> None:
+def train_in_this_process(
+    recipe: Recipe, run: RunFolder, resume_from: Path | None, callbacks: Sequence["TrainerCallback"] = ()
+) -> None:
     """Do this process's part of the training, and make `model/` of the last checkpoint.
 
     Raises:
@@ -143,7 +154,7 @@ def train_in_this_process(recipe: Recipe, run: RunFolder, resume_from: Path | No
     """
     import torch
 
-    trainer = run_steps(recipe, run, resume_from)
+    trainer = run_steps(recipe, run, resume_from, callbacks)
     trainer.accelerator.wait_for_everyone()
     stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.ended_early
     if trainer.ended_early and trainer.is_world_process_zero():
@@ -165,9 +176,13 @@ def _stopped(run: RunFolder) -> StoppedError:
     )
 
 
-def run_steps(recipe: Recipe, run: RunFolder, resume_from: Path | None) -> "SupervisedTokenTrainer":
+def run_steps(
+    recipe: Recipe, run: RunFolder, resume_from: Path | None, callbacks: Sequence["TrainerCallback"] = ()
+) -> "SupervisedTokenTrainer":
     """Take the steps of a run and write its checkpoints; return the trainer with the live model."""
     trainer = make_trainer(recipe, run, resume_from)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     take_steps(trainer, run, resume_from)
     return trainer
 

@@ -1,0 +1,672 @@
+"""The Python API, which the command line calls and nothing else: a function for each verb, and a run as an object.
+
+Every function prints the lines that its verb prints, and raises `UserError` for what the user can fix. What is heavy
+is imported inside the functions, after the recipe is read, so that a wrong recipe is refused at once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minisft.errors import UserError
+from minisft.files import WRITE_ERRNOS, expand_user_path
+from minisft.recipe_argument import (
+    built_in_recipe,
+    change_recipe,
+    note_unread,
+    read_recipe,
+    set_library_environment,
+)
+from minisft.runner import dry_run_training, prepare_run, train_in_launched_process, train_run, train_secondary_node
+from minisft.text import dump_json
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from minisft.checking.result import Result
+    from minisft.data.inspect import InspectedRow
+    from minisft.data.prepared_data import PreparedData
+    from minisft.planning.planner import Plan
+    from minisft.recipe import Recipe
+
+__all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "load", "note_unread", "plan", "prepare",
+           "read_recipe", "train"]  # fmt: skip
+
+Overrides = Mapping[str, Any] | Sequence[str] | None
+# Outputs, references and prompts of all held-out answers, in order, to one number for each.
+Metric = Callable[[list[str], list[str], list[str]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Nothing is kept: every attribute reads the folder when it is asked for.
+
+    Args:
+        folder: the run folder, a recipe's `output`.
+        trust_remote_code: the caller consents to code that comes with the model; the folder never does.
+    """
+
+    folder: Path
+    trust_remote_code: bool = field(default=False, repr=False)
+
+    @property
+    def recipe(self) -> "Recipe":
+        """The resolved recipe. Raises UserError where the folder is no run."""
+        from minisft.run_folder import load_run
+
+        return load_run(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, one dict for each logged step; loss in nats per supervised token."""
+        from minisft.run_folder import RunFolder, read_metrics
+
+        return read_metrics(RunFolder(self.folder))
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint folders, in the order of their steps."""
+        from minisft.run_folder import RunFolder
+
+        return RunFolder(self.folder).list_checkpoints()
+
+    @property
+    def model(self) -> Path | None:
+        """The folder of the final model, for `from_pretrained`; None where training has not ended."""
+        from minisft.run_folder import RunFolder
+
+        run = RunFolder(self.folder)
+        return run.model if run.is_trained() else None
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """The content of evaluation/results.json; None where the run is not evaluated."""
+        from minisft.results import read_results
+
+        return read_results(self.folder)
+
+    @property
+    def data(self) -> "PreparedData":
+        """The prepared data."""
+        from minisft.data.prepared_data import PreparedData
+
+        return PreparedData(self.folder, self.trust_remote_code)
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """The content of dataset/ledger.json: what became of every row and token."""
+        return self.data.ledger
+
+    def evaluate(
+        self, overrides: Overrides = None, *, follow: bool = False, metrics: Mapping[str, Metric] | None = None
+    ) -> dict[str, Any]:
+        """Score the base model and every checkpoint; see `minisft.evaluate`."""
+        return evaluate(self, overrides, follow=follow, metrics=metrics)
+
+    def report(self, to: str | Path | None = None) -> Path:
+        """Write report.html and results.md into the run folder, or into the folder `to`; return the page's path.
+
+        Raises:
+            UserError: the folder is no run, or the report cannot be written.
+        """
+        return report(self, to=to)[0]
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        checkpoint: str | None = None,
+        merge: bool = True,
+        dtype: str | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Write the run's model into `folder` for other tools; see `minisft.export`."""
+        return export(self, folder, checkpoint=checkpoint, merge=merge, dtype=dtype, force=force)
+
+    def chat(
+        self,
+        message: str | Sequence[Mapping[str, str]],
+        *,
+        system: str | None = None,
+        template: str = "auto",
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """Return the answer of the run's model (its newest checkpoint while it trains); the model is loaded anew.
+
+        Args:
+            message: one message, or a conversation of {"role", "content"} dicts that ends in a user's message.
+            system: the system prompt.
+            template: a template's name or a .jinja file; auto: the one that the run was trained with.
+            max_new_tokens: tokens of the answer at most.
+            temperature: 0 takes the likeliest token, above 0 samples.
+            top_p: when sampling, the share of probability to draw from, above 0 and at most 1.
+            seed: of sampling.
+
+        Raises:
+            UserError: there is no model yet, an argument is out of its range, or the conversation does not fit.
+        """
+        from minisft.chat.single_answer import answer_once
+
+        return answer_once(
+            self.folder,
+            message,
+            system=system,
+            template=template,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def _repr_html_(self) -> str:
+        from minisft.notebook import run_as_html
+
+        return run_as_html(self.folder)
+
+
+# --- the seven functions ----------------------------------------------------------------------------------
+
+
+def load(folder: str | Path, *, trust_remote_code: bool = False) -> Run:
+    """Return the run that a folder holds; `trust_remote_code` consents to code that comes with its model.
+
+    Raises:
+        UserError: the folder is no run folder.
+    """
+    run = Run(expand_user_path(str(folder), "the run folder"), trust_remote_code)
+    run.recipe  # noqa: B018 (it refuses a folder that is no run)
+    return run
+
+
+def prepare(
+    recipe: "str | Path | Recipe | None" = None,
+    overrides: Overrides = None,
+    *,
+    model: str | Path | None = None,
+    data: Any = None,
+    test: Any = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> "PreparedData":
+    """Turn conversations into token ids and labels in the folder `dataset` of the run; loads no model weights.
+
+    Args:
+        recipe: a recipe's path, a `Recipe`, or None with `model`, `data` and `output` in its place.
+        overrides: values of other keys by dotted key, such as {"data.max_length": 512}.
+        model: as the recipe's key `model`.
+        data: rows (dicts or a `datasets.Dataset`), or what the recipe's key `data.source` takes.
+        test: held-out rows of one's own, in the forms of `data`.
+        output: the run folder to write.
+        force: replace the run that the folder holds.
+        trust_remote_code: let code that comes with the model run.
+
+    Raises:
+        UserError: the recipe, the data or the folder cannot be used.
+    """
+    found = _recipe("prepare", recipe, overrides, trust_remote_code, model, data, test, output)
+    from minisft.data.prepared_data import PreparedData
+    from minisft.data.sources import require_sources
+    from minisft.run_folder import delete_replaced_run
+    from minisft.run_start import start_run
+
+    require_sources(found.data)
+    with start_run(found, force=force, prepares_only=True) as started:
+        prepare_run(started.recipe, with_weights=False, output=Path(found.output))
+        started.replace_old_run()
+        delete_replaced_run(started.run)
+    return PreparedData(Path(found.output), found.trust_remote_code)
+
+
+def train(
+    recipe: "str | Path | Recipe | None" = None,
+    overrides: Overrides = None,
+    *,
+    model: str | Path | None = None,
+    data: Any = None,
+    test: Any = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    nodes: int = 1,
+    node_rank: int | None = None,
+    rendezvous: str | None = None,
+    callbacks: Sequence["TrainerCallback"] = (),
+    trust_remote_code: bool = False,
+) -> Run:
+    """Train a recipe, and prepare its data first where that is not done.
+
+    Args:
+        recipe: a recipe's path, a `Recipe`, or None with `model`, `data` and `output` in its place.
+        overrides: values of other keys by dotted key, such as {"training.epochs": 3}.
+        model: as the recipe's key `model`.
+        data: rows (dicts or a `datasets.Dataset`), or what the recipe's key `data.source` takes.
+        test: held-out rows of one's own, in the forms of `data`.
+        output: the run folder to write.
+        resume: go on from the newest whole checkpoint.
+        force: replace the run that the folder holds; it stays until the new one has taken its first step.
+        dry_run: make every check and write nothing.
+        nodes: machines that train together.
+        node_rank: which of them this is, from 0.
+        rendezvous: HOST:PORT of machine 0.
+        callbacks: of transformers' Trainer; in a run of one process without ZeRO only.
+        trust_remote_code: let code that comes with the model run.
+
+    Raises:
+        UserError: what is asked for cannot be done.
+        StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
+        WorkerError: a process of the run failed or was killed.
+    """
+    found = _recipe("train", recipe, overrides, trust_remote_code, model, data, test, output)
+    from minisft.training.distributed import adopt_slurm, is_joined
+    from minisft.training.nodes import parse_nodes
+
+    adopt_slurm()
+    machines = parse_nodes(nodes, node_rank, rendezvous)
+    run = Run(Path(found.output), found.trust_remote_code)
+    if callbacks and (machines or is_joined() or found.training.processes > 1 or found.training.strategy != "vanilla"):
+        problem = "callbacks live in this process, and cannot be sent to the processes that train here"
+        fix = "leave them out, or train with training.strategy vanilla and training.processes 1 on one machine"
+        raise UserError("callbacks", problem, fix)
+    if machines is not None and found.training.strategy == "auto":
+        named = recipe if isinstance(recipe, str | Path) else "RECIPE"
+        fix = f"name a strategy; `minisft plan {named} --nodes {machines.count}` says which"
+        raise UserError("training.strategy", "auto tries strategies on one machine alone", fix)
+    if dry_run:
+        dry_run_training(found, force=force, resume=resume, nodes=machines)
+    elif is_joined():
+        if machines is not None:
+            raise UserError("--nodes", "another launcher started this process", "leave the machines to it")
+        train_in_launched_process(found, force=force, resume=resume)
+    elif machines is not None and machines.rank > 0:
+        train_secondary_node(found, machines, resume=resume)
+    else:
+        trained = train_run(found, force=force, resume=resume, nodes=machines, callbacks=callbacks)
+        from minisft.console import say
+
+        say(f"trained: {trained.model} (checkpoints beside it, curve in {trained.root / 'evaluation' / 'loss.png'})")
+        say(f"next: minisft evaluate {trained.root}    or: minisft chat {trained.root}")
+    return run
+
+
+def evaluate(
+    run: "str | Path | Run | Recipe",
+    overrides: Overrides = None,
+    *,
+    follow: bool = False,
+    as_json: bool = False,
+    metrics: Mapping[str, Metric] | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Generate with and score the base model and every checkpoint of a run; what is known is not computed again.
+
+    Args:
+        run: a `Run`, a run folder, a recipe's path or a `Recipe`.
+        overrides: values of the recipe's evaluation by dotted key.
+        follow: score checkpoints as a training run writes them.
+        as_json: print the results as JSON in place of the table.
+        metrics: functions of one's own by name: f(outputs, references, prompts) -> one number for each answer. Their
+            means and 95 % bootstrap intervals stand under `custom` of each model in the results.
+        trust_remote_code: let code that comes with the model run.
+
+    Returns:
+        The content of evaluation/results.json. BLEU and chrF go from 0 to 100, losses are in nats per token.
+
+    Raises:
+        UserError: there is nothing to score, a metric failed, or a checkpoint is damaged (all others are scored).
+    """
+    found = _recipe_or_run("evaluate", run, overrides, trust_remote_code)
+    return _evaluate(found, follow=follow, as_json=as_json, metrics=metrics)
+
+
+def export(
+    run: "str | Path | Run | Recipe",
+    folder: str | Path,
+    overrides: Overrides = None,
+    *,
+    checkpoint: str | None = None,
+    merge: bool = True,
+    dtype: str | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a run's model into `folder` for other tools; return that folder.
+
+    Args:
+        run: a `Run`, a run folder, a recipe's path or a `Recipe`.
+        folder: new or empty, unless `force` replaces the exported model that it holds.
+        overrides: values of the recipe by dotted key.
+        checkpoint: a checkpoint's name, or "best"; None: the final model.
+        merge: add adapters to the base model's matrices; False copies them as they are.
+        dtype: "fp32", "bf16" or "fp16"; None: as trained.
+        force: replace the model that an earlier export wrote there.
+        trust_remote_code: let code that comes with the model run.
+
+    Raises:
+        UserError: there is no such checkpoint, the folder is in use, or the base model is not the run's.
+    """
+    target = expand_user_path(str(folder), "the folder to write")
+    found = _recipe_or_run("export", run, overrides, trust_remote_code)
+    if dtype not in (None, "fp32", "bf16", "fp16"):
+        raise UserError("dtype", f"there is no number format {dtype!r}", "give fp32, bf16 or fp16")
+    from minisft.console import say
+    from minisft.model_export import export as export_model
+
+    source = export_model(found, target, checkpoint=checkpoint, merge=merge, dtype=dtype, force=force)
+    say(f"written: {target}, from {source}")
+    return target
+
+
+def plan(
+    recipe: "str | Path | Recipe | None" = None,
+    overrides: Overrides = None,
+    *,
+    model: str | Path | None = None,
+    data: Any = None,
+    test: Any = None,
+    output: str | Path | None = None,
+    gpu: str | None = None,
+    count: int | None = None,
+    nodes: int = 1,
+    as_json: bool = False,
+    trust_remote_code: bool = False,
+) -> "Plan":
+    """Predict memory and time of every strategy, and choose one, before anything is spent.
+
+    Args:
+        recipe: as for `train`, and so `overrides`, `model`, `data`, `test`, `output` and `trust_remote_code`.
+        overrides: values of other keys by dotted key.
+        model: as the recipe's key `model`.
+        data: rows, or what the recipe's key `data.source` takes.
+        test: held-out rows of one's own.
+        output: the run folder.
+        gpu: "h100", "a100", "l40s", "4090" or "cpu"; None: this machine.
+        count: GPUs or processes of a node; None: the recipe's `training.processes`.
+        nodes: machines.
+        as_json: print everything as JSON in place of tables.
+        trust_remote_code: let code that comes with the model run.
+
+    Raises:
+        UserError: no such machine, an impossible count, or a model's configuration that cannot be used.
+    """
+    found = _recipe("plan", recipe, overrides, trust_remote_code, model, data, test, output)
+    from minisft.planning.plan_table import plan_as_json, show_plan
+    from minisft.planning.planner import PlanOptions, plan_for
+
+    made = plan_for(found, PlanOptions(gpu, count, nodes))
+    if as_json:
+        print(dump_json(plan_as_json(made), indent=1))
+    else:
+        show_plan(made)
+    return made
+
+
+def check(
+    recipe: "str | Path | Recipe | None" = None,
+    overrides: Overrides = None,
+    *,
+    model: str | Path | None = None,
+    data: Any = None,
+    test: Any = None,
+    output: str | Path | None = None,
+    quick: bool = False,
+    as_json: bool = False,
+    trust_remote_code: bool = False,
+) -> "list[Result]":
+    """Prove, on this recipe, model and machine, that training does what it promises; write check.json.
+
+    Args:
+        recipe: as for `train`, and so `overrides`, `model`, `data`, `test`, `output` and `trust_remote_code`.
+        overrides: values of other keys by dotted key.
+        model: as the recipe's key `model`.
+        data: rows, or what the recipe's key `data.source` takes.
+        test: held-out rows of one's own.
+        output: the run folder.
+        quick: leave out what needs the model's weights.
+        as_json: print check.json in place of a table.
+        trust_remote_code: let code that comes with the model run.
+
+    Returns:
+        One result for each check; its `status` is "FAILED" where a promise does not hold, which raises nothing here.
+
+    Raises:
+        UserError: the checks cannot be made.
+    """
+    found = _recipe("check", recipe, overrides, trust_remote_code, model, data, test, output)
+    from minisft.console import say
+    from minisft.files import write_atomically
+    from minisft.run_start import open_run
+    from minisft.training.device import on_cpu
+    from minisft.training.zero import set_deepspeed_environment
+
+    set_deepspeed_environment(on_cpu())  # before transformers is imported
+    if not quick:
+        from minisft.training.run_training import require_feasible
+
+        require_feasible(found)
+    from minisft.checking.run_checks import as_report, run_checks, show, summary
+
+    with open_run(found, prepares_only=True) as run:
+        results = run_checks(found, run, quick=quick, on_result=(lambda _: None) if as_json else show)
+        as_dict = as_report(found, results, quick=quick)
+        write_atomically(run.check, dump_json(as_dict, indent=1))
+    if as_json:
+        print(dump_json(as_dict, indent=1))
+    else:
+        say(f"{summary(results)}; written: {run.check}")
+    return results
+
+
+# --- the other verbs of the command line -------------------------------------------------------------------
+
+
+def inspect(
+    run: "str | Path | Run | Recipe",
+    overrides: Overrides = None,
+    *,
+    split: str = "train",
+    rows: Sequence[int] = (),
+    ids: Sequence[str] = (),
+    worst: str | None = None,
+    only_findings: bool = False,
+    count: int = 3,
+    html: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> "list[InspectedRow]":
+    """Show rows with their tokens coloured by supervised or not; prepare the data where that is not done."""
+    found = _recipe_or_run("inspect", run, overrides, trust_remote_code)
+    from minisft.data.inspect import inspect as show_rows
+    from minisft.run_folder import RunFolder, is_same_run
+    from minisft.run_start import open_run
+
+    if not is_same_run(RunFolder(Path(found.output)), found):
+        with open_run(found, prepares_only=True):
+            prepare_run(found, with_weights=False)
+    return show_rows(
+        found,
+        split=split,
+        rows=rows,
+        ids=ids,
+        worst=worst,
+        only_findings=only_findings,
+        count=count,
+        html=None if html is None else expand_user_path(str(html), "--html"),
+    )
+
+
+def compare(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    strategies: str | None = None,
+    vary: Sequence[str] = (),
+    evaluate: bool = True,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> int:
+    """Run a recipe under several strategies or settings; return the exit status of the command line."""
+    from minisft.comparison.compare import CompareOptions
+    from minisft.comparison.compare import compare as compare_variants
+    from minisft.run_folder import TRUST_OVERRIDE
+
+    words = (*overrides, *([TRUST_OVERRIDE] if trust_remote_code else []))
+    return compare_variants(
+        CompareOptions(Path(recipe), words, strategies=strategies, varied=tuple(vary), evaluate=evaluate, force=force)
+    )
+
+
+def report(
+    run: "str | Path | Run | Recipe", overrides: Overrides = None, *, to: str | Path | None = None
+) -> list[Path]:
+    """Write report.html and results.md of a run, into it or into the folder `to`; return both paths."""
+    output = Path(_recipe_or_run("report", run, overrides, False).output)
+    from minisft.console import say
+    from minisft.report.markdown import write_results
+    from minisft.report.page import require_target, write_report
+    from minisft.run_start import refuse_untrusted_links
+
+    target = None if to is None else expand_user_path(str(to), "--to")
+    if target is None:
+        refuse_untrusted_links(output)
+    else:
+        require_target(target)
+    try:
+        written = [write_report(output, target), write_results(output, target)]
+    except OSError as error:
+        if error.errno not in WRITE_ERRNOS:
+            raise
+        fix = "make room there, or see to the permissions"
+        if target is None:
+            fix = f"write the report elsewhere: minisft report {output} --to FOLDER"
+        problem = f"the report cannot be written there ({error.strerror})"
+        raise UserError(target or output, problem, fix) from None
+    for path in written:
+        say(f"written: {path}")
+    return written
+
+
+def chat(folder: str | Path, **options: Any) -> None:
+    """Talk in the terminal to the model of a run or of any model folder; options as `chat.terminal.chat` has them."""
+    set_library_environment()
+    from minisft.chat.terminal import chat as start_chat
+
+    start_chat(folder, **options)
+
+
+def demo(recipe: "Recipe", *, force: bool = False) -> None:
+    """Train, score and show the built-in recipe; what is done already is not done again."""
+    from minisft.console import say
+    from minisft.demo import show_demo
+    from minisft.run_folder import RunFolder, is_same_run
+
+    run = RunFolder(Path(recipe.output))
+    if not force and is_same_run(run, recipe) and run.is_trained():
+        say(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
+    else:
+        resume = not force and is_same_run(run, recipe) and run.has_begun()
+        train_run(recipe, force=force, resume=resume)
+    _evaluate(recipe, shown=show_demo)
+
+
+def leave_launched_process() -> None:
+    """End this process at once where a launcher started it: its libraries may wait for others at a normal end."""
+    from minisft.processes import hard_exit
+    from minisft.training.distributed import is_joined
+
+    if is_joined():
+        hard_exit(0)
+
+
+# --- what they share ---------------------------------------------------------------------------------------
+
+
+def _recipe(
+    verb: str,
+    recipe: "str | Path | Recipe | None",
+    overrides: Overrides,
+    trust_remote_code: bool,
+    model: Any,
+    data: Any,
+    test: Any,
+    output: Any,
+) -> "Recipe":
+    """Return the recipe that the arguments of a function name, in either of the two ways."""
+    set_library_environment()
+    keys: dict[str, Any] = {"model": model, "data": data, "test": test, "output": output}
+    given = [name for name, value in keys.items() if value is not None]
+    if recipe is not None:
+        if given:
+            problem = "a recipe is given, and " + ", ".join(f"`{name}`" for name in given) + " too"
+            raise UserError(f"minisft.{verb}", problem, "give the one or the other; overrides change a recipe's keys")
+        return _read(verb, recipe, overrides, trust_remote_code, takes_run=False)
+    missing = [name for name in ("model", "data", "output") if keys[name] is None]
+    if missing:
+        problem = "no recipe is given, nor " + ", ".join(f"`{name}`" for name in missing)
+        raise UserError(f"minisft.{verb}", problem, "give a recipe, or model=, data= and output=")
+    from minisft.data.in_memory import source_of
+    from minisft.recipe import make_recipe
+    from minisft.recipe_argument import as_overrides
+
+    words: list[Any] = [("model", model), ("output", output), ("data.source", source_of(data))]
+    if test is not None:
+        words.append(("data.test", source_of(test, "test")))
+    changes = as_overrides(overrides)
+    if trust_remote_code:
+        changes.append(("trust_remote_code", True))
+    return make_recipe([*words, *changes])
+
+
+def _recipe_or_run(
+    verb: str, run: "str | Path | Run | Recipe", overrides: Overrides, trust_remote_code: bool
+) -> "Recipe":
+    set_library_environment()
+    if isinstance(run, Run):
+        trust_remote_code = trust_remote_code or run.trust_remote_code
+        run = run.folder
+        if not run.is_dir():
+            raise UserError(run, "there is no such run folder", "train first: minisft train")
+    return _read(verb, run, overrides, trust_remote_code, takes_run=True)
+
+
+def _read(verb: str, recipe: Any, overrides: Overrides, trust_remote_code: bool, *, takes_run: bool) -> "Recipe":
+    from minisft.recipe import Recipe
+
+    if isinstance(recipe, Recipe):
+        return change_recipe(verb, recipe, overrides, trust_remote_code=trust_remote_code)
+    if not isinstance(recipe, str | Path):
+        problem = f"a value of the type {type(recipe).__name__} names no recipe"
+        raise UserError(f"minisft.{verb}", problem, "give the path of a recipe, or a Recipe")
+    path = expand_user_path(str(recipe), "the recipe")
+    return read_recipe(verb, path, overrides, trust_remote_code=trust_remote_code, takes_run=takes_run)
+
+
+def _evaluate(
+    recipe: "Recipe",
+    *,
+    follow: bool = False,
+    as_json: bool = False,
+    metrics: Mapping[str, Metric] | None = None,
+    shown: Callable[[Path], object] | None = None,
+) -> dict[str, Any]:
+    """Score the run, call `shown` with its folder, and only then refuse checkpoints that are damaged."""
+    from minisft.evaluation.run_evaluation import evaluate as score_checkpoints
+    from minisft.evaluation.run_evaluation import require_all_scored
+    from minisft.report.plots import draw_curves
+    from minisft.run_folder import RunFolder
+    from minisft.run_start import refuse_untrusted_links
+
+    output = Path(recipe.output)
+    refuse_untrusted_links(output)
+    results = score_checkpoints(
+        recipe, output, follow=follow, as_json=as_json, draw=draw_curves, custom_metrics=metrics or {}
+    )
+    if shown is not None:
+        shown(output)
+    require_all_scored(results, RunFolder(output))
+    return results

@@ -1,0 +1,63 @@
+"""One answer of a run's model to a message or a conversation, for a program: nothing is printed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from minisft.chat.session import Session, load_model_and_encoder
+from minisft.chat.terminal import check_options, choose_model
+from minisft.data.conversation import Message
+from minisft.errors import UserError
+
+_ROLES = ("system", "user", "assistant")
+
+
+def answer_once(
+    folder: str | Path,
+    message: str | Sequence[Mapping[str, str]],
+    *,
+    system: str | None,
+    template: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    trust_remote_code: bool,
+) -> str:
+    """Load the model, and return its answer.
+
+    Raises:
+        UserError: an argument is out of its range, there is no model yet, or the conversation does not fit.
+    """
+    try:
+        sampling = check_options(max_new_tokens, temperature, top_p, seed)
+    except UserError as error:  # it names the option of the command line
+        raise UserError(error.where.lstrip("-").replace("-", "_"), error.problem, error.fix) from None
+    prompt, turns = _conversation(message)
+    if prompt is not None and system is not None:
+        raise UserError("system", "the conversation has a system message too", "give one of the two")
+    chosen, base = choose_model(str(folder))
+    model, encoder = load_model_and_encoder(chosen, trust_remote_code, base, template)
+    session = Session(model, encoder, "", max_new_tokens, sampling)
+    session.set_system(prompt or system or "")
+    session.turns = turns
+    session.fit()
+    session.answer(lambda piece: None)
+    return session.turns[-1].content
+
+
+def _conversation(message: str | Sequence[Mapping[str, str]]) -> tuple[str | None, list[Message]]:
+    """Return the system prompt, if there is one, and the turns, the last of which is the user's."""
+    if isinstance(message, str):
+        return None, [Message("user", message)]
+    fix = 'give text, or dicts such as {"role": "user", "content": "Hi!"}'
+    if not isinstance(message, Sequence) or not message:
+        raise UserError("message", "this is no message", fix)
+    turns = []
+    for number, one in enumerate(message):
+        if not isinstance(one, Mapping) or one.get("role") not in _ROLES or not isinstance(one.get("content"), str):
+            raise UserError(f"message[{number}]", f"it lacks a role ({', '.join(_ROLES)}) or a content", fix)
+        turns.append(Message(one["role"], one["content"]))
+    system = turns.pop(0).content if turns[0].role == "system" else None
+    if not turns or turns[-1].role != "user":
+        raise UserError("message", "the conversation does not end in a user's message", fix)
+    return system, turns

@@ -1,0 +1,159 @@
+"""Which recipe a verb or a function of the API works on: read, changed by overrides, with the consent that counts.
+
+A run folder, and a recipe that came with one, may be a stranger's: neither consents to a model's own code.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minisft.errors import UserError
+from minisft.text import printable
+
+if TYPE_CHECKING:
+    from minisft.recipe import Override, Recipe
+
+# The keys of the recipe that a verb reads, or whose section it reads; a verb that is not here reads all.
+_READ = {
+    "prepare": ("model", "output", "seed", "trust_remote_code", "data"),
+    "inspect": ("model", "output", "seed", "trust_remote_code", "data"),
+    "check": ("model", "output", "seed", "trust_remote_code", "data", "training"),
+    "plan": ("model", "output", "seed", "trust_remote_code", "data", "training"),
+    "evaluate": (
+        "model", "output", "seed", "trust_remote_code", "data.template", "training.precision", "evaluation",
+    ),
+    "report": ("output",),
+    "export": ("model", "output", "trust_remote_code"),
+    "chat": ("output",),
+}  # fmt: skip
+
+
+def read_recipe(
+    verb: str,
+    path: str | Path,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    takes_run: bool = False,
+) -> "Recipe":
+    """Read a recipe file, or the recipe of a run folder, with the overrides that the verb reads.
+
+    Args:
+        verb: whose keys count; overrides of other keys are checked, named on stderr, and change nothing.
+        path: of a recipe or, with `takes_run`, of a run folder.
+        overrides: values by dotted key, or `key=value` words.
+        trust_remote_code: the user consents to the model's own code.
+        takes_run: whether the path may be that of a run folder.
+
+    Raises:
+        UserError: the recipe cannot be read, or an override does not fit it.
+    """
+    from minisft.recipe import load_recipe, override_key
+    from minisft.run_folder import DISTRUST_OVERRIDE, TRUST_OVERRIDE, came_with_run, load_run, run_of_recipe
+
+    path = Path(path)
+    consent = [TRUST_OVERRIDE] if trust_remote_code else []
+    is_folder = path.is_dir()
+    root = run_of_recipe(path)
+
+    def load(chosen: Sequence["Override"]) -> "Recipe":
+        words = [*chosen, *consent]
+        if is_folder and takes_run:
+            return load_run(path, words)
+        if root is not None and not any(override_key(word) == "output" for word in words):
+            return load_run(root, words)
+        return load_recipe(path, [DISTRUST_OVERRIDE, *words] if came_with_run(path) else words)
+
+    return _without_unread(verb, as_overrides(overrides), load, is_folder)
+
+
+def change_recipe(
+    verb: str, recipe: "Recipe", overrides: Mapping[str, Any] | Sequence[str] | None, *, trust_remote_code: bool = False
+) -> "Recipe":
+    """Change keys of a recipe that was read before, as `read_recipe` does.
+
+    Raises:
+        UserError: an override does not fit the recipe.
+    """
+    from minisft.recipe import make_recipe
+    from minisft.run_folder import TRUST_OVERRIDE
+
+    consent = [TRUST_OVERRIDE] if trust_remote_code else []
+    listed = as_overrides(overrides)
+    if not listed and not consent:
+        return recipe
+    return _without_unread(verb, listed, lambda chosen: make_recipe([*chosen, *consent], recipe), False)
+
+
+def as_overrides(overrides: Mapping[str, Any] | Sequence[str] | None) -> list["Override"]:
+    """Return overrides as a list, whatever form they were given in.
+
+    Raises:
+        UserError: they are neither values by dotted key nor words.
+    """
+    if overrides is None:
+        return []
+    if isinstance(overrides, Mapping):
+        listed: list[Any] = list(overrides.items())
+        wrong = [key for key, _ in listed if not isinstance(key, str) or not key]
+    else:
+        listed = [overrides] if isinstance(overrides, str | bytes) else list(overrides)
+        wrong = [word for word in listed if not isinstance(word, str)]
+    if wrong or isinstance(overrides, str | bytes):
+        where = wrong[0] if wrong else overrides
+        raise UserError(repr(where), "is no override", 'give a dict such as {"training.epochs": 3}')
+    return listed
+
+
+def _without_unread(
+    verb: str, overrides: list["Override"], load: Callable[[Sequence["Override"]], "Recipe"], is_folder: bool
+) -> "Recipe":
+    """Load a recipe with the overrides that the verb reads; the others are checked and named, and change nothing."""
+    recipe = load(overrides)
+    unread = _unread(verb, overrides, is_folder=is_folder)
+    if not unread:
+        return recipe
+    note_unread(verb, unread)
+    try:
+        return load([override for override in overrides if override not in unread])
+    except UserError:  # such as an `eval_every` of the file, beside which the data's overrides are impossible
+        return recipe
+
+
+def _unread(verb: str, overrides: Sequence["Override"], is_folder: bool) -> list["Override"]:
+    """The overrides that change nothing that the verb reads; the output of a folder is the folder itself."""
+    from minisft.recipe import override_key
+
+    if verb not in _READ:
+        return []
+    read = [key for key in _READ[verb] if not (is_folder and key == "output")]
+    keys = [(override, override_key(override)) for override in overrides]
+    return [one for one, key in keys if not any(_within(key, section) or _within(section, key) for section in read)]
+
+
+def note_unread(verb: str, overrides: Sequence["Override"]) -> None:
+    """Name the overrides that a verb does not read, on stderr."""
+    from minisft.recipe import override_key
+
+    keys = ", ".join(map(override_key, overrides))
+    print(printable(f"note: {verb} does not read {keys}"), file=sys.stderr)
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def built_in_recipe(name: str) -> Path:
+    """Return a recipe that comes with MiniSFT: inside the installed package, or at the root of a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parents[1] / "recipes"):
+        if (folder / f"{name}.yaml").exists():
+            return folder / f"{name}.yaml"
+    raise UserError(name, "the built-in recipe is missing", "install MiniSFT again")
+
+
+def set_library_environment() -> None:
+    """Set what libraries read when they are imported; DeepSpeed's level, where peft or accelerate imports it."""
+    os.environ.setdefault("DS_LOG_LEVEL", "error")

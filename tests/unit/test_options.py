@@ -1,0 +1,37 @@
+"""Options stand where the user likes: before, between and after the recipe and its overrides."""
+
+import itertools
+
+import pytest
+
+from minisft.cli import VERBS
+
+OPTIONS = {
+    "demo": ["--force"],
+    "prepare": ["--force"],
+    "inspect": ["--row", "3"],
+    "check": ["--quick"],
+    "plan": ["--gpu", "h100"],
+    "train": ["--resume"],
+    "evaluate": ["--follow"],
+    "compare": ["--vary", "seed=1,2"],
+    "report": ["--to", "folder"],
+    "export": ["--dtype", "bf16"],
+    "chat": ["--message", "Hi!"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_options_and_words_mix_in_every_order(verb):
+    words = (["recipe.yaml"] if verb != "demo" else []) + ["seed=1", "data.limit=2"]
+    parsed = set()
+    for place, second in itertools.product(range(len(words) + 1), repeat=2):
+        mixed = list(words)
+        mixed[place:place] = OPTIONS[verb]
+        if verb not in ("demo", "report") and second <= place:
+            mixed.insert(second, "--trust-remote-code")
+            parsed.add((True, str(VERBS[verb].parser(verb).parse_intermixed_args(mixed))))
+        else:
+            parsed.add((False, str(VERBS[verb].parser(verb).parse_intermixed_args(mixed))))
+    assert {found.count("trust_remote_code=True") for with_trust, found in parsed if with_trust} <= {1}
+    assert len(parsed) == len({with_trust for with_trust, _ in parsed})
