@@ -450,10 +450,12 @@ def check(
         from minisft.training.run_training import require_feasible
 
         require_feasible(found)
+    from minisft.checking.context import CheckContext
     from minisft.checking.run_checks import as_report, run_checks, show, summary
 
     with open_run(found, prepares_only=True) as run:
-        results = run_checks(found, run, quick=quick, on_result=(lambda _: None) if as_json else show)
+        on_result = (lambda _: None) if as_json else show
+        results = run_checks(CheckContext(found, run), quick=quick, on_result=on_result)
         as_dict = as_report(found, results, quick=quick)
         write_atomically(run.check, dump_json(as_dict, indent=1))
     if as_json:

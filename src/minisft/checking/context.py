@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from minisft.planning.prediction import Prediction
+    from minisft.training.batching import PackedRow
     from minisft.training.trainer import SupervisedTokenTrainer
 
 
@@ -177,12 +178,12 @@ class CheckContext:
         training does not take it, so that the checks can find out what is wrong.
         """
         try:
-            return prepare(self.recipe, self.encoder.tokenizer, begun=self.run.has_begun())
+            return prepare(self.recipe, encoder=self.encoder, begun=self.run.has_begun())
         except VerificationError as error:
             self.verification_error = error
             unverified = replace(self.recipe.data, verify=False)
             temporary = replace(self.recipe, output=str(self.scratch / "unverified"), data=unverified)
-            return prepare(temporary, self.encoder.tokenizer)
+            return prepare(temporary, encoder=self.encoder)
 
     @cached_property
     def splits(self) -> dict[str, Any]:
@@ -248,6 +249,28 @@ class CheckContext:
         """What `plan` says of the scratch run and of the whole one."""
         training = replace(self.recipe.training, strategy=self.strategy)  # type: ignore[arg-type]
         return predict_run(self.chosen_recipe), predict_run(replace(self.recipe, training=training))
+
+    def take_steps(self, recipe: Recipe) -> None:
+        """Take the steps of a scratch recipe in processes of their own, as `train` would start them.
+
+        Raises:
+            UserError: the one that a process raised.
+            WorkerError: a process failed otherwise.
+            StoppedError: it was asked to stop.
+        """
+        from minisft.checking.scratch import run_steps_in_child
+
+        run_steps_in_child(recipe)
+
+    def loss_of(self, row: "PackedRow") -> float:
+        """The loss that training takes of a row, the sum over its learned tokens, with the live model."""
+        from minisft.training.loss import row_loss
+
+        assert self.live is not None
+        assert self.live.model is not None
+        self.live.model.eval()
+        with torch.no_grad():
+            return float(row_loss(self.live.model, row.to(self.live.args.device)))
 
     def train_in_scratch(self, recipe: Recipe) -> "SupervisedTokenTrainer":
         """A trainer of a scratch recipe in this process; the one before it is let go first."""

@@ -22,7 +22,6 @@ from minisft.training.batching import (
     pack_sequences,
 )
 from minisft.training.device import choose_precision
-from minisft.training.loss import row_loss
 
 if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
@@ -85,7 +84,7 @@ def _compare_parts(context: CheckContext, trainer: "SupervisedTokenTrainer") -> 
     halves = [np.full_like(labels, IGNORED) for _ in range(2)]
     for half, places in zip(halves, (at[: len(at) // 2], at[len(at) // 2 :]), strict=True):
         half[places] = labels[places]
-    whole, first, second = (_row_losses(trainer, [[(ids, mask)]])[0] for mask in (labels, *halves))
+    whole, first, second = (_row_losses(context, [[(ids, mask)]])[0] for mask in (labels, *halves))
     if not _close(first + second, whole, tolerance(context)) or first == whole:
         problem = (
             f"the losses of two halves of a mask are {first:.4f} and {second:.4f}, that of the whole is {whole:.4f}"
@@ -97,7 +96,7 @@ def padding_changes_nothing(context: CheckContext) -> str:
     """Compare conversations one at a time, without padding, with a padded batch in transformers' own attention."""
     trainer = live_trainer(context)
     conversations = _conversations(trainer)
-    free = math.fsum(_row_losses(trainer, [[one] for one in conversations]))
+    free = math.fsum(_row_losses(context, [[one] for one in conversations]))
     padded = _padded(trainer, conversations)
     if not _close(free, padded, tolerance(context)):
         raise Failed(f"padding-free loss {free:.5f}, padded loss {padded:.5f} ({_name(trainer)})", _REPORT)
@@ -111,8 +110,8 @@ def rows_keep_conversations_apart(context: CheckContext) -> str:
     conversations = _conversations(trainer)
     if len(conversations) < 2:
         raise NotRun("there is only one conversation to train on")
-    joined = _row_losses(trainer, [conversations])[0]
-    alone = math.fsum(_row_losses(trainer, [[one] for one in conversations]))
+    joined = _row_losses(context, [conversations])[0]
+    alone = math.fsum(_row_losses(context, [[one] for one in conversations]))
     if not _close(joined, alone, tolerance(context)):
         problem = f"{len(conversations)} conversations in one row: {joined:.5f}, each on its own: {alone:.5f}; "
         fix = "train with training.row_tokens=1, which gives every conversation a row of its own, or another model"
@@ -125,12 +124,12 @@ def _leak(context: CheckContext, trainer: "SupervisedTokenTrainer", conversation
     ids, labels = conversations[0]
     row = pack_sequences([(ids, labels)])
     still = PackedRow(row.input_ids, row.position_ids * 0, row.lengths, row.predict_at, row.targets, row.indexes)
-    straight, folded = (_loss_of(trainer, one) for one in (row, still))
+    straight, folded = (context.loss_of(one) for one in (row, still))
     if straight == folded:
         return f"{_name(trainer)} ignores position_ids, so a conversation does not begin at position 0"
     quiet = np.full_like(conversations[0][1], IGNORED)
     changed = (np.roll(ids, 1), quiet)
-    before, after = _row_losses(trainer, [[(ids, quiet), *conversations[1:]], [changed, *conversations[1:]]])
+    before, after = _row_losses(context, [[(ids, quiet), *conversations[1:]], [changed, *conversations[1:]]])
     if not _close(before, after, tolerance(context)):
         return f"{_name(trainer)} lets tokens of one conversation see those of another"
     return f"{_name(trainer)} treats a conversation otherwise when another stands before it"
@@ -178,17 +177,9 @@ def _conversations(trainer: "SupervisedTokenTrainer") -> list[Conversation]:
     return [(np.asarray(row["input_ids"]), np.asarray(row["labels"])) for row in rows]
 
 
-@torch.no_grad()
-def _row_losses(trainer: "SupervisedTokenTrainer", rows: Sequence[Sequence[Conversation]]) -> list[float]:
+def _row_losses(context: CheckContext, rows: Sequence[Sequence[Conversation]]) -> list[float]:
     """The trainer's loss of each row of conversations."""
-    return [_loss_of(trainer, pack_sequences(row)) for row in rows]
-
-
-@torch.no_grad()
-def _loss_of(trainer: "SupervisedTokenTrainer", row: PackedRow) -> float:
-    assert trainer.model is not None
-    trainer.model.eval()
-    return float(row_loss(trainer.model, row.to(trainer.args.device)))
+    return [context.loss_of(pack_sequences(row)) for row in rows]
 
 
 @torch.no_grad()

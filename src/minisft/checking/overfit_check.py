@@ -24,10 +24,10 @@ MOST_STEPS = 400  # a tiny random model may need 150, a real one 10
 _RATE_TIMES_WIDTH = 0.3
 
 
-def can_overfit_batch(context: CheckContext) -> str:
-    """Train on the shortest rows until the loss is near zero, and generate their answers."""
+def can_overfit_batch(context: CheckContext, max_steps: int = MOST_STEPS) -> str:
+    """Train on the shortest rows until the loss is near zero, at most `max_steps`, and generate their answers."""
     rows = _shortest_rows(context)
-    recipe = _recipe(context, len(rows))
+    recipe = _recipe(context, len(rows), max_steps)
     make_scratch_run(recipe, context.splits["train"], rows)
     trainer = context.train_in_scratch(recipe)
     switch_off_dropout(trainer.model)
@@ -37,7 +37,7 @@ def can_overfit_batch(context: CheckContext) -> str:
     trainer.add_callback(watch)
     trainer.train()
     if not watch.is_learned:
-        problem = f"after {MOST_STEPS} steps on {len(rows)} rows their loss is {watch.loss:.3f}, from {watch.first:.3f}"
+        problem = f"after {max_steps} steps on {len(rows)} rows their loss is {watch.loss:.3f}, from {watch.first:.3f}"
         raise Failed(problem, "this model does not learn as it is loaded here: look at its config, or take another")
     answers = _recall(context, trainer.model, [_as_row(row) for row in dataset])
     return (
@@ -55,11 +55,11 @@ def _shortest_rows(context: CheckContext) -> list[int]:
     return list(chosen.values())[:ROWS]
 
 
-def _recipe(context: CheckContext, rows: int) -> "Recipe":
+def _recipe(context: CheckContext, rows: int, max_steps: int) -> "Recipe":
     rate = _RATE_TIMES_WIDTH / context.width
     return step_recipe(
         context.recipe, context.scratch / "learning", Steps(rows, []),
-        strategy="vanilla", processes=1, batch_size=rows, max_steps=MOST_STEPS, save_every=MOST_STEPS,
+        strategy="vanilla", processes=1, batch_size=rows, max_steps=max_steps, save_every=max_steps,
         learning_rate=rate, scheduler="constant", scheduler_args={}, weight_decay=0.0, optimizer="adamw",
     )  # fmt: skip
 

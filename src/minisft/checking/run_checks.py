@@ -21,7 +21,6 @@ from minisft.errors import StoppedError, UserError
 from minisft.manifest import make_scratch_folder
 from minisft.processes import handle_stop_signals
 from minisft.recipe import Recipe, dump_recipe
-from minisft.run_folder import RunFolder
 
 _FAILED = " failed"
 _QUICK = "--quick loads no weights"
@@ -120,24 +119,17 @@ CHECKS = (
 
 
 def run_checks(
-    recipe: Recipe,
-    run: RunFolder,
-    *,
-    quick: bool,
-    on_result: Callable[[Result], None],
-    checks: Sequence[Check] = CHECKS,
+    context: CheckContext, *, quick: bool, on_result: Callable[[Result], None], checks: Sequence[Check] = CHECKS
 ) -> list[Result]:
     """Run the checks on a recipe.
 
     Args:
-        recipe: the recipe.
-        run: its run folder, held by this process.
+        context: the recipe and its run folder, which this process holds.
         quick: leave out what needs the model's weights.
         on_result: called with each result as it comes.
         checks: in an order in which each comes after those that it needs.
     """
-    context = CheckContext(recipe, run)
-    make_scratch_folder(run.scratch)
+    make_scratch_folder(context.scratch)
     results: dict[str, Result] = {}
     try:
         with handle_stop_signals(_stop), quiet_libraries():

@@ -147,9 +147,8 @@ def take_steps_twice(root: Path, trust_remote_code: bool = False) -> None:
     import torch
 
     set_deepspeed_environment(on_cpu())
-    console.quiet = error_console.quiet = True
     # DeepSpeed prints what it built, and stdout may be JSON.
-    with quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
+    with _quiet_consoles(), quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
         _take_steps_twice(root, trust_remote_code)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -197,6 +196,16 @@ def switch_off_dropout(model: Any) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def _quiet_consoles() -> Iterator[None]:
+    before = console.quiet, error_console.quiet
+    console.quiet = error_console.quiet = True
+    try:
+        yield
+    finally:
+        console.quiet, error_console.quiet = before
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from minisft.checking.context import CheckContext
 from minisft.checking.loss_checks import live_trainer, tolerance
 from minisft.checking.reference import count_learned, padded_loss, plain_attention, plain_steps
 from minisft.checking.result import Failed
-from minisft.checking.scratch import RESUME_AT, STEPS, resumed_run, run_steps_in_child
+from minisft.checking.scratch import RESUME_AT, STEPS, resumed_run
 from minisft.data.encoder import Encoder
 from minisft.models import load_model, load_tokenizer
 from minisft.run_folder import RunFolder, read_metrics
@@ -26,7 +26,7 @@ def strategy_takes_the_same_steps(context: CheckContext) -> str:
     recipe = context.chosen_recipe
     training = recipe.training
     context.free_model()  # the processes need the memory
-    run_steps_in_child(recipe)
+    context.take_steps(recipe)
     logged = read_metrics(context.chosen_run)
     plain = training.strategy not in ZERO_STAGES and training.processes == 1
     if plain and training.optimizer == "adamw":
@@ -185,13 +185,16 @@ _PLAN = "do not rely on `minisft plan` for this model, and report it"
 _BUSY = f"see whether other programs keep the machine busy; if none does, {_PLAN}"
 
 
-def memory_is_as_planned(context: CheckContext) -> str:
-    """Compare the peak memory of the scratch steps with the prediction for them, and the run's with the machine."""
+def memory_is_as_planned(context: CheckContext, max_ratio: float = MAX_RATIO) -> str:
+    """Compare the peak memory of the scratch steps with the prediction for them, and the run's with the machine.
+
+    Measured and predicted memory may differ by the factor `max_ratio`.
+    """
     small, whole = context.predictions
     measured = max(line["peak_memory_mb"] for line in read_metrics(context.chosen_run)) * 1e6
     predicted = small.process_bytes + small.peak_memory_bytes
     needed = whole.process_bytes + whole.peak_memory_bytes
-    if not 1 / MAX_RATIO <= measured / predicted <= MAX_RATIO:
+    if not 1 / max_ratio <= measured / predicted <= max_ratio:
         raise Failed(f"the steps took {_gb(measured)}, the plan says {_gb(predicted)}", _PLAN)
     if not whole.fits:
         fix = "see `minisft plan` for what fits; training.row_tokens, gradient_checkpointing, lora and ZeRO need less"
@@ -200,15 +203,18 @@ def memory_is_as_planned(context: CheckContext) -> str:
     return f"steps: {_gb(measured)}, planned {_gb(predicted)}; the run: {there}"
 
 
-def time_is_as_planned(context: CheckContext) -> str:
-    """Compare the time of a scratch step with the prediction for it, and scale that of the whole run by it."""
+def time_is_as_planned(context: CheckContext, max_slowdown: float = MAX_SLOWDOWN, min_seconds: float = SLOW) -> str:
+    """Compare the time of a scratch step with the prediction for it, and scale that of the whole run by it.
+
+    It fails where a step takes more than `min_seconds`, and more than `max_slowdown` times the prediction.
+    """
     small, whole = context.predictions
     later = [line["seconds"] for line in read_metrics(context.chosen_run)[1:]]
     measured = sum(later) / len(later)
     factor = measured / small.step_seconds
     assert whole.total_seconds is not None, "its data is prepared"
     left = whole.total_seconds * factor
-    if measured > MAX_SLOWDOWN * small.step_seconds and measured > SLOW:
+    if measured > max_slowdown * small.step_seconds and measured > min_seconds:
         raise Failed(f"a step takes {measured:.1f} s, the plan says {small.step_seconds:.1f} s", _BUSY)
     return (
         f"a step of the check: {measured:.2f} s, planned {small.step_seconds:.2f} s; the run: {whole.steps:,} steps of "

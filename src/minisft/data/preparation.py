@@ -56,6 +56,7 @@ def prepare(
     *,
     model_folder: Path | None = None,
     begun: bool = False,
+    encoder: Encoder | None = None,
 ) -> Prepared:
     """Prepare the recipe's data under `<output>/dataset`, or find it prepared.
 
@@ -66,12 +67,16 @@ def prepare(
         model_folder: the model's, where it is known already; otherwise it is looked for.
         begun: training on the prepared data has begun: they are kept, and it is an error if they could not be
             made again.
+        encoder: the model's tokenizer in the recipe's template, where it is made already; it takes the place of
+            `tokenizer`.
 
     Raises:
         UserError: the source, the rows or the template do not do (see `data.invalid`), or the data of a run that has
             begun are others now.
     """
     folder = Path(recipe.output) / "dataset"
+    if encoder is not None:
+        tokenizer = encoder.tokenizer
     mark_new_folder(folder.parent, "run")
     if tokenizer is None and model_folder is None:
         model_folder = resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder
@@ -88,8 +93,9 @@ def prepare(
         if found.prepared is not None:
             return found.prepared
         # 3. Make it.
-        assert found.tokenizer is not None
-        encoder = Encoder(found.tokenizer, recipe.data.template)
+        if encoder is None:
+            assert found.tokenizer is not None
+            encoder = Encoder(found.tokenizer, recipe.data.template)
         with write_folder_atomically(folder) as temporary:
             ledger = _prepare_into(temporary, recipe, found.sources, encoder, progress)
             ledger["made_from"] = found.origin

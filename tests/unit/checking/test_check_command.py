@@ -1,14 +1,21 @@
 """`minisft check` as it is called: exit status, table, check.json, and what it leaves behind."""
 
 import json
+import os
 import re
+import signal
+import threading
+import time
 
 import pytest
 
 from minisft.checking import run_checks
+from minisft.checking.context import CheckContext
 from minisft.checking.result import Check
 from minisft.cli import main
 from minisft.errors import StoppedError
+from minisft.recipe import load_recipe
+from minisft.run_start import open_run
 
 
 @pytest.fixture
@@ -25,7 +32,7 @@ def table(printed):
     return pattern.findall(printed)
 
 
-def test_a_sound_recipe_is_ok_and_the_table_is_what_is_written(recipe_file, report, capsys):
+def test_an_intact_recipe_passes_and_the_table_says_what_check_json_says(recipe_file, report, capsys):
     assert main(["check", str(recipe_file), "--quick"]) == 0
     written = report()
     assert written["status"] == "ok"
@@ -48,12 +55,12 @@ def test_a_failure_is_status_2_and_names_the_check(recipe_file, report, capsys, 
     assert written["checks"][0]["mend"] in printed.err
 
 
-def test_json_on_stdout_is_what_is_written(recipe_file, report, capsys):
+def test_json_on_stdout_is_that_of_check_json(recipe_file, report, capsys):
     assert main(["check", str(recipe_file), "--quick", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == report()
 
 
-def test_another_word_about_the_same_recipe_is_no_obstacle(recipe_file, report):
+def test_a_recipe_can_be_changed_and_checked_again(recipe_file, report):
     """What was checked can be changed and checked again, and then prepared."""
     assert main(["check", str(recipe_file), "--quick"]) == 0
     assert main(["check", str(recipe_file), "--quick", "data.max_length=200"]) == 0
@@ -61,7 +68,7 @@ def test_another_word_about_the_same_recipe_is_no_obstacle(recipe_file, report):
     assert main(["prepare", str(recipe_file)]) == 0
 
 
-def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file, monkeypatch, report):
+def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file):
     def raise_it(context):
         raise ValueError("no such thing")
 
@@ -70,28 +77,54 @@ def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file, 
         *run_checks.CHECKS[:4],
         Check("b.after", "", raise_it, ("a.broken",)),
     )
-    monkeypatch.setattr(run_checks.run_checks, "__kwdefaults__", {"checks": checks})
-    assert main(["check", str(recipe_file), "--quick"]) == 2
-    found = {one["name"]: one for one in report()["checks"]}
-    assert "ValueError: no such thing (raise_it, line" in found["a.broken"]["detail"]
-    assert found["data.rows"]["status"] == "ok"
-    assert found["b.after"]["detail"] == "because a.broken failed"
+    recipe = load_recipe(recipe_file)
+    with open_run(recipe, prepares_only=True) as run:
+        results = run_checks.run_checks(
+            CheckContext(recipe, run), quick=True, on_result=lambda result: None, checks=checks
+        )
+    assert run_checks.as_report(recipe, results, quick=True)["status"] == "FAILED"
+    found = {result.name: result for result in results}
+    assert "ValueError: no such thing (raise_it, line" in found["a.broken"].detail
+    assert found["data.rows"].status == "ok"
+    assert found["b.after"].detail == "because a.broken failed"
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), StoppedError("stopped as asked")])
-def test_a_check_that_is_stopped_leaves_nothing_and_says_nothing(recipe_file, monkeypatch, capsys, stop):
-    def raise_it(context):
-        (context.scratch / "left").touch()
-        raise stop
-
-    monkeypatch.setattr(run_checks.run_checks, "__kwdefaults__", {"checks": (Check("a.stopped", "", raise_it),)})
-    assert main(["check", str(recipe_file), "--quick"]) == 1
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_check_that_is_stopped_leaves_nothing_and_says_nothing(recipe_file, capsys, number):
     run = recipe_file.parent / "run"
+    begun = run / ".check" / "source.arrow"
+
+    def stop():
+        while not begun.exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    assert main(["check", str(recipe_file), "--quick"]) == 1
+    thread.join()
     assert not (run / ".check").exists()
     assert not (run / "check.json").exists()
     assert "stopped" in capsys.readouterr().err
 
 
-def test_what_stands_in_the_way_is_said_before_anything_is_checked(recipe_file, capsys):
+def test_a_check_whose_processes_are_stopped_leaves_nothing(recipe_file):
+    """A stopped process that takes steps is no failed check: the whole of them ends."""
+    scratch_seen = []
+
+    def stop(context):
+        (context.scratch / "left").touch()
+        scratch_seen.append(context.scratch)
+        raise StoppedError("stopped as asked")
+
+    recipe = load_recipe(recipe_file)
+    with open_run(recipe, prepares_only=True) as run, pytest.raises(StoppedError):
+        run_checks.run_checks(
+            CheckContext(recipe, run), quick=True, on_result=print, checks=(Check("a.stopped", "", stop),)
+        )
+    assert not scratch_seen[0].exists()
+
+
+def test_an_impossible_recipe_is_refused_before_anything_is_checked(recipe_file, capsys):
     assert main(["check", str(recipe_file), "training.optimizer=none"]) == 2
     assert "training.optimizer" in capsys.readouterr().err

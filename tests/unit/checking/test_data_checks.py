@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from minisft.data.encoder import Encoder
-from tests.unit.checking.examined import assert_first_to_fail, depending_on, examined
+from tests.tiny import byte_tokenizer
+from tests.unit.checking.examined import assert_first_to_fail, depending_on, examined, subject_with
 
 TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -37,7 +38,7 @@ def with_system(tmp_path):
     return path
 
 
-def test_what_is_sound_is_ok_and_what_needs_weights_is_not_run(with_template):
+def test_a_quick_check_passes_on_an_intact_template_and_runs_nothing_that_needs_weights(with_template):
     results = with_template(TURNS + PROMPT)
     assert {result.status for name, result in results.items() if name.startswith(("data.", "serve."))} == {"ok"}
     others = [result for name, result in results.items() if not name.startswith(("data.", "serve."))]
@@ -84,9 +85,14 @@ def test_rows_that_are_skipped_for_their_system_prompt_are_no_success(
     assert "20" in detail
 
 
-def test_a_terminator_that_is_masked_as_padding(recipe_file, monkeypatch):
-    _change_batches(monkeypatch, lambda encoder, batch: np.isin(batch.ids, encoder.stop_token_ids), -100)
-    results = examined(recipe_file, quick=True)
+def test_a_terminator_that_is_masked_as_padding(recipe_file):
+    class MasksTerminators(Encoder):
+        def encode_rendered(self, rendered, conversations):
+            batch = super().encode_rendered(rendered, conversations)
+            batch.labels[np.isin(batch.ids, self.stop_token_ids)] = -100
+            return batch
+
+    results = examined(recipe_file, quick=True, context=subject_with(MasksTerminators))
     assert "learned terminators" in assert_first_to_fail(results, "data.terminators")
     assert {"data.answers", "serve.prompts", "loss.mask", "learning.recall"} <= depending_on("data.terminators")
 
@@ -97,14 +103,14 @@ def test_a_template_that_ends_no_answer(with_template):
     assert "end" in detail
 
 
-def test_labels_that_are_overwritten_with_the_ids(recipe_file, monkeypatch):
-    def overwrite(self, rendered, conversations, own=Encoder.encode_rendered):
-        batch = own(self, rendered, conversations)
-        batch.labels[:] = batch.ids
-        return batch
+def test_labels_that_are_overwritten_with_the_ids(recipe_file):
+    class LearnsAll(Encoder):
+        def encode_rendered(self, rendered, conversations):
+            batch = super().encode_rendered(rendered, conversations)
+            batch.labels[:] = batch.ids
+            return batch
 
-    monkeypatch.setattr(Encoder, "encode_rendered", overwrite)
-    results = examined(recipe_file, quick=True)
+    results = examined(recipe_file, quick=True, context=subject_with(LearnsAll))
     assert_first_to_fail(results, "data.answers")
     assert not (recipe_file.parent / "run" / "dataset").exists()  # what is wrong does not lie where training looks
 
@@ -113,16 +119,20 @@ def test_bos_twice(with_template):
     assert "twice" in assert_first_to_fail(with_template("{{ bos_token + bos_token }}" + TURNS + PROMPT), "data.bos")
 
 
-def test_text_that_becomes_a_control_token(recipe_file, monkeypatch):
-    from minisft.data import segment_encoder
-
-    def careless(tokenizer, markers, own=segment_encoder._plain_copy):
-        copy = own(tokenizer, markers)
-        copy.encode_special_tokens = False
-        return copy
-
-    monkeypatch.setattr(segment_encoder, "_plain_copy", careless)
-    assert "became a control token" in assert_first_to_fail(examined(recipe_file, quick=True), "data.control")
+def test_text_that_becomes_a_control_token(recipe_file, tiny_model, tmp_path):
+    """A tokenizer whose merges spell the control token, letter by letter."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    byte_tokenizer().save_pretrained(model)
+    file = model / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = vocabulary | {"</": len(vocabulary), "</s": len(vocabulary) + 1}
+    tokenizer["pre_tokenizer"]["use_regex"] = False  # it would part the letter from the brackets
+    tokenizer["model"]["merges"] = [["<", "/"], ["</", "s"], ["</s", ">"]]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    results = examined(recipe_file, f"model={model}", quick=True)
+    assert "became a control token" in assert_first_to_fail(results, "data.control")
 
 
 def test_rows_on_disk_that_lost_tokens(recipe_file, tmp_path):
@@ -151,32 +161,33 @@ def test_a_length_that_cuts_most_of_the_data(recipe_file):
     assert "cut" in assert_first_to_fail(results, "data.shares")
 
 
-def test_a_prompt_that_is_not_what_was_trained(recipe_file, monkeypatch):
-    def with_a_space(self, messages, tools="", own=Encoder.encode_prompt):
-        return [*own(self, messages, tools), self.tokenizer.convert_tokens_to_ids("Ġ")]
+def test_a_prompt_that_is_not_what_was_trained(recipe_file):
+    class AddsSpace(Encoder):
+        def encode_prompt(self, messages, tools=""):
+            return [*super().encode_prompt(messages, tools), self.tokenizer.convert_tokens_to_ids("Ġ")]
 
-    monkeypatch.setattr(Encoder, "encode_prompt", with_a_space)
-    assert "differs" in assert_first_to_fail(examined(recipe_file, quick=True), "serve.prompts")
+    results = examined(recipe_file, quick=True, context=subject_with(AddsSpace))
+    assert "differs" in assert_first_to_fail(results, "serve.prompts")
 
 
-def test_a_stop_token_that_was_never_trained(recipe_file, monkeypatch):
-    def stops_at_bos(self, tokenizer, template="auto", own=Encoder.__init__):
-        own(self, tokenizer, template)
-        self.stop_token_ids = (tokenizer.bos_token_id,)
+def test_a_stop_token_that_was_never_trained(recipe_file):
+    class StopsAtBos(Encoder):
+        def __init__(self, tokenizer, template="auto"):
+            super().__init__(tokenizer, template)
+            self.stop_token_ids = (tokenizer.bos_token_id,)
 
-    monkeypatch.setattr(Encoder, "__init__", stops_at_bos)
-    results = examined(recipe_file, "data.verify=false", quick=True)
+    results = examined(recipe_file, "data.verify=false", quick=True, context=subject_with(StopsAtBos))
     assert "'</s>'" in assert_first_to_fail(results, "serve.stops")
 
 
-def test_a_saved_template_that_differs(recipe_file, monkeypatch):
-    from minisft.data.renderers import resolve
+def test_a_saved_template_that_differs(recipe_file):
+    class SavesLine(Encoder):
+        def __init__(self, tokenizer, template="auto"):
+            super().__init__(tokenizer, template)
+            self.chat_template = self.chat_template.replace("' [/INST]'", "' [/INST]\\n'")
 
-    def with_a_line(template, own=resolve.mistral_jinja):
-        return own(template).replace("' [/INST]'", "' [/INST]\\n'")
-
-    monkeypatch.setattr(resolve, "mistral_jinja", with_a_line)
-    assert "[/INST]" in assert_first_to_fail(examined(recipe_file, quick=True), "serve.template")
+    results = examined(recipe_file, quick=True, context=subject_with(SavesLine))
+    assert "[/INST]" in assert_first_to_fail(results, "serve.template")
 
 
 def test_a_template_that_writes_content_in_parts_otherwise(with_template):
@@ -185,14 +196,3 @@ def test_a_template_that_writes_content_in_parts_otherwise(with_template):
         "{% for part in m['content'] %}{{ '<text>' + part['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endfor %}"
     )
     assert "<text>" in assert_first_to_fail(with_template(parts + PROMPT), "serve.vllm")
-
-
-def _change_batches(monkeypatch, where, label):
-    """Let the encoder give other labels at some places of its batches."""
-
-    def changed(self, rendered, conversations, own=Encoder.encode_rendered):
-        batch = own(self, rendered, conversations)
-        batch.labels[where(self, batch)] = label
-        return batch
-
-    monkeypatch.setattr(Encoder, "encode_rendered", changed)

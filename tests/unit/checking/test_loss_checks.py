@@ -1,5 +1,7 @@
 """Losses and models that are broken in one way each: the check for it is the first to fail."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -11,11 +13,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from minisft.training import batching, trainer
+from minisft.checking.context import CheckContext
+from minisft.training import batching
 from minisft.training.loss import row_loss
-from minisft.training.trainer import SupervisedTokenTrainer
 from tests.tiny import byte_tokenizer
-from tests.unit.checking.examined import assert_first_to_fail, examined
+from tests.unit.checking.examined import TrainerWithFault, assert_first_to_fail, examined, subject_training_with
 
 
 class ForgetfulConfig(GPT2Config):
@@ -82,61 +84,69 @@ def test_a_model_that_lets_conversations_see_each_other(with_model):
     assert "LeakyModel lets tokens of one conversation see those of another" in detail
 
 
-def test_labels_that_are_overwritten_on_the_way_to_the_loss(recipe_file, monkeypatch):
-    def all_learned(conversations, indexes=(), own=batching.pack_sequences):
-        return own([(ids, ids) for ids, _ in conversations], indexes)
+def test_labels_that_are_overwritten_on_the_way_to_the_loss(recipe_file):
+    class AllLearned(TrainerWithFault):
+        def get_train_dataloader(self):
+            for batch in self._trainer.get_train_dataloader():
+                rows = (
+                    batching.pack_sequences([(one, one) for one in conversations(row)], row.indexes)
+                    for row in batch.rows
+                )
+                yield replace(batch, rows=tuple(rows))
 
-    monkeypatch.setattr(batching, "pack_sequences", all_learned)
-    assert "the mask is lost" in assert_first_to_fail(examined(recipe_file, only="loss.mask"), "loss.mask")
+    def conversations(row):
+        return [part.numpy() for part in row.input_ids[0].split(list(row.lengths))]
+
+    results = examined(recipe_file, only="loss.mask", context=subject_training_with(AllLearned))
+    assert "the mask is lost" in assert_first_to_fail(results, "loss.mask")
 
 
-def test_a_loss_that_does_not_look_at_the_mask(recipe_file, monkeypatch):
-    def of_all_tokens(model, row):
-        logits = model(input_ids=row.input_ids, position_ids=row.position_ids, conversation_lengths=row.lengths).logits
-        return torch.nn.functional.cross_entropy(logits[0, :-1], row.input_ids[0, 1:], reduction="sum")
+def test_a_loss_that_does_not_look_at_the_mask(recipe_file):
+    class LossOfAllTokens(CheckContext):
+        def loss_of(self, row):
+            everywhere = torch.arange(row.input_ids.shape[1] - 1)
+            return super().loss_of(replace(row, predict_at=everywhere, targets=row.input_ids[0, 1:]))
 
-    monkeypatch.setattr(trainer, "row_loss", of_all_tokens)
-    monkeypatch.setattr("minisft.checking.loss_checks.row_loss", of_all_tokens)
-    assert "two halves of a mask" in assert_first_to_fail(examined(recipe_file, only="loss.mask"), "loss.mask")
+    results = examined(recipe_file, only="loss.mask", context=LossOfAllTokens)
+    assert "two halves of a mask" in assert_first_to_fail(results, "loss.mask")
 
 
-def test_targets_that_are_off_by_one(recipe_file, monkeypatch):
+def test_targets_that_are_off_by_one(recipe_file):
     """The padded reference shifts by itself, so a second shift shows."""
 
-    def shifted(model, row):
-        return row_loss(model, batching.PackedRow(
-            row.input_ids, row.position_ids, row.lengths, (row.predict_at - 1).clamp(min=0), row.targets, row.indexes
-        ))  # fmt: skip
+    class Shifted(CheckContext):
+        def loss_of(self, row):
+            return super().loss_of(replace(row, predict_at=(row.predict_at - 1).clamp(min=0)))
 
-    monkeypatch.setattr(trainer, "row_loss", shifted)
-    monkeypatch.setattr("minisft.checking.loss_checks.row_loss", shifted)
-    assert_first_to_fail(examined(recipe_file, only="loss.padding"), "loss.padding")
+    assert_first_to_fail(examined(recipe_file, only="loss.padding", context=Shifted), "loss.padding")
 
 
-def test_a_loss_that_averages_means(recipe_file, monkeypatch):
-    def mean_of_means(self, model, inputs, num_items_in_batch=None):
-        total = torch.zeros(())
-        for row in inputs.rows:
-            loss = row_loss(model, row) / len(row.targets) / len(inputs.rows)
-            loss.backward()
-            total += loss.detach()
-        return total
+def test_a_loss_that_averages_means(recipe_file):
+    class MeanOfMeans(TrainerWithFault):
+        def training_step(self, model, inputs):
+            total = torch.zeros(())
+            for row in inputs.rows:
+                loss = row_loss(model, row) / len(row.targets) / len(inputs.rows)
+                loss.backward()
+                total += loss.detach()
+            return total
 
-    monkeypatch.setattr(SupervisedTokenTrainer, "training_step", mean_of_means)
-    assert "how the batch is split" in assert_first_to_fail(examined(recipe_file, only="loss.split"), "loss.split")
+    results = examined(recipe_file, only="loss.split", context=subject_training_with(MeanOfMeans))
+    assert "how the batch is split" in assert_first_to_fail(results, "loss.split")
 
 
-def test_gradients_that_are_not_summed_over_the_rows(recipe_file, monkeypatch):
+def test_gradients_that_are_not_summed_over_the_rows(recipe_file):
     """The loss that is shown is right; only the gradient is that of the last row alone."""
 
-    def of_the_last_row(self, model, inputs, num_items_in_batch=None):
-        total = torch.zeros(())
-        for row in inputs.rows:
-            model.zero_grad()
-            loss = row_loss(model, row) / inputs.step_supervised
-            loss.backward()
-            total += loss.detach()
-        return total
+    class OfTheLastRow(TrainerWithFault):
+        def training_step(self, model, inputs):
+            total = torch.zeros(())
+            for row in inputs.rows:
+                model.zero_grad()
+                loss = row_loss(model, row) / inputs.step_supervised
+                loss.backward()
+                total += loss.detach()
+            return total
 
-    monkeypatch.setattr(SupervisedTokenTrainer, "training_step", of_the_last_row)
-    assert "gradient norm" in assert_first_to_fail(examined(recipe_file, only="loss.split"), "loss.split")
+    results = examined(recipe_file, only="loss.split", context=subject_training_with(OfTheLastRow))
+    assert "gradient norm" in assert_first_to_fail(results, "loss.split")
