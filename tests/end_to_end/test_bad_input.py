@@ -5,23 +5,8 @@ import os
 
 import pytest
 
-from minisft.cli import main
+from tests.command import refused, run
 from tests.tiny import minisft
-
-
-def run(capsys, *words):
-    status = main([str(word) for word in words])
-    printed = capsys.readouterr()
-    return status, printed.err
-
-
-def refused(capsys, *words):
-    status, said = run(capsys, *words)
-    assert status == 2, said
-    assert said.startswith("minisft: ")
-    assert "Fix: " in said
-    assert "Traceback" not in said
-    return said
 
 
 def data_file(tmp_path, text, name="data.jsonl"):

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from minisft.cli import main
-from minisft.data import readers
+from minisft.data.readers import LARGEST_ROW, read_files
+from tests.command import refused
 
 ANSWERS = "{% for m in messages %}{{ m.role + m.content + '</s>' }}{% endfor %}"
 DOUBLING = "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = OP %}{% endfor %}{{ n.s }}"
@@ -34,22 +35,14 @@ def quick(monkeypatch):
     monkeypatch.setattr("minisft.data.renderers.jinja_limits.SECONDS", 0.5)
 
 
-def refused(capsys, *words):
-    begun = time.monotonic()
-    status = main([str(word) for word in words])
-    said = capsys.readouterr().err
-    assert status == 2, said
-    assert "Traceback" not in said
-    assert time.monotonic() - begun < 20
-    return said
-
-
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_that_would_run_for_ever_is_stopped(capsys, quick, recipe_file, tmp_path, name):
     template = tmp_path / f"{name}.jinja"
     template.write_text(ANSWERS + BOMBS[name])
+    begun = time.monotonic()
     said = refused(capsys, "prepare", recipe_file, f"data.template={template}")
     assert "data.template: the template was stopped" in said
+    assert time.monotonic() - begun < 20
 
 
 def test_a_template_that_waits_for_its_row_is_stopped_too(capsys, quick, recipe_file, tmp_path):
@@ -81,8 +74,10 @@ def write_rows(path, long_one, kind):
 @pytest.mark.parametrize("kind", ["jsonl", "json", "wrapped"])
 def test_a_row_of_100_megabytes_is_a_row_that_cannot_be_used(capsys, recipe_file, tmp_path, kind):
     path = write_rows(tmp_path / f"rows.{kind.replace('wrapped', 'json')}", "word " * 20_000_000, kind)
+    begun = time.monotonic()
     said = refused(capsys, "prepare", recipe_file, f"data.source={path}")
     assert "too_large 1" in said
+    assert time.monotonic() - begun < 20
     begun = time.monotonic()
     assert main(["prepare", str(recipe_file), f"data.source={path}", "data.invalid=skip"]) == 0
     assert time.monotonic() - begun < 20
@@ -97,13 +92,14 @@ def test_a_row_of_a_megabyte_is_used(recipe_file, tmp_path):
     assert json.loads((tmp_path / "run" / "dataset" / "ledger.json").read_text())["rows"]["skipped"] == 0
 
 
-def test_what_follows_a_line_that_is_too_long_keeps_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LARGEST_ROW", 100)
+def test_a_row_after_a_line_that_is_too_long_keeps_its_line_number(tmp_path):
     path = tmp_path / "rows.jsonl"
-    for length in (101, 99, 100, 250, 202):  # in JSON, with the quotes; 101 and 202 end where a piece of reading does
+    largest = LARGEST_ROW
+    # Bytes of the JSON text, quotes included; a line is read in pieces of LARGEST_ROW + 1 bytes.
+    for length in (largest + 1, largest - 1, largest, 5 * largest // 2, 2 * (largest + 1)):
         path.write_text(f'1\n"{"x" * (length - 2)}"\n2\n')
-        read = [row for chunk in readers.read_files([("rows", path)], 0) for row in chunk.parsed()]
+        read = [row for chunk in read_files([("rows", path)], 0) for row in chunk.parsed()]
         assert [place for place, _ in read] == ["rows:1", "rows:2", "rows:3"], length
         assert read[0][1] == 1
         assert read[2][1] == 2
-        assert isinstance(read[1][1], ValueError) == (length > 99)
+        assert isinstance(read[1][1], ValueError) == (length >= largest)

@@ -6,21 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from minisft.cli import main
 from minisft.evaluation.evaluator import Evaluator
 from tests.browser import Browser, find_browser
+from tests.command import run
 from tests.tiny import write_conversations, write_recipe
 
 # An interval as the texts write it, such as [1.0, 2.5], or as the verdict does.
 INTERVAL = re.compile(r"\[\d+\.\d, \d+\.\d\]|95 % interval|interval \d|beyond chance|more than chance|p = \d|p: base")
-
-
-def minisft(capsys, *words):
-    """The status, stdout and stderr of a verb."""
-    capsys.readouterr()
-    status = main([str(word) for word in words])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 def results_of(run):
@@ -33,7 +25,7 @@ def page_data(run):
 
 
 def test_few_rows_claim_no_interval_and_no_significance(run_folder, capsys):
-    status, printed, _ = minisft(capsys, "evaluate", run_folder)
+    status, printed, _ = run(capsys, "evaluate", run_folder)
     assert status == 0
     assert "3 held-out conversations: fewer than 20 support neither" in printed
     assert not INTERVAL.search(printed)
@@ -46,7 +38,7 @@ def test_few_rows_claim_no_interval_and_no_significance(run_folder, capsys):
             assert isinstance(score["high"], float)
             assert score["reliable"] is False
             assert set(score["p"].values()) == {None}
-    status, printed, _ = minisft(capsys, "report", run_folder)
+    status, printed, _ = run(capsys, "report", run_folder)
     assert status == 0
     for name in ("report.html", "results.md"):
         text = (run_folder / name).read_text().split("<script>")[0]
@@ -57,7 +49,7 @@ def test_few_rows_claim_no_interval_and_no_significance(run_folder, capsys):
 
 
 def test_the_answers_of_one_conversation_count_once(run_folder, capsys):
-    status, printed, _ = minisft(capsys, "evaluate", run_folder, "evaluation.turns=all")
+    status, printed, _ = run(capsys, "evaluate", run_folder, "evaluation.turns=all")
     assert status == 0
     results = results_of(run_folder)
     assert results["answers"] > results["conversations"] == 3
@@ -71,11 +63,11 @@ def test_twenty_conversations_are_enough(tmp_path, scored_run, tiny_model, capsy
     for rows, reliable in ((20, True), (19, False)):
         output = tmp_path / f"run-{rows}"
         words = (f"output={output}", f"data.test={held_out}", f"evaluation.limit={rows}")
-        assert minisft(capsys, "train", recipe, *words)[0] == 0
-        status, printed, _ = minisft(capsys, "evaluate", output)
+        assert run(capsys, "train", recipe, *words)[0] == 0
+        status, printed, _ = run(capsys, "evaluate", output)
         assert status == 0
         assert bool(INTERVAL.search(printed)) is reliable
-        assert minisft(capsys, "report", output)[0] == 0
+        assert run(capsys, "report", output)[0] == 0
         assert bool(INTERVAL.search((output / "results.md").read_text())) is reliable
         assert ("reliable" in results_of(output)) is not reliable
         [score] = [entry["chrf"] for entry in results_of(output)["checkpoints"]]
@@ -93,7 +85,7 @@ def test_results_of_an_earlier_version_claim_no_more_in_a_report(run_folder, cap
             entry[metric].pop("reliable", None)
             entry[metric]["p"] = {"base": 0.001, "constant": 0.001}
     (run_folder / "evaluation/results.json").write_text(json.dumps(results))
-    assert minisft(capsys, "report", run_folder)[0] == 0
+    assert run(capsys, "report", run_folder)[0] == 0
     assert not INTERVAL.search((run_folder / "results.md").read_text())
 
 
@@ -112,10 +104,10 @@ def all_knowing_base(monkeypatch):
 
 
 def test_a_best_checkpoint_below_the_base_says_so_wherever_it_stands(run_folder, all_knowing_base, capsys):
-    status, printed, _ = minisft(capsys, "evaluate", run_folder)
+    status, printed, _ = run(capsys, "evaluate", run_folder)
     assert status == 0
     assert "checkpoint-2 (best, but below base)" in " ".join(printed.split())
-    assert minisft(capsys, "report", run_folder)[0] == 0
+    assert run(capsys, "report", run_folder)[0] == 0
     assert "| **checkpoint-2 (best, but below base)** |" in (run_folder / "results.md").read_text()
     page = (run_folder / "report.html").read_text()
     assert "<td>checkpoint-2 (best, but below base)</td>" in page
@@ -125,7 +117,7 @@ def test_a_best_checkpoint_below_the_base_says_so_wherever_it_stands(run_folder,
 def test_the_demo_says_so_too(run_folder, all_knowing_base, capsys):
     from minisft.demo import show_demo
 
-    assert minisft(capsys, "evaluate", run_folder)[0] == 0
+    assert run(capsys, "evaluate", run_folder)[0] == 0
     show_demo(run_folder)
     assert "base 100.0, tuned (checkpoint-2, below base) 0.0" in capsys.readouterr().out
 
@@ -133,7 +125,7 @@ def test_the_demo_says_so_too(run_folder, all_knowing_base, capsys):
 def test_a_comparison_says_so_too_and_claims_no_interval(run_folder, all_knowing_base, capsys):
     from minisft.report.comparison import Entry, write_comparison
 
-    assert minisft(capsys, "evaluate", run_folder)[0] == 0
+    assert run(capsys, "evaluate", run_folder)[0] == 0
     entries = [Entry(name, run_folder.name, (), name, "done") for name in ("one", "two")]
     found = write_comparison(run_folder.parent, entries)
     assert "with checkpoint-2, which is below its base model" in found["verdict"][0]
@@ -147,8 +139,8 @@ def test_a_comparison_says_so_too_and_claims_no_interval(run_folder, all_knowing
 
 @pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here; MINISFT_BROWSER names one")
 def test_the_page_draws_no_error_bars_for_few_rows(run_folder, all_knowing_base, capsys):
-    assert minisft(capsys, "evaluate", run_folder)[0] == 0
-    assert minisft(capsys, "report", run_folder)[0] == 0
+    assert run(capsys, "evaluate", run_folder)[0] == 0
+    assert run(capsys, "report", run_folder)[0] == 0
     browser = Browser(find_browser())
     try:
         browser.open(run_folder / "report.html")

@@ -24,11 +24,6 @@ VERBS = {
 UNREAD = (".lock", ".png", ".html", ".md", ".txt")
 
 
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr("minisft.evaluation.metrics.RESAMPLES", 20)
-
-
 def holds(capsys, run, verb):
     """Run a verb on the run: it works, or is refused as a user can understand; any other exception fails the test."""
     words = [{"RUN": str(run), "OUT": str(run.parent / "exported")}.get(word, word) for word in VERBS[verb]]

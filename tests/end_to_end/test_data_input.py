@@ -8,29 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minisft.cli import main
+from tests.command import refused, run
 from tests.tiny import write_conversations
-
-
-def run(capsys, *words):
-    status = main([str(word) for word in words])
-    return status, capsys.readouterr()
-
-
-def refused(capsys, *words):
-    status, printed = run(capsys, *words)
-    assert status == 2, printed.out
-    assert printed.err.startswith("minisft: ")
-    return printed.err
 
 
 def prepared(capsys, recipe_file, *words):
     """What `prepare` says on stdout and stderr, and the ledger."""
-    status, printed = run(capsys, "prepare", recipe_file, *words)
-    assert status == 0, printed.err
+    status, out, err = run(capsys, "prepare", recipe_file, *words)
+    assert status == 0, err
     ledger = json.loads((recipe_file.parent / "run" / "dataset" / "ledger.json").read_text())
     assert ledger["rows"]["read"] == sum(ledger["rows"][name] for name in ("train", "test", "skipped"))
-    return printed.out, printed.err, ledger
+    return out, err, ledger
 
 
 def write(path, rows):
@@ -248,8 +236,8 @@ def test_a_pattern_is_looked_up_beside_the_recipe_too(capsys, recipe_file, folde
     moved.write_text(recipe_file.read_text())
     write(odd / "z.jsonl", talks(5))
     monkeypatch.chdir(folder / "more")
-    status, printed = run(capsys, "prepare", moved, "data.source=z*.jsonl")
-    assert (status, "5 read" in printed.out) == (0, True)
+    status, out, _ = run(capsys, "prepare", moved, "data.source=z*.jsonl")
+    assert (status, "5 read" in out) == (0, True)
 
 
 def test_a_pattern_follows_its_files(capsys, recipe_file, folder):

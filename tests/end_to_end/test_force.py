@@ -9,20 +9,8 @@ import pytest
 
 from minisft.cli import main
 from minisft.files import hold_lock
+from tests.command import refused, run
 from tests.tiny import minisft, write_tiny_model
-
-
-def run(capsys, *words):
-    status = main([str(word) for word in words])
-    printed = capsys.readouterr()
-    return status, printed.out + printed.err
-
-
-def refused(capsys, *words):
-    status, said = run(capsys, *words)
-    assert status == 2, said
-    assert "Traceback" not in said
-    return said
 
 
 def tree(folder):
@@ -86,7 +74,8 @@ def test_force_keeps_the_run_where_the_new_one_cannot_start(capsys, recipe, tmp_
 def test_force_says_what_it_replaces_and_keeps_what_others_wrote(capsys, recipe, tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     (tmp_path / "run" / "model" / "card.md").write_text("mine too")
-    status, said = run(capsys, "train", recipe, "--force", "training.max_steps=1")
+    status, out, err = run(capsys, "train", recipe, "--force", "training.max_steps=1")
+    said = out + err
     assert status == 0
     assert "--force replaces" in said
     assert "a trained run with 1 checkpoint" in said
@@ -96,27 +85,30 @@ def test_force_says_what_it_replaces_and_keeps_what_others_wrote(capsys, recipe,
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-1").is_dir()
 
 
-def test_the_old_run_comes_back_where_training_fails_before_its_first_step(capsys, recipe, tmp_path, monkeypatch):
-    from minisft.training import run_training
-
-    def broken(*args, **kwargs):
-        assert (tmp_path / "run.old-1").is_dir()
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(run_training, "run_steps", broken)
+def test_the_old_run_comes_back_where_training_fails_before_its_first_step(capsys, recipe, tmp_path, tiny_model):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_model, damaged)
+    weights = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(weights[:-1000])  # found when the weights are loaded
     before = tree(tmp_path / "run")
-    assert "No space left" in refused(capsys, "train", recipe, "--force")
+    status, out, err = run(capsys, "train", recipe, f"model={damaged}", "--force")
+    assert status == 2
+    assert "it is kept until the new run has taken its first step" in out
+    assert "is the earlier run again: the new one took no step" in out + err
+    assert "the model cannot be loaded" in err
     assert tree(tmp_path / "run").items() >= {k: v for k, v in before.items() if k != ".minisft.json"}.items()
     assert not list(tmp_path.glob("run.*"))
 
 
 def test_a_dry_run_writes_nothing(capsys, recipe, tmp_path):
     before = tree(tmp_path)
-    status, said = run(capsys, "train", recipe, "--force", "--dry-run")
+    status, out, err = run(capsys, "train", recipe, "--force", "--dry-run")
+    said = out + err
     assert status == 0
     assert "nothing was written" in said
     assert "would replace" in said
-    status, said = run(capsys, "train", recipe, f"output={tmp_path / 'new'}", "--dry-run")
+    status, out, err = run(capsys, "train", recipe, f"output={tmp_path / 'new'}", "--dry-run")
+    said = out + err
     assert status == 0
     assert "template" in refused(capsys, "train", recipe, "--force", "--dry-run", "data.template=chatmll")
     assert "trained already" in refused(capsys, "train", recipe, "--dry-run")
@@ -173,7 +165,8 @@ def test_force_replaces_a_run_with_linked_folders_and_leaves_what_they_lead_to(c
     (tmp_path / "run" / name).rename(disk)
     (tmp_path / "run" / name).symlink_to(disk)
     before = tree(disk)
-    status, said = run(capsys, "prepare", recipe, "--force")
+    status, out, err = run(capsys, "prepare", recipe, "--force")
+    said = out + err
     assert status == 0, said
     assert tree(disk) == before
     assert (tmp_path / "run" / "dataset" / "ledger.json").is_file()
@@ -239,7 +232,8 @@ def test_export_replaces_a_model_that_it_wrote_and_nothing_else(capsys, recipe, 
     assert run(capsys, "export", tmp_path / "run", folder)[0] == 0
     (folder / "mine.md").write_text("mine")
     assert "not empty" in refused(capsys, "export", tmp_path / "run", folder)
-    status, said = run(capsys, "export", tmp_path / "run", folder, "--force", "--dtype", "bf16")
+    status, out, err = run(capsys, "export", tmp_path / "run", folder, "--force", "--dtype", "bf16")
+    said = out + err
     assert status == 0
     assert "mine.md" in said
     assert tree(tmp_path / "exported.old-1")["mine.md"] == b"mine"

@@ -7,30 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from minisft.cli import main
+from tests.command import refused, run
 
 MODELS = Path(__file__).parents[1] / "unit" / "planning" / "models"
 STRATEGIES = ("vanilla", "zero1", "zero2", "zero3")
 
 
-def plan(capsys, *words):
-    status = main(["plan", *map(str, words)])
-    said = capsys.readouterr()
-    return status, said.out, said.err
-
-
-def refused(capsys, *words):
-    status, _, said = plan(capsys, *words)
-    assert status == 2, said
-    assert "Fix: " in said
-    assert "Traceback" not in said
-    return said
-
-
 def test_70b_on_64_gpus_from_its_configuration_alone(capsys, recipe_file):
     begun = time.perf_counter()
     words = (recipe_file, f"model={MODELS / 'llama3-70b'}", "training.gradient_checkpointing=true")
-    status, out, err = plan(capsys, *words, "training.precision=bf16", "--gpu", "h100", "--count", 8, "--nodes", 8)
+    status, out, err = run(
+        capsys, "plan", *words, "training.precision=bf16", "--gpu", "h100", "--count", 8, "--nodes", 8
+    )
     assert status == 0, err
     assert time.perf_counter() - begun < 60
     assert not list(MODELS.rglob("*.safetensors"))
@@ -46,12 +34,12 @@ def test_70b_on_64_gpus_from_its_configuration_alone(capsys, recipe_file):
 
 
 def test_this_machine_with_its_data(capsys, recipe_file):
-    status, out, _ = plan(capsys, recipe_file)
+    status, out, _ = run(capsys, "plan", recipe_file)
     assert status == 0
     assert "8 steps of" in out
     assert "prepared 30 conversations" in out
     assert "choice: vanilla fits" in out
-    status, out, _ = plan(capsys, recipe_file, "--json")
+    status, out, _ = run(capsys, "plan", recipe_file, "--json")
     planned = json.loads(out)
     assert planned["choice"] == "vanilla"
     assert planned["steps"] == 8
@@ -60,7 +48,7 @@ def test_this_machine_with_its_data(capsys, recipe_file):
 
 
 def test_an_artificial_limit(capsys, recipe_file):
-    status, out, _ = plan(capsys, recipe_file, "training.memory_limit_gb=0.1")
+    status, out, _ = run(capsys, "plan", recipe_file, "training.memory_limit_gb=0.1")
     assert status == 0
     assert "nothing fits" in out
     assert "0.1 GB are usable" in out
@@ -82,13 +70,13 @@ def test_an_artificial_limit(capsys, recipe_file):
     ],
 )
 def test_what_cannot_be_planned(capsys, recipe_file, words, said):
-    assert said in refused(capsys, recipe_file, *words)
+    assert said in refused(capsys, "plan", recipe_file, *words)
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"])
 def test_a_configuration_that_lacks_a_field(capsys, recipe_file, tmp_path, field):
     folder = broken(tmp_path, lambda config: config.pop(field))
-    said = refused(capsys, recipe_file, f"model={folder}", "--gpu", "h100")
+    said = refused(capsys, "plan", recipe_file, f"model={folder}", "--gpu", "h100")
     assert f"the field {field} is missing" in said
     assert "config.json" in said
 
@@ -104,13 +92,13 @@ def test_a_configuration_that_lacks_a_field(capsys, recipe_file, tmp_path, field
 )
 def test_a_configuration_that_makes_no_sense(capsys, recipe_file, tmp_path, change, said):
     folder = broken(tmp_path, change)
-    assert said in refused(capsys, recipe_file, f"model={folder}", "--gpu", "h100")
+    assert said in refused(capsys, "plan", recipe_file, f"model={folder}", "--gpu", "h100")
 
 
 def test_a_configuration_that_is_no_json(capsys, recipe_file, tmp_path):
     folder = broken(tmp_path, lambda config: None)
     (folder / "config.json").write_text("{", encoding="utf-8")
-    assert "cannot be read" in refused(capsys, recipe_file, f"model={folder}", "--gpu", "h100")
+    assert "cannot be read" in refused(capsys, "plan", recipe_file, f"model={folder}", "--gpu", "h100")
 
 
 def broken(tmp_path, change):

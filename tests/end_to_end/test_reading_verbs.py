@@ -14,15 +14,8 @@ import pytest
 from minisft.cli import main
 from minisft.console import console
 from minisft.processes import CompletedVerb
+from tests.command import run
 from tests.tiny import write_recipe
-
-
-def minisft(capsys, *words):
-    """The status, stdout and stderr of a verb."""
-    capsys.readouterr()
-    status = main([str(word) for word in words])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 def contents(folder):
@@ -73,19 +66,19 @@ def test_the_fixture_refuses_every_write(read_only):
 
 
 def test_inspect_needs_no_write(read_only, capsys):
-    status, printed, said = minisft(capsys, "inspect", read_only, "--count", "1")
+    status, printed, said = run(capsys, "inspect", read_only, "--count", "1")
     assert status == 0, said
     assert "train row 0" in printed
 
 
 def test_report_of_a_read_only_run_is_written_elsewhere(read_only, tmp_path, capsys):
     before = contents(read_only)
-    status, _, said = minisft(capsys, "report", read_only)
+    status, _, said = run(capsys, "report", read_only)
     assert status == 2
     assert "the report cannot be written there (Read-only file system)" in said
     assert f"minisft report {read_only} --to FOLDER" in said
     for _ in range(2):  # the second time it replaces its own
-        status, printed, said = minisft(capsys, "report", read_only, "--to", tmp_path / "elsewhere")
+        status, printed, said = run(capsys, "report", read_only, "--to", tmp_path / "elsewhere")
         assert status == 0, said
     assert f"written: {tmp_path / 'elsewhere' / 'report.html'}" in printed
     written = {path.name for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
@@ -97,7 +90,7 @@ def test_report_of_a_read_only_run_is_written_elsewhere(read_only, tmp_path, cap
 @pytest.mark.parametrize("verb", ["chat", "export"])
 def test_chat_and_export_only_read_a_run_too(read_only, tmp_path, capsys, verb):
     options = ("--message", "hi", "--max-new-tokens", "2") if verb == "chat" else (tmp_path / "exported",)
-    assert minisft(capsys, verb, read_only, *options)[0] == 0
+    assert run(capsys, verb, read_only, *options)[0] == 0
 
 
 @pytest.mark.parametrize("name", ["report.html", "thesis.tex"])
@@ -105,11 +98,11 @@ def test_a_report_is_not_written_over_other_files(run_folder, tmp_path, capsys, 
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / name).write_text("mine")
-    status, _, said = minisft(capsys, "report", run_folder, "--to", folder)
+    status, _, said = run(capsys, "report", run_folder, "--to", folder)
     assert status == 2
     assert "holds something else than a report" in said
     assert contents(folder) == {name: b"mine"}
-    status, _, said = minisft(capsys, "report", run_folder, "--to", folder / name)
+    status, _, said = run(capsys, "report", run_folder, "--to", folder / name)
     assert status == 2
     assert "this is a file" in said
 
@@ -124,13 +117,13 @@ def test_a_page_of_inspect_replaces_nothing_but_such_a_page(run_folder, tmp_path
     other.write_text("<!doctype html>\n<title>mine</title>\n")
     for path in (recipe, other):
         before = path.read_text()
-        status, _, said = minisft(capsys, "inspect", run_folder, "--html", path)
+        status, _, said = run(capsys, "inspect", run_folder, "--html", path)
         assert status == 2
         assert "is no page that inspect wrote" in said
         assert path.read_text() == before
     monkeypatch.setenv("HOME", str(tmp_path))
     for _ in range(2):
-        assert minisft(capsys, "inspect", run_folder, "--html", "~/rows.html")[0] == 0
+        assert run(capsys, "inspect", run_folder, "--html", "~/rows.html")[0] == 0
     assert "what the model will learn from" in (tmp_path / "rows.html").read_text()
 
 
@@ -146,7 +139,7 @@ def test_a_page_of_inspect_where_there_can_be_none(run_folder, tmp_path, capsys)
             (tmp_path / "closed" / "rows.html", "cannot be written there (Read-only"),
             (tmp_path / ("x" * 300), "cannot be written there"),
         ):
-            status, _, error = minisft(capsys, "inspect", run_folder, "--html", path)
+            status, _, error = run(capsys, "inspect", run_folder, "--html", path)
             assert status == 2
             assert said in error
     finally:
@@ -155,7 +148,7 @@ def test_a_page_of_inspect_where_there_can_be_none(run_folder, tmp_path, capsys)
 
 @pytest.mark.parametrize("count", ["0", "-3", "some"])
 def test_a_count_of_rows_is_at_least_one(run_folder, capsys, count):
-    status, _, said = minisft(capsys, "inspect", run_folder, "--count", count)
+    status, _, said = run(capsys, "inspect", run_folder, "--count", count)
     assert status == 2
     assert "--count: must be" in said
 
@@ -181,7 +174,7 @@ def test_overrides_that_a_verb_does_not_read_are_named(run_folder, tmp_path, tin
         (("chat", recipe, f"output={run_folder}", "seed=1", *message), "seed"),
         (("train", recipe, f"output={tmp_path / 'other'}", "evaluation.limit=1"), None),
     ):
-        status, _, said = minisft(capsys, *words)
+        status, _, said = run(capsys, *words)
         assert status == 0, said
         notes = [line for line in said.splitlines() if line.startswith("note: ") and "does not read" in line]
         assert notes == ([] if unread is None else [f"note: {words[0]} does not read {unread}"])
@@ -203,7 +196,7 @@ def adapters_run(tmp_path_factory, tiny_model, conversations):
 def test_adapters_as_a_model_say_how_to_merge_them(adapters_run, tmp_path, conversations, capsys, verb, part):
     recipe = write_recipe(tmp_path, adapters_run / part, conversations, "{max_steps: 1, precision: fp32}")
     words = (recipe,) if verb != "evaluate" else (adapters_run, f"model={adapters_run / part}")
-    status, _, said = minisft(capsys, verb, *words)
+    status, _, said = run(capsys, verb, *words)
     assert status == 2
     assert "this folder holds LoRA adapters" in said
     assert f"minisft export {adapters_run.resolve()} FOLDER" in said
@@ -211,30 +204,30 @@ def test_adapters_as_a_model_say_how_to_merge_them(adapters_run, tmp_path, conve
 
 def test_adapters_that_are_copied_keep_their_number_format(adapters_run, tmp_path, capsys):
     words = ("export", adapters_run, tmp_path / "exported", "--no-merge")
-    status, _, said = minisft(capsys, *words, "--dtype", "bf16")
+    status, _, said = run(capsys, *words, "--dtype", "bf16")
     assert status == 2
     assert "--no-merge --dtype" in said
     assert not (tmp_path / "exported").exists()
-    assert minisft(capsys, *words)[0] == 0
+    assert run(capsys, *words)[0] == 0
     assert (tmp_path / "exported/adapter_config.json").exists()
 
 
 def test_chat_takes_a_template_for_a_model_without_one(run_folder, tiny_model, tmp_path, capsys):
     message = ("--message", "hi", "--max-new-tokens", "4")
-    status, _, said = minisft(capsys, "chat", tiny_model, *message)
+    status, _, said = run(capsys, "chat", tiny_model, *message)
     assert status == 2
     assert "no chat template of its own" in said
     assert "--template mistral|" in said
     assert "data.template" not in said
-    status, _, said = minisft(capsys, "chat", tiny_model, *message, "--template", "mistrall")
+    status, _, said = run(capsys, "chat", tiny_model, *message, "--template", "mistrall")
     assert status == 2
     assert "minisft: --template: there is no template 'mistrall'" in said
     model = shutil.copytree(run_folder / "model", tmp_path / "bare")
     (model / "chat_template.jinja").rename(tmp_path / "own.jinja")
-    trained = minisft(capsys, "chat", run_folder, *message)
+    trained = run(capsys, "chat", run_folder, *message)
     assert trained[0] == 0
     for template in ("mistral", tmp_path / "own.jinja"):
-        status, printed, said = minisft(capsys, "chat", model, *message, "--template", template)
+        status, printed, said = run(capsys, "chat", model, *message, "--template", template)
         assert status == 0, said
         assert printed == trained[1]
 
@@ -252,7 +245,7 @@ def test_a_comparison_is_whole_at_80_and_at_120_columns(tmp_path, tiny_model, co
     words = ("compare", recipe, "--vary", "training.learning_rate=1e-3,2e-3", "--vary", "training.weight_decay=0.01")
     for width in (80, 120):  # the second time all is done already
         monkeypatch.setattr(console, "width", width)
-        status, printed, said = minisft(capsys, *words)
+        status, printed, said = run(capsys, *words)
         assert status == 0, said
         table = printed[printed.rindex("evaluate, ") if width == 80 else 0 :]
         heads = [line for line in table.splitlines() if "s/step" in line or "test loss" in line]

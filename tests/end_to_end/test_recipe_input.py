@@ -7,30 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minisft.cli import main
+from tests.command import refused, run
 from tests.tiny import write_conversations
 
 DOCS = Path(__file__).parents[2]
 
 
-def run(capsys, *words):
-    status = main([str(word) for word in words])
-    return status, capsys.readouterr()
-
-
-def refused(capsys, *words):
-    status, printed = run(capsys, *words)
-    assert status == 2, printed.err
-    assert printed.err.startswith("minisft: ")
-    assert "Fix: " in printed.err
-    assert len(printed.err) < 2000
-    return printed.err
-
-
 def accepted(capsys, *words):
-    status, printed = run(capsys, *words)
-    assert status == 0, printed.err
-    return printed.out
+    status, out, err = run(capsys, *words)
+    assert status == 0, err
+    return out
 
 
 def ledger(recipe_file):

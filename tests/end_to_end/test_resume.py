@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from minisft.run_folder import RunFolder
-from tests.end_to_end.test_bad_input import refused, run
+from tests.command import refused, run
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer_from_the_start(capsys, 
     assert run(capsys, "train", recipe_file, f"output={whole.root}", long, *constant)[0] == 0
     assert run(capsys, "train", recipe_file, f"output={grown.root}", short, *constant)[0] == 0
     assert "--resume makes it longer" in refused(capsys, "train", recipe_file, f"output={grown.root}", long, *constant)
-    status, said = run(capsys, "train", recipe_file, f"output={grown.root}", long, *constant, "--resume")
+    status, _, said = run(capsys, "train", recipe_file, f"output={grown.root}", long, *constant, "--resume")
     assert status == 0, said
     assert lines(grown) == lines(whole)
     assert (grown.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()

@@ -8,7 +8,7 @@ import torch
 
 from minisft.run_folder import RunFolder
 from minisft.training.optimization import Lion
-from tests.end_to_end.test_bad_input import refused, run
+from tests.command import refused, run
 from tests.tiny import minisft
 
 
@@ -21,7 +21,7 @@ def train(capsys, recipe_file, tmp_path):
     """Train 4 steps in this process with the keys given; return the lines of metrics.jsonl."""
 
     def train_with(name, *words):
-        status, said = run(capsys, "train", recipe_file, f"output={tmp_path / name}", "training.max_steps=4", *words)
+        status, _, said = run(capsys, "train", recipe_file, f"output={tmp_path / name}", "training.max_steps=4", *words)
         assert status == 0, said
         return lines_of(tmp_path / name)
 
@@ -190,7 +190,7 @@ def test_a_run_without_an_end_is_refused_at_once(capsys, recipe_file):
 def test_a_loss_that_is_no_number_names_the_checkpoint_before_it(capsys, recipe_file, tmp_path):
     """A learning rate beyond fp32 spoils the weights in the second step; the first has a checkpoint."""
     words = ["training.learning_rate=1e38", "training.warmup_ratio=0", "training.save_every=1", "training.max_steps=5"]
-    status, said = run(capsys, "train", recipe_file, *words)
+    status, _, said = run(capsys, "train", recipe_file, *words)
     assert status == 2, said
     last = RunFolder(tmp_path / "run").list_checkpoints()[-1].name
     assert f"the checkpoints written before are whole, the last of them {last}" in said
