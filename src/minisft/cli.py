@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft import __version__, api, options
+from minisft import __version__, options
 from minisft.errors import StoppedError, UserError, WorkerError
-from minisft.files import WRITE_ERRNOS, expand_user_path
-from minisft.library_output import escape_library_output
 from minisft.options import Arguments, Verb
-from minisft.text import printable
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
@@ -20,6 +17,13 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can fix it, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    from minisft.files import WRITE_ERRNOS
+    from minisft.library_output import escape_library_output
+    from minisft.text import printable
+
     escape_library_output()
     try:
         return _run(words)
@@ -47,9 +51,6 @@ def _refused(error: OSError) -> UserError:
 
 
 def _run(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
     if words[0] == "--version":
         print(f"minisft {__version__}")
         return 0
@@ -64,14 +65,16 @@ def _run(words: list[str]) -> int:
 
 # --- verbs ------------------------------------------------------------------------------------------------
 
-# Each reads its recipe and prints a line before the API imports what takes seconds.
-
 
 def prepare(arguments: Arguments) -> None:
+    from minisft import api
+
     api.prepare(_load(arguments), force=arguments.force)
 
 
 def inspect(arguments: Arguments) -> None:
+    from minisft import api
+
     api.inspect(
         _recipe_or_run(arguments),
         split=arguments.split,
@@ -85,6 +88,8 @@ def inspect(arguments: Arguments) -> None:
 
 
 def check(arguments: Arguments) -> None:
+    from minisft import api
+
     results = api.check(_load(arguments), quick=arguments.quick, as_json=arguments.json)
     failed = [result for result in results if result.status == "FAILED"]
     if failed:
@@ -96,10 +101,14 @@ def check(arguments: Arguments) -> None:
 
 
 def plan(arguments: Arguments) -> None:
+    from minisft import api
+
     api.plan(_load(arguments), gpu=arguments.gpu, count=arguments.count, nodes=arguments.nodes, as_json=arguments.json)
 
 
 def train(arguments: Arguments) -> None:
+    from minisft import api
+
     try:
         api.train(
             _load(arguments),
@@ -118,10 +127,14 @@ def train(arguments: Arguments) -> None:
 
 
 def evaluate(arguments: Arguments) -> None:
+    from minisft import api
+
     api.evaluate(_recipe_or_run(arguments), follow=arguments.follow, as_json=arguments.json)
 
 
 def compare(arguments: Arguments) -> int:
+    from minisft import api
+
     path, *overrides = arguments.words
     if Path(path).is_file():  # else it is refused
         _announce(arguments, path)
@@ -137,10 +150,15 @@ def compare(arguments: Arguments) -> int:
 
 
 def report(arguments: Arguments) -> None:
+    from minisft import api
+
     api.report(_recipe_or_run(arguments), to=arguments.to)
 
 
 def export(arguments: Arguments) -> None:
+    from minisft import api
+    from minisft.files import expand_user_path
+
     if len(arguments.words) < 2 or "=" in arguments.words[1]:
         raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
     folder = expand_user_path(arguments.words.pop(1), "the folder to write")
@@ -155,6 +173,8 @@ def export(arguments: Arguments) -> None:
 
 
 def chat(arguments: Arguments) -> None:
+    from minisft import api
+
     folder, *overrides = arguments.words
     path, trusted = Path(folder), arguments.trust_remote_code
     if path.suffix in (".yaml", ".yml"):
@@ -181,6 +201,8 @@ def chat(arguments: Arguments) -> None:
 
 
 def demo(arguments: Arguments) -> None:
+    from minisft import api
+
     recipe = api.read_recipe("demo", api.built_in_recipe("demo"), arguments.words)
     _announce(arguments, "", recipe.output)
     api.demo(recipe, force=arguments.force)
@@ -191,6 +213,8 @@ def demo(arguments: Arguments) -> None:
 
 def _load(arguments: Arguments, takes_run: bool = False) -> "Recipe":
     """Read the recipe, or that of the run folder given in its place, with its overrides; say what is done on what."""
+    from minisft import api
+
     path, *overrides = arguments.words
     is_run = takes_run and Path(path).is_dir()
     trusted = getattr(arguments, "trust_remote_code", False)
@@ -209,6 +233,8 @@ def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
     Where stdout is what another program reads, it goes to stderr. Of the processes
     that a launcher started, the first one prints it.
     """
+    from minisft.text import printable
+
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
     for_programs = getattr(arguments, "json", False) or arguments.verb in ("chat", "plan")
