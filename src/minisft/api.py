@@ -1,7 +1,7 @@
-"""The Python API, which the command line calls and nothing else: a function for each verb, and a run as an object.
+"""The Python API: a function for each command, and a run as an object. The command line calls these functions.
 
-Every function prints the lines that its verb prints, and raises `UserError` for what the user can fix. What is heavy
-is imported inside the functions, after the recipe is read, so that a wrong recipe is refused at once.
+Every function prints the lines of its command, and raises `UserError` for a mistake of the user. Heavy libraries are
+imported inside the functions, after the recipe is read, so that a wrong recipe is refused at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,17 +34,17 @@ __all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "load", "not
            "read_recipe", "train"]  # fmt: skip
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
-# Outputs, references and prompts of all held-out answers, in order, to one number for each.
+# Takes outputs, references and prompts of all held-out answers, in order, and returns one number for each.
 Metric = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. Nothing is kept: every attribute reads the folder when it is asked for.
+    """A run folder. Nothing is cached: every attribute reads the folder when it is accessed.
 
     Args:
-        folder: the run folder, a recipe's `output`.
-        trust_remote_code: the caller consents to code that comes with the model; the folder never does.
+        folder: Path of the run folder, the `output` of a recipe.
+        trust_remote_code: Consent to run code that comes with the model; a run folder never consents.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def recipe(self) -> "Recipe":
-        """The resolved recipe. Raises UserError where the folder is no run."""
+        """The resolved recipe. Raises UserError if the folder is not a run."""
         from minisft.run_folder import load_run
 
         return load_run(self.folder, trust_remote_code=self.trust_remote_code)
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def model(self) -> Path | None:
-        """The folder of the final model, for `from_pretrained`; None where training has not ended."""
+        """The folder of the final model, for `from_pretrained`; None if training has not ended."""
         from minisft.run_folder import RunFolder
 
         run = RunFolder(self.folder)
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """The content of evaluation/results.json; None where the run is not evaluated."""
+        """The content of evaluation/results.json; None if the run is not evaluated."""
         from minisft.results import read_results
 
         return read_results(self.folder)
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def ledger(self) -> dict[str, Any]:
-        """The content of dataset/ledger.json: what became of every row and token."""
+        """The content of dataset/ledger.json: the number of rows and tokens that were kept, cut or skipped, and why."""
         return self.data.ledger
 
     def evaluate(
@@ -108,7 +108,7 @@ class Run:
         """Write report.html and results.md into the run folder, or into the folder `to`; return the page's path.
 
         Raises:
-            UserError: the folder is no run, or the report cannot be written.
+            UserError: The folder is not a run, or the report cannot be written.
         """
         return report(self, to=to)[0]
 
@@ -135,19 +135,19 @@ class Run:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> str:
-        """Return the answer of the run's model (its newest checkpoint while it trains); the model is loaded anew.
+        """Return the answer of the run's model, or of its newest checkpoint while it trains; each call loads the model.
 
         Args:
-            message: one message, or a conversation of {"role", "content"} dicts that ends in a user's message.
-            system: the system prompt.
-            template: a template's name or a .jinja file; auto: the one that the run was trained with.
-            max_new_tokens: tokens of the answer at most.
-            temperature: 0 takes the likeliest token, above 0 samples.
-            top_p: when sampling, the share of probability to draw from, above 0 and at most 1.
-            seed: of sampling.
+            message: One message, or a conversation of {"role", "content"} dicts that ends with a message of the user.
+            system: System prompt.
+            template: Name of a template or path of a .jinja file; auto: the template that the run was trained with.
+            max_new_tokens: Maximum number of tokens of the answer.
+            temperature: 0 is greedy decoding, above 0 samples.
+            top_p: Probability mass of nucleus sampling, above 0 and at most 1.
+            seed: Seed of sampling.
 
         Raises:
-            UserError: there is no model yet, an argument is out of its range, or the conversation does not fit.
+            UserError: There is no model yet, an argument is out of range, or the conversation is too long.
         """
         from minisft.chat.single_answer import answer_once
 
@@ -173,13 +173,13 @@ class Run:
 
 
 def load(folder: str | Path, *, trust_remote_code: bool = False) -> Run:
-    """Return the run that a folder holds; `trust_remote_code` consents to code that comes with its model.
+    """Return the run in a folder; `trust_remote_code` consents to run code that comes with its model.
 
     Raises:
-        UserError: the folder is no run folder.
+        UserError: The folder is not a run folder.
     """
     run = Run(expand_user_path(str(folder), "the run folder"), trust_remote_code)
-    run.recipe  # noqa: B018 (it refuses a folder that is no run)
+    run.recipe  # noqa: B018 (it refuses a folder that is not a run)
     return run
 
 
@@ -194,20 +194,20 @@ def prepare(
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> "PreparedData":
-    """Turn conversations into token ids and labels in the folder `dataset` of the run; loads no model weights.
+    """Turn conversations into token ids and labels in the folder `dataset` of the run, without loading weights.
 
     Args:
-        recipe: a recipe's path, a `Recipe`, or None with `model`, `data` and `output` in its place.
-        overrides: values of other keys by dotted key, such as {"data.max_length": 512}.
-        model: as the recipe's key `model`.
-        data: rows (dicts or a `datasets.Dataset`), or what the recipe's key `data.source` takes.
-        test: held-out rows of one's own, in the forms of `data`.
-        output: the run folder to write.
-        force: replace the run that the folder holds.
-        trust_remote_code: let code that comes with the model run.
+        recipe: Path of a recipe, a `Recipe`, or None with `model`, `data` and `output` in its place.
+        overrides: Values of other keys of the recipe by dotted key, such as {"data.max_length": 512}.
+        model: Value of the recipe's key `model`.
+        data: Rows (dicts or a `datasets.Dataset`), or a value of the recipe's key `data.source`.
+        test: Held-out rows, in the same forms as `data`; None: a part of `data` is held out.
+        output: Path of the run folder to write.
+        force: Replace the run in the folder.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: the recipe, the data or the folder cannot be used.
+        UserError: The recipe, the data or the folder cannot be used.
     """
     found = _recipe("prepare", recipe, overrides, trust_remote_code, model, data, test, output)
     from minisft.data.prepared_data import PreparedData
@@ -240,28 +240,28 @@ def train(
     callbacks: Sequence["TrainerCallback"] = (),
     trust_remote_code: bool = False,
 ) -> Run:
-    """Train a recipe, and prepare its data first where that is not done.
+    """Train a recipe; its data is prepared first if that has not been done.
 
     Args:
-        recipe: a recipe's path, a `Recipe`, or None with `model`, `data` and `output` in its place.
-        overrides: values of other keys by dotted key, such as {"training.epochs": 3}.
-        model: as the recipe's key `model`.
-        data: rows (dicts or a `datasets.Dataset`), or what the recipe's key `data.source` takes.
-        test: held-out rows of one's own, in the forms of `data`.
-        output: the run folder to write.
-        resume: go on from the newest whole checkpoint.
-        force: replace the run that the folder holds; it stays until the new one has taken its first step.
-        dry_run: make every check and write nothing.
-        nodes: machines that train together.
-        node_rank: which of them this is, from 0.
+        recipe: Path of a recipe, a `Recipe`, or None with `model`, `data` and `output` in its place.
+        overrides: Values of other keys of the recipe by dotted key, such as {"training.epochs": 3}.
+        model: Value of the recipe's key `model`.
+        data: Rows (dicts or a `datasets.Dataset`), or a value of the recipe's key `data.source`.
+        test: Held-out rows, in the same forms as `data`; None: a part of `data` is held out.
+        output: Path of the run folder to write.
+        resume: Resume from the newest complete checkpoint.
+        force: Replace the run in the folder; it is kept until the new one has taken its first step.
+        dry_run: Make every check and write nothing.
+        nodes: Number of machines that train together.
+        node_rank: Rank of this machine, from 0.
         rendezvous: HOST:PORT of machine 0.
-        callbacks: of transformers' Trainer; in a run of one process without ZeRO only.
-        trust_remote_code: let code that comes with the model run.
+        callbacks: Callbacks of transformers' Trainer; only for one process without ZeRO.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: what is asked for cannot be done.
-        StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
-        WorkerError: a process of the run failed or was killed.
+        UserError: The recipe, the data, the model or the machine does not allow it.
+        StoppedError: SIGINT or SIGTERM was received, and a checkpoint was written.
+        WorkerError: A process of the run failed or was killed.
     """
     found = _recipe("train", recipe, overrides, trust_remote_code, model, data, test, output)
     from minisft.training.distributed import adopt_slurm, is_joined
@@ -271,18 +271,18 @@ def train(
     machines = parse_nodes(nodes, node_rank, rendezvous)
     run = Run(Path(found.output), found.trust_remote_code)
     if callbacks and (machines or is_joined() or found.training.processes > 1 or found.training.strategy != "vanilla"):
-        problem = "callbacks live in this process, and cannot be sent to the processes that train here"
+        problem = "callbacks exist only in this process, and cannot be sent to the processes that train"
         fix = "leave them out, or train with training.strategy vanilla and training.processes 1 on one machine"
         raise UserError("callbacks", problem, fix)
     if machines is not None and found.training.strategy == "auto":
         named = recipe if isinstance(recipe, str | Path) else "RECIPE"
-        fix = f"name a strategy; `minisft plan {named} --nodes {machines.count}` says which"
-        raise UserError("training.strategy", "auto tries strategies on one machine alone", fix)
+        fix = f"name a strategy; `minisft plan {named} --nodes {machines.count}` says which one"
+        raise UserError("training.strategy", "auto tries strategies on a single machine only", fix)
     if dry_run:
         dry_run_training(found, force=force, resume=resume, nodes=machines)
     elif is_joined():
         if machines is not None:
-            raise UserError("--nodes", "another launcher started this process", "leave the machines to it")
+            raise UserError("--nodes", "another launcher started this process", "leave it out")
         train_in_launched_process(found, force=force, resume=resume)
     elif machines is not None and machines.rank > 0:
         train_secondary_node(found, machines, resume=resume)
@@ -304,22 +304,22 @@ def evaluate(
     metrics: Mapping[str, Metric] | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Generate with and score the base model and every checkpoint of a run; what is known is not computed again.
+    """Generate with and score the base model and every checkpoint of a run; cached results are not computed again.
 
     Args:
-        run: a `Run`, a run folder, a recipe's path or a `Recipe`.
-        overrides: values of the recipe's evaluation by dotted key.
-        follow: score checkpoints as a training run writes them.
-        as_json: print the results as JSON in place of the table.
-        metrics: functions of one's own by name: f(outputs, references, prompts) -> one number for each answer. Their
-            means and 95 % bootstrap intervals stand under `custom` of each model in the results.
-        trust_remote_code: let code that comes with the model run.
+        run: A `Run`, the path of a run folder or of a recipe, or a `Recipe`.
+        overrides: Values of the recipe's section `evaluation` by dotted key.
+        follow: Score checkpoints while a training run writes them.
+        as_json: Print the results as JSON in place of the table.
+        metrics: Your own metrics by name: f(outputs, references, prompts) returns one number for each answer. Their
+            means and 95 % bootstrap intervals are in `custom` of each model in the results.
+        trust_remote_code: Run code that comes with the model.
 
     Returns:
         The content of evaluation/results.json. BLEU and chrF go from 0 to 100, losses are in nats per token.
 
     Raises:
-        UserError: there is nothing to score, a metric failed, or a checkpoint is damaged (all others are scored).
+        UserError: There is nothing to score, a metric failed, or a checkpoint is damaged (all others are scored).
     """
     found = _recipe_or_run("evaluate", run, overrides, trust_remote_code)
     return _evaluate(found, follow=follow, as_json=as_json, metrics=metrics)
@@ -339,17 +339,17 @@ def export(
     """Write a run's model into `folder` for other tools; return that folder.
 
     Args:
-        run: a `Run`, a run folder, a recipe's path or a `Recipe`.
-        folder: new or empty, unless `force` replaces the exported model that it holds.
-        overrides: values of the recipe by dotted key.
-        checkpoint: a checkpoint's name, or "best"; None: the final model.
-        merge: add adapters to the base model's matrices; False copies them as they are.
-        dtype: "fp32", "bf16" or "fp16"; None: as trained.
-        force: replace the model that an earlier export wrote there.
-        trust_remote_code: let code that comes with the model run.
+        run: A `Run`, the path of a run folder or of a recipe, or a `Recipe`.
+        folder: Path of a new or empty folder, or with `force` of an earlier export.
+        overrides: Values of the recipe by dotted key.
+        checkpoint: Name of a checkpoint, or "best"; None: the final model.
+        merge: Add adapters to the weights of the base model; False copies them without merging.
+        dtype: Number format of the weights: "fp32", "bf16" or "fp16"; None: unchanged.
+        force: Replace the model that an earlier export wrote there.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: there is no such checkpoint, the folder is in use, or the base model is not the run's.
+        UserError: There is no such checkpoint, the folder is in use, or the base model is not the run's.
     """
     target = expand_user_path(str(folder), "the folder to write")
     found = _recipe_or_run("export", run, overrides, trust_remote_code)
@@ -377,23 +377,23 @@ def plan(
     as_json: bool = False,
     trust_remote_code: bool = False,
 ) -> "Plan":
-    """Predict memory and time of every strategy, and choose one, before anything is spent.
+    """Predict memory and time of every strategy, and choose one, before anything is trained.
 
     Args:
-        recipe: as for `train`, and so `overrides`, `model`, `data`, `test`, `output` and `trust_remote_code`.
-        overrides: values of other keys by dotted key.
-        model: as the recipe's key `model`.
-        data: rows, or what the recipe's key `data.source` takes.
-        test: held-out rows of one's own.
-        output: the run folder.
+        recipe: Path of a recipe, a `Recipe`, or None with `model`, `data` and `output` in its place.
+        overrides: Values of other keys of the recipe by dotted key.
+        model: Value of the recipe's key `model`.
+        data: Rows, or a value of the recipe's key `data.source`.
+        test: Held-out rows, in the same forms as `data`.
+        output: Path of the run folder.
         gpu: "h100", "a100", "l40s", "4090" or "cpu"; None: this machine.
-        count: GPUs or processes of a node; None: the recipe's `training.processes`.
-        nodes: machines.
-        as_json: print everything as JSON in place of tables.
-        trust_remote_code: let code that comes with the model run.
+        count: Number of GPUs or processes of a node; None: the recipe's `training.processes`.
+        nodes: Number of machines.
+        as_json: Print everything as JSON in place of tables.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: no such machine, an impossible count, or a model's configuration that cannot be used.
+        UserError: The machine or the count is impossible, or the configuration of the model cannot be used.
     """
     found = _recipe("plan", recipe, overrides, trust_remote_code, model, data, test, output)
     from minisft.planning.plan_table import plan_as_json, show_plan
@@ -419,24 +419,24 @@ def check(
     as_json: bool = False,
     trust_remote_code: bool = False,
 ) -> "list[Result]":
-    """Prove, on this recipe, model and machine, that training does what it promises; write check.json.
+    """Check on this recipe, model and machine that training keeps its promises; write check.json.
 
     Args:
-        recipe: as for `train`, and so `overrides`, `model`, `data`, `test`, `output` and `trust_remote_code`.
-        overrides: values of other keys by dotted key.
-        model: as the recipe's key `model`.
-        data: rows, or what the recipe's key `data.source` takes.
-        test: held-out rows of one's own.
-        output: the run folder.
-        quick: leave out what needs the model's weights.
-        as_json: print check.json in place of a table.
-        trust_remote_code: let code that comes with the model run.
+        recipe: Path of a recipe, a `Recipe`, or None with `model`, `data` and `output` in its place.
+        overrides: Values of other keys of the recipe by dotted key.
+        model: Value of the recipe's key `model`.
+        data: Rows, or a value of the recipe's key `data.source`.
+        test: Held-out rows, in the same forms as `data`.
+        output: Path of the run folder.
+        quick: Leave out the checks that need the weights of the model.
+        as_json: Print check.json in place of a table.
+        trust_remote_code: Run code that comes with the model.
 
     Returns:
         One result for each check; its `status` is "FAILED" where a promise does not hold, which raises nothing here.
 
     Raises:
-        UserError: the checks cannot be made.
+        UserError: The checks cannot be made.
     """
     found = _recipe("check", recipe, overrides, trust_remote_code, model, data, test, output)
     from minisft.console import say
@@ -465,7 +465,7 @@ def check(
     return results
 
 
-# --- the other verbs of the command line -------------------------------------------------------------------
+# --- the other verbs of the command line ------------------------------------------------------------------
 
 
 def inspect(
@@ -481,7 +481,7 @@ def inspect(
     html: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> "list[InspectedRow]":
-    """Show rows with their tokens coloured by supervised or not; prepare the data where that is not done."""
+    """Show rows with supervised tokens coloured; the data is prepared first if that has not been done."""
     found = _recipe_or_run("inspect", run, overrides, trust_remote_code)
     from minisft.data.inspect import inspect as show_rows
     from minisft.run_folder import RunFolder, is_same_run
@@ -543,7 +543,7 @@ def report(
     except OSError as error:
         if error.errno not in WRITE_ERRNOS:
             raise
-        fix = "make room there, or see to the permissions"
+        fix = "free some space there, or change the permissions"
         if target is None:
             fix = f"write the report elsewhere: minisft report {output} --to FOLDER"
         problem = f"the report cannot be written there ({error.strerror})"
@@ -554,7 +554,7 @@ def report(
 
 
 def chat(folder: str | Path, **options: Any) -> None:
-    """Talk in the terminal to the model of a run or of any model folder; options as `chat.terminal.chat` has them."""
+    """Chat in the terminal with the model of a run or of a model folder; for the options see `chat.terminal.chat`."""
     set_library_environment()
     from minisft.chat.terminal import chat as start_chat
 
@@ -562,14 +562,14 @@ def chat(folder: str | Path, **options: Any) -> None:
 
 
 def demo(recipe: "Recipe", *, force: bool = False) -> None:
-    """Train, score and show the built-in recipe; what is done already is not done again."""
+    """Train and score the built-in recipe and show the results; finished work is not repeated."""
     from minisft.console import say
     from minisft.demo import show_demo
     from minisft.run_folder import RunFolder, is_same_run
 
     run = RunFolder(Path(recipe.output))
     if not force and is_same_run(run, recipe) and run.is_trained():
-        say(f"{run.root} is trained already; `minisft demo --force` trains it anew.")
+        say(f"{run.root} is trained already; `minisft demo --force` trains it again.")
     else:
         resume = not force and is_same_run(run, recipe) and run.has_begun()
         train_run(recipe, force=force, resume=resume)
@@ -577,7 +577,7 @@ def demo(recipe: "Recipe", *, force: bool = False) -> None:
 
 
 def leave_launched_process() -> None:
-    """End this process at once where a launcher started it: its libraries may wait for others at a normal end."""
+    """End this process at once if a launcher started it: at a normal exit its libraries may wait for others."""
     from minisft.processes import hard_exit
     from minisft.training.distributed import is_joined
 
@@ -585,7 +585,7 @@ def leave_launched_process() -> None:
         hard_exit(0)
 
 
-# --- what they share ---------------------------------------------------------------------------------------
+# --- shared by the functions above ------------------------------------------------------------------------
 
 
 def _recipe(
@@ -598,7 +598,7 @@ def _recipe(
     test: Any,
     output: Any,
 ) -> "Recipe":
-    """Return the recipe that the arguments of a function name, in either of the two ways."""
+    """Return the recipe from the arguments of a function: a recipe, or model, data and output."""
     set_library_environment()
     keys: dict[str, Any] = {"model": model, "data": data, "test": test, "output": output}
     given = [name for name, value in keys.items() if value is not None]
@@ -642,7 +642,7 @@ def _read(verb: str, recipe: Any, overrides: Overrides, trust_remote_code: bool,
     if isinstance(recipe, Recipe):
         return change_recipe(verb, recipe, overrides, trust_remote_code=trust_remote_code)
     if not isinstance(recipe, str | Path):
-        problem = f"a value of the type {type(recipe).__name__} names no recipe"
+        problem = f"a value of the type {type(recipe).__name__} is not a recipe"
         raise UserError(f"minisft.{verb}", problem, "give the path of a recipe, or a Recipe")
     path = expand_user_path(str(recipe), "the recipe")
     return read_recipe(verb, path, overrides, trust_remote_code=trust_remote_code, takes_run=takes_run)
@@ -656,7 +656,7 @@ def _evaluate(
     metrics: Mapping[str, Metric] | None = None,
     shown: Callable[[Path], object] | None = None,
 ) -> dict[str, Any]:
-    """Score the run, call `shown` with its folder, and only then refuse checkpoints that are damaged."""
+    """Score the run, call `shown` with its folder, and then refuse checkpoints that are damaged."""
     from minisft.evaluation.run_evaluation import evaluate as score_checkpoints
     from minisft.evaluation.run_evaluation import require_all_scored
     from minisft.report.plots import draw_curves

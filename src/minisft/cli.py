@@ -1,4 +1,4 @@
-"""The command line: one function a verb. What is heavy is imported inside them, so that --help is instant."""
+"""The command line: one function for each command. They import the API when they are called, so that --help is fast."""
 
 import os
 import sys
@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refused(error: OSError) -> UserError:
-    """Say what the file system did not let us do: Arrow's errors name no file, but have the reason in their text."""
+    """Return the error of a refused write; Arrow's errors name no file, but have the reason in their text."""
     where = error.filename or "writing"
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return UserError(where, f"the file system refused: {reason}", "make room, or see to the permissions; then go on")
+    fix = "free some space, or change the permissions, and run the command again"
+    return UserError(where, f"the file system refused: {reason}", fix)
 
 
 def _run(words: list[str]) -> int:
@@ -208,11 +209,11 @@ def demo(arguments: Arguments) -> None:
     api.demo(recipe, force=arguments.force)
 
 
-# --- what verbs share -------------------------------------------------------------------------------------
+# --- shared by the commands -------------------------------------------------------------------------------
 
 
 def _load(arguments: Arguments, takes_run: bool = False) -> "Recipe":
-    """Read the recipe, or that of the run folder given in its place, with its overrides; say what is done on what."""
+    """Read the recipe, or that of the run folder given in its place, with its overrides; announce the command."""
     from minisft import api
 
     path, *overrides = arguments.words
@@ -228,9 +229,9 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
 
 
 def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
-    """Print what is done on what, before anything heavy is imported, which takes several seconds.
+    """Print the command and its subject before heavy libraries are imported, which takes several seconds.
 
-    Where stdout is what another program reads, it goes to stderr. Of the processes
+    If stdout is for another program, the line goes to stderr. Of the processes
     that a launcher started, the first one prints it.
     """
     from minisft.text import printable
@@ -242,7 +243,7 @@ def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
     print(printable(line), file=sys.stderr if for_programs else sys.stdout, flush=True)
 
 
-# --- the table of verbs ----------------------------------------------------------------------------------
+# --- the table of verbs -----------------------------------------------------------------------------------
 
 
 VERBS = {

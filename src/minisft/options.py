@@ -1,4 +1,4 @@
-"""A verb's parser, and the options of each verb; what they do stands in `cli`."""
+"""The parser and the options of each command; `cli` has the functions that the commands call."""
 
 import argparse
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from minisft.errors import UserError
 
 Arguments = argparse.Namespace
 
-_WORDS_HELP = "then keys of the recipe to change, such as training.epochs=3"
+_WORDS_HELP = "followed by keys of the recipe to change, such as training.epochs=3"
 
 
 class Verb:
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def trust(parser: Parser) -> None:
-    problem = "let code that comes with the model run; a run's own recipe never says so for you"
+    problem = "run code that comes with the model; the recipe of a run folder never consents for you"
     parser.add_argument("--trust-remote-code", action="store_true", help=problem)
 
 
@@ -59,26 +59,30 @@ def inspect(parser: Parser) -> None:
     parser.add_argument("--split", "--side", choices=("train", "test"), default="train", help="which split to show")
     parser.add_argument("--row", type=int, action="append", default=[], metavar="N", help="a row by number; repeatable")
     parser.add_argument("--id", action="append", default=[], metavar="ID", help="a conversation by id; repeatable")
-    parser.add_argument("--worst", choices=("length", "cut", "share"), help="the rows worst in this")
-    parser.add_argument("--findings", action="store_true", help="only rows of which something was found")
-    parser.add_argument("--count", type=_at_least_1, default=3, metavar="N", help="how many rows (default 3)")
+    parser.add_argument(
+        "--worst", choices=("length", "cut", "share"), help="show the rows with the highest value of this"
+    )
+    parser.add_argument("--findings", action="store_true", help="only rows with findings, such as repaired or cut ones")
+    parser.add_argument("--count", type=_at_least_1, default=3, metavar="N", help="number of rows (default 3)")
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
 
 
 def check(parser: Parser) -> None:
-    parser.add_argument("--quick", action="store_true", help="only what needs no weights; takes seconds")
+    parser.add_argument("--quick", action="store_true", help="only the checks that need no weights; takes seconds")
     parser.add_argument("--json", action="store_true", help="print check.json instead of a table")
 
 
 def plan(parser: Parser) -> None:
     parser.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, 4090 or cpu; default: this machine")
-    parser.add_argument("--count", type=int, metavar="N", help="of a node; default: training.processes")
-    parser.add_argument("--nodes", type=int, default=1, metavar="M", help="machines (default 1)")
+    parser.add_argument(
+        "--count", type=int, metavar="N", help="GPUs or processes of a machine; default: training.processes"
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="M", help="number of machines (default 1)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
 
 
 def report(parser: Parser) -> None:
-    parser.add_argument("--to", metavar="FOLDER", help="write it there, and nothing into the run")
+    parser.add_argument("--to", metavar="FOLDER", help="folder to write to, in place of the run folder")
 
 
 def chat(parser: Parser) -> None:
@@ -87,26 +91,36 @@ def chat(parser: Parser) -> None:
         help="mistral, mistral-v1, mistral-v3, chatml, llama3, zephyr or a .jinja file; default: the model's own",
     )  # fmt: skip
     parser.add_argument("--message", metavar="TEXT", help="print the answer to this message and end")
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (default 1.0)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="maximum length of an answer (default 512)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy decoding"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="probability mass of nucleus sampling (default 1.0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (default 0)")
 
 
 def evaluate(parser: Parser) -> None:
-    parser.add_argument("--follow", action="store_true", help="score checkpoints as a training run writes them")
+    parser.add_argument("--follow", action="store_true", help="score checkpoints while a training run writes them")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
 def compare(parser: Parser) -> None:
-    parser.add_argument("--strategies", metavar="A,B", help="of training; default: all, unless --vary is given")
+    parser.add_argument(
+        "--strategies", metavar="A,B", help="strategies to compare; default: all, unless --vary is given"
+    )
     parser.add_argument(
         "--vary", action="append", default=[], metavar="KEY=V1,V2", help="a key and its values; repeatable"
     )
     parser.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="train only")
     parser.add_argument(
-        "--force", action="store_true", help="begin the variants anew; each run stays until its successor's first step"
+        "--force",
+        action="store_true",
+        help="train the variants again; each earlier run is kept until the first step of the new one",
     )
 
 
@@ -116,9 +130,11 @@ def export(parser: Parser) -> None:
         "--merge",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="add adapters to the base model's matrices (default), or copy them as they are",
+        help="add adapters to the weights of the base model (default), or copy them without merging",
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as trained")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="number format of the weights; default: unchanged"
+    )
     parser.add_argument("--force", action="store_true", help="replace the model that an earlier export wrote there")
 
 
@@ -126,7 +142,7 @@ def force(parser: Parser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace the run that the output folder holds; it stays until the new one has taken its first step",
+        help="replace the run in the output folder; it is kept until the new one has taken its first step",
     )
 
 
@@ -134,7 +150,7 @@ def resume(parser: Parser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest whole checkpoint, with more epochs or steps where the learning rate is constant",
+        help="resume from the newest complete checkpoint; with a constant learning rate also for more epochs or steps",
     )
 
 
@@ -145,6 +161,8 @@ def dry_run(parser: Parser) -> None:
 
 
 def machines(parser: Parser) -> None:
-    parser.add_argument("--nodes", type=int, default=1, metavar="M", help="machines that train together (default 1)")
-    parser.add_argument("--node-rank", type=int, metavar="R", help="which of them this is, from 0")
-    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="of machine 0, where they meet; the same on all")
+    parser.add_argument(
+        "--nodes", type=int, default=1, metavar="M", help="number of machines that train together (default 1)"
+    )
+    parser.add_argument("--node-rank", type=int, metavar="R", help="rank of this machine, from 0")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="address of machine 0, the same on all machines")

@@ -306,7 +306,7 @@ def _apply_override(tree: Node, override: Override) -> None:
     if isinstance(override, str):
         dotted, separator, text = override.partition("=")
         if not separator or not dotted:
-            raise UserError(override, "is no override", "write key=value, such as training.epochs=3")
+            raise UserError(override, "is not an override", "write key=value, such as training.epochs=3")
         try:
             node = parse(text, f"the command line: {dotted}", lines=False)
         except NotYamlError:

@@ -1,6 +1,6 @@
-"""Which recipe a verb or a function of the API works on: read, changed by overrides, with the consent that counts.
+"""The recipe of a command or of an API call: read, changed by overrides, with the user's consent to remote code.
 
-A run folder, and a recipe that came with one, may be a stranger's: neither consents to a model's own code.
+A run folder, and a recipe inside one, may be untrusted: neither consents to code that comes with the model.
 """
 
 import os
@@ -15,7 +15,7 @@ from minisft.text import printable
 if TYPE_CHECKING:
     from minisft.recipe import Override, Recipe
 
-# The keys of the recipe that a verb reads, or whose section it reads; a verb that is not here reads all.
+# The keys and sections of the recipe that a command reads; a command that is not listed reads all.
 _READ = {
     "prepare": ("model", "output", "seed", "trust_remote_code", "data"),
     "inspect": ("model", "output", "seed", "trust_remote_code", "data"),
@@ -41,14 +41,14 @@ def read_recipe(
     """Read a recipe file, or the recipe of a run folder, with the overrides that the verb reads.
 
     Args:
-        verb: whose keys count; overrides of other keys are checked, named on stderr, and change nothing.
-        path: of a recipe or, with `takes_run`, of a run folder.
-        overrides: values by dotted key, or `key=value` words.
-        trust_remote_code: the user consents to the model's own code.
-        takes_run: whether the path may be that of a run folder.
+        verb: Command; overrides of keys that it does not read are checked, named on stderr, and ignored.
+        path: Path of a recipe or, with `takes_run`, of a run folder.
+        overrides: Values by dotted key, or `key=value` words.
+        trust_remote_code: Consent of the user to code that comes with the model.
+        takes_run: Whether the path may be that of a run folder.
 
     Raises:
-        UserError: the recipe cannot be read, or an override does not fit it.
+        UserError: The recipe cannot be read, or an override does not fit it.
     """
     from minisft.recipe import load_recipe, override_key
     from minisft.run_folder import DISTRUST_OVERRIDE, TRUST_OVERRIDE, came_with_run, load_run, run_of_recipe
@@ -75,7 +75,7 @@ def change_recipe(
     """Change keys of a recipe that was read before, as `read_recipe` does.
 
     Raises:
-        UserError: an override does not fit the recipe.
+        UserError: An override does not fit the recipe.
     """
     from minisft.recipe import make_recipe
     from minisft.run_folder import TRUST_OVERRIDE
@@ -88,10 +88,10 @@ def change_recipe(
 
 
 def as_overrides(overrides: Mapping[str, Any] | Sequence[str] | None) -> list["Override"]:
-    """Return overrides as a list, whatever form they were given in.
+    """Return overrides as a list, from either form.
 
     Raises:
-        UserError: they are neither values by dotted key nor words.
+        UserError: They are neither values by dotted key nor words.
     """
     if overrides is None:
         return []
@@ -103,14 +103,14 @@ def as_overrides(overrides: Mapping[str, Any] | Sequence[str] | None) -> list["O
         wrong = [word for word in listed if not isinstance(word, str)]
     if wrong or isinstance(overrides, str | bytes):
         where = wrong[0] if wrong else overrides
-        raise UserError(repr(where), "is no override", 'give a dict such as {"training.epochs": 3}')
+        raise UserError(repr(where), "is not an override", 'give a dict such as {"training.epochs": 3}')
     return listed
 
 
 def _without_unread(
     verb: str, overrides: list["Override"], load: Callable[[Sequence["Override"]], "Recipe"], is_folder: bool
 ) -> "Recipe":
-    """Load a recipe with the overrides that the verb reads; the others are checked and named, and change nothing."""
+    """Load a recipe with the overrides that the command reads; the others are checked, named and ignored."""
     recipe = load(overrides)
     unread = _unread(verb, overrides, is_folder=is_folder)
     if not unread:
@@ -118,12 +118,12 @@ def _without_unread(
     note_unread(verb, unread)
     try:
         return load([override for override in overrides if override not in unread])
-    except UserError:  # such as an `eval_every` of the file, beside which the data's overrides are impossible
+    except UserError:  # for example, an `eval_every` in the file that is incompatible with the overrides of the data
         return recipe
 
 
 def _unread(verb: str, overrides: Sequence["Override"], is_folder: bool) -> list["Override"]:
-    """The overrides that change nothing that the verb reads; the output of a folder is the folder itself."""
+    """Return the overrides of keys that the command does not read; the output of a run folder is the folder itself."""
     from minisft.recipe import override_key
 
     if verb not in _READ:
@@ -134,7 +134,7 @@ def _unread(verb: str, overrides: Sequence["Override"], is_folder: bool) -> list
 
 
 def note_unread(verb: str, overrides: Sequence["Override"]) -> None:
-    """Name the overrides that a verb does not read, on stderr."""
+    """Print the keys of overrides that a command does not read, on stderr."""
     from minisft.recipe import override_key
 
     keys = ", ".join(map(override_key, overrides))
@@ -155,5 +155,5 @@ def built_in_recipe(name: str) -> Path:
 
 
 def set_library_environment() -> None:
-    """Set what libraries read when they are imported; DeepSpeed's level, where peft or accelerate imports it."""
+    """Set the environment variables that libraries read when they are imported, such as the log level of DeepSpeed."""
     os.environ.setdefault("DS_LOG_LEVEL", "error")

@@ -1,6 +1,6 @@
-"""From a recipe to a prepared and a trained run folder, as several verbs need it.
+"""From a recipe to a prepared and a trained run folder, for several commands.
 
-What is heavy is imported inside the functions, so that `minisft --help` is instant.
+Heavy libraries are imported inside the functions, so that `minisft --help` is fast.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None = None) -> Path:
-    """Prepare the data where that is not done; return the base model's folder.
+    """Prepare the data if that has not been done; return the folder of the base model.
 
     Args:
-        recipe: the recipe; its `output` is the folder to prepare in.
-        with_weights: find the model's weights too, and remember which they are.
-        output: how messages name the folder, where the run is going to have another name.
+        recipe: Recipe; its `output` is the folder to prepare in.
+        with_weights: Resolve the weights of the model too, and record their fingerprint.
+        output: Path to print in messages, if the run will be renamed to it.
     """
     from minisft.console import row_progress, say
     from minisft.data.inspect import write_preview
@@ -61,8 +61,8 @@ def train_run(
     `callbacks` join the Trainer of a run that takes place in this process.
 
     Raises:
-        UserError: what is asked for cannot be done.
-        StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
+        UserError: The recipe, the data, the model or the machine does not allow it.
+        StoppedError: SIGINT or SIGTERM was received, and a checkpoint was written.
     """
     from minisft.data.sources import require_sources
     from minisft.models import resolve_model

@@ -125,7 +125,7 @@ def test_a_checkpoint_that_cannot_be_resumed_from_is_named(tmp_path, tiny_model,
     said = capsys.readouterr().err
     assert "checkpoint-2" in said
     assert name in said
-    assert "restore the file, or train anew" in said
+    assert "restore the file, or train again" in said
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "train"])

@@ -137,7 +137,7 @@ def test_one_host_that_is_asked_to_stop_saves_and_ends_both(tmp_path, tiny_model
             for process in (first, second):
                 process.kill()
         assert [first.returncode, second.returncode] == [1, 1], ended
-        assert all("--resume goes on from there" in said for said in ended)
+        assert all("--resume continues from it" in said for said in ended)
         for said, status in train_on(hosts, recipes["stopped"], *more, "--resume"):
             assert status == 0, said
     whole, stopped = (load_file(tmp_path / name / "run/model/model.safetensors") for name in ("whole", "stopped"))

@@ -72,7 +72,7 @@ def test_an_earlier_checkpoint_is_offered(damage):
         shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-2"))
         empty(checkpoint / "optimizer.pt")
 
-    assert "remove checkpoint-4: --resume then goes on from checkpoint-2" in damage(spoil)
+    assert "remove checkpoint-4: --resume then continues from checkpoint-2" in damage(spoil)
 
 
 def as_zero(checkpoint, shards=2):

@@ -291,7 +291,7 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(vanilla, tmp_p
     assert done.returncode == 2
     assert "step 1: the loss is nan; rows of the step: " in done.stderr
     assert "no checkpoint was written yet" in done.stderr
-    assert "are whole" not in done.stderr
+    assert "are complete" not in done.stderr
     assert "talk-" in done.stderr
     assert not RunFolder(tmp_path / "run").list_checkpoints()
 

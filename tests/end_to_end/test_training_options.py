@@ -193,5 +193,5 @@ def test_a_loss_that_is_no_number_names_the_checkpoint_before_it(capsys, recipe_
     status, _, said = run(capsys, "train", recipe_file, *words)
     assert status == 2, said
     last = RunFolder(tmp_path / "run").list_checkpoints()[-1].name
-    assert f"the checkpoints written before are whole, the last of them {last}" in said
+    assert f"the checkpoints written before are complete, the last of them {last}" in said
     assert "that makes another run, which needs --force" in said

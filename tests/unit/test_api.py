@@ -94,8 +94,8 @@ def test_an_override_of_python_equals_the_word_of_the_command_line(recipe_file):
         ({"training.learning_rate": float("nan")}, "does not fit"),
         ({"training.report_to": {1, 2}}, "a value of the type set fits no key"),
         ({"data.test": {1: "x"}}, "the key 1 is not text"),
-        ({3: 4}, "is no override"),
-        ("training.epochs=3", "is no override"),
+        ({3: 4}, "is not an override"),
+        ("training.epochs=3", "is not an override"),
     ],
 )
 def test_a_wrong_override_is_refused_and_named(recipe_file, overrides, problem):
@@ -115,7 +115,7 @@ def test_an_override_that_holds_itself_is_refused(recipe_file):
     [
         (dict(model="m"), "no recipe is given, nor `data`, `output`"),
         (dict(recipe="r.yaml", model="m"), "a recipe is given, and `model` too"),
-        (dict(recipe=5), "a value of the type int names no recipe"),
+        (dict(recipe=5), "a value of the type int is not a recipe"),
         (dict(recipe="absent.yaml"), "there is no such recipe"),
     ],
 )

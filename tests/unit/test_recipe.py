@@ -83,7 +83,7 @@ def test_overrides_win_and_make_sections(tmp_path):
         (GOOD, ("evaluation.metrics=[]",), r"evaluation.metrics: the list is empty.*bleu"),
         ("model: !own x\noutput: o\ndata: {source: d}\n", (), r"recipe.yaml:1: this value cannot be read"),
         ("model: m\noutput: 2024-13-45\ndata: {source: d}\n", (), r"recipe.yaml:2: this value cannot be read.*quotes"),
-        (GOOD, ("epochs",), r"epochs: is no override"),
+        (GOOD, ("epochs",), r"epochs: is not an override"),
         (GOOD, ("training.offload=optimizer",), r"training.offload: vanilla keeps everything.*use a ZeRO stage"),
         (GOOD, ("training.offload=parameters", "training.strategy=zero2"), r"training.offload: zero2 keeps complete"),
         (GOOD, ("training.offload=optimizer", "training.strategy=auto"), r"training.offload: auto chooses"),

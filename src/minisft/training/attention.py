@@ -1,13 +1,13 @@
-"""Attention over a padding-free row: causal, within each conversation alone, by a GPU kernel where one is verified.
+"""Attention over a padding-free row: causal within each conversation, by a GPU kernel if one is verified.
 
 Without a mask, transformers would build a dense block-diagonal one of (tokens, tokens) for a row of several
 conversations. The function here runs causal attention on each conversation instead: by a kernel of the GPU for rows of
 several conversations, or by scaled-dot-product attention on one conversation after the other.
 
 FlashAttention (Dao 2023, arXiv 2307.08691) where the package `flash-attn` is installed, else torch's own
-variable-length attention, which has the same kernels built in. Which of them a machine has, and what it can do there,
-depends on versions and on the GPU. So each is tried on a small row first, and one that fails, or differs from plain
-attention on each conversation alone, is not taken.
+variable-length attention, which has the same kernels built in. Which of them is available, and what it supports,
+depends on versions and on the GPU. So each is tested on a small row first, and one that fails, or differs from plain
+attention on each conversation alone, is not used.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ PADDING_FREE = "minisft_padding_free"
 def register() -> None:
     """Make the attention known to transformers as `attn_implementation=PADDING_FREE`.
 
-    It is not entered in the mask registry on purpose: transformers then builds no mask at all.
+    It is not entered in the mask registry on purpose: transformers then builds no mask.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -48,22 +48,22 @@ def padding_free_attention(
     """Attend within each conversation of a row.
 
     Args:
-        module: the attention layer that calls.
-        query: (1, heads, tokens, head size); key and value may have fewer heads (grouped queries).
+        module: Attention layer that calls this function.
+        query: (1, heads, tokens, head size); key and value may have fewer heads (grouped-query attention).
         key: (1, key heads, tokens, head size).
         value: like key.
-        attention_mask: always None.
-        dropout: probability of dropping an attention weight.
-        scaling: factor on the scores; None is 1 / sqrt(head size).
-        conversation_lengths: tokens of each conversation; handed through the model's forward.
-        sliding_window: how many tokens back a token sees, itself included.
-        **kwargs: what else the model hands to its attention.
+        attention_mask: Always None.
+        dropout: Probability of dropping an attention weight.
+        scaling: Factor on the scores; None is 1 / sqrt(head size).
+        conversation_lengths: Number of tokens of each conversation; an argument of the model's forward.
+        sliding_window: Number of tokens that a token attends to, itself included.
+        **kwargs: Further arguments of the model to its attention.
 
     Returns:
         (1, tokens, heads, head size), and None for the weights, which are not computed.
 
     Raises:
-        UserError: the model needs something of its attention that this function does not do.
+        UserError: The model needs a feature of attention that this function does not have.
     """
     _refuse(module, attention_mask, conversation_lengths, kwargs)
     lengths = tuple(conversation_lengths or ())
@@ -82,10 +82,10 @@ def _refuse(
     lengths: tuple[int, ...] | None,
     kwargs: dict[str, Any],
 ) -> None:
-    fix = "take another model, or tell us of this one"
+    fix = "use another model, or report this one"
     name = type(module).__name__
     if lengths is None:
-        raise UserError(name, "this model does not hand the lengths of a row to its attention", fix)
+        raise UserError(name, "this model does not pass the lengths of a row to its attention", fix)
     if mask is not None:
         raise UserError(name, "this model makes an attention mask of its own", fix)
     for option, meaning in (
@@ -102,16 +102,16 @@ _PROBED_LENGTHS, _PROBED_WINDOW = (37, 1, 150, 20), 64
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides whether a kernel can be used.
+    """The properties of an attention call that decide whether a kernel can be used.
 
     Attributes:
-        heads: of the queries.
-        key_heads: of keys and values; they divide `heads`.
-        head_size: numbers of a head.
-        dtype: of all three.
-        device: where they are.
-        scaling: factor on the scores; None is 1 / sqrt(head_size).
-        window: how many tokens back a token sees, itself included; None for all.
+        heads: Number of query heads.
+        key_heads: Number of key and value heads; a divisor of `heads`.
+        head_size: Dimension of a head.
+        dtype: Number format of queries, keys and values.
+        device: Their device.
+        scaling: Factor on the scores; None is 1 / sqrt(head_size).
+        window: Number of tokens that a token attends to, itself included; None for all.
     """
 
     heads: int
@@ -146,14 +146,14 @@ def flash_attn(
 def torch_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: Shape
 ) -> torch.Tensor:
-    """Let torch's kernel share a key head among several heads, as its newer versions can."""
+    """Attend with torch's kernel, which shares a key head among several heads in newer versions."""
     return _torch_varlen(q, k, v, lengths, shape, enable_gqa=True)
 
 
 def torch_varlen_repeated(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: Shape
 ) -> torch.Tensor:
-    """Give each head a copy of its key head."""
+    """Attend with torch's kernel of older versions, with a copy of the key head for each head."""
     times = shape.heads // shape.key_heads
     return _torch_varlen(q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1), lengths, shape)
 
@@ -163,7 +163,7 @@ def _torch_varlen(
 ) -> torch.Tensor:
     from torch.nn.attention import varlen
 
-    attend: Any = varlen.varlen_attn  # its options differ between versions
+    attend: Any = varlen.varlen_attn  # its options differ between versions of torch
     ends, longest = _ends(lengths, shape.device), max(lengths)
     window = (-1 if shape.window is None else shape.window - 1, 0)
     return attend(  # type: ignore[no-any-return]
@@ -176,12 +176,12 @@ KERNELS: tuple[Kernel, ...] = (flash_attn, torch_varlen, torch_varlen_repeated)
 
 @lru_cache(maxsize=8)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return (conversations + 1,) where each conversation begins, and the end; every layer of a row asks for it."""
+    """Return the start of each conversation and the end of the row, (conversations + 1,); cached for all layers."""
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
 def select_kernel(shape: Shape, dropout: float) -> Kernel | None:
-    """Return the kernel for such attention; None where there is none, and on a CPU, in fp32 and with dropout."""
+    """Return the kernel for this attention; None if there is none, and on a CPU, in fp32 and with dropout."""
     if shape.device.type != "cuda" or shape.dtype not in (torch.float16, torch.bfloat16) or dropout > 0:
         return None
     return _verified_kernel(shape)
@@ -193,12 +193,12 @@ def _verified_kernel(shape: Shape) -> Kernel | None:
 
 
 def first_verified(kernels: Sequence[Kernel], shape: Shape) -> Kernel | None:
-    """Return the first kernel whose outputs and gradients are those of plain attention; None where there is none.
+    """Return the first kernel whose outputs and gradients equal those of plain attention; None if there is none.
 
-    A window is probed with a short one, which a short row shows.
+    A sliding window is tested with a short one, so that a short row shows its effect.
     """
     shape = replace(shape, window=None if shape.window is None else _PROBED_WINDOW)
-    generator = torch.Generator(shape.device).manual_seed(0)  # its own: training's random state stays as it is
+    generator = torch.Generator(shape.device).manual_seed(0)  # training's random state stays as it is
 
     def numbers(heads: int) -> torch.Tensor:
         size = (sum(_PROBED_LENGTHS), heads, shape.head_size)
@@ -210,7 +210,7 @@ def first_verified(kernels: Sequence[Kernel], shape: Shape) -> Kernel | None:
     for kernel in kernels:
         try:
             found = _results(kernel, inputs, direction, shape)
-        except Exception:  # whatever a package says that is not there, too old, or not made for this GPU
+        except Exception:  # any error of a package that is missing, too old, or not built for this GPU
             continue
         if all(_close(one, other) for one, other in zip(found, exact, strict=True)):
             return kernel
@@ -227,7 +227,7 @@ def _results(
 
 
 def _close(found: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Say whether they are the same up to half precision: within a tenth of the typical number everywhere."""
+    """Return whether two tensors are equal up to half precision: no element differs by a tenth of the typical one."""
     difference = (found.float() - exact).abs().max() / exact.square().mean().sqrt()
     return found.shape == exact.shape and bool(difference < 0.1)
 
@@ -240,10 +240,10 @@ def per_conversation_attention(
     shape: Shape,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attend within each conversation by torch's scaled-dot-product attention, whatever the device and format.
+    """Attend within each conversation by torch's scaled-dot-product attention, on any device and in any format.
 
-    A CPU in half precision computes it in fp32: as fast for long conversations, and with many short ones a step took
-    0.86 of the time.
+    In half precision on a CPU it is computed in fp32: as fast for long conversations, and with many short ones a step
+    took 0.86 of the time.
     """
     if q.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or v.dtype in (torch.bfloat16, torch.float16)):
         with torch.autocast("cpu", enabled=False):

@@ -3,7 +3,7 @@
 A step is a fixed set of conversations, whatever the number of processes and the split of the batch: the
 epoch's permutation, cut into global batches; with packing, the epoch's packs, cut in the same way. Every process
 computes the same plan from the lengths alone, so nothing has to be communicated: the conversations of a step
-are dealt to the processes by length, and each process lays its share end to end in rows of at most
+are distributed over the processes by length, and each process concatenates its share in rows of at most
 `row_tokens` tokens, one forward and backward each.
 """
 
@@ -19,20 +19,20 @@ from torch.utils.data import Dataset
 
 IGNORED = -100
 
-_Partition = list[tuple[int, list[int]]]  # tokens and positions of each process's share, fullest first
+_Partition = list[tuple[int, list[int]]]  # tokens and positions of the share of each process, largest first
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Conversations laid end to end for one forward, without padding.
+    """Conversations concatenated for one forward, without padding.
 
     Attributes:
         input_ids: (1, tokens).
-        position_ids: (1, tokens), from 0 anew at the start of each conversation.
+        position_ids: (1, tokens), restarting at 0 at the start of each conversation.
         lengths: tokens of each conversation, in order; they sum to `tokens`.
-        predict_at: (supervised,) positions in the row whose next token is learned.
-        targets: (supervised,) the token ids learned there.
-        indexes: the dataset rows of the conversations, for messages about them.
+        predict_at: (supervised,) positions in the row whose next token is supervised.
+        targets: (supervised,) ids of those next tokens.
+        indexes: Dataset rows of the conversations, for messages about them.
     """
 
     input_ids: torch.Tensor
@@ -68,7 +68,7 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one process does in one optimizer step; the totals are those of all processes."""
+    """The rows of one process in one optimizer step; the totals are those of all processes."""
 
     rows: tuple[PackedRow, ...]
     step_tokens: int
@@ -77,7 +77,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens and supervised tokens of every conversation: all that planning needs to know."""
+    """Number of tokens and of supervised tokens of every conversation: all that planning a step needs."""
 
     tokens: np.ndarray
     supervised: np.ndarray
@@ -93,7 +93,7 @@ class Sizes:
 def measure_lengths(dataset: Any) -> Sizes:
     """Count the tokens of a `datasets.Dataset` with the columns input_ids and labels.
 
-    A label on the first token of a conversation is no prediction, so it does not count.
+    A label on the first token of a conversation cannot be predicted, so it does not count.
     """
     tokens, supervised = [], []
     for chunk in dataset.data.column("labels").chunks:
@@ -109,8 +109,8 @@ def measure_lengths(dataset: Any) -> Sizes:
 def balance_ranks(lengths: Sequence[int], processes: int) -> list[list[int]]:
     """Distribute the items of `lengths` over `processes` so that the largest sum is small; return their positions.
 
-    The differencing method (Karmarkar and Karp 1982, for more than two parts as in Korf 2009): the two partial deals
-    whose sums differ most are joined, the fullest share of one with the emptiest of the other.
+    The differencing method (Karmarkar and Karp 1982, for more than two parts as in Korf 2009): the two partial
+    distributions whose sums differ most are merged, the largest share of one with the smallest of the other.
     """
     heap: list[tuple[int, int, _Partition]] = []
     for position, length in enumerate(lengths):
@@ -126,13 +126,13 @@ def balance_ranks(lengths: Sequence[int], processes: int) -> list[list[int]]:
 
 
 def fill_bins(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Put the items of `lengths` into rows of at most `row_tokens`, longest first; a longer item has its own.
+    """Put the items of `lengths` into rows of at most `row_tokens`, longest first; a longer item gets a row of its own.
 
-    Best-fit decreasing: into the row with the least room that is enough (Johnson 1973: at most 11/9 of the
-    fewest rows). How many rows come out depends on the lengths alone, not on their order.
+    Best-fit decreasing: into the row with the least sufficient space (Johnson 1973: at most 11/9 of the
+    minimum number of rows). The number of rows depends on the lengths alone, not on their order.
     """
     rows: list[list[int]] = []
-    rooms: list[int] = []  # what is left in some row, ascending
+    rooms: list[int] = []  # free space of the rows, ascending
     rows_with: dict[int, list[int]] = {}
     for position in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
         length = lengths[position]
@@ -157,20 +157,20 @@ def fill_bins(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 def steps_of_epoch(
     lengths: np.ndarray, *, global_batch: int, pack_tokens: int | None, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """Say which conversations make each step of an epoch.
+    """Return the conversations of each step of an epoch.
 
     Args:
-        lengths: (conversations,) tokens of each.
-        global_batch: conversations of a step, or packs where there are some.
-        pack_tokens: tokens of a pack at most; None does not pack.
-        seed: of the order.
-        epoch: counted from 0; each has an order of its own.
+        lengths: (conversations,) number of tokens of each.
+        global_batch: Number of conversations of a step, or of packs if rows are packed.
+        pack_tokens: Maximum number of tokens of a pack; None does not pack.
+        seed: Seed of the order.
+        epoch: Number of the epoch, from 0; each has its own order.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     if pack_tokens is None:
         return [order[start : start + global_batch] for start in range(0, len(order), global_batch)]
-    packs = fill_bins(lengths[order].tolist(), pack_tokens)  # among equals the order decides
+    packs = fill_bins(lengths[order].tolist(), pack_tokens)  # of equal lengths the permutation decides
     shuffled = [order[packs[at]] for at in random.permutation(len(packs))]
     return [np.concatenate(shuffled[at : at + global_batch]) for at in range(0, len(shuffled), global_batch)]
 
@@ -221,7 +221,7 @@ class StepSampler:
         )
 
     def plan(self, step: np.ndarray) -> list[RowPlan]:
-        """Return this process's rows of the step that learns from the conversations `step`."""
+        """Return the rows of this process in the step with the conversations `step`."""
         lengths = self.sizes.tokens[step].tolist()
         shares = balance_ranks(lengths, self.processes)
         filled = [fill_bins([lengths[at] for at in share], self.row_tokens) for share in shares]
@@ -232,7 +232,7 @@ class StepSampler:
 
 
 class RowDataset(Dataset):  # type: ignore[type-arg]
-    """Conversations as rows: an item is asked for by its `RowPlan`."""
+    """Conversations as packed rows: the key of an item is its `RowPlan`."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset.with_format("numpy", columns=["input_ids", "labels"])
@@ -251,9 +251,9 @@ class RowDataset(Dataset):  # type: ignore[type-arg]
 
 
 def pack_sequences(conversations: Sequence[tuple[np.ndarray, np.ndarray]], indexes: tuple[int, ...] = ()) -> PackedRow:
-    """Lay conversations, as (input_ids, labels), end to end in a row."""
+    """Concatenate conversations, each (input_ids, labels), in a row."""
     lengths = tuple(len(ids) for ids, _ in conversations)
-    # Nothing stands before the first token of a conversation, so nothing can predict it.
+    # Nothing precedes the first token of a conversation, so nothing can predict it.
     labels = np.concatenate([np.concatenate([[IGNORED], labels[1:]]) for _, labels in conversations])
     supervised = np.flatnonzero(labels != IGNORED)
     return PackedRow(

@@ -1,8 +1,8 @@
 """Callbacks of the Trainer: metrics.jsonl, the progress line, held-out loss, and stopping at the end of a step.
 
-Every process says in each step whether it was asked to stop, and all of them act on the same answer: with one of
-them gone, the others would wait for it for ever. Processes that `launch` started listen to their launcher alone, which
-tells them through a file: elastic sends SIGTERM to the fellows of a dead worker too, and those must not linger.
+In each step every process reports whether it was asked to stop, and all of them act on the same result: if one of
+them left alone, the others would wait for it for ever. The launcher asks the processes that `launch` started through a
+file: elastic sends SIGTERM to the other workers of a dead worker too, and those must end at once.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a torn last one, so that a resumed run has one line a step."""
+    """Drop the lines after `step`, and an incomplete last one, so that a resumed run has one line per step."""
     record_files(path)
     if not path.exists():
-        path.unlink(missing_ok=True)  # a link to nowhere: what is appended would make a file there
+        path.unlink(missing_ok=True)  # a dangling link: appending would create a file at its target
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -65,7 +65,7 @@ class MetricsFile(TrainerCallback):
         if "loss" in logs:
             self._line = {"step": state.global_step, "epoch": state.epoch, **{key: logs.get(key) for key in LOGGED}}
             if control.should_evaluate:
-                return  # the line waits for it
+                return  # the line is written once it is known
         elif "eval_loss" in logs:
             self._line |= {key: logs[key] for key in ("eval_loss", "eval_seconds")}
         else:
@@ -75,7 +75,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """A progress bar with loss, supervised tokens a second, memory and time left; plain lines elsewhere."""
+    """A progress bar with loss, supervised tokens per second, memory and time left; plain lines without a terminal."""
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -104,7 +104,7 @@ class ProgressLine(TrainerCallback):
             f"{logs['peak_memory_mb'] / 1000:.2f} GB"
         )
         self.progress.update(self.task, completed=state.global_step, status=status)
-        # Without a terminal: a line now and then, and one for the last step.
+        # Without a terminal: a line every few seconds, and one for the last step.
         now = time.perf_counter()
         due = now - self.printed >= _SECONDS_BETWEEN_LINES or state.global_step >= state.max_steps
         if due and not error_console.is_terminal:
@@ -116,12 +116,12 @@ class ProgressLine(TrainerCallback):
             )
 
     def stop(self) -> None:
-        if self.progress.live.is_started:  # else it would print an empty line
+        if self.progress.live.is_started:  # otherwise it would print an empty line
             self.progress.stop()
 
 
 class RestoreSampler(TrainerCallback):
-    """Set what the Trainer does not on resume: the sampler's epoch, and the recipe's own log and save steps."""
+    """Restore what the Trainer does not restore: the epoch of the sampler, and the log and save steps of the recipe."""
 
     def __init__(self, sampler: StepSampler) -> None:
         self.sampler = sampler
@@ -134,7 +134,7 @@ class RestoreSampler(TrainerCallback):
 
 
 class OnFirstStep(TrainerCallback):
-    """Call a function once, when the first step of this process's part of a run is taken."""
+    """Call a function once, after the first step that this process takes."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self.call: Callable[[], None] | None = call
@@ -159,10 +159,10 @@ class StopRequest:
         return self.signalled or (self.file is not None and self.file.exists())
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Take note of a signal.
+        """Record a signal.
 
         Raises:
-            KeyboardInterrupt: it is the second one.
+            KeyboardInterrupt: It is the second signal.
         """
         if self.signalled:
             raise KeyboardInterrupt
@@ -175,7 +175,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """What asks this process to stop: its launcher's file where it has one, else the signals."""
+    """Return the request to stop that this process listens to: the file of its launcher if it has one, else signals."""
     file = os.environ.get(STOP_FILE)
     if file is not None:
         yield StopRequest(Path(file))

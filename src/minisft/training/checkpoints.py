@@ -1,8 +1,8 @@
 """Checkpoints of a run: written atomically, pruned, and resumed from.
 
-While a checkpoint is written the processes meet in collectives (gathers of ZeRO-3, DeepSpeed's barriers). One that
-left them with an error would make the others wait for ever, so a failed write is noted where it happens, the others go
-on, and the processes then agree on whether all of it was written.
+While a checkpoint is written the processes take part in collectives (gathers of ZeRO-3, DeepSpeed's barriers). If one
+left them with an error, the others would wait for ever. So a failed write is recorded, the processes continue, and then
+agree on whether all of it was written.
 """
 
 import contextlib
@@ -37,18 +37,18 @@ from minisft.training.held_out import eval_losses, stops_early
 METADATA = "written_by.json"
 _STAGING = ".unfinished"
 _REMOVED = ".removed-"
-# What only resuming needs; for a 7B model it is several times the size of the model itself.
+# Files that only resuming needs; for a 7B model they have several times the size of the model.
 _STATES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*", "latest",
            "zero_to_*.py")  # fmt: skip
 
 
 def staging_folder(folder: Path) -> Path:
-    """Return where a checkpoint is written before it gets its name in `folder`."""
+    """Return the path at which a checkpoint is written before it is renamed to its name in `folder`."""
     return folder / _STAGING
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process was writing or removing."""
+    """Remove the folders that a killed process was writing or removing."""
     for path in (folder / _STAGING, *folder.glob(f"{_REMOVED}*")):
         if path.is_symlink():
             path.unlink()
@@ -57,15 +57,15 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have everything in a folder on the disk, so that it is whole after a power failure too.
+    """Flush everything in a folder to the disk, so that it is complete after a power failure too.
 
     Raises:
-        OSError: the disk refused what it had seemed to take.
+        OSError: The disk refused a write that it had accepted before.
     """
     for path in folder.rglob("*"):
         if path.is_file():
             _sync(path)
-    with contextlib.suppress(OSError):  # some file systems do this for files alone
+    with contextlib.suppress(OSError):  # some file systems support this for files only
         _sync(folder)
 
 
@@ -78,7 +78,7 @@ def _sync(path: Path) -> None:
 
 
 def publish(unfinished: Path, final: Path) -> None:
-    """Give a completely written checkpoint its name, replacing one of the same step."""
+    """Rename a completely written checkpoint to its name, replacing one of the same step."""
     if final.exists() and not remove_checkpoint(final):
         final.rename(unused_name(final, "kept"))
     record_folder(unfinished, final)
@@ -89,14 +89,14 @@ def publish(unfinished: Path, final: Path) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> bool:
-    """Remove a checkpoint; it loses its name first, so that none is ever seen half removed.
+    """Remove a checkpoint; it is renamed first, so that no partly removed checkpoint is ever seen.
 
     Returns:
-        Whether it is gone: one that holds what MiniSFT did not write stays, and a warning names it.
+        Whether it was removed: one that holds files that MiniSFT did not write stays, and a warning names it.
     """
     foreign = foreign_files(checkpoint) if in_marked_folder(checkpoint) else []
     if foreign:
-        warn(f"{checkpoint} is kept, since it holds what MiniSFT did not write: {list_some(foreign)}")
+        warn(f"{checkpoint} is kept, since it holds files that MiniSFT did not write: {list_some(foreign)}")
         return False
     temporary = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
     record_scratch_folder(temporary)
@@ -107,7 +107,7 @@ def remove_checkpoint(checkpoint: Path) -> bool:
 
 
 def drop_optimizer_states(folder: Path, keep: Path) -> None:
-    """Remove what only resuming needs from every checkpoint but `keep`."""
+    """Remove the files that only resuming needs from every checkpoint except `keep`."""
     for checkpoint in list_checkpoints(folder):
         if checkpoint == keep:
             continue
@@ -120,7 +120,7 @@ def drop_optimizer_states(folder: Path, keep: Path) -> None:
 
 
 def prune(run: RunFolder, training: TrainingRecipe, newest: Path) -> None:
-    """Remove what a recipe does not keep, once the checkpoint `newest` is whole."""
+    """Remove the checkpoints and states that the recipe does not keep, once the checkpoint `newest` is complete."""
     if training.keep_optimizer == "newest":
         drop_optimizer_states(run.checkpoints, keep=newest)
     if training.keep_checkpoints is not None:
@@ -128,7 +128,7 @@ def prune(run: RunFolder, training: TrainingRecipe, newest: Path) -> None:
 
 
 def prune_checkpoints(run: RunFolder, count: int) -> None:
-    """Remove all checkpoints but the `count` newest and those that are best as far as the run folder knows."""
+    """Remove all checkpoints except the `count` newest and those that the run folder records as best."""
     kept = best_checkpoints(run)
     for checkpoint in run.list_checkpoints()[:-count]:
         if checkpoint.name not in kept:
@@ -136,9 +136,9 @@ def prune_checkpoints(run: RunFolder, count: int) -> None:
 
 
 def best_checkpoints(run: RunFolder) -> set[str]:
-    """Name the checkpoint of the lowest held-out loss and the one that the evaluation calls best, where known."""
+    """Return the names of the checkpoint of the lowest held-out loss and of the evaluation's best, if known."""
     scores = read_results(run.root) or {"checkpoints": [], "best": None}
-    # Held-out losses of training, by the name of the checkpoint that the step has, if it has one.
+    # Held-out losses of training, by the name of the checkpoint of that step, if there is one.
     losses = {f"checkpoint-{line['step']}": line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line}
     losses = losses or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
     there = {path.name for path in run.list_checkpoints()}
@@ -148,7 +148,7 @@ def best_checkpoints(run: RunFolder) -> set[str]:
 
 
 def has_state(checkpoint: Path) -> bool:
-    """Say whether a checkpoint holds what resuming needs."""
+    """Return whether a checkpoint holds the state that resuming needs."""
     return (checkpoint / "optimizer.pt").exists() or bool(list(checkpoint.glob("global_step*")))
 
 
@@ -159,7 +159,7 @@ def latest_resumable(folder: Path) -> Path | None:
 
 
 def write_metadata(checkpoint: Path, strategy: str, processes: int) -> None:
-    """Write into a checkpoint how its optimizer state is laid out."""
+    """Write the layout of the optimizer state into a checkpoint."""
     (checkpoint / METADATA).write_text(json.dumps({"strategy": strategy, "processes": processes}), encoding="utf-8")
 
 
@@ -170,11 +170,11 @@ def read_metadata(checkpoint: Path) -> tuple[str, int]:
 
 
 def _without(checkpoint: Path) -> str:
-    return f"delete {checkpoint}: --resume goes on from the checkpoint before it"
+    return f"delete {checkpoint}: --resume continues from the checkpoint before it"
 
 
 def is_last(checkpoint: Path, early_stopping: int | None = None, last: int | None = None) -> bool:
-    """Say whether training is over with this checkpoint: at the step `last`, by default its own, or stopped early."""
+    """Return whether training ends with this checkpoint: at the step `last`, by default its own last step, or early."""
     state = _trainer_state(checkpoint)
     return bool(state["global_step"] >= (last or state["max_steps"])) or stops_early(
         eval_losses(state["log_history"]), early_stopping
@@ -182,7 +182,7 @@ def is_last(checkpoint: Path, early_stopping: int | None = None, last: int | Non
 
 
 def last_step(checkpoint: Path, training: TrainingRecipe) -> int:
-    """Return the last step of a run that goes on from a checkpoint, which may be later than when that was written."""
+    """Return the last step of a run that resumes from a checkpoint; the recipe may have become longer since."""
     state = _trainer_state(checkpoint)
     steps_of_epoch = round(state["global_step"] / state["epoch"])
     return training.max_steps or math.ceil(training.epochs * steps_of_epoch)
@@ -195,30 +195,30 @@ def _trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def publish_final_model(run: RunFolder) -> None:
-    """Make `model/` of the last checkpoint, whole or absent: the same model without what resuming needs.
+    """Make `model/` from the last checkpoint, complete or absent: the same model without the state for resuming.
 
     Raises:
-        OSError: the disk is full, and the like; nothing of it stays.
+        OSError: The file system refused a write, such as a full disk; nothing of it stays.
     """
     remove_leftovers(run.model)
     with write_folder_atomically(run.model) as temporary:
         copy_model(run.list_checkpoints()[-1], temporary)
-        apply_umask(temporary)  # a checkpoint of an earlier version does not
+        apply_umask(temporary)  # checkpoints of an earlier version lack it
         sync_folder(temporary)
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint into a new or empty folder, without what only resuming needs."""
+    """Copy a checkpoint into a new or empty folder, without the files that only resuming needs."""
     unneeded = shutil.ignore_patterns(*_STATES, METADATA, "trainer_state.json")
     shutil.copytree(checkpoint, folder, ignore=unneeded, dirs_exist_ok=True)
 
 
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "write(): ")  # in torch.save's RuntimeErrors
-_FIX = "free some room or repair the disk, then go on with --resume"
+_FIX = "free some space or repair the disk, then resume with --resume"
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Say whether an error is that of a file system that refused a write."""
+    """Return whether an error is that of a file system that refused a write."""
     if isinstance(error, OSError):
         many = error.args[0] if error.args and isinstance(error.args[0], list) else []  # shutil.copytree's
         return error.errno in WRITE_ERRNOS or any(
@@ -230,13 +230,13 @@ def is_write_failure(error: BaseException) -> bool:
 
 
 class WriteErrors:
-    """Writes of which a failed one is noted; those after it are left out, since the whole is lost."""
+    """Writes whose first error is recorded; later writes are skipped, since the checkpoint is incomplete anyway."""
 
     def __init__(self) -> None:
         self.failure: str | None = None
 
     def __call__(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `write`, and note it where the file system refuses."""
+        """Call `write`, and record an error of the file system."""
         with self:
             return write(*args, **kwargs) if self.failure is None else None
 
@@ -252,12 +252,12 @@ class WriteErrors:
 
 @contextlib.contextmanager
 def explain_failed_writes(folder: Path) -> Iterator[None]:
-    """Turn an error of the file system inside the block into one that says what to do.
+    """Turn an error of the file system inside the block into a UserError.
 
     TensorBoard writes in a thread, which dies with a traceback; its next write in the main thread raises the error.
 
     Raises:
-        UserError: a write was refused.
+        UserError: A write was refused.
     """
     told = threading.excepthook
     threading.excepthook = lambda died: None if died.exc_value and is_write_failure(died.exc_value) else told(died)
@@ -279,16 +279,16 @@ def write_error(where: Path, problem: str, reason: str) -> UserError:
 
 
 def checkpoints_left(where: Path) -> str:
-    """Say which checkpoints there are of a run that failed: at its folder, or at one or two levels below it."""
+    """Return a sentence about the checkpoints of a failed run; `where` is its folder, or one or two levels below it."""
     found = (list_checkpoints(folder / "checkpoints") for folder in (where, *where.parents[:2]))
     checkpoints = next((some for some in found if some), [])
     if not checkpoints:
         return "no checkpoint was written yet"
-    return f"the checkpoints written before are whole, the last of them {checkpoints[-1].name}"
+    return f"the checkpoints written before are complete, the last of them {checkpoints[-1].name}"
 
 
 def size_text(size: int) -> str:
-    """Say how much `size` bytes are."""
+    """Return a size in bytes as text."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"
@@ -296,7 +296,7 @@ def size_text(size: int) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the file system's own words where the error has them."""
+    """Return the message of the file system, if the error has it."""
     text = str(error)
     known = next((os.strerror(code) for code in WRITE_ERRNOS if os.strerror(code) in text), None)
     if known is None and any(name in text for name in _TORCH_WRITERS):

@@ -1,4 +1,4 @@
-"""What this machine can do: devices, cores, number formats and versions."""
+"""The machine: devices, cores, number formats and versions."""
 
 import ctypes
 import os
@@ -13,8 +13,8 @@ import torch
 from minisft.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's, and torch's of what it needs
-_KERNELS = 64  # a row of a Llama needs some 21: three products, forward and twice backward, of seven layers' shapes
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's kernels, and torch's
+_KERNELS = 64  # a row of a Llama needs about 21: three products (forward, two backward) of seven shapes
 
 
 def on_cpu() -> bool:
@@ -28,7 +28,7 @@ def choose_precision(asked: str) -> str:
     without them it is many times slower than fp32.
 
     Raises:
-        UserError: fp16 on a CPU.
+        UserError: fp16 is asked for on a CPU.
     """
     if asked == "fp16" and on_cpu():
         raise UserError("training.precision", "fp16 is for GPUs, and there is none here", "use auto, fp32 or bf16")
@@ -43,7 +43,7 @@ def require_processes(processes: int) -> None:
     """Check that there is a GPU or a core for each process.
 
     Raises:
-        UserError: naming how many there are.
+        UserError: There are fewer; the message says how many there are.
     """
     available = len(os.sched_getaffinity(0)) if on_cpu() else torch.cuda.device_count()
     if processes > available:
@@ -56,7 +56,7 @@ def require_processes(processes: int) -> None:
 
 
 def default_tokens_per_forward(on_cpu: bool) -> int:
-    """Return the tokens of a forward: on a CPU larger rows take memory and are no faster; on a GPU they fill it."""
+    """Return the number of tokens of a forward: on a CPU larger rows are not faster; on a GPU they use it fully."""
     return 512 if on_cpu else 16384
 
 
@@ -70,14 +70,14 @@ def cpu_has_bf16_arithmetic() -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep what training frees: every step needs the same large blocks again.
+    """Tell glibc to keep freed memory: every training step needs the same large blocks again.
 
-    By default they go back to the kernel at every free and are faulted in page by page at the next step. On two
+    By default they are returned to the kernel when freed, and are faulted in page by page in the next step. On two
     cores and a 135M model this took 5 % of a step (mallopt(3): M_TRIM_THRESHOLD, M_MMAP_MAX).
     """
     if sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has no mallopt
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
@@ -86,7 +86,7 @@ def _keep_freed_memory() -> None:
 def prepare_cpu_memory(
     strategy: str, precision: str, cpu: bool, keep_freed_memory: Callable[[], object] = _keep_freed_memory
 ) -> None:
-    """Set how a CPU's process keeps memory; call it before the first product.
+    """Set how a process that trains on a CPU keeps memory; call it before the first matrix product.
 
     Args:
         strategy: Strategy that the process trains under.
@@ -103,20 +103,20 @@ def prepare_cpu_memory(
 
 
 def keeps_freed_memory(strategy: str, *, half: bool) -> bool:
-    """Say whether freed memory stays a CPU process's.
+    """Return whether a process that trains on a CPU keeps freed memory.
 
-    Not under ZeRO, whose blocks seldom fit the holes that others left. Nor in half precision, whose kernels are
-    allocated while a row is computed and stay: what is freed around them is holes too small for the next row, and
+    Not under ZeRO, whose blocks rarely fit the holes that others left. Nor in half precision, whose kernels are
+    allocated while a row is computed and stay, so that the memory freed around them is too fragmented for the next row:
     0.5 GB more for a 135M model would save 4 % of a step.
     """
     return strategy == "vanilla" and not half
 
 
 def _keep_few_kernels() -> None:
-    """Keep a few rows' kernels; by default oneDNN and torch keep 1,024 each, of about a megabyte, for every row length.
+    """Cache the kernels of a few rows; by default oneDNN and torch cache 1,024 of about a megabyte each, by row length.
 
     They read this when they make the first kernel (oneDNN's manual: "Primitive Cache"; torch: ideep's lru_cache.hpp).
-    A user's own value stays.
+    A value that the user set stays.
     """
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, str(_KERNELS))
@@ -128,10 +128,10 @@ PACKAGES = (
 
 
 def describe_environment(precision: str) -> dict[str, Any]:
-    """Precision, Python, system, devices and the versions of what takes part; nothing that names a person or a host.
+    """Return precision, Python, system, devices and versions of libraries; nothing that identifies a person or a host.
 
     Args:
-        precision: that `auto` came to: fp32, bf16 or fp16.
+        precision: Precision that `auto` chose: fp32, bf16 or fp16.
     """
     return {
         "precision": precision,

@@ -1,8 +1,8 @@
-"""How much disk a run will take, known before it starts.
+"""The disk space that a run will take, computed before it starts.
 
-What is counted are the parts that grow with the model: the weights of every checkpoint and of `model/`, and the state
+Counted are the parts that grow with the model: the weights of every checkpoint and of `model/`, and the state
 that resuming needs (Rajbhandari et al. 2020, section 3.1: AdamW keeps two numbers for each parameter, and ZeRO a third,
-the fp32 weight). The rest is counted as large as the base model's tokenizer and configuration.
+the fp32 weight). The rest is assumed to be as large as the tokenizer and configuration of the base model.
 """
 
 import math
@@ -23,21 +23,21 @@ from minisft.training.optimization import bytes_of_states, require_steps
 
 _FP32 = 4
 _HALF = 2
-# Random states, headers, the log of the steps and what DeepSpeed adds for tools of its own.
+# Random states, headers, the log of the steps, and files that DeepSpeed adds for its tools.
 _SMALL_FILES = 150_000
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
 class CheckpointSize:
-    """Bytes of a checkpoint: its model, and the state that resuming needs."""
+    """Size of a checkpoint in bytes: its model, and the state that resuming needs."""
 
     model: int
     state: int
 
 
 def free_space(folder: Path) -> int:
-    """Return the bytes that are free on the disk of a folder."""
+    """Return the number of free bytes on the disk of a folder."""
     return shutil.disk_usage(folder).free
 
 
@@ -51,19 +51,19 @@ def require_disk(
     place: Path | None = None,
     free_space: Callable[[Path], int] = free_space,
 ) -> None:
-    """Make sure that the checkpoints that a run will write have room.
+    """Check that there is disk space for the checkpoints that a run will write.
 
     Args:
-        recipe: what is to be trained; the data is prepared.
-        run: its folder, which must be there.
-        model_folder: of the base model.
-        resume_from: the checkpoint it goes on from.
-        freed_bytes: bytes that an earlier run gives back before the first checkpoint is written.
-        place: where the run will lie, if that is not the folder of `run`; it may not be there yet.
-        free_space: Returns the bytes that are free on the disk of a folder.
+        recipe: Recipe to train; its data is prepared.
+        run: Run folder, which must exist.
+        model_folder: Folder of the base model.
+        resume_from: Checkpoint to resume from.
+        freed_bytes: Bytes that deleting an earlier run frees before the first checkpoint is written.
+        place: Final path of the run, if it is not the folder of `run`; it may not exist yet.
+        free_space: Returns the number of free bytes on the disk of a folder.
 
     Raises:
-        UserError: they have not; it says how much they need and how much is free.
+        UserError: There is too little; the message says how much is needed and how much is free.
     """
     size = checkpoint_size(recipe, model_folder)
     begun_at = step_of(resume_from) if resume_from else 0
@@ -81,16 +81,16 @@ def require_disk(
         raise UserError(
             place,
             f"the run needs {problem} and model/, and {size_text(free)} are free there",
-            "make room, name an `output` on another disk, or keep less: training.keep_checkpoints, training.save_every",
+            "free some space, name an `output` on another disk, or keep less (training.keep_checkpoints, save_every)",
         )
     say(f"disk {problem}; {size_text(free)} free")
 
 
 def checkpoint_size(recipe: Recipe, model_folder: Path) -> CheckpointSize:
-    """Compute what one checkpoint takes, from the model's parameters and the strategy's way of keeping them.
+    """Return the size of one checkpoint, from the parameters of the model and the layout of the strategy.
 
-    Vanilla keeps fp32 weights and the moments. DeepSpeed casts the module to the arithmetic's format; its state holds
-    the moments and an fp32 weight for each trained parameter, under stages 1 and 2 the module once more.
+    Vanilla stores fp32 weights and the moments. DeepSpeed casts the module to the format of the arithmetic; its state
+    holds the moments and an fp32 weight for each trained parameter, and under stages 1 and 2 a copy of the module.
     """
     training = recipe.training
     every, trained = count_parameters(model_folder, training.lora, recipe.trust_remote_code)
@@ -105,13 +105,13 @@ def checkpoint_size(recipe: Recipe, model_folder: Path) -> CheckpointSize:
 
 
 def count_parameters(folder: Path, lora: LoraRecipe | None, trust_remote_code: bool = False) -> tuple[int, int]:
-    """Return how many parameters a model folder's model has, and how many are trained; tied ones count once."""
+    """Return the number of parameters of a model folder, and of those that are trained; tied ones count once."""
     import torch
 
     from minisft.training.lora import add_lora
 
     config = load_config(folder, trust_remote_code)
-    with torch.device("meta"):  # no memory is taken
+    with torch.device("meta"):  # allocates no memory
         model = build_on_meta_device(config, trust_remote_code)
         if lora is not None:
             model = add_lora(model, lora, base_name=str(folder), seed=0)
@@ -120,13 +120,13 @@ def count_parameters(folder: Path, lora: LoraRecipe | None, trust_remote_code: b
 
 
 def checkpoints_to_write(training: TrainingRecipe, run: RunFolder, begun_at: int, max_length: int, seed: int) -> int:
-    """Return how many checkpoints come after the step `begun_at`."""
+    """Return the number of checkpoints after the step `begun_at`."""
     return StepsOfRun.of(training, run, max_length, seed).checkpoints_after(begun_at, training)
 
 
 @dataclass(frozen=True)
 class StepsOfRun:
-    """How many steps an epoch has, and the number of the last step."""
+    """The number of steps of an epoch, and of the run."""
 
     an_epoch: int
     last: int
@@ -151,29 +151,29 @@ class StepsOfRun:
 
 
 def most_added(states: list[bool], count: int, size: CheckpointSize, training: TrainingRecipe) -> int:
-    """Return by how many bytes a run folder grows at most while `count` checkpoints and `model/` are written.
+    """Return the maximum growth of a run folder in bytes while `count` checkpoints and `model/` are written.
 
-    A new checkpoint is whole before anything older goes.
+    A new checkpoint is complete before an older one is removed.
 
     Args:
-        states: of each checkpoint that is there, in the order of steps, whether it holds its state.
-        count: checkpoints to come.
-        size: of one.
-        training: what it keeps.
+        states: For each existing checkpoint, in the order of steps, whether it holds its state.
+        count: Number of checkpoints to come.
+        size: Size of one checkpoint.
+        training: Settings that say which checkpoints are kept.
     """
 
     def added(written: int, more: int) -> int:
-        """Bytes once `written` checkpoints are tidied and `more` are whole beside them, against those before."""
+        """Return the growth in bytes once `written` checkpoints are pruned and `more` complete ones exist."""
         models, holding = _kept(states, written, training)
         return (models + more - len(states)) * size.model + (holding + more - sum(states)) * size.state
 
-    # From the first one on, what is kept only grows: the most is with the first of them, or with the last.
+    # From the first one on, the kept size only grows: the maximum is reached with the first of them, or with the last.
     most = max(added(0, 1), added(count - 1, 1)) if count else 0
     return max(most, added(count, 0) + size.model)
 
 
 def _kept(states: list[bool], written: int, training: TrainingRecipe) -> tuple[int, int]:
-    """Return how many checkpoints there are after `written` new ones, and how many of them hold their state."""
+    """Return the number of checkpoints after `written` new ones, and of those that hold their state."""
     if written == 0:
         return len(states), sum(states)
     models = len(states) + written

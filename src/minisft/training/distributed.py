@@ -30,12 +30,12 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 _FIX = (
     "give it more memory, or use less: a smaller training.row_tokens, training.gradient_checkpointing=true, fewer "
-    "processes or a ZeRO stage (`minisft plan RECIPE` says what each needs); then go on with --resume"
+    "processes or a ZeRO stage (`minisft plan RECIPE` says what each needs); then resume with --resume"
 )
 
 
 class OutOfMemoryEvidence:
-    """The kernel's count of processes that it killed for memory, from the moment that this is made.
+    """The number of processes that the kernel has killed for memory since this object was made.
 
     Args:
         groups: Folder of the control groups.
@@ -48,7 +48,7 @@ class OutOfMemoryEvidence:
         self.began = time.monotonic()
 
     def evidence(self, pid: int) -> str | None:
-        """Return the kernel's own words that it killed a process for memory, or None."""
+        """Return the kernel's message that it killed a process for memory, or None."""
         for line in _log_since(self.log, self.began):
             if f"Killed process {pid} " in line:
                 return line
@@ -61,11 +61,11 @@ def killed_worker_error(rank: int, processes: int, signal_name: str, pid: int, k
     """Return the error to raise where a signal ended a process.
 
     Returns:
-        A UserError where the kernel says that memory was short, else a WorkerError that calls it likely for SIGKILL.
+        A UserError if the kernel says that memory was short, else a WorkerError, which calls it likely for SIGKILL.
     """
     who = f"rank {rank} of {processes} process{'es' if processes > 1 else ''}"
     if signal_name != "SIGKILL":
-        return WorkerError(f"a training process failed: {who} died of {signal_name}; --resume goes on")
+        return WorkerError(f"a training process failed: {who} was ended by {signal_name}; resume with --resume")
     evidence = kills.evidence(pid)
     if evidence is not None:
         return UserError(who, f"the kernel killed it (SIGKILL), since memory ran out: {evidence}", _FIX)
@@ -76,7 +76,7 @@ def killed_worker_error(rank: int, processes: int, signal_name: str, pid: int, k
 
 
 def _count(groups: Path) -> int:
-    """Add up what the control groups of this process have counted, version 2 or 1."""
+    """Return the sum of the counts of the control groups of this process, of version 2 or 1."""
     counts = [_COUNT.search(text) for text in _cgroup_files(groups)]
     return sum(int(found[1]) for found in counts if found)
 
@@ -91,10 +91,10 @@ def _cgroup_files(groups: Path) -> Iterator[str]:
 
 
 def _log_since(log: Path, began: float) -> Iterator[str]:
-    """Yield the kernel's messages since a moment of the monotonic clock; none where they may not be read."""
+    """Yield the kernel's messages since a time of the monotonic clock; none if they may not be read."""
     try:
         for line in _lines(log):
-            if line.startswith(" "):  # a field of the message before
+            if line.startswith(" "):  # a field of the previous message
                 continue
             head, _, message = line.partition(";")
             if float(head.split(",")[2]) / 1e6 >= began:
@@ -104,7 +104,7 @@ def _log_since(log: Path, began: float) -> Iterator[str]:
 
 
 def _lines(log: Path) -> Iterator[str]:
-    """Yield the lines of a log; of the kernel's device a read gives one message, and at the end it fails."""
+    """Yield the lines of a log; each read of the kernel's device returns one message, and the last one fails."""
     file, begun = os.open(log, os.O_RDONLY | os.O_NONBLOCK), b""
     try:
         while True:
@@ -127,19 +127,19 @@ def _read(path: Path) -> str:
         return ""
 
 
-_GRACE_SECONDS = timedelta(hours=12)  # the first process may have much data to prepare
+_GRACE_SECONDS = timedelta(hours=12)  # the first process may prepare much data
 _ERROR_FILE = "MINISFT_ERROR_FILE"
 _LAUNCHER = "MINISFT_LAUNCHER"
 _TRACEBACK = "traceback-{}.txt"  # beside the error file, by the rank
 
 
 def is_joined() -> bool:
-    """Say whether this process was started by torchrun, SLURM or DeepSpeed as one of several."""
+    """Return whether torchrun, SLURM or DeepSpeed started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def adopt_slurm() -> None:
-    """Give a process that `srun` started the variables that torch reads, unless a launcher gave them."""
+    """Set the variables that torch reads in a process that `srun` started, unless a launcher set them."""
     environment = os.environ
     if is_joined() or int(environment.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environment:
         return
@@ -163,10 +163,10 @@ def world_size() -> int:
 
 
 def join_launch(strategy: str, first_does: Callable[[], None]) -> None:
-    """Meet the other processes of a launch; the first does something before all of them go on.
+    """Wait for the other processes of a launch; the first calls `first_does` before all of them continue.
 
     Raises:
-        UserError: in the first process, what `first_does` raised; the others end with the same exit status.
+        UserError: In the first process, the error of `first_does`; the others end with the same exit status.
     """
     import torch
 
@@ -187,22 +187,22 @@ def join_launch(strategy: str, first_does: Callable[[], None]) -> None:
     if error is not None:
         raise error
     if failed[0]:
-        sys.exit(2)  # the first process says why
+        sys.exit(2)  # the first process prints the reason
 
 
 def launch(module: str, arguments: list[str], processes: int, nodes: Nodes | None = None) -> bool:
     """Run `python -m module arguments` in several processes of this machine and wait for them.
 
-    With `nodes` they meet those that the other machines start.
+    With `nodes` they form one group with those of the other machines.
 
     SIGINT and SIGTERM are passed on through a file, so that they stop together at the end of a step.
 
     Returns:
-        Whether they were asked to stop.
+        True if they were asked to stop.
 
     Raises:
-        UserError: the one that a process raised, or the kernel killed one for memory.
-        WorkerError: a process failed or was killed otherwise; the traceback of the first that failed is on stderr.
+        UserError: A process raised it, or the kernel killed one for memory.
+        WorkerError: A process failed or was killed otherwise; the traceback of the first that failed is on stderr.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -228,16 +228,16 @@ def launch(module: str, arguments: list[str], processes: int, nodes: Nodes | Non
 
 
 def launch_single(module: str, arguments: list[str]) -> bool:
-    """Run `python -m module arguments` in one process, which joins no others, and wait for it.
+    """Run `python -m module arguments` in one process of its own, and wait for it.
 
     SIGINT and SIGTERM reach it as they reach the processes of `launch`.
 
     Returns:
-        Whether it was asked to stop.
+        True if it was asked to stop.
 
     Raises:
-        UserError: the one that the process raised, or the kernel killed it for memory.
-        WorkerError: it failed or was killed otherwise; its traceback is on stderr.
+        UserError: The process raised it, or the kernel killed it for memory.
+        WorkerError: It failed or was killed otherwise; its traceback is on stderr.
     """
     kills = OutOfMemoryEvidence()
     with _workers_environment(1) as (error_file, stop), handle_stop_signals(stop.receive):
@@ -252,7 +252,7 @@ def launch_single(module: str, arguments: list[str]) -> bool:
 
 @contextlib.contextmanager
 def _workers_environment(processes: int) -> Iterator[tuple[Path, StopRequest]]:
-    """Tell the workers to be started who starts them, where to leave an error, and which file asks them to stop."""
+    """Set the variables that tell workers who started them, where to write errors, and which file asks them to stop."""
     with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
         error_file, stop = Path(folder) / "error.json", StopRequest(Path(folder) / "stop")
         added = {_ERROR_FILE: str(error_file), _LAUNCHER: str(os.getpid()), STOP_FILE: str(stop.file)}
@@ -269,17 +269,17 @@ def _workers_environment(processes: int) -> Iterator[tuple[Path, StopRequest]]:
 def _failure(
     error_file: Path, ends: dict[int, tuple[int, int]], processes: int, kills: OutOfMemoryEvidence
 ) -> Exception:
-    """Return the error to raise for processes that failed; where none was killed, print the first one's traceback.
+    """Return the error to raise for processes that failed; if none was killed, print the traceback of the first.
 
-    The others lose a process that is killed, and fail for that: theirs would hide the reason.
+    If one was killed, the others fail because it is gone, and their tracebacks would hide the reason.
 
     Args:
-        error_file: beside which the processes leave their tracebacks.
-        ends: of each failed rank the exit status, below zero for a signal, and the process id.
-        processes: all of them.
-        kills: counted since before they started.
+        error_file: File beside which the processes write their tracebacks.
+        ends: Exit status (below zero for a signal) and process id of each failed rank.
+        processes: Number of all processes.
+        kills: Counter that was started before the processes.
     """
-    # Elastic ends the fellows of a failed process with SIGTERM.
+    # Elastic ends the other workers of a failed process with SIGTERM.
     by_themselves = {rank: end for rank, end in ends.items() if end[0] != -signal.SIGTERM} or ends
     for rank, (status, pid) in sorted(by_themselves.items(), key=lambda end: end[1][0] != -signal.SIGKILL):
         if status < 0:
@@ -292,7 +292,7 @@ def _failure(
 
 
 def _rendezvous(nodes: Nodes | None) -> dict[str, Any]:
-    """Where the processes meet, as elastic's settings."""
+    """Return elastic's settings for the rendezvous of the processes."""
     if nodes is None:
         return {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
     return {
@@ -308,10 +308,10 @@ def _raise_recorded_error(error_file: Path) -> None:
 
 
 def run_worker(work: Callable[[], None]) -> NoReturn:
-    """Run `work` as a process that `launch` started, and end the process.
+    """Run `work` in a process that `launch` started, and end the process.
 
-    A user's error goes to the launcher, which prints it once. The process dies with the launcher: elastic
-    starts workers in sessions of their own, so they would train on without it.
+    A UserError is passed to the launcher, which prints it once. The process dies with the launcher: elastic
+    starts workers in sessions of their own, so they would continue to train without it.
     """
     _exit_with_launcher()
     escape_library_output()
@@ -322,7 +322,7 @@ def _status_of(work: Callable[[], None]) -> int:
     try:
         work()
     except StoppedError:
-        return 0  # the launcher, which passed it on, says so
+        return 0  # the launcher, which passed the signal on, prints it
     except UserError as error:
         _write_error_file(error)
         return 2
@@ -343,7 +343,7 @@ def _write_error_file(error: UserError) -> None:
 
 
 def _write_traceback(text: str) -> None:
-    """Leave a traceback to the launcher, which prints the one that says why; without one, print it."""
+    """Write a traceback for the launcher, which prints the one that gives the reason; without a launcher, print it."""
     target = os.environ.get(_ERROR_FILE)
     if target is None:
         print(text, file=sys.stderr, end="")
@@ -356,5 +356,5 @@ def _exit_with_launcher() -> None:
     if launcher is None or sys.platform != "linux":
         return
     exit_with_parent()
-    if os.getppid() != int(launcher):  # it died before the signal was asked for
+    if os.getppid() != int(launcher):  # the launcher died before the signal was requested
         os._exit(1)

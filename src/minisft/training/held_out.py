@@ -13,13 +13,13 @@ EVAL_LOSS = "eval_loss"  # in metrics.jsonl, the Trainer's log history and the t
 
 
 class HeldOutRows:
-    """The held-out conversations, laid out for one process of several: as one step of training would lay them.
+    """The held-out conversations of one process, packed in rows as a training step packs them.
 
     Args:
-        dataset: with the columns input_ids and labels.
-        row_tokens: tokens of a forward at most.
-        processes: that share the rows; each runs as many forwards as the others.
-        rank: of this one.
+        dataset: Dataset with the columns input_ids and labels.
+        row_tokens: Maximum number of tokens of a forward.
+        processes: Number of processes that share the rows; each runs the same number of forwards.
+        rank: Rank of this process.
     """
 
     def __init__(self, dataset: Any, *, row_tokens: int, processes: int, rank: int) -> None:
@@ -36,8 +36,8 @@ class HeldOutRows:
         """Return the summed loss of this process's supervised tokens, () in fp64; the model is left in eval mode.
 
         Args:
-            model: of this process, or its part of one.
-            loss_of: the sum of a row's losses under a model.
+            model: Model of this process, or its shard of one.
+            loss_of: Returns the sum of the losses of a row under a model.
         """
         model.eval()
         total = torch.zeros((), dtype=torch.float64)
@@ -48,7 +48,7 @@ class HeldOutRows:
 
 
 def is_due(step: int, *, every: str | int | None, epoch_steps: int, last: int) -> bool:
-    """Say whether the held-out loss is computed after a step; after the last one always, if ever."""
+    """Return whether the held-out loss is computed after a step; after the last step always, if at all."""
     if every is None:
         return False
     return step == last or step % (epoch_steps if every == "epoch" else int(every)) == 0
@@ -60,9 +60,9 @@ def eval_losses(log_history: Iterable[dict[str, Any]]) -> list[float]:
 
 
 def stops_early(losses: Sequence[float], patience: int | None) -> bool:
-    """Say whether the lowest loss is `patience` evaluations old; None never stops.
+    """Return whether the lowest loss is `patience` evaluations old; with None, never.
 
-    It depends on the losses alone, which all processes share and every checkpoint keeps, so that all of them stop at
+    It depends only on the losses, which all processes share and every checkpoint stores, so that all of them stop at
     the same step, resumed or not.
     """
     if patience is None or not losses:

@@ -1,7 +1,8 @@
-"""Whether a checkpoint is intact: every file is there and can be read, and no pickle can run code.
+"""Integrity of checkpoints: every file exists and can be read, and no pickle can run code.
 
-A pickle is a program, and a run folder can come from a stranger. torch's `weights_only=True` reads tensors and plain
-containers alone; what else these files hold is named in `strategies` (DeepSpeed's) and in transformers (numpy's).
+A pickle is a program, and a run folder can come from an untrusted source. torch's `weights_only=True` reads only
+tensors and plain containers; the other classes in these files are listed in `zero` (DeepSpeed's) and in transformers
+(numpy's).
 """
 
 import contextlib
@@ -19,15 +20,15 @@ from minisft.run_folder import list_checkpoints
 from minisft.text import first_line
 from minisft.training.checkpoints import METADATA, has_state, read_metadata
 
-_CLASS = re.compile(r"GLOBAL ([\w.]+)")  # as torch names what it refuses
+_CLASS = re.compile(r"GLOBAL ([\w.]+)")  # how torch names an object that it refuses
 
 
 @contextlib.contextmanager
 def forbid_pickled_code(checkpoint: Path) -> Iterator[None]:
-    """Turn torch's refusal to read something else than plain state, inside the block, into one that says what to do.
+    """Turn torch's refusal to read anything but plain state, inside the block, into a UserError.
 
     Raises:
-        UserError: a file of the checkpoint holds an object that could run code, or is no whole pickle.
+        UserError: A file of the checkpoint holds an object that could run code, or is not a complete pickle.
     """
     try:
         yield
@@ -39,7 +40,7 @@ def forbid_pickled_code(checkpoint: Path) -> Iterator[None]:
             else "its training state cannot be read as tensors and numbers: it is damaged, or holds objects that could "
             "run code, and none of it was run"
         )
-        fix = "delete this checkpoint, and resume from an earlier one or train anew; do not trust where it came from"
+        fix = "delete this checkpoint, and resume from an earlier one or train again; do not trust where it came from"
         raise UserError(checkpoint, problem, fix) from None
 
 
@@ -50,15 +51,15 @@ _KEYS = {
 }
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*/*.pt")  # of torch.save
 _WEIGHTS = "*.safetensors"
-# In the RuntimeErrors with which torch.load meets an archive whose content is not what its directory says.
+# Parts of the RuntimeErrors of torch.load for an archive whose content is not what its directory says.
 _TORCH_READERS = ("PytorchStreamReader", "zip archive", "storage has wrong")
 
 
 def require_intact(checkpoint: Path) -> None:
-    """Make sure that every file that resuming reads is there and has its end, without reading all of it.
+    """Check that every file that resuming reads exists and is not truncated, without reading all of it.
 
     Raises:
-        UserError: naming the file.
+        UserError: A file is missing or damaged; the message names it.
     """
     for name in _NEEDED:
         if not (checkpoint / name).is_file():
@@ -68,7 +69,7 @@ def require_intact(checkpoint: Path) -> None:
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict) or not set(_KEYS[path.name]) <= set(found):
                 raise ValueError(f"it does not hold {', '.join(_KEYS[path.name])}")
-    # DeepSpeed's folder has a file of each process, and is the one that `latest` names.
+    # DeepSpeed's folder has a file of each process; the file `latest` names that folder.
     for folder in checkpoint.glob("global_step*"):
         latest = checkpoint / "latest"
         if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != folder.name:
@@ -78,7 +79,7 @@ def require_intact(checkpoint: Path) -> None:
             if not list(folder.glob(pattern)):
                 raise damaged(checkpoint, f"{folder.name}/{pattern} is missing")
     for path in _each(checkpoint, _ARCHIVES):
-        with _explain(checkpoint, path), zipfile.ZipFile(path):  # its directory is at its end
+        with _explain(checkpoint, path), zipfile.ZipFile(path):  # the directory of a zip archive is at its end
             pass
     for path in _each(checkpoint, (_WEIGHTS,)):
         with _explain(checkpoint, path), safe_open(path, "pt"):
@@ -87,7 +88,7 @@ def require_intact(checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def explain_damage(checkpoint: Path | str | None) -> Iterator[None]:
-    """Turn an error of reading a checkpoint inside the block into one that says so."""
+    """Turn an error of reading a checkpoint inside the block into a UserError."""
     try:
         yield
     except (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, json.JSONDecodeError) as error:
@@ -99,20 +100,20 @@ def explain_damage(checkpoint: Path | str | None) -> Iterator[None]:
 
 
 def damaged(checkpoint: Path, problem: str) -> UserError:
-    """Return the error of a checkpoint that cannot be resumed from, and how to go on without it."""
+    """Return the error of a damaged checkpoint, with the way to resume without it."""
     earlier = [path for path in list_checkpoints(checkpoint.parent) if path != checkpoint and has_state(path)]
     if earlier:
-        fix = f"restore the file, or remove {checkpoint.name}: --resume then goes on from {earlier[-1].name}"
+        fix = f"restore the file, or remove {checkpoint.name}: --resume then continues from {earlier[-1].name}"
     else:
-        fix = "restore the file, or train anew with --force: no other checkpoint holds an optimizer state"
+        fix = "restore the file, or train again with --force: no other checkpoint holds an optimizer state"
     return UserError(checkpoint, f"this checkpoint is damaged: {problem}", fix)
 
 
 def _damaged_by(checkpoint: Path | str | None, error: Exception) -> Exception:
     if checkpoint is None:
         return error
-    if isinstance(error, pickle.UnpicklingError):  # torch's words are about trust
-        return damaged(Path(checkpoint), "a file of its states does not hold what is expected there")
+    if isinstance(error, pickle.UnpicklingError):  # torch's message is about trust
+        return damaged(Path(checkpoint), "a file of its states does not hold what is expected in it")
     return damaged(Path(checkpoint), first_line(error))
 
 

@@ -1,7 +1,7 @@
-"""LoRA: small matrices beside frozen ones, by peft.
+"""LoRA: low-rank matrices beside frozen weights, by peft.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; with frozen weights of 4 bits, Dettmers et
-al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs". What is trained and saved are the adapters alone.
+al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs". Only the adapters are trained and saved.
 """
 
 import importlib.util
@@ -19,15 +19,15 @@ from minisft.text import first_line
 from minisft.training.device import on_cpu
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# peft writes a form for the authors of a model to fill in.
+# peft writes a model card, a form to fill in.
 _MODEL_CARD = "README.md"
 
 
 def require_quantisation(lora: LoraRecipe) -> None:
-    """Make sure that weights of 4 bits can be loaded, where the recipe asks for them.
+    """Check that 4-bit weights can be loaded, if the recipe asks for them.
 
     Raises:
-        UserError: there is no GPU, or bitsandbytes is missing.
+        UserError: There is no GPU, or bitsandbytes is missing.
     """
     if not lora.load_in_4bit:
         return
@@ -39,12 +39,12 @@ def require_quantisation(lora: LoraRecipe) -> None:
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
-    """Return the format of the frozen weights: nothing is added to them, so they stay in that of the arithmetic."""
+    """Return the number format of the frozen weights: they are not updated, so it is that of the arithmetic."""
     return _DTYPES[precision]
 
 
 def quantised_loading(lora: LoraRecipe, precision: str, device: torch.device) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to load 4-bit NormalFloat weights onto `device`; nothing for plain ones."""
+    """Return the arguments of `from_pretrained` that load 4-bit NormalFloat weights onto `device`, if LoRA has them."""
     if not lora.load_in_4bit:
         return {}
     from transformers import BitsAndBytesConfig
@@ -59,16 +59,16 @@ def quantised_loading(lora: LoraRecipe, precision: str, device: torch.device) ->
 
 
 def add_lora(model: Any, lora: LoraRecipe, *, base_name: str, seed: int) -> Any:
-    """Freeze a model and put fp32 adapters beside its matrices; return the `PeftModel`.
+    """Freeze a model and add fp32 adapters to its matrices; return the `PeftModel`.
 
     Args:
-        model: a causal language model.
-        lora: rank, alpha, dropout and the modules that get adapters.
-        base_name: under which `from_pretrained` finds the base model; adapters are saved with it.
-        seed: of the adapters, so that they begin alike on every process and under every strategy.
+        model: Causal language model.
+        lora: Rank, alpha, dropout and the modules that get adapters.
+        base_name: Name under which `from_pretrained` finds the base model; it is saved with the adapters.
+        seed: Seed of the adapters, so that they are the same on every process and under every strategy.
 
     Raises:
-        UserError: the model has no such modules, or none that can be adapted.
+        UserError: The model has no such modules, or none that can be adapted.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -83,7 +83,7 @@ def add_lora(model: Any, lora: LoraRecipe, *, base_name: str, seed: int) -> Any:
     set_seed(seed)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what peft reads of the model
+            warnings.simplefilter("ignore", FutureWarning)  # warnings about the model that peft reads
             return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
@@ -103,11 +103,11 @@ def save_adapters(model: Any, folder: Path, state_dict: dict[str, Any] | None) -
     """Write a plain peft folder: adapter_model.safetensors, adapter_config.json, and the generation config.
 
     Args:
-        model: the `PeftModel`.
-        folder: where to.
-        state_dict: its weights by name, where they must be gathered first; None: those it holds.
+        model: The `PeftModel`.
+        folder: Folder to write to.
+        state_dict: Its weights by name, if they had to be gathered; None: those of the model.
     """
-    # Embeddings are never resized here; else peft would ask the hub at every checkpoint whether they were.
+    # Embeddings are never resized here; otherwise peft would ask the hub at every checkpoint whether they were.
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     model.generation_config.save_pretrained(folder)
     (folder / _MODEL_CARD).unlink(missing_ok=True)

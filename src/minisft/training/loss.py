@@ -1,15 +1,16 @@
 """The loss of supervised tokens, computed without all their logits at once.
 
 Logits of a row are the largest tensor of training where the vocabulary is large: supervised tokens x vocabulary, three
-or four times over. Here the output layer takes a chunk of positions at a time and turns its logits into losses and into
-gradients while they are there, so memory does not grow with the row, and nothing is computed twice. The idea is that of
+or four copies of them. Here the output layer takes a chunk of positions at a time and turns its logits into losses and
+gradients at once, so memory does not grow with the row, and nothing is computed twice. The idea is that of
 Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009) and of Liger's fused linear cross-entropy (Hsu et al. 2024,
 arXiv 2410.10989), in plain torch.
 
 Autograd makes a gradient of the embedding's size (vocabulary x hidden size) for every forward, mostly zeros: on a CPU
-and with a large vocabulary that takes longer than several layers of a short row. Here the rows of a step leave the
-gradients of what they looked up (tokens x hidden size) for the last one, whose backward adds all of them; or for one
-before it, once they are as many as the embedding has rows, so that what waits never takes more memory than it saves.
+and with a large vocabulary that takes longer than several layers of a short row. Here each row of a step keeps the
+gradients of the embeddings that it looked up (tokens x hidden size), and the backward of the last row adds all of them.
+An earlier row adds them once they are as many as the embedding has rows, so that they never take more memory than the
+full gradient.
 """
 
 import contextlib
@@ -24,16 +25,17 @@ from torch.nn.functional import cross_entropy, embedding, linear
 
 from minisft.training.batching import PackedRow
 
-# Of an output layer: whether its model returns what it gives as it is.
+# By output layer: whether its model returns the logits of the layer unchanged.
 _fusable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def row_loss(model: Any, row: PackedRow) -> torch.Tensor:
     """Return the sum of the cross-entropies of a row's supervised tokens, () in fp32.
 
-    `logits_to_keep` takes the positions to predict at, and of these a chunk at a time has its logits, of shape (chunk,
-    vocabulary). Models that change their logits afterwards (a scale, a soft cap) have (supervised, vocabulary) of them
-    at once, and so has fp16, whose gradients of probabilities would vanish before the loss scale reaches them.
+    `logits_to_keep` selects the positions that predict a supervised token; their logits are computed a chunk at a time,
+    in shape (chunk, vocabulary). All logits (supervised, vocabulary) are computed at once for models that change their
+    logits afterwards (a scale, a soft cap), and in fp16, whose gradients of probabilities would underflow before they
+    are multiplied by the loss scale.
     """
     layer = output_layer(model)
     if layer is None or matmul_dtype(layer.weight) == torch.float16 or not _can_fuse(model, layer, row):
@@ -44,7 +46,7 @@ def row_loss(model: Any, row: PackedRow) -> torch.Tensor:
 
 def _loss_of_all_logits(model: Any, row: PackedRow) -> torch.Tensor:
     logits = _forward(model, row)[0]
-    if len(row.targets) == 0:  # a row without conversations, there for the collectives of its forward
+    if len(row.targets) == 0:  # a row without conversations: its forward takes part in the collectives
         return logits.sum().float() * 0.0
     return cross_entropy(logits.float(), row.targets, reduction="sum")
 
@@ -60,7 +62,7 @@ def _forward(model: Any, row: PackedRow) -> Any:
 
 
 def _can_fuse(model: Any, layer: nn.Linear, row: PackedRow) -> bool:
-    """Find out on a row of one token, once for each model, without touching random states."""
+    """Return whether the model returns raw logits; tested once for each model on one token, in eval mode."""
     if layer not in _fusable:
         token, learned = row.input_ids[:, :1], model.training
         probe = PackedRow(token, torch.zeros_like(token), (1,), torch.zeros_like(token[0]), token[0], ())
@@ -71,34 +73,34 @@ def _can_fuse(model: Any, layer: nn.Linear, row: PackedRow) -> bool:
     return _fusable[layer]
 
 
-# Logits of a chunk. On two cores 2^22 took 1.08 of the time of all logits at once, 2^24 0.89, 2^26 no less.
+# Number of logits of a chunk. On two cores 2^22 took 1.08 of the time of all logits at once, 2^24 0.89, 2^26 no less.
 _CHUNK_ON_CPU, _CHUNK = 1 << 24, 1 << 27
 
 
 def output_layer(model: Any) -> nn.Linear | None:
-    """Return the layer that makes logits of hidden states; None where it is not a plain linear one without a bias."""
+    """Return the layer that computes logits from hidden states; None if it is not a plain linear layer without bias."""
     layer = unwrapped(model).get_output_embeddings()
     return layer if type(layer) is nn.Linear and layer.bias is None else None
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside what DDP and DeepSpeed wrap around it."""
+    """Return the model inside the wrappers of DDP and DeepSpeed."""
     while hasattr(model, "module"):
         model = model.module
     return model
 
 
 def chunk_length(vocabulary: int, on_cpu: bool) -> int:
-    """Return how many positions have their logits at once."""
+    """Return the number of positions whose logits are computed at once."""
     return max(1, (_CHUNK_ON_CPU if on_cpu else _CHUNK) // vocabulary)
 
 
 @contextlib.contextmanager
 def fused_loss_head(layer: nn.Linear, targets: torch.Tensor) -> Iterator[None]:
-    """Let an output layer return (1, 1) the sum of the cross-entropies of `targets`, where it would return logits.
+    """Let an output layer return the sum of the cross-entropies of `targets`, (1, 1), in place of logits.
 
     Args:
-        layer: it gets hidden states of shape (1, supervised, hidden size).
+        layer: Output layer; its input are hidden states of shape (1, supervised, hidden size).
         targets: (supervised,) token ids.
     """
     with _replace_forward(layer, lambda hidden: fused_loss(hidden[0], layer.weight, targets).reshape(1, 1)):
@@ -106,11 +108,11 @@ def fused_loss_head(layer: nn.Linear, targets: torch.Tensor) -> Iterator[None]:
 
 
 def returns_raw_logits(layer: nn.Linear, forward: Callable[[], torch.Tensor]) -> bool:
-    """Say whether a model returns what its output layer gives as it is: not scaled, capped or cut, in place or not.
+    """Return whether a model returns the logits of its output layer unchanged: not scaled, capped or cut.
 
     Args:
-        layer: the model's output layer.
-        forward: runs the model, and returns its logits.
+        layer: Output layer of the model.
+        forward: Runs the model and returns its logits.
     """
     given: list[torch.Tensor] = []
 
@@ -136,7 +138,7 @@ def _replace_forward(layer: nn.Linear, forward: Callable[[torch.Tensor], torch.T
 
 
 def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the cross-entropies, () in fp32, of logits `hidden @ weight.T` that are never there together.
+    """Return the sum of the cross-entropies, () in fp32, of the logits `hidden @ weight.T`, computed in chunks.
 
     Args:
         hidden: (positions, hidden size).
@@ -149,13 +151,13 @@ def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 
 
 def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Return in which format a product with `weight` is computed, which autocast may have set."""
+    """Return the number format in which a product with `weight` is computed; autocast may set it."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class _SumOfLosses(torch.autograd.Function):
-    """Cross-entropy's gradient by the logits is softmax - onehot: forward has it at hand and multiplies it on."""
+    """The sum of cross-entropies, whose forward computes the gradients too: d loss / d logits = softmax - onehot."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, products: torch.dtype, learning: bool) -> Any:
@@ -174,7 +176,7 @@ class _SumOfLosses(torch.autograd.Function):
                     by_hidden[part] = gradient @ factors
                 if needs_weight:
                     by_weight = _with_product(by_weight, gradient.T, states[part])
-        if needs_weight and by_weight is None:  # no position at all
+        if needs_weight and by_weight is None:  # no supervised position
             by_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(by_hidden, by_weight)
         ctx.dtype = weight.dtype
@@ -192,7 +194,7 @@ class _SumOfLosses(torch.autograd.Function):
 
 
 def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each position's cross-entropy, and turn `logits` into the gradient by them, in their own memory."""
+    """Return the cross-entropy of each position, and replace `logits` in place by the gradient with respect to them."""
     at = targets[:, None]
     wanted = logits.gather(1, at)
     largest = logits.amax(1, keepdim=True)
@@ -204,7 +206,7 @@ def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[t
 
 
 def _with_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return `total`, in fp32 and in its own memory, with a product added; None is nothing yet, and is not zeroed."""
+    """Add a product to `total` (fp32) in place and return it; None stands for zero, without allocating zeros."""
     if total is None:
         return (left @ right).float()
     if left.dtype == total.dtype:
@@ -214,12 +216,12 @@ def _with_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.T
 
 @dataclass
 class EmbeddingLookups:
-    """What the rows of a step looked up.
+    """The embedding lookups of the rows of a step.
 
     Attributes:
-        last: the next backward is that of the last row.
-        ids: for each row whose backward is over, (tokens,) ids.
-        gradients: for each of them, (tokens, hidden size).
+        last: Whether the next backward is that of the last row.
+        ids: Token ids of each row whose backward has run, (tokens,).
+        gradients: Gradients of the embeddings that it looked up, (tokens, hidden size).
     """
 
     last: bool = False
@@ -229,9 +231,9 @@ class EmbeddingLookups:
 
 @contextlib.contextmanager
 def accumulate_embedding_gradient(model: Any) -> Iterator[EmbeddingLookups]:
-    """Let the backwards of a step's rows give one gradient to the embedding: that of the row which is called last.
+    """Accumulate the embedding gradients of a step's rows, and let the backward of the last row add them.
 
-    Does nothing where the embedding is frozen or not torch's plain one.
+    Does nothing if the embedding is frozen or is not a plain `nn.Embedding`.
     """
     lookups, layer = EmbeddingLookups(), unwrapped(model).get_input_embeddings()
     if not _is_plain(layer):

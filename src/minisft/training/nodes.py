@@ -24,7 +24,7 @@ class Nodes:
 
     def __post_init__(self) -> None:
         if self.count < 2:
-            raise UserError("--nodes", f"{self.count} is not several machines", "give 2 or more, or leave it out")
+            raise UserError("--nodes", f"{self.count} is fewer than two machines", "give 2 or more, or leave it out")
         if not 0 <= self.rank < self.count:
             raise UserError(
                 "--node-rank",
@@ -41,7 +41,7 @@ def parse_nodes(nodes: int, rank: int | None, rendezvous: str | None) -> Nodes |
     """Read `--nodes`, `--node-rank` and `--rendezvous`; None for a single machine.
 
     Raises:
-        UserError: one is missing or makes no sense.
+        UserError: One is missing or invalid.
     """
     if nodes == 1 and rank is None and rendezvous is None:
         return None
@@ -53,7 +53,7 @@ def parse_nodes(nodes: int, rank: int | None, rendezvous: str | None) -> Nodes |
             raise UserError(option, f"is missing, with --nodes {nodes}", fix)
     host, _, port = str(rendezvous).rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError("--rendezvous", f"{rendezvous!r} is no HOST:PORT", "such as gpu01:29500")
+        raise UserError("--rendezvous", f"{rendezvous!r} is not HOST:PORT", "such as gpu01:29500")
     return Nodes(nodes, int(rank or 0), host.strip("[]"), int(port))
 
 
@@ -61,7 +61,7 @@ def local_processes(processes: int, nodes: Nodes | None) -> int:
     """Return this machine's share of all processes.
 
     Raises:
-        UserError: they cannot be shared out evenly.
+        UserError: The machines cannot have equal shares.
     """
     if nodes is None:
         return processes
@@ -75,12 +75,12 @@ def local_processes(processes: int, nodes: Nodes | None) -> int:
 
 
 def use_network_interface(nodes: Nodes) -> None:
-    """Let gloo and NCCL use the interface by which machine 0 is reached, unless the environment names another.
+    """Make gloo and NCCL use the network interface that reaches machine 0, unless the environment names another.
 
-    By default gloo takes what this machine's own name resolves to, which is often the loopback.
+    By default gloo takes the address that the name of this machine resolves to, which is often the loopback.
 
     Raises:
-        UserError: the host has no address, or there is no way to it.
+        UserError: The host has no address, or cannot be reached.
     """
     interface = _interface_to(nodes.host, nodes.port)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -89,10 +89,10 @@ def use_network_interface(nodes: Nodes) -> None:
 
 
 def wait_for_first_node(nodes: Nodes, run: RunFolder) -> None:
-    """Wait until machine 0 has prepared the data, and listens.
+    """Wait until machine 0 has prepared the data and listens.
 
     Raises:
-        UserError: the run folder is not where machine 0 writes.
+        UserError: The run folder is not the one that machine 0 writes to.
     """
     say(f"machine {nodes.rank} of {nodes.count}: waiting for machine 0 at {nodes.endpoint}")
     while not _listens(nodes.host, nodes.port):
@@ -114,13 +114,13 @@ def _listens(host: str, port: int) -> bool:
 
 
 def _interface_to(host: str, port: int) -> str | None:
-    """Name the interface whose address packets to `host` would carry; None where no one has that address."""
+    """Return the interface from which packets to `host` would be sent; None if no interface has that address."""
     import psutil
 
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing: it only looks up the way
+            probe.connect(address)  # sends nothing: it only looks up the route
             own = probe.getsockname()[0]
     except OSError as error:
         raise UserError(

@@ -3,8 +3,8 @@
 Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675), algorithm 2, is Lion. The
 packages that offer it need a GPU or are not maintained, and it has few lines.
 
-On a CPU torch adds up the squares of a tensor in one run of fp32: the norm of an embedding of 28 million numbers comes
-out up to 1e-3 too small, and what is clipped by it is off by as much. DeepSpeed adds up in fp64.
+On a CPU torch sums the squares of a tensor in fp32: the norm of an embedding of 28 million numbers is up to 1e-3 too
+small, and so is every clipped gradient. DeepSpeed sums in fp64.
 """
 
 import inspect
@@ -19,26 +19,26 @@ from minisft.errors import UserError
 from minisft.recipe import TrainingRecipe
 from minisft.text import first_line
 
-# Names of our own; every other name is one of transformers'.
+# Optimizers of MiniSFT; every other name is one of transformers.
 _FUSED_ADAMW = "adamw_torch_fused"
 _OWN = ("adamw", "lion")
 # They step inside the backward, project chosen modules or switch their weights between training and saving: what the
-# Trainer does for them in its own training step, this project's step does not do.
+# Trainer does for them in its training step, the training step of MiniSFT does not do.
 _NEED_A_STEP_OF_THEIR_OWN = ("lomo", "adalomo", "galore", "apollo", "schedule_free")
-# Bytes an optimizer keeps for each trained parameter, by a part of its name; others are taken for Adam's two moments.
+# Bytes of state per trained parameter, by a part of the optimizer's name; others are assumed to keep Adam's moments.
 _STATES = {"4bit": 1, "8bit": 2, "adafactor": 0, "sgd": 0, "lion": 4, "rmsprop": 4, "adagrad": 4}
 _ADAM = 8
 LION_BETAS = (0.9, 0.99)
 
 
 class Lion(torch.optim.Optimizer):
-    """Steps of one size in every coordinate: the sign of a mix of momentum and gradient, and decoupled decay.
+    """Lion: steps of the same size in every coordinate, by the sign of a mix of momentum and gradient; decoupled decay.
 
     Args:
-        params: parameters or groups of them.
-        lr: the size of a step; a third to a tenth of AdamW's.
-        betas: the share of the momentum in the mix, and the share of it that stays.
-        weight_decay: as in AdamW, times the learning rate; three to ten times AdamW's.
+        params: Parameters or groups of them.
+        lr: Size of a step; a third to a tenth of AdamW's.
+        betas: Share of the momentum in the mix, and decay rate of the momentum.
+        weight_decay: Decay, multiplied by the learning rate as in AdamW; three to ten times AdamW's.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; `closure`, where given, computes the loss anew with gradients."""
+        """Take one step; `closure`, if given, computes the loss and gradients again."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -72,25 +72,25 @@ class Lion(torch.optim.Optimizer):
 
 
 def trainer_name(optimizer: str) -> str:
-    """Return what transformers' TrainingArguments call an optimizer; Lion is given to the Trainer beside them."""
+    """Return the name of an optimizer in transformers' TrainingArguments; Lion is passed to the Trainer separately."""
     return _FUSED_ADAMW if optimizer in _OWN else optimizer
 
 
 def own_optimizer(optimizer: str, learning_rate: float) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Return class and options of an optimizer that transformers does not have, or None where it has it."""
+    """Return class and options of an optimizer that transformers does not have, or None if it has it."""
     return (Lion, {"lr": learning_rate}) if optimizer == "lion" else None
 
 
 def bytes_of_states(optimizer: str) -> int:
-    """Return how many bytes an optimizer keeps for each trained parameter."""
+    """Return the bytes of optimizer state per trained parameter."""
     return next((size for name, size in _STATES.items() if name in optimizer), _ADAM)
 
 
 def require_optimizer(optimizer: str) -> None:
-    """Make sure that an optimizer can be made here, and on a CPU that it can take a step.
+    """Check that an optimizer can be made on this machine, and on a CPU that it can take a step.
 
     Raises:
-        UserError: there is none of that name, or it does not work here; naming why, and those that work.
+        UserError: There is none of that name, or it does not work here; the message says why, and what works.
     """
     from transformers.training_args import OptimizerNames
 
@@ -106,7 +106,7 @@ def require_optimizer(optimizer: str) -> None:
 
 
 def _obstacle(optimizer: str) -> str | None:
-    """Say why an optimizer cannot be used here, or return None: one parameter is given to it, as the Trainer does."""
+    """Return the reason why an optimizer cannot be used here, or None; it is tried with one parameter."""
     if optimizer in _OWN:
         return None
     if optimizer.startswith(_NEED_A_STEP_OF_THEIR_OWN):
@@ -114,7 +114,7 @@ def _obstacle(optimizer: str) -> str | None:
     from transformers import Trainer
     from transformers.training_args import OptimizerNames, TrainingArguments
 
-    # What the Trainer reads of its arguments to make an optimizer, at the defaults of TrainingArguments.
+    # The arguments from which the Trainer makes an optimizer, with the defaults of TrainingArguments.
     arguments: Any = SimpleNamespace(
         optim=OptimizerNames(optimizer), optim_args=None, optim_target_modules=None, learning_rate=1e-3,
         weight_decay=0.0, warmup_steps=0, adam_beta1=TrainingArguments.adam_beta1,
@@ -132,12 +132,12 @@ def _obstacle(optimizer: str) -> str | None:
     return None
 
 
-# Those of transformers that need no metric.
+# Schedules of transformers that need no metric.
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
     "warmup_stable_decay", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
-# By the Trainer; the number of stable steps follows from the others.
+# Set by the Trainer; the number of stable steps follows from the others.
 _GIVEN = ("optimizer", "num_warmup_steps", "num_training_steps", "num_stable_steps", "last_epoch")
 _WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")  # transformers passes them none
 _SHARES = ("min_lr_rate", "min_lr_ratio", "warmup_lr_rate")
@@ -148,7 +148,7 @@ _WHERE = "training.scheduler_args"
 
 
 def require_schedule(training: TrainingRecipe) -> None:
-    """Make sure that the schedule of a recipe can be made, before anything is read.
+    """Check that the schedule of a recipe can be made, before anything is read.
 
     Raises:
         UserError: there is no such schedule, or its arguments are unknown, missing or impossible.
@@ -174,10 +174,10 @@ def require_schedule(training: TrainingRecipe) -> None:
 
 
 def require_steps(training: TrainingRecipe, steps: int) -> None:
-    """Make sure that a schedule of three stages fits into a run of so many steps.
+    """Check that a schedule of three stages fits into a run of `steps` steps.
 
     Raises:
-        UserError: its decay, with the warm-up, is longer than the run.
+        UserError: Warm-up and decay together are longer than the run.
     """
     decay = training.scheduler_args.get("num_decay_steps")
     if training.scheduler != "warmup_stable_decay" or not isinstance(decay, int):
@@ -189,7 +189,7 @@ def require_steps(training: TrainingRecipe, steps: int) -> None:
 
 
 def _arguments(name: str) -> tuple[list[str], list[str]]:
-    """Return the names of a schedule's own arguments, and those of them that it needs."""
+    """Return the names of the arguments of a schedule, and of those that it requires."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
     from transformers.trainer_utils import SchedulerType
 
@@ -206,7 +206,7 @@ def _check_value(key: str, value: Any, learning_rate: float) -> None:
     if key in (*_SHARES, *_RATES, "num_cycles", "power") and not isinstance(value, (int, float)):
         raise UserError(where, f"must be a number, and is {value!r}", "give a number")
     if key in _SHARES and not 0 <= value <= 1:
-        raise UserError(where, f"must be from 0 to 1, and is {value}", "it is a share of training.learning_rate")
+        raise UserError(where, f"must be from 0 to 1, and is {value}", "it is a fraction of training.learning_rate")
     if key in _RATES and not 0 <= value <= learning_rate:
         problem = f"must be from 0 to training.learning_rate, which is {learning_rate}, and is {value}"
         raise UserError(where, problem, "give the rate at which the schedule ends")
@@ -215,7 +215,7 @@ def _check_value(key: str, value: Any, learning_rate: float) -> None:
 
 
 def _problem(training: TrainingRecipe, steps: int) -> str | None:
-    """Make the schedule for a run of so many steps and take a few of them; say what it raised."""
+    """Make the schedule for a run of `steps` steps and take a few; return the error that it raised, or None."""
     import torch
     from transformers import get_scheduler
 
@@ -235,12 +235,12 @@ def _problem(training: TrainingRecipe, steps: int) -> str | None:
 
 
 def clipping_norm(training: TrainingRecipe) -> float:
-    """Return the norm that gradients are clipped to: infinity changes none, and their norm is logged all the same."""
+    """Return the norm to which gradients are clipped; infinity clips none, and the norm is still logged."""
     return math.inf if training.max_grad_norm is None else training.max_grad_norm
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradients of `parameters` so that their norm is at most `max_norm`; return what it was, () in fp32."""
+    """Scale the gradients of `parameters` so that their norm is at most `max_norm`; return the norm before it, ()."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     norm = gradient_norm([parameter.grad for parameter in trained if parameter.grad is not None])
     torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
@@ -248,7 +248,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
 
 
 def gradient_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm of all gradients together, () in fp32: row by row in fp32, and of the rows in fp64."""
+    """Return the 2-norm of all gradients together, () in fp32: rows are summed in fp32, and the rows' norms in fp64."""
     rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients if gradient.numel()]
     if not rows:
         return torch.zeros(())

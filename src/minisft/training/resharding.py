@@ -1,11 +1,11 @@
 """Resuming under another strategy or number of processes than the one that wrote a checkpoint.
 
-What every layout holds is, for each trained parameter, an fp32 weight and AdamW's two moments, and the count of steps.
-They are read here, a parameter at a time, from the mapped files of vanilla or DeepSpeed, and put into the optimizer
-that the new layout has made. Nothing is written, and a process holds one parameter more than it would anyway.
+Every layout holds, for each trained parameter, an fp32 weight and AdamW's two moments, and the number of steps.
+They are read here, a parameter at a time, from the memory-mapped files of vanilla or DeepSpeed, and copied into the
+optimizer of the new layout. Nothing is written, and a process holds one more parameter than it would otherwise.
 DeepSpeed's own way (`deepspeed.checkpoint.ds_to_universal`; Lian et al. 2024, "Universal Checkpointing") writes the
-whole state to the disk twice, and there is none for vanilla; how its files are laid out is taken from there.
-Beside `strategies`, this is the one module that knows DeepSpeed's files.
+complete state to the disk twice, and does not support vanilla; the layout of its files is taken from there. Besides
+`zero`, this is the only module that knows DeepSpeed's files.
 """
 
 import importlib.util
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-# Those whose state is AdamW's two moments in fp32.
+# Optimizers whose state is AdamW's two moments in fp32.
 _OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
 _WEIGHT = "weight"
 
 
 def same_layout(checkpoint: Path, strategy: str, processes: int) -> bool:
-    """Say whether a strategy on a number of processes takes a checkpoint's state as it is.
+    """Return whether a strategy on a number of processes can load the state of a checkpoint without conversion.
 
-    Vanilla keeps it whole, so there any number of processes can; DeepSpeed keeps shards.
+    Vanilla stores it complete, so any number of processes can load it; DeepSpeed stores shards.
     """
     wrote, count = read_metadata(checkpoint)
     return strategy == wrote and (strategy == "vanilla" or processes == count)
 
 
 def require_reshardable(checkpoint: Path, training: TrainingRecipe, precision: str) -> None:
-    """Refuse to resume what can be resumed neither as it is nor by conversion, before anything starts.
+    """Refuse a checkpoint that can be resumed neither directly nor by conversion, before anything starts.
 
     Args:
-        checkpoint: the one to go on from.
-        training: how to go on; `auto` goes on as the checkpoint was written.
-        precision: Precision in which training goes on: fp32, bf16 or fp16.
+        checkpoint: Checkpoint to resume from.
+        training: Settings to resume with; `auto` takes the strategy that wrote the checkpoint.
+        precision: Precision to resume in: fp32, bf16 or fp16.
 
     Raises:
-        UserError: naming why, and the layout that can go on.
+        UserError: The message gives the reason and the layout that can resume it.
     """
     wrote, count = read_metadata(checkpoint)
     strategy = wrote if training.strategy == "auto" else training.strategy
@@ -76,14 +76,14 @@ def _obstacle(wrote: str, training: TrainingRecipe, precision: str) -> str | Non
 
 
 def reshard_state(trainer: "Trainer", checkpoint: Path) -> None:
-    """Give a trainer that is ready for its first step the weights, optimizer and schedule of another layout.
+    """Load weights, optimizer and schedule of another layout into a trainer that is ready for its first step.
 
     Args:
-        trainer: its optimizer, or its engine, is made and has taken no step; every process calls this.
-        checkpoint: written under another layout; it stays as it is.
+        trainer: Trainer whose optimizer or engine is made and has taken no step; every process calls this.
+        checkpoint: Checkpoint written under another layout; it is not changed.
 
     Raises:
-        UserError: the checkpoint is of other parameters than the trainer's.
+        UserError: The parameters of the checkpoint are not those of the trainer.
     """
     model: Any = trainer.model
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -104,11 +104,11 @@ def reshard_state(trainer: "Trainer", checkpoint: Path) -> None:
 
 
 def restore_fp32_weights(trainer: "Trainer", folder: Path) -> None:
-    """Let a new run under ZeRO in half precision begin with the fp32 weights of its model folder, as vanilla does.
+    """Start a new run under ZeRO in half precision with the fp32 weights of its model folder, as vanilla does.
 
     Args:
-        trainer: its engine is made and has taken no step; every process calls this.
-        folder: the model's. Weights that are not in fp32 there, or have another name, stay as DeepSpeed rounded them.
+        trainer: Trainer whose engine is made and has taken no step; every process calls this.
+        folder: Model folder. Weights that are not in fp32 there, or have another name, stay as DeepSpeed rounded them.
     """
     model: Any = trainer.model
     rounded = {
@@ -134,7 +134,7 @@ def _weight_in_fp32(files: dict[str, Path], name: str) -> torch.Tensor | None:
 
 
 def _in_order_of_optimizer(trainer: "Trainer", trained: dict[str, Any]) -> list[str]:
-    """Name the parameters in the order in which the Trainer gives them to an optimizer: with decay, without."""
+    """Return the names of the parameters in the order of the Trainer's optimizer: with decay, then without."""
     decayed = set(trainer.get_decay_parameter_names(trainer.model))  # type: ignore[arg-type]  # of a model, not None
     return sorted(trained, key=lambda name: name not in decayed)  # a stable sort
 
@@ -151,7 +151,7 @@ def _require_names(checkpoint: Path, found: set[str], wanted: set[str]) -> None:
 
 
 def _fill_optimizer(optimizer: Any, trained: dict[str, Any], state: "SavedState") -> None:
-    """Fill torch's AdamW, and the weights that it updates."""
+    """Copy state into torch's AdamW, and weights into the parameters that it updates."""
     for name, weight in trained.items():
         weight.data.copy_(state.weight(name).view_as(weight))
         moments = {kind: state.read(name, kind).view_as(weight).to(weight.device) for kind in MOMENTS}
@@ -160,10 +160,10 @@ def _fill_optimizer(optimizer: Any, trained: dict[str, Any], state: "SavedState"
 
 
 def _continue_schedule(trainer: "Trainer", checkpoint: Path) -> None:
-    """Load the schedule, and put its learning rate into the optimizer.
+    """Load the schedule, and set its learning rate in the optimizer.
 
-    It holds lists of an entry for each group of parameters. Their entries are equal; their number is not the same
-    everywhere, since DeepSpeed leaves out a group that is empty, as that without decay is with LoRA.
+    It holds lists with an entry for each group of parameters. The entries are equal, but their number differs between
+    layouts, since DeepSpeed leaves out an empty group, such as the one without decay in LoRA.
     """
     schedule, optimizer = cast(Any, trainer.lr_scheduler), cast(Any, trainer.optimizer)
     groups = optimizer.param_groups
@@ -175,11 +175,11 @@ def _continue_schedule(trainer: "Trainer", checkpoint: Path) -> None:
         group["lr"] = rate
 
 
-# --- what a checkpoint holds, by the name of the parameter
+# --- the state in a checkpoint, by the name of the parameter
 
 
 class SavedState(Protocol):
-    """AdamW's state of each trained parameter, flat and in fp32 on the CPU; tensors belong to the caller."""
+    """AdamW's state of each trained parameter, flat and in fp32 on the CPU; the caller may change the tensors."""
 
     steps: float
 
@@ -191,7 +191,7 @@ class SavedState(Protocol):
 
 
 class UnshardedState:
-    """What vanilla writes: the moments by number, in the optimizer's order, and the weights in a plain folder."""
+    """The state that vanilla writes: moments by number, in the optimizer's order, and weights in a plain folder."""
 
     def __init__(self, checkpoint: Path, order: list[str]) -> None:
         saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
@@ -199,11 +199,11 @@ class UnshardedState:
         if len(numbers) != len(order):
             problem = f"its optimizer holds {len(numbers)} parameters, and {len(order)} are trained"
             raise UserError(checkpoint, problem, "resume with training.strategy=vanilla")
-        # A parameter that no loss ever reached has none.
+        # A parameter that never had a gradient has no state.
         self._moments = {name: saved["state"].get(number) for name, number in zip(order, numbers, strict=True)}
         self._files = _weight_files(checkpoint)
         steps = {float(one["step"]) for one in saved["state"].values()}
-        if len(steps) != 1:  # DeepSpeed has one count for all
+        if len(steps) != 1:  # DeepSpeed has one number for all parameters
             problem = f"its parameters have taken different numbers of steps, {min(steps):.0f} to {max(steps):.0f}"
             raise UserError(checkpoint, problem, "resume with training.strategy=vanilla")
         [self.steps] = steps
@@ -235,16 +235,16 @@ def _weight_files(checkpoint: Path) -> dict[str, Path]:
 
 
 def _saved_name(name: str) -> str:
-    """Peft leaves the name of the adapter out of what it saves."""
+    """Return the name under which peft saves a weight: without the name of the adapter."""
     return name.replace(".default.", ".") if ".lora_" in name else name
 
 
-# Tensors of a shard by kind, and where in them a parameter's piece begins and how long it is.
+# Tensors of a shard by kind, and the offset and length of the piece of a parameter in them.
 _Piece = tuple[dict[str, torch.Tensor], int, int]
 
 
 class ShardedState:
-    """What DeepSpeed writes: on each process, pieces of the parameters one after the other in flat tensors."""
+    """The state that DeepSpeed writes: on each process, pieces of the parameters, concatenated in flat tensors."""
 
     def __init__(self, checkpoint: Path, stage: int, processes: int) -> None:
         [folder] = checkpoint.glob("global_step*")
@@ -265,7 +265,7 @@ class ShardedState:
 
 
 def _pieces(folder: Path, rank: int) -> Iterator[tuple[str, _Piece]]:
-    """Yield the pieces of a shard of stage 1 or 2, which keeps a table of them."""
+    """Yield the pieces of a shard of stage 1 or 2, which contains a table of them."""
     state = _load_shard(folder, rank, "optim")["optimizer_state_dict"]
     moments = state["base_optimizer_state"]["state"]
     groups = zip(state["param_slice_mappings"], state["single_partition_of_fp32_groups"], strict=True)
@@ -275,7 +275,7 @@ def _pieces(folder: Path, rank: int) -> Iterator[tuple[str, _Piece]]:
 
 
 def _pieces_of_stage_3(folder: Path, rank: int, processes: int) -> Iterator[tuple[str, _Piece]]:
-    """Yield the pieces of a shard of stage 3: each parameter is cut into equal parts, the last of them padded."""
+    """Yield the pieces of a shard of stage 3: each parameter is split into equal parts, the last one padded."""
     state = _load_shard(folder, rank, "optim")["optimizer_state_dict"]
     shapes = _load_shard(folder, rank, "model")["param_shapes"]
     moments = state["optimizer_state_dict"]["state"]

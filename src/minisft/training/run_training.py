@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 
 _WORKER = "minisft.training.worker"
-# Where the package has another name than the tracker.
+# Packages whose name is not that of the tracker.
 _TRACKER_PACKAGES = {
     "azure_ml": "azureml-core",
     "comet_ml": "comet-ml",
@@ -76,10 +76,10 @@ _TRACKER_PACKAGES = {
 
 
 def require_feasible(recipe: Recipe, nodes: Nodes | None = None) -> None:
-    """Find out what cannot work before anything is read or written.
+    """Check what the recipe asks of this machine, before anything is read or written.
 
     Raises:
-        UserError: the recipe asks for what this machine or its libraries do not have.
+        UserError: The recipe asks for something that this machine or its libraries do not have.
     """
     training = recipe.training
     set_deepspeed_environment(on_cpu())
@@ -107,12 +107,12 @@ def train(
     """Train in this process, with the caller's own `callbacks`, or in processes that this one starts.
 
     Raises:
-        UserError: the model or the data cannot be trained so.
+        UserError: The model or the data cannot be trained with this recipe.
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
     if resume_from is not None and _is_finished(resume_from, recipe.training):
         with explain_failed_writes(run.model):
-            publish_final_model(run)  # it ended before this was done
+            publish_final_model(run)  # the process ended before this was done
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
@@ -131,25 +131,26 @@ def _is_finished(checkpoint: Path, training: TrainingRecipe) -> bool:
 
 
 def extend_run(recipe: Recipe, run: RunFolder, checkpoint: Path) -> None:
-    """Take up a recipe with more epochs or steps than the run had, if it has; `model/` is made anew at the new end.
+    """Write a recipe that has more epochs or steps than the run; `model/` is removed, and written again at the new end.
 
-    Nothing is lost: `model/` is a copy of the last checkpoint. Killed between the two, the run is as before its end.
+    Nothing is lost: `model/` is a copy of the last checkpoint. If the process is killed between the two, the run is in
+    the state that it had before its end.
     """
     if _is_finished(checkpoint, recipe.training):
         return
     refuse_foreign_files(run.model)
     if run.model.exists():
-        shutil.rmtree(run.model.resolve())  # a link stays, and leads to the new one
+        shutil.rmtree(run.model.resolve())  # a link stays, and leads to the new model
     write_resolved_recipe(run, recipe)
 
 
 def train_in_this_process(
     recipe: Recipe, run: RunFolder, resume_from: Path | None, callbacks: Sequence["TrainerCallback"] = ()
 ) -> None:
-    """Do this process's part of the training, and make `model/` of the last checkpoint.
+    """Train in this process, and make `model/` from the last checkpoint.
 
     Raises:
-        UserError: the model or the data cannot be trained so.
+        UserError: The model or the data cannot be trained with this recipe.
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
     import torch
@@ -172,14 +173,14 @@ def train_in_this_process(
 
 def _stopped(run: RunFolder) -> StoppedError:
     return StoppedError(
-        f"stopped as asked; {run.list_checkpoints()[-1]} holds all of it, and --resume goes on from there"
+        f"stopped as asked; {run.list_checkpoints()[-1]} holds the complete state, and --resume continues from it"
     )
 
 
 def run_steps(
     recipe: Recipe, run: RunFolder, resume_from: Path | None, callbacks: Sequence["TrainerCallback"] = ()
 ) -> "SupervisedTokenTrainer":
-    """Take the steps of a run and write its checkpoints; return the trainer with the live model."""
+    """Take the steps of a run and write its checkpoints; return the trainer, which holds the model."""
     trainer = make_trainer(recipe, run, resume_from)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -188,7 +189,7 @@ def run_steps(
 
 
 def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> "SupervisedTokenTrainer":
-    """Load the model and get ready to train it on the data of a run folder.
+    """Load the model and make the trainer for the data of a run folder.
 
     1. communication  2. arguments  3. model and tokenizer  4. trainer
     """
@@ -226,7 +227,7 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         with explain_failed_writes(run.root), listen_for_stop() as trainer.stop:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
-        progress.stop()  # else an error would leave the terminal without its cursor
+        progress.stop()  # otherwise an error would leave the terminal without its cursor
 
 
 def _start_step(resume_from: Path | None) -> int:
@@ -272,16 +273,16 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         optim=trainer_name(training.optimizer),
         lr_scheduler_type=training.scheduler,
         lr_scheduler_kwargs=dict(training.scheduler_args),
-        warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
+        warmup_steps=training.warmup_ratio,  # below 1 it is a fraction of all steps
         max_grad_norm=clipping_norm(training),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         save_strategy="epoch" if training.save_every == "epoch" else "steps",
-        save_steps=500 if training.save_every == "epoch" else training.save_every,  # 500 is the default, not read
+        save_steps=500 if training.save_every == "epoch" else training.save_every,  # 500: unused default
         logging_strategy="steps",
         logging_steps=training.log_every,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would hide a loss that is no number
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
         seed=recipe.seed,
         report_to=training.report_to or "none",
         use_cpu=on_cpu(),
@@ -299,12 +300,12 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         ),
     )
     arguments.device  # noqa: B018 (it counts the GPUs)
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several in one process would mean DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would mean DataParallel
     return arguments
 
 
 def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> Any:
-    """Load fp32 weights: half precision is for arithmetic, the weights that are updated stay exact."""
+    """Load fp32 weights: half precision is for arithmetic, and the weights that are updated stay in fp32."""
     import torch
     from transformers import set_seed
 
@@ -328,7 +329,7 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.max_length > limit:
-        say(f"note: the model knows {limit} positions, data.max_length allows {recipe.data.max_length}")
+        say(f"note: the model knows {limit} positions, and data.max_length allows {recipe.data.max_length}")
     return model if lora is None else add_lora(model, lora, base_name=resolved.loads_as, seed=recipe.seed)
 
 
@@ -388,11 +389,11 @@ def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -
     dataset = load_split(run.root, "test")
     if len(dataset) == 0:
         problem = "there are no held-out conversations to compute a loss on"
-        raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test, and train anew")
+        raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test, and train again")
     return HeldOutRows(dataset, row_tokens=row_tokens, processes=arguments.world_size, rank=arguments.process_index)
 
 
 def train_as_worker(root: Path, resume_from: Path | None, trust_remote_code: bool = False) -> None:
-    """Train as a process that `train` started: the recipe is the run folder's, the consent the starter's."""
+    """Train as a process that `train` started: the recipe is in the run folder, the consent in the arguments."""
     set_deepspeed_environment(on_cpu())
     train_in_this_process(load_run(root, trust_remote_code=trust_remote_code), RunFolder(root), resume_from)

@@ -1,10 +1,10 @@
-"""What a training step measures: time, tokens, memory and bytes sent to other processes.
+"""Measurements of a training step: time, tokens, memory and bytes sent to other processes.
 
 Vanilla's gradient reduction is issued by torch in C++, DeepSpeed's and the Trainer's by Python; all of it reaches
-the operators of torch's `c10d` library. A kernel before theirs counts what they are given, and passes it on.
+the operators of torch's `c10d` library. A kernel that runs before theirs counts the bytes and calls them.
 
-What is counted is the least that a collective needs, as the mean over the processes, whatever route the backend
-takes: with N processes and a whole of S bytes, (N-1)/N S for all-gather, reduce-scatter, broadcast, reduce,
+Counted is the minimum that a collective has to send, as the mean over the processes, whichever algorithm the backend
+uses: with N processes and S bytes in total, (N-1)/N S for all-gather, reduce-scatter, broadcast, reduce,
 all-to-all, scatter and gather, twice that for all-reduce (the bus bandwidth of NVIDIA's nccl-tests, PERFORMANCE.md).
 """
 
@@ -21,7 +21,7 @@ from torch import library
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Tokens of a step, over all processes; when it began (`time.perf_counter`), and what had been sent by then."""
+    """Tokens of a step over all processes, its start (`time.perf_counter`), and the bytes sent before it."""
 
     tokens: int = 0
     supervised_tokens: int = 0
@@ -38,14 +38,15 @@ class StepMetrics:
 
 
 def peak_memory_mb() -> float:
-    """Return the most memory this process has held: of the GPU where there is one, else resident, in MB."""
+    """Return the peak memory of this process in MB: of the GPU if there is one, else its resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-# By operator: which argument holds the whole (of scatter and gather: a process's part), and how often it is sent.
+# By operator: the argument that holds all bytes (for scatter and gather: the part of one process), and the number of
+# times that they are sent.
 _COLLECTIVES = {
     "allreduce_": (0, 2),
     "allreduce_coalesced_": (0, 2),
@@ -64,12 +65,12 @@ _COLLECTIVES = {
     "gather_": (1, 1),
 }
 
-_kernels: library.Library | None = None  # alive as long as it counts
+_kernels: library.Library | None = None  # kept alive while it counts
 _sent = 0.0
 
 
 def start_counting() -> None:
-    """Count from now on, in this process; a second call changes nothing."""
+    """Start to count in this process; a second call changes nothing."""
     global _kernels
     if _kernels is not None or not torch.distributed.is_available():
         return
@@ -97,7 +98,7 @@ def _counting(operator: Any, place: int, times: int) -> Callable[..., Any]:
 
 
 def size_in_bytes(tensors: Any) -> int:
-    """Return the bytes of a tensor, or of all tensors in lists of them."""
+    """Return the size in bytes of a tensor, or of all tensors in nested lists."""
     if isinstance(tensors, torch.Tensor):
         return tensors.numel() * tensors.element_size()
     assert isinstance(tensors, Iterable)

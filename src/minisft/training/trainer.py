@@ -91,10 +91,10 @@ class SupervisedTokenTrainer(Trainer):
     # --- resuming
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """Load a checkpoint's state as the Trainer does, or convert it where another layout wrote it.
+        """Load the state of a checkpoint as the Trainer does, or convert it if another layout wrote it.
 
         Raises:
-            UserError: the checkpoint is damaged, or holds something else than plain state, which could run code.
+            UserError: The checkpoint is damaged, or holds objects other than plain state, which could run code.
         """
         with explain_damage(resume_from_checkpoint):
             return self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
@@ -104,7 +104,7 @@ class SupervisedTokenTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Say which weights a checkpoint lacks, but for those that are tied to others, which are not saved twice."""
+        """Warn of weights that a checkpoint lacks, except for tied weights, which are saved once."""
         tied = set(getattr(self._model(), "_tied_weights_keys", None) or ())
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
@@ -132,21 +132,21 @@ class SupervisedTokenTrainer(Trainer):
     # --- batches
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
-        """Give the Trainer one `StepBatch` an optimizer step; nothing shards it a second time."""
+        """Return a loader of one `StepBatch` per optimizer step; accelerate must not shard it a second time."""
         return DataLoader(RowDataset(self.train_dataset), batch_sampler=self.sampler, collate_fn=collate)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
-        """Take the batches as they are: each brings its own count of supervised tokens."""
+        """Return the batches unchanged: each has its own count of supervised tokens."""
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Count nothing: the Trainer's estimate knows neither rows nor the supervised positions."""
+        """Return 0: the Trainer's estimate knows neither packed rows nor the supervised positions."""
         return 0
 
     # --- the step
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run forward and backward of one optimizer step; return this process's share of the loss.
+        """Run forward and backward of one optimizer step; return the share of this process in the loss.
 
         The share is multiplied by the number of processes, since gradients and logged losses are averaged
         over them.
@@ -155,10 +155,10 @@ class SupervisedTokenTrainer(Trainer):
         started, sent_before = time.perf_counter(), bytes_sent()
         model.train()
         total = torch.zeros((), device=self.args.device)
-        # DeepSpeed takes the gradients of every backward itself, so it gets those of the embedding one by one.
+        # DeepSpeed collects the gradients of every backward itself, so those of the embedding are not accumulated.
         deepspeed = self.is_deepspeed_enabled
         lookup = contextlib.nullcontext(EmbeddingLookups()) if deepspeed else accumulate_embedding_gradient(model)
-        options = {"scale_wrt_gas": False} if deepspeed else {}  # the loss is scaled here, once
+        options = {"scale_wrt_gas": False} if deepspeed else {}  # accelerate must not scale the loss a second time
         with lookup as lookups:
             for number, row in enumerate(batch.rows, 1):
                 lookups.last = last = number == len(batch.rows)
@@ -175,10 +175,10 @@ class SupervisedTokenTrainer(Trainer):
         return total
 
     def _synchronise_step(self, share: torch.Tensor, batch: StepBatch) -> None:
-        """Find out on every process whether one was asked to stop, and whether the step's loss is a number.
+        """Agree over all processes whether one was asked to stop, and whether the loss of the step is finite.
 
         Raises:
-            UserError: the loss is none, and has not reached the weights; naming the step and this process's rows.
+            UserError: The loss is not finite, and has not reached the weights; the message names the step and the rows.
         """
         asked = share.new_tensor(float(self.stop.asked()))
         everyone = self.accelerator.gather(torch.stack([share, asked])[None].float())  # (processes, 2)
@@ -195,7 +195,7 @@ class SupervisedTokenTrainer(Trainer):
 
     @contextlib.contextmanager
     def _reduction(self, model: Any, last: bool) -> Any:
-        """Reduce gradients over the processes, and let DeepSpeed step, in the last backward of a step only."""
+        """Reduce gradients over the processes, and let DeepSpeed step, only in the last backward of a step."""
         self.accelerator.gradient_state._set_sync_gradients(last)
         if last or self.is_deepspeed_enabled:
             yield
@@ -206,7 +206,7 @@ class SupervisedTokenTrainer(Trainer):
     # --- the loss on held-out rows
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log the mean loss over the supervised tokens of the held-out rows, shared among the processes."""
+        """Log the mean loss over the supervised tokens of the held-out rows, which the processes share."""
         assert self.held_out is not None
         started = time.perf_counter()
         with self.compute_loss_context_manager():
@@ -222,7 +222,7 @@ class SupervisedTokenTrainer(Trainer):
     # --- what is logged
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to a step's log what `metrics.jsonl` holds; the loss is the step's own, not a mean of several."""
+        """Add the fields of `metrics.jsonl` to the log of a step; the loss is that of the step alone."""
         if "loss" in logs:
             logs["loss"] = self._over_processes(self._step_loss, "mean")
             memory = torch.tensor(peak_memory_mb(), device=self.args.device)
@@ -242,7 +242,7 @@ class SupervisedTokenTrainer(Trainer):
         self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._norm
 
-    # --- checkpoints: whole or absent
+    # --- checkpoints: complete or absent
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -251,7 +251,7 @@ class SupervisedTokenTrainer(Trainer):
         """Write to a temporary folder, and rename it when every process has written its part.
 
         Raises:
-            UserError: the step's gradient was no number, so the weights are spoiled; or the file system refused.
+            UserError: The gradient of the step was not finite, so the weights are invalid; or the file system refused.
         """
         if not (self._norm is None or self.args.fp16 or math.isfinite(float(self._norm))):  # fp16 skips such a step
             left = checkpoints_left(Path(str(self.args.output_dir)))
@@ -269,7 +269,7 @@ class SupervisedTokenTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        self._synchronise_write_errors(name)  # all of it, by every process
+        self._synchronise_write_errors(name)  # every process has written its part
         if self.args.should_save:
             self._writing(write_metadata, staging / name, self.strategy, self.args.world_size)
             self._writing(apply_umask, staging / name)
@@ -280,10 +280,10 @@ class SupervisedTokenTrainer(Trainer):
             self.on_saved(folder / name)
 
     def _synchronise_write_errors(self, name: str) -> None:
-        """Find out on every process whether the file system refused one of them a write.
+        """Agree over all processes whether the file system refused one of them a write.
 
         Raises:
-            UserError: it did; what was written of the checkpoint is gone.
+            UserError: It did; the unfinished checkpoint is deleted.
         """
         failed = torch.tensor([float(self._writing.failure is not None)], device=self.args.device)
         if not self.accelerator.gather(failed).any():
@@ -307,7 +307,7 @@ class SupervisedTokenTrainer(Trainer):
     def _save_plain(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Save a plain folder: the model, or its adapters alone, with tokenizer and the trained terminators."""
         folder = Path(str(output_dir))
-        # The Trainer has set the tokenizer's EOS meanwhile, which need not be what was trained as terminator.
+        # The Trainer has set the EOS of the tokenizer, which may differ from the trained terminator.
         set_stop_tokens(self._model(), self.stop_token_ids)
         self._model().config.use_cache = True  # it was switched off for training
         if has_adapters(self._model()):
@@ -315,11 +315,11 @@ class SupervisedTokenTrainer(Trainer):
             cast(Any, self.processing_class).save_pretrained(folder)
             return
         super()._save(output_dir, self._without_tied(state_dict))
-        # Its pickled arguments name this machine's paths, and nothing reads them.
+        # Its pickled arguments contain paths of this machine, and nothing reads them.
         Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _without_tied(self, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Leave out the second copy of tied weights, which ZeRO-1 and ZeRO-2 would write."""
+        """Remove the second copy of tied weights, which ZeRO-1 and ZeRO-2 would write."""
         if state_dict is None or not getattr(self._model().config, "tie_word_embeddings", False):
             return state_dict
         tied = set(getattr(self._model(), "_tied_weights_keys", None) or ())
@@ -331,7 +331,7 @@ class SupervisedTokenTrainer(Trainer):
 
 
 def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:
-    """Make plain `generate` stop at what was trained as terminator, with nothing but greedy defaults beside."""
+    """Set a greedy generation config whose stop tokens are the trained terminators."""
     pad = model.generation_config.pad_token_id if model.generation_config else None
     stop = list(stop_token_ids)
     model.generation_config = GenerationConfig(
@@ -342,7 +342,7 @@ def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:
 
 
 class HeldOutLoss(TrainerCallback):
-    """Compute the held-out loss where it is due, in the log of its step, and end the run when it no longer falls."""
+    """Compute the held-out loss when it is due, in the log of its step, and end the run when it no longer falls."""
 
     def __init__(self, trainer: SupervisedTokenTrainer, every: str | int | None, patience: int | None) -> None:
         self.trainer, self.every, self.patience = trainer, every, patience
@@ -359,7 +359,7 @@ class HeldOutLoss(TrainerCallback):
 
 
 class StopAtStepEnd(TrainerCallback):
-    """Save and end where the processes agreed to stop; the epoch's end, which follows, saves no second time."""
+    """Save and end at the step at which the processes agreed to stop; the end of the epoch does not save again."""
 
     def __init__(self, trainer: SupervisedTokenTrainer) -> None:
         self.trainer = trainer

@@ -2,10 +2,10 @@
 
 Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models": stage 1
 shards the optimizer states, stage 2 the gradients too, stage 3 the parameters too.
-This is the one module that knows DeepSpeed, but for its files, which `conversion` reads.
+This is the only module that knows DeepSpeed, except for its files, which `resharding` reads.
 
-A process of its own can be stopped at any moment, with the compilers that it started; inside this one, Ctrl-C would
-wait for them.
+The op is compiled in a process of its own, which can be stopped at any moment with the compilers that it started; in
+this process, Ctrl-C would wait for them.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _SAYS_BUILT = "built successfully"  # DeepSpeed prints that of an op that it loa
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch names them in AdamW's state
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names in the state of AdamW
 
 _STAGE_OPTIONS: dict[int, dict[str, Any]] = {
     1: {"stage": 1},
@@ -44,8 +44,8 @@ _STAGE_OPTIONS: dict[int, dict[str, Any]] = {
 }
 
 
-# What goes to the host's memory, by the recipe's `offload`; Ren et al. 2021, "ZeRO-Offload", and Rajbhandari et al.
-# 2021, "ZeRO-Infinity".
+# What is moved to the memory of the host, by the recipe's `offload`; Ren et al. 2021, "ZeRO-Offload", and
+# Rajbhandari et al. 2021, "ZeRO-Infinity".
 _OFFLOADED = {None: (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
 
 
@@ -75,7 +75,7 @@ def deepspeed_config(
 
 
 def set_deepspeed_environment(on_cpu: bool) -> None:
-    """Set what DeepSpeed reads when it is imported; call it before transformers or accelerate import it."""
+    """Set the environment variables that DeepSpeed reads; call it before transformers or accelerate import it."""
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("LOG_LEVEL", "error")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_folder()))
@@ -84,7 +84,7 @@ def set_deepspeed_environment(on_cpu: bool) -> None:
 
 
 def require_deepspeed(strategy: str, on_cpu: bool) -> None:
-    """Make sure that DeepSpeed can start, and compile what it needs before several processes do.
+    """Check that DeepSpeed can start, and compile its op before several processes do.
 
     Raises:
         UserError: DeepSpeed or a C++ compiler is missing, or its communication op does not build.
@@ -106,7 +106,7 @@ def require_deepspeed(strategy: str, on_cpu: bool) -> None:
 
 
 def _load_shared_memory_op() -> None:
-    """Load the op, which DeepSpeed keeps for the process; one that is not built yet is built."""
+    """Load the op, which DeepSpeed caches in the process; it is built if it was not."""
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     ShareMemCommBuilder().load(verbose=False)
@@ -119,7 +119,7 @@ def start_communication(
 ) -> None:
     """Initialise DeepSpeed's communication.
 
-    On a CPU it must be there before a model is loaded under ZeRO-3: transformers would otherwise shard for
+    On a CPU it must be initialised before a model is loaded under ZeRO-3: otherwise transformers would shard for
     one process and fail with sizes that do not match.
 
     Args:
@@ -138,10 +138,10 @@ def start_communication(
 
 @contextlib.contextmanager
 def plain_zero_state() -> Iterator[None]:
-    """While it lasts, torch and DeepSpeed read checkpoints as tensors, numbers and the classes that ZeRO's state has.
+    """Inside the block, torch and DeepSpeed read checkpoints only as tensors, numbers and the classes of ZeRO's state.
 
-    DeepSpeed would run whatever a pickle says. These classes hold numbers: the stage, the loss scale, and where a
-    parameter's piece begins; it writes no others in its version 0.19 (stages 1 to 3, fp32, bf16, fp16, offloaded).
+    DeepSpeed would run any code of a pickle. These classes hold numbers: the stage, the loss scale, and where the piece
+    of a parameter begins; version 0.19 writes no others (stages 1 to 3, fp32, bf16, fp16, offloaded).
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -161,13 +161,13 @@ def plain_zero_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def zero_writes_through(engine: Any, attempt: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, each file of a DeepSpeed engine's checkpoint is written by `attempt(write, ...)`.
+    """Inside the block, each file of a DeepSpeed engine's checkpoint is written by `attempt(write, ...)`.
 
-    DeepSpeed's processes meet several times in the middle of saving, so none may leave with an error.
+    DeepSpeed's processes synchronise several times while saving, so none may leave with an error.
 
     Args:
-        engine: the engine; None changes nothing.
-        attempt: calls what it is given, and does not raise what a file system refuses.
+        engine: DeepSpeed engine; None changes nothing.
+        attempt: Calls its argument, and records an error of the file system in place of raising it.
     """
     if engine is None:
         yield
@@ -189,7 +189,7 @@ def zero_writes_through(engine: Any, attempt: Callable[..., Any]) -> Iterator[No
         yield
     finally:
         for part, name, _ in changed:
-            delattr(part, name)  # what the class has is seen again
+            delattr(part, name)  # the method of the class is visible again
         del engine.save_checkpoint
 
 
@@ -202,15 +202,15 @@ def fill_zero_engine(
     adam_steps: float,
     steps: int,
 ) -> None:
-    """Put weights and AdamW's state into an engine that has taken no step; every process calls this.
+    """Fill an engine that has taken no step with weights and AdamW's state; every process calls this.
 
     Args:
-        engine: of stage 1, 2 or 3, over torch's AdamW.
-        parameters: the trained ones of its module, by name; one after the other is filled.
-        moment: given a parameter's name and one of `MOMENTS`, returns all of it, flat, in fp32 on the CPU.
-        weight: Returns the fp32 weight in the same way; the module gets it in its own format too.
-        adam_steps: that AdamW has taken.
-        steps: that the engine has taken.
+        engine: Engine of stage 1, 2 or 3 with torch's AdamW.
+        parameters: Trained parameters of its module, by name; they are filled one after the other.
+        moment: Returns the complete moment for a parameter's name and one of `MOMENTS`, flat, in fp32 on the CPU.
+        weight: Returns the complete fp32 weight in the same way; the module gets it in its own format too.
+        adam_steps: Number of steps that AdamW has taken.
+        steps: Number of steps that the engine has taken.
     """
     _make_adam_states(engine.optimizer, adam_steps)
     fill = _fill_sharded if engine.zero_optimization_partition_weights() else _fill_replicated
@@ -221,16 +221,16 @@ def fill_zero_engine(
 
 
 def fill_fp32_masters(engine: Any, parameters: dict[str, Any], exact: Callable[[str], torch.Tensor | None]) -> None:
-    """Give the optimizer of a half-precision engine the fp32 weights that its module was rounded from.
+    """Fill the optimizer of a half-precision engine with the fp32 weights from which its module was rounded.
 
     DeepSpeed makes its own fp32 weights after it has rounded the module. They would begin exactly on rounded numbers,
-    from where a step below half a unit in the last place does not show in the module, however many weights take it,
-    and the first steps would hardly learn: with SmolLM2-135M in bf16 at 2e-5 losses were 4 % to 11 % above vanilla's.
+    so that no step below half a unit in the last place would change the module, and the first steps would learn
+    little: with SmolLM2-135M in bf16 at 2e-5 losses were 4 % to 11 % above vanilla's.
 
     Args:
-        engine: of stage 1, 2 or 3; it has taken no step.
-        parameters: the trained ones of its module, by name.
-        exact: given a parameter's name, returns all of its fp32 weight, flat, on the CPU, or None where there is none.
+        engine: Engine of stage 1, 2 or 3 that has taken no step.
+        parameters: Trained parameters of its module, by name.
+        exact: Returns the complete fp32 weight for a parameter's name, flat, on the CPU, or None if there is none.
     """
     restore = _restore_sharded if engine.zero_optimization_partition_weights() else _restore_replicated
     for name, parameter in parameters.items():
@@ -250,29 +250,30 @@ def _restore_sharded(parameter: Any, weight: torch.Tensor) -> None:
     from deepspeed.utils import safe_set_local_fp32_param
 
     held = parameter.ds_tensor
-    here = weight[torch.distributed.get_rank() * held.numel() :][: held.numel()]  # without what pads the last shard
-    if weight.numel() == parameter.ds_numel and _is_rounding(held.flatten()[: len(here)], here):
+    # The last shard is padded: the slice leaves the padding out.
+    own = weight[torch.distributed.get_rank() * held.numel() :][: held.numel()]
+    if weight.numel() == parameter.ds_numel and _is_rounding(held.flatten()[: len(own)], own):
         safe_set_local_fp32_param(parameter, _part_here(parameter, weight))
 
 
 def _is_rounding(held: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Say whether weights are others rounded to their format; those of another tensor of that name are not."""
+    """Return whether `held` is `exact` in lower precision, and not a different tensor of the same name."""
     return held.numel() == exact.numel() and torch.equal(exact.to(held.dtype), held.flatten().to(exact.device))
 
 
 def _make_adam_states(optimizer: Any, steps: float) -> None:
-    """Give torch's AdamW inside ZeRO's optimizer the states that it would make itself in its first step."""
+    """Make the states of torch's AdamW inside ZeRO's optimizer, as its first step would."""
     sharded = hasattr(optimizer, "fp32_partitioned_groups_flat")
     for flat in optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups:
         count = torch.tensor(steps, dtype=torch.float32, device=flat.device)
         moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
         optimizer.optimizer.state[flat] = {"step": count, **moments}
     if not sharded:
-        optimizer._lazy_init_hp_params_optimizer_state()  # from here on each parameter knows its piece of them
+        optimizer._lazy_init_hp_params_optimizer_state()  # from here on each parameter has its piece of them
 
 
 def _fill_replicated(parameter: Any, weight: torch.Tensor, moments: dict[str, torch.Tensor]) -> None:
-    """Fill a parameter of stage 1 or 2: each process has all of it, and its own piece of the state."""
+    """Fill a parameter of stage 1 or 2: each process holds the complete parameter, and its piece of the state."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     parameter.data.copy_(weight.view_as(parameter))
@@ -300,18 +301,18 @@ def _part_here(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _compile_communication(where: str) -> None:
-    """Build DeepSpeed's shared-memory op once, and say so before: it takes about a minute.
+    """Build DeepSpeed's shared-memory op once, after a message, since it takes about a minute.
 
     Raises:
-        UserError: it does not compile.
-        StoppedError: SIGINT or SIGTERM came meanwhile.
+        UserError: It does not compile.
+        StoppedError: SIGINT or SIGTERM was received meanwhile.
     """
     set_deepspeed_environment(on_cpu=True)
     extensions = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     if not _is_built(extensions):
         warn(f"compiling DeepSpeed's communication, once, which takes a minute or two; it is kept in {extensions}")
     with _extensions_guarded():
-        if _is_built(extensions):  # before, or by another process meanwhile
+        if _is_built(extensions):  # built before, or by another process meanwhile
             return
         reason = compile_in_subprocess(clean_up=lambda: _remove_locks(extensions / "deepspeed_shm_comm"))
     if reason is not None:
@@ -327,35 +328,35 @@ def _is_built(extensions: Path) -> bool:
 
 
 def _remove_locks(extensions: Path) -> None:
-    """Remove what torch's builds that were killed left: the next build would wait for it for ever."""
+    """Remove the lock files of killed builds: the next build would wait for them for ever."""
     for left_over in extensions.glob("**/lock"):
         left_over.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _extensions_guarded() -> Iterator[Path]:
-    """Hold the folder of compiled extensions, which every process does that builds or loads one.
+    """Lock the folder of compiled extensions, as every process does that builds or loads one.
 
-    While torch builds or loads, a file `lock` is there, on which other processes wait; one that was killed
-    leaves it for ever. The guard dies with its holder, so who holds it knows such a file for a left-over.
+    While torch builds or loads, a file `lock` exists, on which other processes wait; a killed process leaves it for
+    ever. The lock of this function dies with its process, so the holder knows that such a file is a leftover.
     """
     extensions = _extensions_folder()
     extensions.mkdir(parents=True, exist_ok=True)
     with (extensions / ".minisft.lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        if os.environ.get("TORCH_EXTENSIONS_DIR") == str(extensions):  # else it is not ours alone
+        if os.environ.get("TORCH_EXTENSIONS_DIR") == str(extensions):  # otherwise other users of the folder build too
             _remove_locks(extensions)
         yield extensions
 
 
 def _extensions_folder() -> Path:
-    """One folder for each torch: an extension built with another one would be built again, or not load."""
+    """Return the folder for this build of torch: extensions of another build would be built again, or not load."""
     build = hashlib.sha256(f"{torch.__version__} {sys.prefix}".encode()).hexdigest()[:12]
     return cache_folder() / "torch_extensions" / build
 
 
 def build_communication() -> None:
-    """Compile DeepSpeed's shared-memory op in this process, where that is not done."""
+    """Compile DeepSpeed's shared-memory op in this process, if it is not compiled yet."""
     set_deepspeed_environment(on_cpu=True)
     _load_shared_memory_op()
 
@@ -367,14 +368,14 @@ def compile_in_subprocess(clean_up: Callable[[], object], command: tuple[str, ..
     """Compile the op, and wait for it; SIGINT and SIGTERM end it at once.
 
     Args:
-        clean_up: called once nothing is at work any more.
+        clean_up: Called once no process of the build is left.
         command: Arguments of the Python that compiles.
 
     Returns:
-        Why it failed, or None.
+        The reason why it failed, or None.
 
     Raises:
-        StoppedError: this process was asked to stop.
+        StoppedError: This process was asked to stop.
     """
     with handle_stop_signals(_stop):
         process = subprocess.Popen(
@@ -395,7 +396,7 @@ def compile_in_subprocess(clean_up: Callable[[], object], command: tuple[str, ..
 
 
 def _kill_with_children(pid: int) -> None:
-    """Kill a process and the compilers below it, to which ninja gives process groups of their own."""
+    """Kill a process and the compilers that it started, which ninja puts into process groups of their own."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -60,7 +60,7 @@ def test_a_refused_write_is_noted(tmp_path, name):
 def test_a_full_disk_is_named(tmp_path, write):
     (tmp_path / "checkpoints" / "checkpoint-4").mkdir(parents=True)
     with (
-        pytest.raises(UserError, match="the checkpoints written before are whole") as caught,
+        pytest.raises(UserError, match="the checkpoints written before are complete") as caught,
         explain_failed_writes(tmp_path),
     ):
         write()
@@ -71,7 +71,7 @@ def test_a_full_disk_is_named(tmp_path, write):
 def test_a_full_disk_before_the_first_checkpoint_claims_none(tmp_path):
     with pytest.raises(UserError, match="no checkpoint was written yet") as caught, explain_failed_writes(tmp_path):
         FULL.write_text("a" * 99_999)
-    assert "are whole" not in caught.value.problem
+    assert "are complete" not in caught.value.problem
 
 
 def test_after_a_refused_write_no_other_is_tried():

@@ -59,4 +59,4 @@ def test_the_kernels_log_names_the_process(kills, tmp_path):
 
 
 def test_another_signal_is_named(kills):
-    assert "died of SIGSEGV" in str(killed_worker_error(3, 4, "SIGSEGV", 7, kills))
+    assert "was ended by SIGSEGV" in str(killed_worker_error(3, 4, "SIGSEGV", 7, kills))

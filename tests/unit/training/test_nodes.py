@@ -28,13 +28,13 @@ def test_machines_share_the_processes():
     [
         ((2, None, "a:1"), "--node-rank: is missing"),
         ((2, 0, None), "--rendezvous: is missing"),
-        ((1, 0, "a:1"), "--nodes: 1 is not several"),
-        ((0, 0, "a:1"), "--nodes: 0 is not several"),
+        ((1, 0, "a:1"), "--nodes: 1 is fewer than two machines"),
+        ((0, 0, "a:1"), "--nodes: 0 is fewer than two machines"),
         ((2, 2, "a:1"), "--node-rank: 2 is none of 2 machines"),
         ((2, -1, "a:1"), "--node-rank: -1 is none"),
-        ((2, 0, "gpu01"), "--rendezvous: 'gpu01' is no HOST:PORT"),
-        ((2, 0, ":29500"), "is no HOST:PORT"),
-        ((2, 0, "gpu01:99999"), "is no HOST:PORT"),
+        ((2, 0, "gpu01"), "--rendezvous: 'gpu01' is not HOST:PORT"),
+        ((2, 0, ":29500"), "is not HOST:PORT"),
+        ((2, 0, "gpu01:99999"), "is not HOST:PORT"),
     ],
 )
 def test_options_that_make_no_sense_are_named(options, said):
