@@ -3,7 +3,7 @@
 The Python API; each name is imported when it is first used, so that `import minisft` costs next to nothing.
 """
 
-__version__ = "0.1.0"
+from minisft.version import __version__
 
 TYPE_CHECKING = False  # a type checker takes it for true; importing it from typing would take longer than all the rest
 if TYPE_CHECKING:

@@ -18,7 +18,14 @@ from minisft.recipe_argument import (
     read_recipe,
     set_library_environment,
 )
-from minisft.runner import dry_run_training, prepare_run, train_in_launched_process, train_run, train_secondary_node
+from minisft.runner import (
+    dry_run_training,
+    prepare_run,
+    refuse_callbacks_elsewhere,
+    train_in_launched_process,
+    train_run,
+    train_secondary_node,
+)
 from minisft.text import dump_json
 
 if TYPE_CHECKING:
@@ -269,21 +276,11 @@ def train(
 
     adopt_slurm()
     machines = parse_nodes(nodes, node_rank, rendezvous)
-    run = Run(Path(found.output), found.trust_remote_code)
-    if callbacks and (machines or is_joined() or found.training.processes > 1 or found.training.strategy != "vanilla"):
-        problem = "callbacks exist only in this process, and cannot be sent to the processes that train"
-        fix = "leave them out, or train with training.strategy vanilla and training.processes 1 on one machine"
-        raise UserError("callbacks", problem, fix)
-    if machines is not None and found.training.strategy == "auto":
-        named = recipe if isinstance(recipe, str | Path) else "RECIPE"
-        fix = f"name a strategy; `minisft plan {named} --nodes {machines.count}` says which one"
-        raise UserError("training.strategy", "auto tries strategies on a single machine only", fix)
+    refuse_callbacks_elsewhere(found, machines, callbacks)
     if dry_run:
         dry_run_training(found, force=force, resume=resume, nodes=machines)
     elif is_joined():
-        if machines is not None:
-            raise UserError("--nodes", "another launcher started this process", "leave it out")
-        train_in_launched_process(found, force=force, resume=resume)
+        train_in_launched_process(found, force=force, resume=resume, nodes=machines)
     elif machines is not None and machines.rank > 0:
         train_secondary_node(found, machines, resume=resume)
     else:
@@ -292,7 +289,7 @@ def train(
 
         say(f"trained: {trained.model} (checkpoints beside it, curve in {trained.root / 'evaluation' / 'loss.png'})")
         say(f"next: minisft evaluate {trained.root}    or: minisft chat {trained.root}")
-    return run
+    return Run(Path(found.output), found.trust_remote_code)
 
 
 def evaluate(

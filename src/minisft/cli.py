@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft import __version__, options
+from minisft import options
 from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.options import Arguments, Verb
+from minisft.version import __version__
 
 if TYPE_CHECKING:
     from minisft.recipe import Recipe
@@ -110,19 +111,15 @@ def plan(arguments: Arguments) -> None:
 def train(arguments: Arguments) -> None:
     from minisft import api
 
-    try:
-        api.train(
-            _load(arguments),
-            resume=arguments.resume,
-            force=arguments.force,
-            dry_run=arguments.dry_run,
-            nodes=arguments.nodes,
-            node_rank=arguments.node_rank,
-            rendezvous=arguments.rendezvous,
-        )
-    except UserError as error:  # the API was given a recipe without its path, which a command to type needs
-        fix = error.fix.replace("minisft plan RECIPE --nodes", f"minisft plan {arguments.words[0]} --nodes")
-        raise UserError(error.where, error.problem, fix) from None
+    api.train(
+        _load(arguments),
+        resume=arguments.resume,
+        force=arguments.force,
+        dry_run=arguments.dry_run,
+        nodes=arguments.nodes,
+        node_rank=arguments.node_rank,
+        rendezvous=arguments.rendezvous,
+    )
     if not arguments.dry_run:
         api.leave_launched_process()
 

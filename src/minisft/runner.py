@@ -155,7 +155,22 @@ def _resolve_auto_strategy(recipe: "Recipe", run: "RunFolder", checkpoint: Path 
     return recipe, checkpoint
 
 
-def train_in_launched_process(recipe: "Recipe", *, force: bool, resume: bool) -> None:
+def refuse_callbacks_elsewhere(recipe: "Recipe", nodes: "Nodes | None", callbacks: Sequence["TrainerCallback"]) -> None:
+    """Refuse Trainer callbacks for a run whose steps are taken in other processes, which they cannot be sent to.
+
+    Raises:
+        UserError: The recipe trains in several processes, on several machines or with ZeRO.
+    """
+    from minisft.training.distributed import is_joined
+
+    several = nodes is not None or is_joined() or recipe.training.processes > 1
+    if callbacks and (several or recipe.training.strategy != "vanilla"):
+        problem = "callbacks exist only in this process, and cannot be sent to the processes that train"
+        fix = "leave them out, or train with training.strategy vanilla and training.processes 1 on one machine"
+        raise UserError("callbacks", problem, fix)
+
+
+def train_in_launched_process(recipe: "Recipe", *, force: bool, resume: bool, nodes: "Nodes | None" = None) -> None:
     """Train as one process of a launch under way: the first prepares, the others wait for it."""
     from minisft.data.sources import require_sources
     from minisft.run_folder import RunFolder
@@ -169,7 +184,7 @@ def train_in_launched_process(recipe: "Recipe", *, force: bool, resume: bool) ->
     if recipe.training.strategy == "auto":
         problem = "a launch under way cannot try strategies"
         raise UserError("training.strategy", problem, "name the one that `minisft plan RECIPE` chooses")
-    require_feasible(recipe)
+    require_feasible(recipe, nodes)
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as held:
 

@@ -111,7 +111,7 @@ def test_what_goes_wrong_on_one_host_is_said_there_and_ends_both(tmp_path, tiny_
                 process.kill()
             here.communicate()
     assert away.returncode == 2
-    assert "`output` must be a folder that all machines see" in said
+    assert "name an `output` folder that all machines share" in said
     assert "Traceback" not in said
 
 

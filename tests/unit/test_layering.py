@@ -21,10 +21,11 @@ LEAVES = {
     "models",
     "console",
     "library_output",
-    "",
-}  # "" is the package's version
+    "version",
+}
 MAY_IMPORT = {
     "errors": set(),
+    "version": set(),
     "text": set(),
     "manifest": {"errors"},
     "files": {"errors", "manifest"},
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},
     "notebook": {"errors", "report"},
     # The command line parses words and prints errors; all else is the API's. It takes the recipe for a type only.
-    "cli": {"", "api", "options", "console", "errors", "text", "files", "library_output", "recipe"},
+    "cli": {"", "version", "api", "options", "console", "errors", "text", "files", "library_output", "recipe"},
 }
 # The API may import everything but the command line.
 MAY_IMPORT["api"] = {*MAY_IMPORT, "console", "library_output"} - {"cli", "options"}

@@ -196,3 +196,8 @@ def test_the_script_prints_this_projects_figures():
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "private, one call site" in printed
     assert "files in the closure of train" in printed
+
+
+def test_no_modules_of_this_project_import_each_other(structure):
+    found = structure.measure(BENCHMARKS.parent / "src" / "minisft")
+    assert found.cycles == found.all_cycles == []

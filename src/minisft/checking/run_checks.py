@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from minisft import __version__
 from minisft.checking import data_checks, loss_checks, overfit_check, serving_checks, strategy_checks
 from minisft.checking.context import CheckContext
 from minisft.checking.result import Check, Failed, NotRun, Result
@@ -21,6 +20,7 @@ from minisft.errors import StoppedError, UserError
 from minisft.manifest import make_scratch_folder
 from minisft.processes import handle_stop_signals
 from minisft.recipe import Recipe, dump_recipe
+from minisft.version import __version__
 
 _FAILED = " failed"
 _QUICK = "--quick loads no weights"

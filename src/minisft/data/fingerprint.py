@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft import __version__
 from minisft.data.sources import Source, source_files
 from minisft.errors import UserError
 from minisft.files import hash_files, hold_lock, remove_leftovers
 from minisft.recipe import Recipe
+from minisft.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -82,6 +82,11 @@ def require_feasible(recipe: Recipe, nodes: Nodes | None = None) -> None:
         UserError: The recipe asks for something that this machine or its libraries do not have.
     """
     training = recipe.training
+    if nodes is not None and is_joined():
+        raise UserError("--nodes", "another launcher started this process", "leave it out")
+    if nodes is not None and training.strategy == "auto":
+        fix = f"name a strategy; `minisft plan` with --nodes {nodes.count} says which one"
+        raise UserError("training.strategy", "auto tries strategies on a single machine only", fix)
     set_deepspeed_environment(on_cpu())
     require_optimizer(training.optimizer)
     require_schedule(training)
