@@ -207,7 +207,6 @@ def shortened(config: Any, layers: int) -> Any:
     config = copy.deepcopy(config)
     text_config = config.get_text_config()
     if getattr(text_config, "layer_types", None):
-        # Transformers may compare `layer_types` with the number of layers on assignment, so neither can change first.
         text_config.__dict__["layer_types"] = list(text_config.layer_types[:layers])
     text_config.num_hidden_layers = layers
     return config
