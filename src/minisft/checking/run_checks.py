@@ -28,7 +28,7 @@ _VERSIONS = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "
 
 
 CHECKS = (
-    Check("data.template", "the template says where answers end", data_checks.template_does),
+    Check("data.template", "the template says where answers end", data_checks.template_ends_answers),
     Check("data.source", "the source is conversations", data_checks.source_is_conversations, ("data.template",)),
     Check("data.system", "system prompts survive the template", data_checks.system_prompts_survive, ("data.source",)),
     Check("data.rows", "the rows are prepared", data_checks.rows_are_prepared, ("data.system",)),
