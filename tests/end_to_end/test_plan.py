@@ -63,7 +63,7 @@ def test_an_artificial_limit(capsys, recipe_file):
         (["--gpu", "h100", "--count", "24"], "--count 8 --nodes 3"),
         (["--gpu", "h100", "--nodes", "0"], "give --nodes 1 or more"),
         (["--gpu", "cpu", "--nodes", "2"], "give --nodes 1"),
-        (["--gpu", "cpu", "--count", "4096"], "cores here"),
+        (["--gpu", "cpu", "--count", "4096"], "cores on this machine"),
         (["--gpu", "cpu", "training.precision=fp16"], "fp16 is for GPUs"),
         (["--count", "many"], "--count: invalid int value"),
         (["training.memory_limit_gb=0"], "memory_limit_gb"),
@@ -87,7 +87,7 @@ def test_a_configuration_that_lacks_a_field(capsys, recipe_file, tmp_path, field
         (lambda config: config.pop("model_type"), "cannot be read"),
         (lambda config: config.update(model_type="no-such-model"), "cannot be read"),
         (lambda config: config.update(hidden_size="wide"), "cannot be"),
-        (lambda config: config.update(num_key_value_heads=3), "cannot be laid out"),
+        (lambda config: config.update(num_key_value_heads=3), "cannot be built"),
     ],
 )
 def test_a_configuration_that_makes_no_sense(capsys, recipe_file, tmp_path, change, said):

@@ -1,4 +1,4 @@
-"""What the checks look at: the recipe's tokenizer, rows and model, each made when a check first asks for it."""
+"""The objects that the checks share: the recipe's tokenizer, rows and model, each created when a check needs it."""
 
 import gc
 import itertools
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
 
 
-EXAMPLES = 4000  # rows of the source whose messages are compared with their tokens
+MAX_EXAMPLES = 4000  # rows of the source whose messages are compared with their tokens
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class TokenRow:
     """One prepared row.
 
     Args:
-        ids: its tokens.
-        labels: the same where they are learned, -100 elsewhere.
-        findings: what was found about it.
+        ids: Its tokens.
+        labels: The same where they are learned, -100 elsewhere.
+        findings: Names of what preparation changed in it, such as `cut_cut`.
     """
 
     ids: list[int]
@@ -58,7 +58,7 @@ class TokenRow:
         return any(name.startswith("cut_") for name in self.findings)
 
     def answers(self) -> list[tuple[int, int]]:
-        """(start, end) of every stretch of learned tokens."""
+        """Return (start, end) of every span of learned tokens."""
         learned = np.concatenate([[False], np.asarray(self.labels) != IGNORED, [False]])
         edges = np.flatnonzero(np.diff(learned.astype(np.int8)))
         return [(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
@@ -69,8 +69,8 @@ class SourceRows:
     """Rows of the source.
 
     Args:
-        rows: in order, with messages, ids and labels.
-        skipped: how many others were left out, by reason.
+        rows: The rows in order, with messages, ids and labels.
+        skipped: Number of rows that were skipped, by reason.
     """
 
     rows: list[dict[str, Any]]
@@ -79,11 +79,11 @@ class SourceRows:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation of the source beside its row of the training data.
+    """A conversation of the source with its row of the training data.
 
     Args:
-        conversation: as much of it as the row holds.
-        row: from `<output>/dataset`.
+        conversation: The conversation; a truncated row has only a part of it.
+        row: Its row of `<output>/dataset`.
     """
 
     conversation: Conversation
@@ -91,28 +91,31 @@ class Example:
 
     @property
     def learned(self) -> tuple[Message, ...]:
-        """The answers that are to be learned."""
+        """The answers that must be learned."""
         return tuple(message for message in self.conversation.answers if message.supervised)
 
     @property
     def is_plain(self) -> bool:
-        """Whether its answers are texts alone, without calls or reasoning that a template may write its own way."""
-        return not any(m.tool_calls or m.reasoning or "</think>" in m.content for m in self.conversation.answers)
+        """True where its answers are only text, without calls or reasoning, whose form depends on the template."""
+        return not any(
+            answer.tool_calls or answer.reasoning or "</think>" in answer.content
+            for answer in self.conversation.answers
+        )
 
 
 class CheckContext:
-    """A recipe under examination.
+    """A recipe that is checked.
 
     Args:
-        recipe: the recipe.
-        run: its run folder; what the checks train goes to a scratch folder in it.
+        recipe: The recipe.
+        run: Its run folder; the checks train in a scratch folder inside it.
     """
 
     def __init__(self, recipe: Recipe, run: RunFolder) -> None:
         self.recipe = recipe
         self.run = run
         self.scratch = run.scratch
-        self.verification_error: VerificationError | None = None  # what `prepare` found wrong with its own tokens
+        self.verification_error: VerificationError | None = None  # raised by `prepare` on its own tokens
         self.live: SupervisedTokenTrainer | None = None
 
     # --- model and tokenizer
@@ -128,13 +131,13 @@ class CheckContext:
 
     @cached_property
     def width(self) -> int:
-        """The width of the model's layers."""
+        """Width of the model's layers."""
         config = load_config(self.model.folder, self.recipe.trust_remote_code)
         return int(getattr(config.get_text_config(), "hidden_size", 512))
 
     @cached_property
     def controls(self) -> dict[str, int]:
-        """The control tokens: special ones, and the ordinary added ones that the template writes."""
+        """Ids of the control tokens by name: special tokens, and other added tokens that the template writes."""
         tokenizer = self.encoder.tokenizer
         added = tokenizer.added_tokens_decoder.items()
         written = {
@@ -147,23 +150,24 @@ class CheckContext:
 
     @cached_property
     def saved_tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer as training saves it, with the template, and as others then load it."""
-        own = load_tokenizer(self.model.folder, self.recipe.trust_remote_code)
-        own.chat_template = self.encoder.chat_template
-        own.save_pretrained(self.scratch / "tokenizer")
+        """The tokenizer as training saves it, with the template, and as other tools then load it."""
+        tokenizer = load_tokenizer(self.model.folder, self.recipe.trust_remote_code)
+        tokenizer.chat_template = self.encoder.chat_template
+        tokenizer.save_pretrained(self.scratch / "tokenizer")
         return load_tokenizer(self.scratch / "tokenizer", self.recipe.trust_remote_code)
 
     # --- data
 
     @cached_property
     def source(self) -> "SourceRows":
-        """Rows of the source with their tokens, encoded separately: train rows do not keep their messages.
+        """Rows of the source with their tokens, encoded separately, since train rows do not keep their messages.
 
-        Rows that the template refuses are left out and counted: checks name the reason.
+        Rows that the template refuses are skipped and counted by reason.
         """
-        data = replace(self.recipe.data, limit=min(self.recipe.data.limit or EXAMPLES, EXAMPLES), verify=False)
+        limit = min(self.recipe.data.limit or MAX_EXAMPLES, MAX_EXAMPLES)
+        data = replace(self.recipe.data, limit=limit, verify=False)
         stats, path = DatasetStats(), self.scratch / "source.arrow"
-        sources = [at_revision(one, None, keep=False) for one in parse_sources(data.source)]
+        sources = [at_revision(source, None, keep=False) for source in parse_sources(data.source)]
         path.parent.mkdir(exist_ok=True)
         encode_sources(path, sources, replace(self.recipe, data=data), self.encoder, stats)
         with path.open("rb") as file:
@@ -172,10 +176,10 @@ class CheckContext:
 
     @cached_property
     def prepared(self) -> Prepared:
-        """The data set that training learns from.
+        """The data set of the training.
 
-        Where `prepare` finds a wrong token, the data set is made again without verification, in a scratch folder where
-        training does not take it, so that the checks can find out what is wrong.
+        Where `prepare` finds a wrong token, the data set is prepared again without verification, in a scratch folder
+        that training does not read, so that the checks can find out what is wrong.
         """
         try:
             return prepare(self.recipe, encoder=self.encoder, begun=self.run.has_begun())
@@ -187,24 +191,24 @@ class CheckContext:
 
     @cached_property
     def splits(self) -> dict[str, Any]:
-        """The prepared sides by name, as `datasets`."""
+        """The prepared splits by name, each a `datasets.Dataset`."""
         return {split: load_split(self.prepared.folder.parent, split) for split in ("train", "test")}
 
     @cached_property
     def examples(self) -> list[Example]:
-        """Conversations of the source beside their rows of the prepared data."""
+        """Conversations of the source with their rows of the prepared data."""
         columns = ["location", "input_ids", "labels", "findings"]
         rows: dict[str, TokenRow] = {}
-        wanted = {row["location"] for row in self.source.rows}
+        locations = {row["location"] for row in self.source.rows}
         for data in self.splits.values():
             for row in data.select_columns(columns):
-                if row["location"] in wanted:
+                if row["location"] in locations:
                     rows[row["location"]] = as_token_row(row)
         paired = ((as_conversation(row), rows.get(row["location"])) for row in self.source.rows)
         return [Example(conversation, row) for conversation, row in paired if row is not None]
 
     def sample(self, count: int) -> list[Example]:
-        """`count` examples from the whole of them, at even distances."""
+        """Return about `count` of the examples, at even distances."""
         step = max(1, len(self.examples) // count)
         return list(itertools.islice(self.examples[::step], count))
 
@@ -212,10 +216,10 @@ class CheckContext:
 
     @cached_property
     def strategy(self) -> str:
-        """The strategy of the recipe; where it leaves that open, the one that by the plan fits.
+        """The strategy of the recipe; for `auto`, the strategy that the plan chooses.
 
         Raises:
-            UserError: nothing fits; naming what would.
+            UserError: Nothing fits; the fix names changes that would fit.
         """
         chosen = self.recipe if self.recipe.training.strategy != "auto" else predicted_strategy(self.recipe)
         return chosen.training.strategy
@@ -226,7 +230,7 @@ class CheckContext:
 
     @cached_property
     def chosen_recipe(self) -> Recipe:
-        """The scratch run of the steps as the recipe has them."""
+        """Recipe of the scratch run that takes the steps under the recipe's own strategy and processes."""
         recipe = step_recipe(self.recipe, self.scratch / "steps", self.steps, strategy=self.strategy)
         make_scratch_run(recipe, self.splits["train"], self.steps.rows)
         return recipe
@@ -237,7 +241,7 @@ class CheckContext:
 
     @cached_property
     def reference_recipe(self) -> Recipe:
-        """The scratch run of the same steps on one process, without a strategy."""
+        """Recipe of the scratch run that takes the same steps on one process, without a strategy."""
         batch = self.steps.conversations
         folder = self.scratch / "reference"
         recipe = step_recipe(self.recipe, folder, self.steps, strategy="vanilla", processes=1, batch_size=batch)
@@ -246,24 +250,24 @@ class CheckContext:
 
     @cached_property
     def predictions(self) -> "tuple[Prediction, Prediction]":
-        """What `plan` says of the scratch run and of the whole one."""
+        """The plan's predictions for the scratch run and for the full run."""
         training = replace(self.recipe.training, strategy=self.strategy)  # type: ignore[arg-type]
         return predict_run(self.chosen_recipe), predict_run(replace(self.recipe, training=training))
 
     def take_steps(self, recipe: Recipe) -> None:
-        """Take the steps of a scratch recipe in processes of their own, as `train` would start them.
+        """Take the steps of a scratch recipe in separate processes, as `train` would start them.
 
         Raises:
-            UserError: the one that a process raised.
-            WorkerError: a process failed otherwise.
-            StoppedError: it was asked to stop.
+            UserError: A process raised it.
+            WorkerError: A process failed for another reason.
+            StoppedError: The steps were asked to stop.
         """
         from minisft.checking.scratch import run_steps_in_child
 
         run_steps_in_child(recipe)
 
     def loss_of(self, row: "PackedRow") -> float:
-        """The loss that training takes of a row, the sum over its learned tokens, with the live model."""
+        """Return the training's loss of a row, summed over its learned tokens, with the live model."""
         from minisft.training.loss import row_loss
 
         assert self.live is not None
@@ -273,7 +277,7 @@ class CheckContext:
             return float(row_loss(self.live.model, row.to(self.live.args.device)))
 
     def train_in_scratch(self, recipe: Recipe) -> "SupervisedTokenTrainer":
-        """A trainer of a scratch recipe in this process; the one before it is let go first."""
+        """Create a trainer of a scratch recipe in this process, after the memory of the previous one is freed."""
         from minisft.training.run_training import make_trainer
 
         self.free_model()
@@ -289,7 +293,7 @@ class CheckContext:
                 torch.cuda.empty_cache()
 
     def clear(self) -> None:
-        """Remove what the checks wrote."""
+        """Delete what the checks wrote."""
         self.free_model()
         delete_scratch_folder(self.scratch)
 
@@ -304,12 +308,12 @@ def as_conversation(row: dict[str, Any]) -> Conversation:
 
 
 def flat_columns(data: Any, name: str) -> Iterator[np.ndarray]:
-    """The values of a list column of a `datasets.Dataset`, all rows of a chunk end to end."""
+    """Yield the values of a list column of a `datasets.Dataset`, for each chunk all rows end to end."""
     for chunk in data.data.column(name).chunks:
         yield chunk.flatten().to_numpy()
 
 
 def shown(items: Sequence[object], most: int = 3) -> str:
-    """A few of the items, and how many more there are."""
+    """Return the first items as text, and how many more there are."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""
     return ", ".join(map(str, items[:most])) + more

@@ -1,4 +1,4 @@
-"""Plain arithmetic to compare with: padded batches, every logit, torch's AdamW; nothing of MiniSFT's training."""
+"""A reference implementation: padded batches, all logits, torch's AdamW, and no code of MiniSFT's training."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ IGNORED = -100
 
 @contextlib.contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
-    """Give the model transformers' own attention for a while."""
+    """Give the model transformers' own attention within the context."""
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
@@ -23,23 +23,20 @@ def plain_attention(model: Any) -> Iterator[None]:
 
 
 def padded_loss(model: Any, conversations: Conversations) -> torch.Tensor:
-    """Sum of the cross-entropies of the learned tokens, the conversations padded on the right to the longest."""
-    ids, mask, labels = _padded(conversations, model.device)
+    """Return the summed cross-entropy of the learned tokens of conversations that are padded on the right."""
+    width = max(len(ids) for ids, _ in conversations)
+    padded = (
+        [[*ids, *[0] * (width - len(ids))] for ids, _ in conversations],
+        [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in conversations],
+        [[*labels, *[IGNORED] * (width - len(labels))] for _, labels in conversations],
+    )
+    ids, mask, labels = (torch.tensor(rows, device=model.device) for rows in padded)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     return cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORED)
 
 
-def _padded(conversations: Conversations, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = max(len(ids) for ids, _ in conversations)
-    ids = [[*ids, *[0] * (width - len(ids))] for ids, _ in conversations]
-    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in conversations]
-    labels = [[*labels, *[IGNORED] * (width - len(labels))] for _, labels in conversations]
-    as_tensor = [torch.tensor(rows, device=device) for rows in (ids, mask, labels)]
-    return as_tensor[0], as_tensor[1], as_tensor[2]
-
-
 def count_learned(conversations: Conversations) -> int:
-    """Learned tokens that have one before them."""
+    """Count the learned tokens; the first token of a conversation is never predicted."""
     return sum(label != IGNORED for _, labels in conversations for label in labels[1:])
 
 
@@ -53,19 +50,19 @@ def plain_steps(
     max_grad_norm: float,
     arithmetic: Any,
 ) -> list[tuple[float, float]]:
-    """Train a model a few steps; its weights change.
+    """Train a model for a few steps; this changes its weights.
 
     Args:
-        model: with dropout off.
-        steps: the conversations of each step.
-        learning_rates: of each step.
-        decayed: the parameters with weight decay.
-        weight_decay: theirs.
-        max_grad_norm: to which gradients are clipped.
-        arithmetic: gives the context of a forward (autocast, or none).
+        model: Model with dropout off.
+        steps: The conversations of each step.
+        learning_rates: The learning rate of each step.
+        decayed: Names of the parameters with weight decay.
+        weight_decay: Their weight decay.
+        max_grad_norm: Norm to which the gradients are clipped.
+        arithmetic: Returns the context manager of a forward (autocast, or none).
 
     Returns:
-        The mean loss over the learned tokens and the gradient norm before clipping, of each step.
+        For each step, the mean loss over the learned tokens and the gradient norm before clipping.
     """
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     groups = [
@@ -74,7 +71,7 @@ def plain_steps(
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
     model.train()
-    came_out = []
+    taken = []
     for conversations, learning_rate in zip(steps, learning_rates, strict=True):
         optimizer.zero_grad()
         with arithmetic():
@@ -84,6 +81,6 @@ def plain_steps(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-        came_out.append((loss.item(), norm.item()))
+        taken.append((loss.item(), norm.item()))
     optimizer.zero_grad()
-    return came_out
+    return taken

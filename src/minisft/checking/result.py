@@ -1,4 +1,4 @@
-"""What a check is and what came of it."""
+"""A check, and its result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 Status = Literal["ok", "FAILED", "not run"]
 
 
-class Failed(Exception):  # noqa: N818 (a result, no error of the program)
+class Failed(Exception):  # noqa: N818 (a result of a check, not an error of the program)
     """A check found something wrong.
 
     Args:
-        problem: what is wrong.
-        fix: what the user can do about it.
+        problem: What is wrong.
+        fix: What the user can do about it.
     """
 
     def __init__(self, problem: str, fix: str) -> None:
@@ -25,7 +25,7 @@ class Failed(Exception):  # noqa: N818 (a result, no error of the program)
 
 
 class NotRun(Exception):  # noqa: N818
-    """A check does not apply here, or cannot be run; the text goes on after "because"."""
+    """A check does not apply to the recipe, or cannot be run; its text follows the word "because"."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,11 @@ class Check:
     """A named check.
 
     Args:
-        name: group.name.
-        description: what is true where it is ok.
-        run: proves it; returns what was looked at.
-        needs: the checks without which it says nothing.
-        weights: whether it needs the model's weights.
-
-    `run` raises `Failed` or `NotRun`; any other error of it is a failure too.
+        name: Group and name, joined by a dot.
+        description: What holds where the check is ok.
+        run: Proves it, and returns what was compared. It raises `Failed` or `NotRun`; any other error is a failure too.
+        needs: Names of the checks that must be ok before this one says anything.
+        weights: True where it needs the model's weights.
     """
 
     name: str
@@ -51,15 +49,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a check.
+    """The result of a check.
 
     Args:
-        name: the check's.
-        description: the check's.
+        name: Name of the check.
+        description: Description of the check.
         status: ok, FAILED or not run.
-        detail: what was looked at, what is wrong, or "because ...".
-        fix: what to do where it failed.
-        seconds: how long it took.
+        detail: What was compared, what is wrong, or "because ...".
+        fix: What the user can do, where the check failed.
+        seconds: Duration of the check.
     """
 
     name: str
@@ -70,10 +68,10 @@ class Result:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        assert (self.status == "FAILED") == bool(self.fix), "a failure says what to do, and nothing else does"
+        assert (self.status == "FAILED") == bool(self.fix), "a failure has a fix, and no other result has one"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields under the names that check.json has for them."""
+        """Return the fields under their names in check.json, which other programs read."""
         return {
             "name": self.name,
             "claim": self.description,

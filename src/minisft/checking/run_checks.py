@@ -1,9 +1,11 @@
 """`minisft check`: the list of checks, in the order in which they run, and their results in the terminal."""
 
+import contextlib
 import platform
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import Any
@@ -24,11 +26,11 @@ from minisft.version import __version__
 
 _FAILED = " failed"
 _QUICK = "--quick loads no weights"
-_VERSIONS = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "peft")
+_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "peft")
 
 
 CHECKS = (
-    Check("data.template", "the template says where answers end", data_checks.template_does),
+    Check("data.template", "the template says where answers end", data_checks.template_ends_answers),
     Check("data.source", "the source is conversations", data_checks.source_is_conversations, ("data.template",)),
     Check("data.system", "system prompts survive the template", data_checks.system_prompts_survive, ("data.source",)),
     Check("data.rows", "the rows are prepared", data_checks.rows_are_prepared, ("data.system",)),
@@ -53,10 +55,10 @@ CHECKS = (
     Check(
         "serve.template",
         "the saved template renders the same",
-        serving_checks.saved_template_renders_alike,
+        serving_checks.saved_template_renders_the_same,
         ("serve.prompts",),
     ),
-    Check("serve.vllm", "in vLLM's way too", serving_checks.vllm_renders_alike, ("serve.template",)),
+    Check("serve.vllm", "in vLLM's way too", serving_checks.vllm_renders_the_same, ("serve.template",)),
     Check(
         "loss.mask",
         "the mask reaches the loss",
@@ -102,7 +104,7 @@ CHECKS = (
     Check(
         "checkpoint.resume",
         "resumed, the next step is the same",
-        strategy_checks.resuming_goes_on_alike,
+        strategy_checks.resumed_steps_are_the_same,
         ("strategy.steps",),
         True,
     ),
@@ -124,40 +126,36 @@ def run_checks(
     """Run the checks on a recipe.
 
     Args:
-        context: the recipe and its run folder, which this process holds.
-        quick: leave out what needs the model's weights.
-        on_result: called with each result as it comes.
-        checks: in an order in which each comes after those that it needs.
+        context: The recipe and its run folder, which this process has locked.
+        quick: True skips the checks that need the model's weights.
+        on_result: Called with each result when the check ends.
+        checks: The checks, each after those that it needs.
     """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt  # so that the scratch folder is removed on SIGTERM too
+
     make_scratch_folder(context.scratch)
     results: dict[str, Result] = {}
     try:
-        with handle_stop_signals(_stop), quiet_libraries():
+        with handle_stop_signals(stop), quiet_libraries():
             for check in checks:
-                results[check.name] = _result(check, context, results, quick)
-                on_result(results[check.name])
+                reason = _missing_prerequisite(check, results) or (_QUICK if quick and check.weights else None)
+                if reason is not None:
+                    result = Result(check.name, check.description, "not run", f"because {reason}")
+                else:
+                    started = time.perf_counter()
+                    result = _run_check(check, context)
+                    result = replace(result, seconds=round(time.perf_counter() - started, 2))
+                results[check.name] = result
+                on_result(result)
     finally:
         context.clear()
     return list(results.values())
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # so that SIGTERM, too, leaves no scratch folder behind
-
-
-def _result(check: Check, context: CheckContext, earlier: Mapping[str, Result], quick: bool) -> Result:
-    reason = _obstacle(check, earlier)
-    if reason is None and quick and check.weights:
-        reason = _QUICK
-    if reason is not None:
-        return Result(check.name, check.description, "not run", f"because {reason}")
-    begun = time.perf_counter()
-    result = _run(check, context)
-    return Result(**{**vars(result), "seconds": round(time.perf_counter() - begun, 2)})
-
-
-def _obstacle(check: Check, earlier: Mapping[str, Result]) -> str | None:
-    """Why a check would say nothing: one that it needs failed, or was not run because another did."""
+def _missing_prerequisite(check: Check, earlier: Mapping[str, Result]) -> str | None:
+    """Return why a check cannot be run: a check that it needs failed, or was not run because another check failed."""
     for name in check.needs:
         if earlier[name].status == "FAILED":
             return f"{name}{_FAILED}"
@@ -166,7 +164,8 @@ def _obstacle(check: Check, earlier: Mapping[str, Result]) -> str | None:
     return None
 
 
-def _run(check: Check, context: CheckContext) -> Result:
+def _run_check(check: Check, context: CheckContext) -> Result:
+    """Run one check, and turn every error into a result."""
     try:
         return Result(check.name, check.description, "ok", check.run(context))
     except NotRun as reason:
@@ -177,40 +176,32 @@ def _run(check: Check, context: CheckContext) -> Result:
         return Result(check.name, check.description, "FAILED", f"{error.where}: {error.problem}", error.fix)
     except StoppedError:
         raise
-    except (
-        torch.OutOfMemoryError,
-        MemoryError,
-    ) as error:  # of this process, which takes all weights without a strategy
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        # This process holds all weights, without a strategy: a model that needs ZeRO does not fit, which is no failure.
         context.free_model()
         return Result(check.name, check.description, "not run", f"because one process is too small for it ({error})")
-    except Exception as error:  # whatever a model, a template or a library raises, the other checks go on
+    except Exception as error:  # a model, a template or a library may raise anything, and the other checks still run
         where = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"{type(error).__name__}: {str(error).strip() or 'no message'} ({where.name}, line {where.lineno})"
-        return Result(check.name, check.description, "FAILED", problem, "if the message does not say it, report it")
+        return Result(check.name, check.description, "FAILED", problem, "if the message does not help, report it")
 
 
 def as_report(recipe: Recipe, results: Iterable[Result], *, quick: bool) -> dict[str, Any]:
-    """What `check.json` holds."""
+    """Return the content of `check.json`."""
     listed = list(results)
+    versions = {"minisft": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "status": "FAILED" if any(result.status == "FAILED" for result in listed) else "ok",
         "quick": quick,
         "seconds": round(sum(result.seconds for result in listed), 2),
         "checks": [result.as_dict() for result in listed],
         "recipe": dump_recipe(recipe),
-        "versions": {"minisft": __version__, "python": platform.python_version(), **_versions()},
+        "versions": versions,
         "machine": f"{platform.machine()} {platform.system()}",
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 _STYLES = {"ok": "green", "FAILED": "bold red", "not run": "yellow"}
@@ -232,7 +223,7 @@ def show(result: Result) -> None:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Say how many came out how."""
+    """Return how many checks have which status, in one line."""
     counts = {status: sum(result.status == status for result in results) for status in _STYLES}
     seconds = sum(result.seconds for result in results)
     return f"{counts['ok']} ok, {counts['FAILED']} FAILED, {counts['not run']} not run, in {seconds:.0f} s"

@@ -1,6 +1,6 @@
-"""A few real steps of the recipe in a scratch folder, in processes of their own.
+"""A few real steps of the recipe in a scratch folder, in separate processes.
 
-They are taken twice: once through, and once from the checkpoint after step RESUME_AT on.
+The steps are taken twice: all of them, and again those after the checkpoint of step RESUME_AT, resumed from it.
 """
 
 import contextlib
@@ -33,12 +33,13 @@ from minisft.training.zero import ZERO_STAGES, set_deepspeed_environment
 STEPS = 3
 RESUME_AT = 2
 _WORKER = "minisft.checking.scratch"
-# Tokens of all steps together, and of one row. A step need not be large to show what it does.
+# Largest number of tokens of all steps together, and of one row: small steps show the same as large ones.
 _TOKENS_CPU, _TOKENS_GPU = 2400, 30000
 _ROW_CPU, _ROW_GPU = 512, 2048
-# Of the learning rate in half precision. AdamW's first steps are as long for a tiny gradient, which is all rounding
-# there, as for a large one: at 2e-4 two right ways are 6 % apart in the loss of the third step, at 2e-5 0.2 %.
-_MOST_IN_HALF_PRECISION = 2e-5
+# Largest learning rate in half precision. AdamW's first steps are as long for a tiny gradient, which is only rounding
+# there, as for a large one: two correct computations differ by 6 % in the loss of the third step at 2e-4, and by 0.2 %
+# at 2e-5.
+_MAX_HALF_LEARNING_RATE = 2e-5
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Steps:
     """The steps to take.
 
     Args:
-        conversations: of a step.
-        rows: of the train side, for all steps.
+        conversations: Number of conversations of a step.
+        rows: Indexes of the train split's rows that all steps take together.
     """
 
     conversations: int
@@ -55,11 +56,11 @@ class Steps:
 
 
 def choose_steps(training: TrainingRecipe, train_split: Any) -> Steps:
-    """Choose short rows of different lengths, and as many in a step as the recipe has where there is time for it."""
+    """Choose short rows of different lengths, and as many for a step as the recipe has, within a budget of tokens."""
     tokens = measure_lengths(train_split).tokens
     budget = _TOKENS_CPU if on_cpu() else _TOKENS_GPU
-    whole = training.batch_size * training.processes * training.gradient_accumulation
-    for conversations in range(whole, training.processes, -1):
+    global_batch = training.batch_size * training.processes * training.gradient_accumulation
+    for conversations in range(global_batch, training.processes, -1):
         rows = short_rows(tokens, STEPS * conversations)
         if conversations % training.processes == 0 and int(tokens[rows].clip(max=row_limit()).sum()) <= budget:
             return Steps(conversations, rows)
@@ -67,21 +68,22 @@ def choose_steps(training: TrainingRecipe, train_split: Any) -> Steps:
 
 
 def short_rows(tokens: np.ndarray, count: int) -> list[int]:
-    """Choose `count` rows (or all) among the shortest twentieth, or the shortest `count`, at even distances."""
+    """Choose `count` rows at even distances among the shortest twentieth, or the shortest `count`; all if fewer."""
     shortest = np.argsort(tokens, kind="stable")[: max(count, len(tokens) // 20)]
-    places = np.linspace(0, len(shortest) - 1, min(count, len(shortest))).astype(int)
-    return [int(row) for row in shortest[np.unique(places)]]
+    ranks = np.linspace(0, len(shortest) - 1, min(count, len(shortest))).astype(int)
+    return [int(row) for row in shortest[np.unique(ranks)]]
 
 
 def row_limit() -> int:
+    """Return the largest number of tokens of a row."""
     return _ROW_CPU if on_cpu() else _ROW_GPU
 
 
 def step_recipe(recipe: Recipe, folder: Path, steps: Steps, **training: Any) -> Recipe:
-    """The recipe for a scratch run of STEPS steps: the recipe's own but for length, batch and where it is written.
+    """Return the recipe for a scratch run of STEPS steps, which differs in length, batch and output folder.
 
-    All steps change the weights: there is no warm-up. What belongs to a long run alone is left out, and what belongs
-    to another strategy.
+    There is no warm-up, so that all steps change the weights. Options of a long run are switched off, and so are those
+    of another strategy.
     """
     own = recipe.training
     changed = {
@@ -92,7 +94,7 @@ def step_recipe(recipe: Recipe, folder: Path, steps: Steps, **training: Any) -> 
     if changed.get("strategy") == "vanilla":
         changed["offload"] = None
     if choose_precision(own.precision) != "fp32" and "learning_rate" not in training:
-        changed["learning_rate"] = min(own.learning_rate, _MOST_IN_HALF_PRECISION)
+        changed["learning_rate"] = min(own.learning_rate, _MAX_HALF_LEARNING_RATE)
     return replace(recipe, output=str(folder), training=replace(own, **changed))
 
 
@@ -102,7 +104,7 @@ def make_scratch_run(recipe: Recipe, train_split: Any, rows: list[int]) -> None:
 
     with open_run(recipe) as run:
         chosen = train_split.select_columns(["input_ids", "labels", "id"]).select(rows)
-        cut = [_shortened(row, row_limit()) for row in chosen]
+        cut = [_cut_around_answer(row, row_limit()) for row in chosen]
         bars = datasets.utils.logging.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
@@ -112,7 +114,8 @@ def make_scratch_run(recipe: Recipe, train_split: Any, rows: list[int]) -> None:
                 datasets.enable_progress_bars()
 
 
-def _shortened(row: dict[str, Any], limit: int) -> dict[str, Any]:
+def _cut_around_answer(row: dict[str, Any], limit: int) -> dict[str, Any]:
+    """Return a row with at most `limit` tokens, among them its first learned token."""
     if len(row["input_ids"]) <= limit:
         return row
     learned = int(np.flatnonzero(np.asarray(row["labels"][1:]) >= 0)[0]) + 1
@@ -121,21 +124,22 @@ def _shortened(row: dict[str, Any], limit: int) -> dict[str, Any]:
 
 
 def run_steps_in_child(recipe: Recipe) -> None:
-    """Take the steps of a scratch run in processes of their own, as `train` would start them.
+    """Take the steps of a scratch run in separate processes, as `train` would start them.
 
     Raises:
-        UserError: the one that a process raised.
-        RuntimeError: a process failed otherwise.
-        StoppedError: it was asked to stop.
+        UserError: A process raised it.
+        RuntimeError: A process failed for another reason.
+        StoppedError: The steps were asked to stop.
     """
     training = recipe.training
-    alone = training.processes == 1 and training.strategy not in ZERO_STAGES
+    single = training.processes == 1 and training.strategy not in ZERO_STAGES
     arguments = [recipe.output, *trust_arguments(recipe)]
-    if launch_single(_WORKER, arguments) if alone else launch(_WORKER, arguments, training.processes):
+    if launch_single(_WORKER, arguments) if single else launch(_WORKER, arguments, training.processes):
         raise StoppedError("stopped as asked")
 
 
 def resumed_run(run: RunFolder) -> RunFolder:
+    """Return the folder, beside a scratch run, of the steps that are resumed from its checkpoint."""
     return RunFolder(run.root.with_name(f"{run.root.name}-resumed"))
 
 
@@ -143,51 +147,51 @@ def resumed_run(run: RunFolder) -> RunFolder:
 
 
 def take_steps_twice(root: Path, trust_remote_code: bool = False) -> None:
-    """Take the steps of a scratch run, then those after its checkpoint RESUME_AT again, beside it."""
+    """Take the steps of a scratch run, then those after its checkpoint RESUME_AT again, in the folder beside it."""
     import torch
 
     set_deepspeed_environment(on_cpu())
-    # DeepSpeed prints what it built, and stdout may be JSON.
+    # DeepSpeed prints the extensions that it built, and stdout may have to be JSON.
     with _quiet_consoles(), quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
-        _take_steps_twice(root, trust_remote_code)
+        # 1. All steps; the checkpoint of RESUME_AT is kept.
+        run, recipe = RunFolder(root), load_run(root, trust_remote_code=trust_remote_code)
+        resumed = resumed_run(run)
+        trainer = make_trainer(recipe, run)
+        switch_off_dropout(trainer.model)
+        trainer.add_callback(_KeepCheckpoint(run, resumed))
+        take_steps(trainer, run)
+        # 2. Free the model.
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+        # 3. The steps after the checkpoint, which is missing where the steps were asked to stop before it.
+        checkpoint = resumed.checkpoints / f"checkpoint-{RESUME_AT}"
+        if checkpoint.exists():
+            trainer = make_trainer(recipe, resumed, checkpoint)
+            switch_off_dropout(trainer.model)
+            take_steps(trainer, resumed, checkpoint)
+            del trainer
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _take_steps_twice(root: Path, trust_remote_code: bool) -> None:
-    run, recipe = RunFolder(root), load_run(root, trust_remote_code=trust_remote_code)
-    again = resumed_run(run)
-    trainer = make_trainer(recipe, run)
-    switch_off_dropout(trainer.model)
-    trainer.add_callback(_KeepCheckpoint(run, again))
-    take_steps(trainer, run)
-    trainer.accelerator.free_memory()
-    del trainer
-    gc.collect()
-    kept = again.checkpoints / f"checkpoint-{RESUME_AT}"
-    if kept.exists():  # else it was asked to stop before
-        trainer = make_trainer(recipe, again, kept)
-        switch_off_dropout(trainer.model)
-        take_steps(trainer, again, kept)
-
-
 class _KeepCheckpoint(TrainerCallback):
-    """Keep a checkpoint with its optimizer state, which the next one drops, by links to its files."""
+    """Keep a checkpoint with its optimizer state, which the next checkpoint deletes, by hard links to its files."""
 
-    def __init__(self, run: RunFolder, again: RunFolder) -> None:
+    def __init__(self, run: RunFolder, resumed: RunFolder) -> None:
         self.run = run
-        self.again = again
+        self.resumed = resumed
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or state.global_step != RESUME_AT:
             return
-        shutil.copytree(self.run.dataset, self.again.dataset)
+        shutil.copytree(self.run.dataset, self.resumed.dataset)
         name = f"checkpoint-{RESUME_AT}"
-        shutil.copytree(self.run.checkpoints / name, self.again.checkpoints / name, copy_function=os.link)
+        shutil.copytree(self.run.checkpoints / name, self.resumed.checkpoints / name, copy_function=os.link)
 
 
 def switch_off_dropout(model: Any) -> None:
-    """Make the steps of a model comparable: dropout draws differently for every split of a batch."""
+    """Make the steps of a model comparable: dropout draws other random numbers for every split of a batch."""
     import torch
 
     for module in model.modules():
@@ -210,13 +214,13 @@ def _quiet_consoles() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep what libraries say while they train and save out of the table."""
+    """Keep the messages that libraries print while they train and save out of the table of checks."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what DeepSpeed calls in torch
+            warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls deprecated functions of torch
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -1,8 +1,8 @@
-"""Train and serve: what is sent and where generation stops is what was trained, here and in other tools.
+"""Checks of serving: prompts and stop tokens at inference are those of the training, in MiniSFT and in other tools.
 
-What other tools do was read in their sources: vLLM (`vllm/renderers/hf.py`, `chat_completion/protocol.py`) renders
-the saved template to text and encodes it without special tokens, and hands contents as lists of parts to a template
-that loops over them; `transformers chat` and `transformers serve` (`cli/serving/chat_completion.py`) call
+The sources of the other tools show how they render. vLLM (`vllm/renderers/hf.py`, `chat_completion/protocol.py`)
+renders the saved template to text and encodes the text without special tokens; a template that loops over the content
+gets it as a list of parts. `transformers chat` and `transformers serve` (`cli/serving/chat_completion.py`) call
 `apply_chat_template` with plain texts.
 """
 
@@ -19,28 +19,37 @@ from minisft.data.renderers.templates import NATIVE_TEMPLATES
 from minisft.evaluation.examples import load_held_out
 
 SAMPLE = 64  # conversations
-_OWN = (*NATIVE_TEMPLATES, "mistral-text")
-_FAULT = "remove `<output>/dataset` and check again; if it stays so, report it"
-_TEMPLATE = "use data.template: chatml or mistral, which other tools render alike, or fix the template"
+_BUILT_IN_TEMPLATES = (*NATIVE_TEMPLATES, "mistral-text")
+_FAULT = "remove `<output>/dataset` and check again; if it fails again, report it"
+_TEMPLATE = "use data.template: chatml or mistral, which other tools render in the same way, or fix the template"
 
+# Renders messages as another tool does: (tokenizer, messages, tools, whether a generation prompt follows) -> input ids.
 Render = Callable[[Any, list[dict[str, Any]], list[Any] | None, bool], list[int]]
 
 
 def prompts_are_those_trained(context: CheckContext) -> str:
     """Compare the ids that evaluation and chat send with the beginning of the training rows."""
-    sent = _compare_evaluation(context)
-    talked = 0
+    evaluation_prompts = _compare_evaluation(context)
+    chat_prompts = 0
     for example in context.sample(SAMPLE):
-        for place, ids in _trained_prompts(context, example):
-            _compare(example.conversation.location, "encode_prompt", _prompt_ids(context, example, place), ids)
-            if not example.conversation.tools and example.is_plain:
-                _compare(example.conversation.location, "chat", _chat_ids(context, example.conversation, place), ids)
-                talked += 1
-    return f"{sent} prompts of evaluation, {talked} of chat"
+        conversation = example.conversation
+        for index, ids in _trained_prompts(context, example):
+            # 1. The encoder's prompt of the messages before the answer.
+            before = conversation.messages[:index]
+            sent = context.encoder.encode_prompt(before, conversation.tools)
+            _compare(conversation.location, "encode_prompt", sent, ids)
+            # 2. The prompt of a chat with these messages; a chat has no tools.
+            if not conversation.tools and example.is_plain:
+                system = before[0].content if before[0].role == "system" else ""
+                session: Any = Session(None, context.encoder, system=system)  # type: ignore[arg-type]  # without a model
+                session.turns = list(before[1:] if system else before)
+                _compare(conversation.location, "chat", session.prompt(), ids)
+                chat_prompts += 1
+    return f"{evaluation_prompts} prompts of evaluation, {chat_prompts} of chat"
 
 
 def _compare_evaluation(context: CheckContext) -> int:
-    """Compare evaluation's own questions with the test rows they come from; return how many there are."""
+    """Compare the prompts of evaluation with the test rows that they come from; return their number."""
     test = context.splits["test"]
     if not len(test):
         return 0
@@ -50,52 +59,42 @@ def _compare_evaluation(context: CheckContext) -> int:
     for row in test.select(range(min(SAMPLE, len(test)))):
         example = Example(as_conversation(row), as_token_row(row))
         expected = dict(_trained_prompts(context, example))
-        for place in _learned_places(example.conversation):
+        for index in _learned_indexes(example.conversation):
             eval_example = next(examples)
-            if place in expected:
-                _compare(example.conversation.location, "evaluation", eval_example.prompt_ids, expected[place])
+            if index in expected:
+                _compare(example.conversation.location, "evaluation", eval_example.prompt_ids, expected[index])
                 compared += 1
     return compared
 
 
-def _learned_places(conversation: Conversation) -> list[int]:
-    return [place for place, m in enumerate(conversation.messages) if m.is_answer and m.supervised]
+def _learned_indexes(conversation: Conversation) -> list[int]:
+    """Return the indexes of the messages that are learned."""
+    return [index for index, message in enumerate(conversation.messages) if message.is_answer and message.supervised]
 
 
 def _trained_prompts(context: CheckContext, example: Example) -> list[tuple[int, list[int]]]:
-    """(the answer's place among the messages, what stands before it in the training row).
+    """Return, for each learned answer, the index of its message and the tokens before it in the training row.
 
-    A template that rewrites the history as it goes on is held to the last answer alone.
+    A template that rewrites earlier turns when later ones follow has the trained prompt for the last answer only.
     """
-    places, stretches = _learned_places(example.conversation), example.row.answers()
-    pairs = [(place, example.row.ids[:start]) for place, (start, _) in zip(places, stretches, strict=True)]
+    indexes, spans = _learned_indexes(example.conversation), example.row.answers()
+    prompts = [(index, example.row.ids[:start]) for index, (start, _) in zip(indexes, spans, strict=True)]
     has_system = example.conversation.messages[0].role == "system" or bool(example.conversation.tools)
-    moves = context.encoder.template_name == "mistral-v3" and has_system
-    return pairs[-1:] if moves or "history_rewritten" in example.row.findings else pairs
+    moves_system = context.encoder.template_name == "mistral-v3" and has_system  # into the last user message
+    return prompts[-1:] if moves_system or "history_rewritten" in example.row.findings else prompts
 
 
-def _prompt_ids(context: CheckContext, example: Example, place: int) -> list[int]:
-    return context.encoder.encode_prompt(example.conversation.messages[:place], example.conversation.tools)
-
-
-def _chat_ids(context: CheckContext, conversation: Conversation, place: int) -> list[int]:
-    before = conversation.messages[:place]
-    system = before[0].content if before[0].role == "system" else ""
-    session: Any = Session(None, context.encoder, system=system)  # type: ignore[arg-type]  # no model is asked
-    session.turns = list(before[1:] if system else before)
-    return list(session.prompt())
-
-
-def _compare(where: str, who: str, sent: Sequence[int], trained: Sequence[int]) -> None:
+def _compare(where: str, sender: str, sent: Sequence[int], trained: Sequence[int]) -> None:
     if list(sent) == list(trained):
         return
     pairs = enumerate(zip(sent, trained, strict=False))
-    differs = next((place for place, (a, b) in pairs if a != b), min(len(sent), len(trained)))
-    raise Failed(f"{where}: what {who} sends differs from what was trained, from token {differs} on", _FAULT)
+    position = next((index for index, (a, b) in pairs if a != b), min(len(sent), len(trained)))
+    problem = f"the prompt that {sender} sends differs from the training row, from token {position} on"
+    raise Failed(f"{where}: {problem}", _FAULT)
 
 
 def stops_are_those_trained(context: CheckContext) -> str:
-    """Collect the last learned token of every whole answer: at these, and no others, generation stops."""
+    """Collect the last learned token of every complete answer: generation must stop at these and at no others."""
     trained = {
         example.row.labels[end - 1]
         for example in context.examples
@@ -103,81 +102,77 @@ def stops_are_those_trained(context: CheckContext) -> str:
         for _, end in example.row.answers()
     }
     stops = set(context.encoder.stop_token_ids)
-    name = context.encoder.tokenizer.convert_ids_to_tokens
+    to_tokens = context.encoder.tokenizer.convert_ids_to_tokens
     if trained != stops:
-        problem = f"answers end with {name(sorted(trained))}, generation stops at {name(sorted(stops))}"
+        problem = f"answers end with {to_tokens(sorted(trained))}, generation stops at {to_tokens(sorted(stops))}"
         raise Failed(problem, "use another data.template, or fix the one in use")
-    return ", ".join(map(repr, name(sorted(stops))))
+    return ", ".join(map(repr, to_tokens(sorted(stops))))
 
 
-def saved_template_renders_alike(context: CheckContext) -> str:
+def saved_template_renders_the_same(context: CheckContext) -> str:
     """Save the tokenizer as training does, load it as others do, and render with plain `apply_chat_template`."""
-    return _compare_with(context, _plain)
+    return _compare_renderings(context, _render_plain)
 
 
-def vllm_renders_alike(context: CheckContext) -> str:
-    """The same in vLLM's way."""
-    saved = context.saved_tokenizer
-    parts = loops_over_content(str(saved.chat_template))
-    return _compare_with(context, _as_vllm) + ("; contents as parts" if parts else "")
+def vllm_renders_the_same(context: CheckContext) -> str:
+    """Save and load the tokenizer, and render as vLLM does."""
+    parts = loops_over_content(str(context.saved_tokenizer.chat_template))
+    return _compare_renderings(context, _render_as_vllm) + ("; contents as parts" if parts else "")
 
 
-def _compare_with(context: CheckContext, render: Render) -> str:
-    """Render conversations with the saved template and compare the ids with ours.
+def _compare_renderings(context: CheckContext, render: Render) -> str:
+    """Render conversations with the saved template and compare the ids with those of the training.
 
-    Where a text spells a control token, or the tokenizer would join the end of a prompt with its answer, other ids
-    of the same text are what the documentation of `data` says; the text must be the same.
+    The ids may differ where a text contains the name of a control token, or where the tokenizer would merge the end of
+    a prompt with its answer; the documentation of `data` describes both. The text must be the same.
     """
     saved = context.saved_tokenizer
-    same = other = 0
+    same_ids = same_text = 0
     for example in context.sample(SAMPLE):
-        for messages, ids, prompt in _renderings(context, example):
+        for messages, ids, is_prompt in _trained_renderings(context, example):
             tools = json.loads(example.conversation.tools) if example.conversation.tools else None
-            rendered = render(saved, [message_as_dict(message) for message in messages], tools, prompt)
+            rendered = render(saved, [message_as_dict(message) for message in messages], tools, is_prompt)
             if rendered == ids:
-                same += 1
-            elif saved.decode(rendered) == saved.decode(ids):
-                other += 1
-            else:
-                raise Failed(_difference(saved, example.conversation.location, rendered, ids), _TEMPLATE)
-    if not same + other:
+                same_ids += 1
+                continue
+            text, trained_text = saved.decode(rendered), saved.decode(ids)
+            if text != trained_text:
+                pairs = enumerate(zip(text, trained_text, strict=False))
+                position = next((index for index, (a, b) in pairs if a != b), min(len(text), len(trained_text)))
+                excerpt = slice(max(0, position - 20), position + 20)
+                problem = f"the saved template gives {text[excerpt]!r}, training {trained_text[excerpt]!r}"
+                raise Failed(f"{example.conversation.location}: {problem}", _TEMPLATE)
+            same_text += 1
+    if not same_ids + same_text:
         raise NotRun("no sampled conversation has a form that the template is called with")
-    if other > same:
-        problem = f"of {same + other} renderings {other} have the text of ours, but other tokens"
+    if same_text > same_ids:
+        problem = f"of {same_ids + same_text} renderings, {same_text} have the text of the training in other tokens"
         raise Failed(problem, _TEMPLATE)
-    return f"{same} renderings" + (f"; {other} with the same text in other tokens" if other else "")
+    return f"{same_ids} renderings" + (f"; {same_text} with the same text in other tokens" if same_text else "")
 
 
-def _renderings(context: CheckContext, example: Example) -> list[tuple[Sequence[Message], list[int], bool]]:
-    """(messages, our ids, whether it is a prompt) of the prompts of a conversation and of the whole of it."""
+def _trained_renderings(context: CheckContext, example: Example) -> list[tuple[Sequence[Message], list[int], bool]]:
+    """Return (messages, trained ids, is a prompt) of a conversation's prompts and of the complete conversation."""
     encoder = context.encoder
     messages: Sequence[Message] = example.conversation.messages
-    if not example.is_plain and encoder.template_name in _OWN:
-        return []  # calls may be spelled as the data spells them
+    if not example.is_plain and encoder.template_name in _BUILT_IN_TEMPLATES:
+        return []  # the encoder may keep the spelling that calls have in the data
     if example.conversation.tools and "tools" not in encoder.chat_template:
-        return []  # a template without tools finds them in the system prompt
+        return []  # the encoder writes tools into the system prompt of a template that does not support them
     prompts: list[tuple[Sequence[Message], list[int], bool]] = [
-        (messages[:place], ids, True) for place, ids in _trained_prompts(context, example)
+        (messages[:index], ids, True) for index, ids in _trained_prompts(context, example)
     ]
     return prompts if example.row.is_cut else [*prompts, (messages, example.row.ids, False)]
 
 
-def _difference(tokenizer: Any, where: str, rendered: list[int], ids: list[int]) -> str:
-    theirs, ours = tokenizer.decode(rendered), tokenizer.decode(ids)
-    pairs = enumerate(zip(theirs, ours, strict=False))
-    place = next((at for at, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
-    begin = max(0, place - 20)
-    return f"{where}: the saved template gives {theirs[begin : place + 20]!r}, training {ours[begin : place + 20]!r}"
-
-
-def _plain(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> list[int]:
-    called = tokenizer.apply_chat_template(
+def _render_plain(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> list[int]:
+    encoding = tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=True, add_generation_prompt=prompt, return_dict=True
     )
-    return list(called["input_ids"])
+    return list(encoding["input_ids"])
 
 
-def _as_vllm(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> list[int]:
+def _render_as_vllm(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> list[int]:
     if loops_over_content(str(tokenizer.chat_template)):
         messages = [
             {**message, "content": [{"type": "text", "text": message["content"]}]} if message["content"] else message
@@ -196,7 +191,7 @@ def _as_vllm(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | 
 
 @cache
 def loops_over_content(template: str) -> bool:
-    """Whether a template loops over a message's content, which then comes as a list of parts (vLLM's rule)."""
+    """Return whether a template loops over a message's content: vLLM then passes it as a list of parts."""
     import jinja2.nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -206,6 +201,7 @@ def loops_over_content(template: str) -> bool:
 
 
 def _is_content(node: Any) -> bool:
+    """Return whether a node of a template is a message's content, possibly filtered, tested or sliced."""
     import jinja2.nodes
 
     if isinstance(node, (jinja2.nodes.Filter, jinja2.nodes.Test)):

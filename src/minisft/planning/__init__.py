@@ -1,12 +1,21 @@
-"""Memory and time before training: what a recipe needs under each strategy, and which strategy to take.
+"""Memory and time before training: what a recipe needs under each strategy, and which strategy to choose.
 
-Enters: a recipe, the lengths of its data, and a machine (this one, or GPUs by name). Leaves: a `Plan`.
+Enters: a recipe, the lengths of its prepared data, and a machine (this one, or GPUs by name).
+Leaves: a `Plan` with a `Prediction` for every setting; for `strategy: auto`, the recipe with a strategy.
 
-- planner: the job that a recipe describes, every setting that could train it, and the choice among them
-- model_cost: activations and operations of the model, counted on the meta device without weights
-- workload: steps, rows and the largest row, from the lengths of the conversations
-- machines: data sheets of GPUs; this CPU measured, with the layer benchmark
-- memory, prediction: memory of a process, and memory and time of one setting
-- auto: `strategy: auto`, the plan's choice confirmed by a trial step
-- plan_table: the plan in the terminal and as JSON
+Read the files in this order:
+- planner.py: collects a `Job`, predicts every setting that could train it, and chooses among them
+- model_cost.py: memory and operations of a model, counted on the meta device without weights
+- workload.py: steps, rows and the largest row, from the lengths of the conversations
+- machines.py: data sheets of GPUs; this machine's CPU, measured, with the layer benchmark
+- memory.py: memory of the largest process under one setting, part by part
+- prediction.py: memory and time of one setting together
+- auto.py: `strategy: auto`, the plan's choice confirmed by a trial
+- plan_table.py: the plan in the terminal and as JSON
+
+What holds:
+- Sizes are bytes of the largest process, times are seconds of the busiest one.
+- No weight is loaded or downloaded for a plan; a trial trains, but writes no checkpoint.
+- A prediction depends on its arguments alone; only machines.py and auto.py measure.
+- Where two strategies are about as fast, the simpler one is chosen, in the order vanilla, ZeRO-1, ZeRO-2, ZeRO-3.
 """

@@ -1,8 +1,8 @@
-"""`training.strategy=auto`: the cheapest strategy that fits by the plan, confirmed by a trial step."""
+"""`training.strategy=auto`: the cheapest strategy that fits by the plan, confirmed by a trial of two steps."""
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,21 +33,24 @@ if TYPE_CHECKING:
     from minisft.recipe import TrainingRecipe
 
 
-TRIAL_STEPS = 2  # the optimizer's states are made at the end of the first
+TRIAL_STEPS = 2  # optimizer steps: the first one allocates the optimizer's states at its end
+PROCESS_FILE = "process_bytes"  # file in the trial's folder: bytes of a process before it loads the model
+OUT_OF_MEMORY = "out of memory"  # `where` of the trial's error, by which the parent process recognises it
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory")  # in the errors of torch and Linux
 _MODULE = "minisft.planning.auto"
-_KILLED = "SIGKILL"  # how the kernel takes memory back
+_KILLED = "SIGKILL"  # the signal by which the kernel ends a process when memory is exhausted
 _WHERE = "training.strategy=auto"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a strategy's trial took.
+    """The memory and time of a strategy's trial.
 
     Attributes:
-        strategy: that was tried.
-        peak: bytes of the largest process at most; None where it ran out of memory.
-        process: bytes of a process before the model.
-        seconds: of the last step.
+        strategy: The strategy that was tried.
+        peak: Peak bytes of the largest process; None where it ran out of memory.
+        process: Bytes of a process before it loads the model.
+        seconds: Seconds of the last step.
     """
 
     strategy: str
@@ -65,10 +68,10 @@ def try_strategy(
     launch_single: Callable[[str, list[str]], bool] = launch_single,
     launch: Callable[[str, list[str], int], bool] = launch,
 ) -> Trial:
-    """Take the run's heaviest step a few times, in processes as the run will have them, without a checkpoint.
+    """Take the run's heaviest step a few times, in the processes that the run will have, without a checkpoint.
 
     Args:
-        recipe: with the strategy to try.
+        recipe: Recipe with the strategy to try.
         run: Run folder that holds the prepared data.
         job: What is trained; its workload says which step is the heaviest.
         steps: Number of optimizer steps to take.
@@ -76,19 +79,25 @@ def try_strategy(
         launch: Runs a module with arguments in a number of processes, as `distributed.launch` does.
 
     Raises:
-        UserError: a process stopped with one that is not about memory.
-        RuntimeError: a process failed otherwise.
+        UserError: A process raised one that is not about memory.
+        RuntimeError: A process failed for another reason than memory.
+        StoppedError: The trial was asked to stop.
     """
     training = recipe.training
     root = run.root / ".trial"
     make_scratch_folder(root)
     try:
-        folder = _make_trial(recipe, run, job, root, steps)
-        alone = training.processes == 1 and training.strategy not in ZERO_STAGES
-        words = [str(root), *trust_arguments(recipe)]
-        if launch_single(_MODULE, words) if alone else launch(_MODULE, words, training.processes):
+        # 1. Take the steps.
+        trial_run = _make_trial(recipe, run, job, root, steps)
+        single = training.processes == 1 and training.strategy not in ZERO_STAGES
+        arguments = [str(root), *trust_arguments(recipe)]
+        if launch_single(_MODULE, arguments) if single else launch(_MODULE, arguments, training.processes):
             raise StoppedError("stopped as asked, in a trial")
-        return _read(folder, training.strategy)
+        # 2. Read what they needed.
+        metrics = read_metrics(trial_run)
+        peak = max(line["peak_memory_mb"] for line in metrics) * 1e6
+        process = float((trial_run.root / PROCESS_FILE).read_text(encoding="utf-8"))
+        return Trial(training.strategy, peak, process, metrics[-1]["seconds"])
     except (RuntimeError, UserError) as error:
         if not ((isinstance(error, UserError) and error.where == OUT_OF_MEMORY) or _KILLED in str(error)):
             raise
@@ -98,7 +107,7 @@ def try_strategy(
 
 
 def _make_trial(recipe: Recipe, run: RunFolder, job: Job, root: Path, steps: int) -> RunFolder:
-    """Make a run folder whose training data is the heaviest step's conversations, all of them in every step."""
+    """Make a run folder whose training data is the heaviest step's conversations, and whose steps take all of them."""
     import datasets
 
     heaviest = job.workload.heaviest_step
@@ -114,12 +123,6 @@ def _make_trial(recipe: Recipe, run: RunFolder, job: Job, root: Path, steps: int
     return trial
 
 
-def _read(folder: RunFolder, strategy: str) -> Trial:
-    lines = read_metrics(folder)
-    process = float((folder.root / PROCESS_FILE).read_text(encoding="utf-8"))
-    return Trial(strategy, max(line["peak_memory_mb"] for line in lines) * 1e6, process, lines[-1]["seconds"])
-
-
 def settle_strategy(
     recipe: Recipe,
     run: RunFolder,
@@ -131,22 +134,29 @@ def settle_strategy(
     """Choose the strategy of a recipe whose data is prepared, try it, and write it into the run's recipe.
 
     Args:
-        recipe: whose strategy is `auto`.
+        recipe: Recipe whose strategy is `auto`.
         run: Its run folder.
-        job: What is trained on which machine; None is the recipe on this one.
+        job: What is trained on which machine; None means the recipe on this machine.
         strategies: Strategies to choose from; None means all that can start on this machine.
         try_strategy: Tries the recipe, with a strategy in it, on the job.
 
     Raises:
-        UserError: nothing fits; naming what would.
+        UserError: Nothing fits; the fix names changes that would fit.
     """
-    job = job or _job_here(recipe)
+    # 1. Predict every strategy.
+    job = job or _job_on_this_machine(recipe)
     machine = job.machine
     if strategies is None:
-        strategies = _strategies_here()
+        strategies = _available_strategies()
     predictions = [predict_recipe(recipe, job, strategy) for strategy in strategies]
+    # 2. Try those that fit, the cheapest first, until the trial of one fits.
     failed: list[str] = []
-    for prediction, reason in _by_cost(predictions):
+    untried = list(predictions)
+    while untried:
+        prediction, reason = choose(untried)
+        if prediction is None:
+            break
+        untried.remove(prediction)
         strategy = prediction.setting.strategy
         say(f"strategy auto: {reason}; trying {TRIAL_STEPS} steps")
         settled = replace(recipe, training=replace(recipe.training, strategy=strategy))  # type: ignore[arg-type]
@@ -164,47 +174,32 @@ def predicted_strategy(recipe: Recipe) -> Recipe:
     """Return the recipe with the strategy that the plan chooses, without a trial.
 
     Raises:
-        UserError: nothing fits; naming what would.
+        UserError: Nothing fits; the fix names changes that would fit.
     """
-    job = _job_here(recipe)
-    predictions = [predict_recipe(recipe, job, strategy) for strategy in _strategies_here()]
+    job = _job_on_this_machine(recipe)
+    predictions = [predict_recipe(recipe, job, strategy) for strategy in _available_strategies()]
     chosen, _ = choose(predictions)
     if chosen is None:
         raise _nothing_fits(recipe, job, predictions, [])
     return replace(recipe, training=replace(recipe.training, strategy=chosen.setting.strategy))  # type: ignore[arg-type]
 
 
-def _job_here(recipe: Recipe) -> Job:
+def _job_on_this_machine(recipe: Recipe) -> Job:
     machine = limited(machine_named(None, recipe.training.processes, recipe.training.precision), recipe)
     return job_of(recipe, machine, sizes=prepared_sizes(recipe))
 
 
-def _strategies_here() -> list[str]:
-    return [strategy for strategy in STRATEGIES if _is_here(strategy)]
-
-
-def _is_here(strategy: str) -> bool:
-    """Say whether a strategy can start on this machine."""
-    if strategy not in ZERO_STAGES:
-        return True
-    try:
-        require_deepspeed(strategy, on_cpu())
-    except UserError as error:
-        say(f"strategy auto: {strategy} is left out: {error.problem}")
-        return False
-    return True
-
-
-def _by_cost(predictions: list[Prediction]) -> Iterator[tuple[Prediction, str]]:
-    left = list(predictions)
-    while True:
-        chosen, reason = choose(left)
-        if chosen is None:
-            return
-        yield chosen, reason
-        left.remove(chosen)
-        if not left:
-            return
+def _available_strategies() -> list[str]:
+    """Return the strategies that can start on this machine: ZeRO needs DeepSpeed."""
+    available: list[str] = []
+    for strategy in STRATEGIES:
+        try:
+            if strategy in ZERO_STAGES:
+                require_deepspeed(strategy, on_cpu())
+            available.append(strategy)
+        except UserError as error:
+            say(f"strategy auto: {strategy} is not considered: {error.problem}")
+    return available
 
 
 def _nothing_fits(recipe: Recipe, job: Job, predictions: list[Prediction], failed: list[str]) -> UserError:
@@ -212,25 +207,20 @@ def _nothing_fits(recipe: Recipe, job: Job, predictions: list[Prediction], faile
     problem = f"nothing fits in {gigabytes(job.machine.memory)} a process: " + ", ".join(
         failed + ([f"by the plan {', '.join(needs)}"] if needs else [])
     )
-    ways = list(suggestions(recipe, job))
-    return UserError(_WHERE, problem, "; or ".join(ways) if ways else "take a smaller model or a larger machine")
+    changes = list(suggestions(recipe, job))
+    return UserError(_WHERE, problem, "; or ".join(changes) if changes else "use a smaller model or a larger machine")
 
 
 # --- the process of a trial -------------------------------------------------------------------------------
 
 
-PROCESS_FILE = "process_bytes"  # in the trial's folder
-
-OUT_OF_MEMORY = "out of memory"  # where an error of the trial was, for the process that started it
-_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory")
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error is about memory: torch raises its own on a GPU, a plain RuntimeError on a CPU."""
+    """Return whether an error is about memory: torch raises its own class on a GPU, a plain RuntimeError on a CPU."""
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in _NO_MEMORY)
 
 
 def main() -> None:
+    """Take the steps of the trial whose folder is the first argument; the second may be the consent to run its code."""
     from minisft.run_folder import TRUST_OPTION
     from minisft.training.distributed import run_worker
 
@@ -241,7 +231,7 @@ def take_trial(root: Path, trust_remote_code: bool = False) -> None:
     """Take the steps of a trial's run folder, without a checkpoint.
 
     Raises:
-        UserError: `OUT_OF_MEMORY`, this process ran out of it.
+        UserError: This process ran out of memory; its `where` is `OUT_OF_MEMORY`.
     """
     import torch
     from transformers import TrainerCallback
@@ -262,7 +252,7 @@ def take_trial(root: Path, trust_remote_code: bool = False) -> None:
     error_console.quiet = True
     run = RunFolder(root)
     recipe = load_run(root, trust_remote_code=trust_remote_code)
-    _note_process(root, recipe.training)
+    _write_process_bytes(root, recipe.training)
     try:
         trainer = make_trainer(recipe, run)
         trainer.add_callback(NoCheckpoint())
@@ -275,8 +265,8 @@ def take_trial(root: Path, trust_remote_code: bool = False) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _note_process(root: Path, training: "TrainingRecipe") -> None:
-    """Write down what the process holds before the model: Python and the libraries."""
+def _write_process_bytes(root: Path, training: "TrainingRecipe") -> None:
+    """Import every library of the training, and write the memory that the process has before it loads the model."""
     import datasets  # noqa: F401
     import psutil
     import torch.utils.tensorboard  # noqa: F401
@@ -286,7 +276,7 @@ def _note_process(root: Path, training: "TrainingRecipe") -> None:
     from minisft.training.zero import ZERO_STAGES, start_communication
 
     if training.strategy in ZERO_STAGES:
-        start_communication(on_cpu())  # which imports DeepSpeed
+        start_communication(on_cpu())  # this imports DeepSpeed
     if training.lora is not None:
         import peft  # noqa: F401
     if os.environ.get("RANK", "0") == "0":

@@ -3,8 +3,8 @@
 What is sharded by which stage: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion
 Parameter Models" (arXiv 1910.02054), section 5 and figure 1: of 16 bytes for a parameter in mixed precision, 2 are
 the weight, 2 its gradient, 12 the optimizer's (fp32 weight and Adam's two moments). EleutherAI's "Transformer Math
-101" (2023) has the same figures. Offload: Ren et al. 2021, "ZeRO-Offload" (arXiv 2101.06840). What this project's
-training adds to the paper is said where it is added. All sizes are bytes of the largest process.
+101" (2023) has the same figures. Offload: Ren et al. 2021, "ZeRO-Offload" (arXiv 2101.06840). Each function states
+what this project's training adds to the papers. All sizes are bytes of the largest process.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,33 @@ from minisft.training.device import keeps_freed_memory
 from minisft.training.loss import chunk_length
 
 ZERO = ("zero1", "zero2", "zero3")
-# DeepSpeed's default: gradients are reduced in buckets of at most so many elements, allocated whole on a GPU.
+# Elements of a bucket in which DeepSpeed reduces gradients, its default; a GPU allocates the full bucket at once.
 BUCKET = 500_000_000
-# DeepSpeed's stage3_max_live_parameters and stage3_prefetch_bucket_size: gathered weights that are held at once.
+# Elements of gathered weights that are held at once: DeepSpeed's stage3_max_live_parameters and
+# stage3_prefetch_bucket_size.
 LIVE, PREFETCH = 1_000_000_000, 50_000_000
-_BROADCAST = 250 * 2.0**20  # DistributedDataParallel's broadcast_bucket_size
-_NF4_BYTES = 0.516  # 4 bits and the doubly quantised scales: Dettmers et al. 2023 (arXiv 2305.14314), section 3
+_BROADCAST_BYTES = 250 * 2.0**20  # DistributedDataParallel's broadcast_bucket_size
+# Bytes of a weight: 4 bits and the doubly quantised scales (Dettmers et al. 2023, arXiv 2305.14314, section 3).
+_NF4_BYTES = 0.516
+# glibc keeps 64 MB at the end of its heap (mallopt(3): twice the largest M_MMAP_THRESHOLD), and the first step imports
+# 35 MB of code.
+_CPU_WORKSPACE_BYTES = 0.1e9
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained, as far as memory depends on it."""
+    """The choices on which the memory of training depends.
+
+    Attributes:
+        strategy: vanilla, zero1, zero2 or zero3.
+        processes: Number of processes over all nodes.
+        half: True for bf16 or fp16 arithmetic, False for fp32.
+        on_cpu: True where the processes train on a CPU.
+        checkpointing: True with gradient checkpointing.
+        offload: True where the optimizer is offloaded to the host.
+        lora: The adapters; None trains all weights.
+        optimizer_bytes: Bytes of optimizer state for each trained parameter; 8 are Adam's two moments.
+    """
 
     strategy: str
     processes: int
@@ -34,29 +50,29 @@ class Setting:
     checkpointing: bool = False
     offload: bool = False
     lora: LoraRecipe | None = None
-    optimizer_bytes: int = 8  # for each trained parameter: of Adam's two moments
+    optimizer_bytes: int = 8
 
     def __post_init__(self) -> None:
         assert self.strategy in ("vanilla", *ZERO)
-        assert not (self.offload and self.strategy == "vanilla"), "offload is DeepSpeed's"
+        assert not (self.offload and self.strategy == "vanilla"), "only DeepSpeed offloads"
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of the largest process.
 
-    `peak` is less than the sum of the parts where some are never there together.
+    `peak` is less than the sum of the parts where some of them are never allocated at the same time.
 
     Attributes:
-        parameters: weights, and those gathered or cast for a forward.
-        gradients: of the step.
-        optimizer: fp32 weights where they are kept apart, and the optimizer's states.
-        activations: kept for the backward, of the heaviest row.
-        logits: of its supervised tokens, and what is made of them.
-        buffers: for communication.
-        workspace: temporaries of the backward, and on a CPU blocks that the allocator keeps.
-        host: in the host's memory, with offload.
-        peak: most of all at once, of the device.
+        parameters: Weights, and the copies that are gathered or cast for a forward.
+        gradients: Gradients of the step.
+        optimizer: The optimizer's states, and the fp32 master weights where they are separate.
+        activations: Activations of the heaviest row that are kept for the backward.
+        logits: Logits of the heaviest row's supervised tokens, and the tensors computed from them.
+        buffers: Communication buffers.
+        workspace: Temporary tensors of the backward, and on a CPU the blocks that the allocator keeps.
+        host: Memory of the host that offload needs.
+        peak: Largest memory of the device at any moment.
     """
 
     parameters: float
@@ -73,9 +89,9 @@ class Memory:
 def model_states(cost: ModelCost, setting: Setting) -> tuple[float, float, float]:
     """Return bytes of weights, gradients and optimizer states, before anything is gathered or offloaded.
 
-    Vanilla keeps fp32 weights whatever the arithmetic, so 4 + 4 + 8; ZeRO in half precision 2 + 2 + 12, sharded by
-    stage; ZeRO in fp32 keeps its fp32 copy all the same, 4 + 4 + 12. Frozen weights are in the arithmetic's format.
-    Another optimizer than Adam keeps another number of bytes in place of the 8.
+    Vanilla keeps fp32 weights in every precision, so 4 + 4 + 8 bytes a parameter; ZeRO in half precision 2 + 2 + 12,
+    sharded by stage; ZeRO in fp32 keeps an fp32 copy too, 4 + 4 + 12. Frozen weights have the precision of the
+    arithmetic. An optimizer other than Adam has `optimizer_bytes` in place of the 8.
     """
     trained, frozen = cost.trainable, cost.parameters - cost.trainable
     zero = setting.strategy in ZERO
@@ -96,26 +112,39 @@ def memory_of(cost: ModelCost, setting: Setting, row: tuple[int, int], most_rows
     """Add up the memory of the largest process.
 
     Args:
-        cost: of the model, for the setting's arithmetic.
-        setting: strategy, processes and so on.
-        row: tokens and supervised tokens of the heaviest row.
-        most_rows: of a step; from the second on, gradients are there before the backward begins.
+        cost: Cost of the model, counted in the setting's precision.
+        setting: Strategy, processes and the other choices.
+        row: Tokens and supervised tokens of the heaviest row.
+        most_rows: Largest number of rows of a step; from the second row on, gradients exist before the backward.
     """
+    # 1. What is allocated throughout the step.
     weights, gradients, optimizer = model_states(cost, setting)
-    gathered, buffers = _gathered(cost, setting), _buffers(cost, setting)
-    activations = row[0] * token_bytes(cost, setting)
-    logits = logit_bytes(cost, setting, row[1])
-    workspace = _workspace(cost, setting)
+    gathered, buffers = _gathered_weights(cost, setting), _communication_buffers(cost, setting)
     host = 0.0
     if setting.offload:
         host, optimizer = optimizer + 2 * gradients, 0.0
         gradients = 0.0
+    # 2. A gradient before it is added to the others; tied embeddings have two beside their sum.
+    workspace = 4.0 * cost.largest * (2 if cost.tied else 1) + (_CPU_WORKSPACE_BYTES if setting.on_cpu else 0.0)
+    # 3. At the end of the heaviest row's forward.
+    activations = row[0] * token_bytes(cost, setting)
+    logits = logit_bytes(cost, setting, row[1])
     forward = activations + logits + cost.constant_bytes
-    grown = gradients if most_rows > 1 or _keeps_freed(setting) else 0.0
-    at_step = gradients + max(_step_copy(cost, setting), _scattered(cost, setting))
-    # Freed blocks are reused, by a GPU's caching allocator, or go back to the kernel. Not so under vanilla on a CPU:
-    # there glibc is told to keep them, and mostly finds no fitting hole.
-    busiest = grown + forward if _keeps_freed(setting) else max(grown + forward, at_step)
+    earlier_gradients = gradients if most_rows > 1 or _keeps_freed(setting) else 0.0
+    # 4. At the update: ZeRO copies its shard of the gradients to fp32 in one piece. ZeRO-3 scatters a bucket's
+    # gradients from a copy in the order of the processes, and gloo clones that copy.
+    shard_copy = scatter_copies = 0.0
+    if setting.strategy in ZERO and not setting.offload:
+        shard_copy = 4.0 * cost.trainable / setting.processes
+    if setting.strategy == "zero3":
+        copies = 2 if setting.on_cpu else 1
+        scatter_copies = copies * min(BUCKET, cost.trainable) * (2.0 if setting.half else 4.0)
+    at_update = gradients + max(shard_copy, scatter_copies)
+    # 5. The larger of the two moments. Freed blocks are reused by a GPU's caching allocator, or are returned to the
+    # kernel. Vanilla on a CPU differs: it sets glibc to keep freed blocks, and new tensors rarely fit into them.
+    busiest = earlier_gradients + forward
+    if not _keeps_freed(setting):
+        busiest = max(busiest, at_update)
     return Memory(
         parameters=weights + gathered + cost.constant_bytes, gradients=gradients, optimizer=optimizer,
         activations=activations, logits=logits, buffers=buffers, workspace=workspace, host=host,
@@ -124,23 +153,24 @@ def memory_of(cost: ModelCost, setting: Setting, row: tuple[int, int], most_rows
 
 
 def token_bytes(cost: ModelCost, setting: Setting) -> float:
-    """Bytes of a row for each token, logits apart: what the backward needs, and the holes that LoRA leaves on a CPU.
+    """Return the bytes of a row for each token, without logits: the activations, and LoRA's fragmentation on a CPU.
 
-    There, LoRA took more by about two outputs of every layer that has adapters (40M and 135M parameters, one and two
-    processes). Autograd does not keep them; glibc's heap seems to, since a small tensor that is kept, the adapter's
-    inner one, comes to lie where a large one was freed.
+    On a CPU, LoRA was measured to need about two more outputs of every layer that has adapters (40M and 135M
+    parameters, one and two processes). Autograd does not keep them; glibc's heap seems to, since it places a small
+    tensor that is kept, the adapter's inner activation, in the block of a large tensor that was freed.
     """
-    holes = 0.0
+    fragmentation = 0.0
     if setting.on_cpu and setting.lora:
-        holes = 2 * 4 * cost.adapted_width / (cost.layers if setting.checkpointing else 1)
-    return cost.kept_bytes(setting.checkpointing) + holes
+        fragmentation = 2 * 4 * cost.adapted_width / (cost.layers if setting.checkpointing else 1)
+    return cost.kept_bytes(setting.checkpointing) + fragmentation
 
 
 def logit_bytes(cost: ModelCost, setting: Setting, supervised: int) -> float:
-    """Bytes of the logits of a row's supervised tokens, and of what is made of them.
+    """Return the bytes of the logits of a row's supervised tokens, and of the tensors computed from them.
 
-    `training.head` has those of a chunk at once: in fp32 they turn into their own gradient in place, in half precision
-    that and the products are there besides, 8 bytes. The gradients by the hidden states are kept until the backward.
+    `training.loss` holds the logits of one chunk at a time. In fp32 they are overwritten by their own gradient; in
+    half precision the gradient and the products exist beside them, 8 bytes. The gradients with respect to the hidden
+    states are kept until the backward.
     """
     chunk = min(supervised, chunk_length(cost.vocabulary, setting.on_cpu))
     return supervised * kept_logit_bytes(cost, setting) + (
@@ -149,10 +179,11 @@ def logit_bytes(cost: ModelCost, setting: Setting, supervised: int) -> float:
 
 
 def kept_logit_bytes(cost: ModelCost, setting: Setting) -> float:
-    """Bytes that grow with the supervised tokens of a row, for each.
+    """Return the bytes for each supervised token of a row, beyond those of a chunk.
 
-    All logits at the worst moment: log-probabilities and two gradients, in fp32. Before it, in half precision: the
-    logit itself, its fp32 copy and the log-probability, 10 bytes. Where freed memory is kept, the logit is there too.
+    Where all logits exist at once, the peak is log-probabilities and two gradients, all in fp32: 12 bytes a logit. The
+    moment before, in half precision, has the logit, its fp32 copy and the log-probability, 10 bytes. Where freed
+    memory is kept, the logit is still allocated at the peak.
     """
     if cost.all_logits:
         return cost.vocabulary * (16 if _keeps_freed(setting) else 12)
@@ -163,11 +194,11 @@ def _keeps_freed(setting: Setting) -> bool:
     return setting.on_cpu and keeps_freed_memory(setting.strategy, half=setting.half)
 
 
-def _gathered(cost: ModelCost, setting: Setting) -> float:
-    """ZeRO-3's whole weights, and the flat buffer in which a group of them arrives before it is laid apart.
+def _gathered_weights(cost: ModelCost, setting: Setting) -> float:
+    """Return the bytes of ZeRO-3's gathered weights, and of the flat buffer that receives a group of them.
 
-    One process has nothing to gather (DeepSpeed's NoGatherHandle), but on a CPU it was measured to hold what it trains
-    once more, for 40M, 135M and 360M parameters, and nothing more with LoRA.
+    A single process has nothing to gather (DeepSpeed's NoGatherHandle), but on a CPU it was measured to hold the
+    trained weights a second time, for 40M, 135M and 360M parameters, and nothing more with LoRA.
     """
     if setting.strategy != "zero3":
         return 0.0
@@ -177,38 +208,15 @@ def _gathered(cost: ModelCost, setting: Setting) -> float:
     return elements * (2 if setting.half else 4)
 
 
-def _buffers(cost: ModelCost, setting: Setting) -> float:
-    """DDP's buckets hold every gradient a second time; DeepSpeed's one bucket, on a CPU as far as it is filled.
+def _communication_buffers(cost: ModelCost, setting: Setting) -> float:
+    """Return the bytes of the communication buffers.
 
-    DDP begins with a broadcast of all weights, 250 MiB at a time; the buckets come after it, in the same memory.
+    DDP's buckets hold every gradient a second time; DeepSpeed has a single bucket, of which a CPU allocates only the
+    part that is filled. DDP starts with a broadcast of all weights, 250 MiB at a time, and allocates the buckets
+    afterwards, in the same memory.
     """
     if setting.strategy == "vanilla":
-        broadcast = min(4.0 * cost.parameters, _BROADCAST) if _keeps_freed(setting) else 0.0
+        broadcast = min(4.0 * cost.parameters, _BROADCAST_BYTES) if _keeps_freed(setting) else 0.0
         return max(4.0 * cost.trainable, broadcast) if setting.processes > 1 else 0.0
     elements = min(BUCKET, cost.trainable) if setting.on_cpu else BUCKET
     return elements * (2 if setting.half else 4)
-
-
-def _step_copy(cost: ModelCost, setting: Setting) -> float:
-    """ZeRO's step has its shard of the gradients a second time, in fp32 and in one piece."""
-    if setting.strategy not in ZERO or setting.offload:
-        return 0.0
-    return 4.0 * cost.trainable / setting.processes
-
-
-def _scattered(cost: ModelCost, setting: Setting) -> float:
-    """ZeRO-3 scatters a bucket's gradients from a copy of them in the processes' order; gloo clones that once more."""
-    if setting.strategy != "zero3":
-        return 0.0
-    copies = 2 if setting.on_cpu else 1
-    return copies * min(BUCKET, cost.trainable) * (2.0 if setting.half else 4.0)
-
-
-# glibc keeps 64 MB at its heap's end (mallopt(3): twice the largest M_MMAP_THRESHOLD); the first step imports 35 MB.
-_ON_A_CPU = 0.1e9
-
-
-def _workspace(cost: ModelCost, setting: Setting) -> float:
-    """A gradient before it is added to the others; tied embeddings have two beside their sum."""
-    largest = 4.0 * cost.largest * (2 if cost.tied else 1)
-    return largest + (_ON_A_CPU if setting.on_cpu else 0.0)

@@ -1,8 +1,8 @@
 """Memory and operations of a model's forward and backward, counted on the meta device from its configuration.
 
-The model's own code runs on tensors that have shapes and no data; what autograd would keep for the backward is
-added up by torch's saved-tensor hooks, operations by torch's FlopCounterMode. So any architecture that transformers
-knows is counted as it is, LoRA by peft included. For a GPT with dropout this gives the terms of Korthikanti et al.
+The model's own code runs on tensors that have shapes and no data. Torch's saved-tensor hooks add up what autograd
+would keep for the backward, and torch's FlopCounterMode counts the operations. This counts every architecture that
+transformers can build, with peft's LoRA layers. For a GPT with dropout the result has the terms of Korthikanti et al.
 2022, "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), equation 2, without the
 attention scores, which flash attention does not keep (Dao 2023, arXiv 2307.08691).
 """
@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,24 +32,24 @@ _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_siz
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A model as planning needs it. Sizes in elements are of the whole model, a shared one counted once.
+    """The size of a model, and what its forward and backward cost. A shared tensor is counted once.
 
     Attributes:
-        parameters: elements.
-        trainable: elements that are trained.
-        largest: elements of the largest trainable tensor.
-        tied: the embedding is the output layer too.
-        layers: decoder layers.
-        hidden_size: width of the residual stream.
-        vocabulary: of the output layer.
-        activation_bytes: kept for the backward, for each token of a row.
-        constant_bytes: kept for the backward, whatever the tokens (autocast's copies of the weights).
-        stream_bytes: of the residual stream, for each token: what gradient checkpointing keeps of a layer.
-        forward_flops: for each token, without attention scores and output layer.
+        parameters: Number of parameters.
+        trainable: Number of parameters that are trained.
+        largest: Number of elements of the largest trainable tensor.
+        tied: True where the embedding is the output layer too.
+        layers: Number of decoder layers.
+        hidden_size: Width of the residual stream.
+        vocabulary: Number of rows of the output layer.
+        activation_bytes: Bytes that are kept for the backward, for each token of a row.
+        constant_bytes: Bytes that are kept for the backward independently of the tokens (autocast's weight copies).
+        stream_bytes: Bytes of the residual stream for each token, which gradient checkpointing keeps of a layer.
+        forward_flops: Operations of the forward for each token, without attention scores and output layer.
         backward_flops: The same for the backward.
-        attention_width: heads times head size, summed over layers.
-        all_logits: those of a row are there at once, since the model changes them, or has a bias there.
-        adapted_width: elements of the outputs of all layers that have adapters, for each token.
+        attention_width: Number of heads times head size, summed over layers.
+        all_logits: True where all logits of a row exist at once, because the model changes them or adds a bias.
+        adapted_width: Elements of the outputs of all layers that have adapters, for each token.
     """
 
     parameters: int
@@ -69,9 +69,9 @@ class ModelCost:
     adapted_width: int = 0
 
     def kept_bytes(self, checkpointing: bool) -> float:
-        """Bytes for each token that are alive when the backward begins, or at most later, with checkpointing.
+        """Return the largest number of bytes for each token that are alive during the backward.
 
-        Checkpointing keeps a layer's input and, one layer at a time, computes the rest anew (Chen et al. 2016,
+        Checkpointing keeps the input of each layer and recomputes the rest, one layer at a time (Chen et al. 2016,
         arXiv 1604.06174).
         """
         if not checkpointing:
@@ -79,20 +79,21 @@ class ModelCost:
         return self.layers * self.stream_bytes + self.activation_bytes / self.layers
 
     def step_flops(self, checkpointing: bool) -> float:
-        """Operations for each token, forward and backward, without attention scores and output layer."""
-        again = self.forward_flops if checkpointing else 0.0
-        return self.forward_flops + self.backward_flops + again
+        """Return the operations for each token, forward and backward, without attention scores and output layer."""
+        recomputed = self.forward_flops if checkpointing else 0.0
+        return self.forward_flops + self.backward_flops + recomputed
 
     def attention_flops(self, squares: float, checkpointing: bool) -> float:
-        """Operations of causal attention over conversations whose squared lengths sum to `squares`.
+        """Return the operations of causal attention over conversations whose squared lengths sum to `squares`.
 
-        Forward 2 products, backward 5, each of 2 l^2 operations for a unit of width, half of them masked (Dao 2023).
+        The forward has 2 products and the backward 5, each of 2 l^2 operations for a unit of width, half of which are
+        masked (Dao 2023).
         """
         products = 7 + (2 if checkpointing else 0)
         return products * squares * self.attention_width
 
     def head_flops(self, supervised: float) -> float:
-        """Operations of the output layer at `supervised` positions: forward, and backward to inputs and weights."""
+        """Return the operations of the output layer at `supervised` positions, forward and backward."""
         passes = 3 if self.parameters == self.trainable else 2
         return passes * 2 * self.hidden_size * self.vocabulary * supervised
 
@@ -101,7 +102,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Read a model folder's configuration.
 
     Raises:
-        UserError: there is none, or it lacks a field.
+        UserError: The configuration is missing or damaged, or lacks a field.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -111,45 +112,47 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(path, f"the configuration cannot be read ({first_line(error)})", FIX) from None
     config = load_config(folder, trust_remote_code)
-    _require_fields(path, raw, config)
+    # Transformers fills a missing field with a default, which would give a plan for another model.
+    text_config = config.get_text_config()
+    text_section = next((part for part in raw.values() if isinstance(part, dict) and "hidden_size" in part), raw)
+    for name in _NEEDED:
+        if not ({name, text_config.attribute_map.get(name, name)} & ({*raw} | {*text_section})):
+            raise UserError(path, f"the field {name} is missing", FIX)
     return config
 
 
-def _require_fields(path: Path, raw: dict[str, Any], config: Any) -> None:
-    """Refuse to plan with a default of transformers where the model's own figure is missing."""
-    text = config.get_text_config()
-    section = next((part for part in raw.values() if isinstance(part, dict) and "hidden_size" in part), raw)
-    for name in _NEEDED:
-        if not ({name, text.attribute_map.get(name, name)} & ({*raw} | {*section})):
-            raise UserError(path, f"the field {name} is missing", FIX)
-
-
-# How numbers are kept: all in fp32, all in half precision (DeepSpeed), or fp32 with products in half (autocast).
+# Precision of the tensors: all fp32, all half precision (DeepSpeed), or fp32 with half-precision products (autocast).
 PrecisionMode = Literal["fp32", "half", "autocast"]
 
-_TOKENS = 127  # a prime: what a saved tensor's size says of its dependence on the tokens is no accident
+# Tokens of the row that is counted. A prime: a saved tensor whose size is a multiple of it depends on the tokens.
+_TOKENS = 127
 _ATTENTION = "minisft_plan"
-_SHALLOW = (2, 3)  # layers that are counted of a deep model whose layers are alike
+_SHALLOW = (2, 3)  # numbers of layers that are counted of a deep model whose layers are identical
 
 
 def count_cost(config: Any, mode: PrecisionMode, lora: LoraRecipe | None = None) -> ModelCost:
-    """Lay a model out on the meta device and count what a row of it takes.
+    """Build a model on the meta device, and count the memory and the operations of a row.
+
+    Args:
+        config: Configuration of the model.
+        mode: Precision of the tensors.
+        lora: The adapters; None trains all weights.
 
     Raises:
-        UserError: the configuration does not describe a model that transformers can build.
+        UserError: The configuration does not describe a model that transformers can build.
     """
     register_attention()
     try:
         return _count_shallow(config, mode, lora) or _count(config, mode, lora)
     except UserError:
         raise
-    except Exception as error:  # a figure that does not fit the others shows as anything
+    except Exception as error:  # a field that contradicts the others may raise anything in a model's code
         where = getattr(config, "name_or_path", "") or "config.json"
-        raise UserError(where, f"the model cannot be laid out ({first_line(error)})", FIX) from None
+        raise UserError(where, f"the model cannot be built ({first_line(error)})", FIX) from None
 
 
 class ModelCosts:
-    """The footprints of one model, each counted when it is first asked for."""
+    """The costs of one model in each precision and with each LoRA setting, each counted when it is first needed."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -165,7 +168,7 @@ class ModelCosts:
 def _build(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> Any:
     from minisft.training.lora import add_lora
 
-    halved = mode == "half" or (mode == "autocast" and lora is not None)  # frozen weights are in half
+    halved = mode == "half" or (mode == "autocast" and lora is not None)  # frozen weights are in half precision
     dtype = torch.bfloat16 if halved else torch.float32
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -176,36 +179,36 @@ def _build(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> Any:
 
 
 def _count_shallow(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> ModelCost | None:
-    """Count two short stacks of layers and go on in a straight line, which is exact where all layers are alike.
+    """Count two models of a few layers and extrapolate linearly, which is exact where all layers are identical.
 
     Returns:
-        None where the model is no deeper, or where the line misses the parameters that the whole model has.
+        None where the model is not deeper, or where the extrapolated number of parameters is wrong.
     """
     layers = config.get_text_config().num_hidden_layers
     if layers <= 2 * max(_SHALLOW):
         return None
     low, high = (_count(shortened(config, depth), mode, lora) for depth in _SHALLOW)
-    reach = (layers - _SHALLOW[0]) / (_SHALLOW[1] - _SHALLOW[0])
+    factor = (layers - _SHALLOW[0]) / (_SHALLOW[1] - _SHALLOW[0])
 
     def at_depth(name: str) -> Any:
         start, end = getattr(low, name), getattr(high, name)
-        return type(start)(start + reach * (end - start))
+        return type(start)(start + factor * (end - start))
 
-    whole = list(_build(config, mode, lora).parameters())
+    weights = list(_build(config, mode, lora).parameters())
     names = ("parameters", "trainable", "activation_bytes", "constant_bytes", "forward_flops", "backward_flops",
              "attention_width", "adapted_width")  # fmt: skip
     cost = replace(low, layers=layers, **{name: at_depth(name) for name in names})
-    counted = _elements(whole), _elements(weight for weight in whole if weight.requires_grad)
-    return cost if counted == (cost.parameters, cost.trainable) else None
+    actual = _elements(weights), _elements(weight for weight in weights if weight.requires_grad)
+    return cost if actual == (cost.parameters, cost.trainable) else None
 
 
 def shortened(config: Any, layers: int) -> Any:
-    """Return a copy of a model's configuration with so many layers."""
+    """Return a copy of a model's configuration with its first `layers` layers."""
     config = copy.deepcopy(config)
-    text = config.get_text_config()
-    if getattr(text, "layer_types", None):
-        text.__dict__["layer_types"] = list(text.layer_types[:layers])
-    text.num_hidden_layers = layers
+    text_config = config.get_text_config()
+    if getattr(text_config, "layer_types", None):
+        text_config.__dict__["layer_types"] = list(text_config.layer_types[:layers])
+    text_config.num_hidden_layers = layers
     return config
 
 
@@ -214,18 +217,28 @@ def _elements(weights: Iterable[torch.Tensor]) -> int:
 
 
 def _count(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> ModelCost:
+    """Count one row's forward and backward of the complete model."""
     model = _build(config, mode, lora)
     parameters = list(model.parameters())
     trained = [weight for weight in parameters if weight.requires_grad]
     head = model.get_output_embeddings()
-    saved = _Saved(parameters)
+    # 1. Forward and backward of the layers, without the output layer.
+    saved = _SavedTensors(parameters)
     ids = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
     body = getattr(model, "get_base_model", lambda: model)().base_model.train()
+    autocast = _HalfProducts() if mode == "autocast" else contextlib.nullcontext()
     _Attention.width = 0
-    with _autocast(mode), FlopCounterMode(display=False) as forward, saved.hooks():
+    with autocast, FlopCounterMode(display=False) as forward, saved.hooks():
         hidden = body(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
     with FlopCounterMode(display=False) as backward:
         hidden.sum().backward()
+    attention_width = _Attention.width  # read here, since the next forward adds to it
+    # 2. Whether the loss can compute the logits in chunks: only where the model returns the output layer's own values.
+    layer, one_token = output_layer(model), torch.zeros((1, 1), dtype=torch.long, device="meta")
+    with torch.no_grad():
+        in_chunks = layer is not None and returns_raw_logits(
+            layer, lambda: model(input_ids=one_token, position_ids=one_token, use_cache=False).logits
+        )
     return ModelCost(
         parameters=_elements(parameters),
         trainable=_elements(trained),
@@ -239,55 +252,47 @@ def _count(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> ModelCo
         stream_bytes=hidden.shape[-1] * hidden.element_size(),
         forward_flops=forward.get_total_flops() / _TOKENS,
         backward_flops=backward.get_total_flops() / _TOKENS,
-        attention_width=_Attention.width,
-        all_logits=not _has_plain_logits(model),
+        attention_width=attention_width,
+        all_logits=not in_chunks,
         adapted_width=sum(module.out_features for module in model.modules() if hasattr(module, "lora_A")),
     )
 
 
-def _has_plain_logits(model: Any) -> bool:
-    """Say whether `training.loss` can take a chunk of the logits at a time."""
-    layer = output_layer(model)
-    if layer is None:
-        return False
-    ids = torch.zeros((1, 1), dtype=torch.long, device="meta")
-    with torch.no_grad():
-        return returns_raw_logits(layer, lambda: model(input_ids=ids, position_ids=ids, use_cache=False).logits)
-
-
 @dataclass
-class _Saved:
-    """The storages that autograd keeps beside the model's own weights."""
+class _SavedTensors:
+    """The storages that autograd saves beside the model's own weights.
+
+    Attributes:
+        weights: The model's parameters, which are not counted.
+        storages: Each saved storage and the bytes of its elements, by the storage's address.
+    """
 
     weights: list[torch.Tensor]
-    found: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    storages: dict[int, tuple[Any, int]] = field(default_factory=dict)
 
     def hooks(self) -> Any:
-        own = {weight.untyped_storage()._cdata for weight in self.weights}
+        """Return a context manager that notes what autograd saves."""
+        of_weights = {weight.untyped_storage()._cdata for weight in self.weights}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                self.found[storage._cdata] = (storage, tensor.element_size())
+            if storage._cdata not in of_weights:
+                self.storages[storage._cdata] = (storage, tensor.element_size())
             return tensor
 
         return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
 
     def per_token(self) -> int:
-        return sum(s.nbytes() for s, size in self.found.values() if s.nbytes() // size % _TOKENS == 0)
+        """Return the bytes of the storages whose size depends on the tokens."""
+        return sum(s.nbytes() for s, size in self.storages.values() if s.nbytes() // size % _TOKENS == 0)
 
     def constant(self) -> int:
-        return sum(s.nbytes() for s, size in self.found.values() if s.nbytes() // size % _TOKENS)
-
-
-@contextlib.contextmanager
-def _autocast(mode: PrecisionMode) -> Iterator[None]:
-    with _HalfProducts() if mode == "autocast" else contextlib.nullcontext():
-        yield
+        """Return the bytes of the other storages."""
+        return sum(s.nbytes() for s, size in self.storages.values() if s.nbytes() // size % _TOKENS)
 
 
 class _HalfProducts(TorchFunctionMode):
-    """What torch.autocast does to products, which it does not do on the meta device: half precision, casts kept."""
+    """Products in half precision, as under torch.autocast, which has no effect on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,21 +300,21 @@ class _HalfProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
-            args = tuple(self._halved(item) for item in args)
+            args = tuple(self._as_half(argument) for argument in args)
         return func(*args, **(kwargs or {}))
 
-    def _halved(self, item: Any) -> Any:
-        if not isinstance(item, torch.Tensor) or item.dtype == torch.bfloat16:
-            return item
-        if not isinstance(item, torch.nn.Parameter):
-            return item.to(torch.bfloat16)
-        if id(item) not in self.casts:  # autocast casts a weight once for a forward
-            self.casts[id(item)] = item.to(torch.bfloat16)
-        return self.casts[id(item)]
+    def _as_half(self, argument: Any) -> Any:
+        if not isinstance(argument, torch.Tensor) or argument.dtype == torch.bfloat16:
+            return argument
+        if not isinstance(argument, torch.nn.Parameter):
+            return argument.to(torch.bfloat16)
+        if id(argument) not in self.casts:  # autocast casts a weight once for a forward
+            self.casts[id(argument)] = argument.to(torch.bfloat16)
+        return self.casts[id(argument)]
 
 
 class _Attention(torch.autograd.Function):
-    """Attention that keeps what flash attention keeps: queries, keys, values, output, and a number a query."""
+    """Attention that saves what flash attention saves: queries, keys, values, output, and one number for each query."""
 
     width = 0
 
@@ -326,15 +331,16 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **_: Any) -> tuple[Any, None]:
-    """Take the place of `training.attention`, which lays the conversations' outputs end to end in a copy."""
+    """Stand in for `training.attention`, which copies the conversations' outputs into one tensor, end to end."""
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} attention heads cannot share {key.shape[1]} key-value heads")
-    if query.dtype != value.dtype:  # autocast takes attention for a product
+    if query.dtype != value.dtype:  # autocast computes attention in half precision, as it does products
         query, key = query.to(value.dtype), key.to(value.dtype)
     return torch.cat([_Attention.apply(query, key, value)], 2).transpose(1, 2), None
 
 
 def register_attention() -> None:
+    """Register the attention that is counted under a name that transformers can load a model with."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)

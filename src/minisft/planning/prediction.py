@@ -1,8 +1,9 @@
 """One prediction: memory and time of a recipe on a machine under one strategy.
 
-Operations: 6 for a parameter and token in training (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), here counted
-exactly; the rate as in model FLOPs utilisation (Chowdhery et al. 2022, "PaLM", arXiv 2204.02311, appendix B).
-Traffic: Rajbhandari et al. 2020 (arXiv 1910.02054), section 7, and what DeepSpeed does beyond it.
+Training takes about 6 operations for a parameter and token (Kaplan et al. 2020, arXiv 2001.08361, section 2.1); here
+they are counted exactly. Their rate is defined as in model FLOPs utilisation (Chowdhery et al. 2022, "PaLM", arXiv
+2204.02311, appendix B). Traffic follows Rajbhandari et al. 2020 (arXiv 1910.02054), section 7, with the differences of
+DeepSpeed's implementation.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,10 +15,15 @@ from minisft.planning.model_cost import ModelCost, ModelCosts, PrecisionMode
 from minisft.planning.workload import Workload
 from minisft.recipe import LoraRecipe
 
-# AdamW reads weight, gradient and two moments and writes three of them; clipping reads gradients, then scales them.
+# Bytes that an update reads and writes for each trained parameter. AdamW reads weight, gradient and two moments, and
+# writes three of them; clipping reads the gradients, then scales them.
 _ADAM_BYTES, _CLIP_BYTES = 28, 12
-_ZERO_COPY_BYTES = 24  # into the bucket, into the shard, into the flat fp32 shard
-_OVERLAP = 0.5  # DDP sends while the backward, two thirds of the products, goes on
+_ZERO_COPY_BYTES = 24  # ZeRO copies a gradient into the bucket, into the shard, and into the flat fp32 shard
+_OVERLAP = 0.5  # share of the products' time in which DDP sends: it sends during the backward, two thirds of that time
+# Bytes that a process on a CPU holds after the imports, and the additional bytes of DeepSpeed: measured
+# (benchmarks/plan.py, `process`). They are not in a GPU's memory.
+_PROCESS_BYTES, _DEEPSPEED_BYTES = 0.46e9, 0.03e9
+_DISK_BYTES_PER_SECOND = 0.5e9  # at which checkpoints are written
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,10 @@ class StepTime:
     """Seconds of an optimizer step of the busiest process.
 
     Attributes:
-        products: forward and backward.
-        update: clipping and the optimizer.
-        communication: what is not hidden behind the products.
-        offload: moving gradients to the host and weights back, and the update there.
+        products: Seconds of forward and backward.
+        update: Seconds of clipping and of the optimizer.
+        communication: Seconds of communication that do not overlap with the products.
+        offload: Seconds of moving gradients to the host and weights back, and of the update on the host.
     """
 
     products: float
@@ -47,19 +53,19 @@ def step_time(
     """Predict the time of a mean step."""
     products = products_seconds(cost, setting, machine, workload, precision)
     shards = setting.processes if setting.strategy in ZERO else 1
-    moved = (_ADAM_BYTES + _CLIP_BYTES + (_ZERO_COPY_BYTES if shards > 1 else 0)) * cost.trainable / shards
+    update_bytes = (_ADAM_BYTES + _CLIP_BYTES + (_ZERO_COPY_BYTES if shards > 1 else 0)) * cost.trainable / shards
     link = machine.link if nodes == 1 else min(machine.link, machine.network)
-    sent = traffic(cost, setting, workload.rows) / link
+    communication = traffic(cost, setting, workload.rows) / link
     if setting.strategy == "vanilla" and machine.kind == "gpu":
-        sent = max(0.0, sent - _OVERLAP * products)
-    update = moved / machine.bandwidth
+        communication = max(0.0, communication - _OVERLAP * products)
     if not setting.offload:
-        return StepTime(products, update, sent, 0.0)
+        return StepTime(products, update_bytes / machine.bandwidth, communication, 0.0)
     over_bus = (2 if setting.half else 4) * cost.trainable * (1 + workload.rows) / shards / machine.host_link
-    return StepTime(products, 0.0, sent, over_bus + moved / machine.host_bandwidth)
+    return StepTime(products, 0.0, communication, over_bus + update_bytes / machine.host_bandwidth)
 
 
 def products_seconds(cost: ModelCost, setting: Setting, machine: Machine, workload: Workload, precision: str) -> float:
+    """Return the seconds of a mean step's forward and backward on its busiest process."""
     operations = (
         workload.busiest_tokens * cost.step_flops(setting.checkpointing)
         + cost.head_flops(workload.busiest_supervised)
@@ -69,13 +75,13 @@ def products_seconds(cost: ModelCost, setting: Setting, machine: Machine, worklo
 
 
 def traffic(cost: ModelCost, setting: Setting, rows: float) -> float:
-    """Bytes that a process sends in a step, as `training.communication` counts them in `metrics.jsonl`.
+    """Return the bytes that a process sends in a step, as `training.communication` counts them in `metrics.jsonl`.
 
-    With N processes, a whole of S bytes is gathered or scattered for (N-1)/N S and all-reduced for twice that.
+    With N processes, gathering or scattering a tensor of S bytes sends (N-1)/N S, and all-reducing it twice that.
     Vanilla all-reduces the gradients once a step. DeepSpeed all-reduces them too, where the paper's ZeRO-1 and
     ZeRO-2 reduce-scatter: ZeRO-1 once a step, ZeRO-2 for every row; then both gather the weights. ZeRO-3 scatters
-    the gradients of every row and gathers the weights for its forward, and again for its backward where they are
-    more than stay gathered.
+    the gradients of every row and gathers the weights for the row's forward. It gathers them again for the backward
+    where they are more than DeepSpeed keeps gathered (`LIVE`).
     """
     share = (setting.processes - 1) / setting.processes
     width = 2 if setting.half and setting.strategy in ZERO else 4
@@ -90,25 +96,19 @@ def traffic(cost: ModelCost, setting: Setting, rows: float) -> float:
     return share * rows * (gradients + gathers * weights)
 
 
-# Resident on a CPU after the imports, and more with DeepSpeed: measured (benchmarks/plan.py, `process`). A GPU's memory
-# holds none of it.
-_PROCESS_BYTES, _DEEPSPEED_BYTES = 0.46e9, 0.03e9
-_DISK = 0.5e9  # bytes a second that checkpoints are written at
-
-
 @dataclass(frozen=True)
 class Job:
-    """What is planned: a model, a machine and the work, whatever the strategy.
+    """What is planned, independently of the strategy: a model, a machine and the work.
 
     Attributes:
-        model: its footprints.
-        machine: for each process.
-        processes: over all nodes.
-        nodes: of them.
+        model: Costs of the model.
+        machine: Hardware of each process.
+        processes: Number of processes over all nodes.
+        nodes: Number of nodes.
         precision: fp32, bf16 or fp16.
-        workload: of the run.
-        row_tokens: tokens of a row at most.
-        optimizer_bytes: that the optimizer keeps for each trained parameter.
+        workload: The work of the run.
+        row_tokens: Largest number of tokens of a row.
+        optimizer_bytes: Bytes of optimizer state for each trained parameter.
     """
 
     model: ModelCosts
@@ -121,22 +121,23 @@ class Job:
     optimizer_bytes: int = 8
 
     def cost(self, strategy: str, lora: LoraRecipe | None) -> ModelCost:
+        """Return the model's cost in the precision that the strategy trains in: DeepSpeed casts, vanilla autocasts."""
         mode: PrecisionMode = "half" if strategy != "vanilla" else "autocast"
         return self.model.of("fp32" if self.precision == "fp32" else mode, lora)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a job needs under one setting. Bytes are of the largest process, seconds of the busiest one.
+    """What a job needs under one setting. Bytes are those of the largest process, seconds those of the busiest one.
 
     Attributes:
-        setting: strategy and what else memory depends on.
-        memory: part by part.
-        process_bytes: resident before the model, on a CPU.
-        usable_bytes: that a process may use.
-        step: a mean step's time.
-        traffic_bytes: that a process sends in a step.
-        steps: of the run; None where the data is not known.
+        setting: Strategy and the other choices on which memory depends.
+        memory: Memory by its parts.
+        process_bytes: Memory of a CPU process before it loads the model; 0 on a GPU.
+        usable_bytes: Memory that a process may use.
+        step: Time of a mean step.
+        traffic_bytes: Bytes that a process sends in a step.
+        steps: Number of steps of the run; None where the data is unknown.
         total_seconds: Time of all steps and checkpoints; None where the number of steps is unknown.
     """
 
@@ -162,7 +163,7 @@ class Prediction:
         return self.memory.peak + self.process_bytes <= self.usable_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything as plain numbers."""
+        """Return the prediction as plain numbers."""
         settings = {key: value for key, value in asdict(self.setting).items() if key not in ("half", "on_cpu")}
         return {
             **settings,
@@ -189,43 +190,41 @@ def predict(
     """Predict memory and time of a job under one setting.
 
     Args:
-        job: model, machine and work.
+        job: Model, machine and work.
         strategy: vanilla, zero1, zero2 or zero3.
-        checkpointing: of gradients.
-        offload: of the optimizer to the host.
-        lora: adapters, or None to train all weights.
-        row: tokens and supervised tokens of the heaviest row; None: the workload's.
+        checkpointing: True with gradient checkpointing.
+        offload: True where the optimizer is offloaded to the host.
+        lora: The adapters; None trains all weights.
+        row: Tokens and supervised tokens of the heaviest row; None means the workload's heaviest row.
     """
+    # 1. The setting, and the model's cost in its precision.
     machine, workload = job.machine, job.workload
     setting = Setting(
         strategy=strategy, processes=job.processes, half=job.precision != "fp32", on_cpu=machine.kind == "cpu",
         checkpointing=checkpointing, offload=offload, lora=lora, optimizer_bytes=job.optimizer_bytes,
     )  # fmt: skip
     cost = job.cost(strategy, lora)
+    # 2. Memory of the largest process.
     if row is None:
         row = workload.heaviest_row(cost.kept_bytes(checkpointing), 12.0 * cost.vocabulary)
     memory = memory_of(cost, setting, row, workload.most_rows)
+    process_bytes = 0.0
+    if setting.on_cpu:
+        process_bytes = _PROCESS_BYTES + (_DEEPSPEED_BYTES if strategy != "vanilla" else 0.0)
+    # 3. Time of a step, and of the run with its checkpoints.
     step = step_time(cost, setting, machine, workload, nodes=job.nodes, precision=job.precision)
+    total_seconds = None
+    if workload.steps is not None:
+        checkpoint_bytes = 4 * cost.parameters + 8 * cost.trainable
+        writing = workload.checkpoints * checkpoint_bytes / _DISK_BYTES_PER_SECOND
+        total_seconds = workload.steps * step.total + writing
     return Prediction(
         setting=setting,
         memory=memory,
-        process_bytes=_process_bytes(setting),
+        process_bytes=process_bytes,
         usable_bytes=machine.memory,
         step=step,
         traffic_bytes=traffic(cost, setting, workload.rows),
         steps=workload.steps,
-        total_seconds=_total_seconds(step.total, workload, cost),
+        total_seconds=total_seconds,
     )
-
-
-def _total_seconds(step: float, workload: Workload, cost: ModelCost) -> float | None:
-    if workload.steps is None:
-        return None
-    checkpoint = 4 * cost.parameters + 8 * cost.trainable
-    return workload.steps * step + workload.checkpoints * checkpoint / _DISK
-
-
-def _process_bytes(setting: Setting) -> float:
-    if not setting.on_cpu:
-        return 0.0
-    return _PROCESS_BYTES + (_DEEPSPEED_BYTES if setting.strategy != "vanilla" else 0.0)

@@ -1,4 +1,4 @@
-"""What a run has to go through: its steps, its rows, and the largest of them, from the lengths of the data alone."""
+"""The work of a run: its steps, its rows and the largest row, computed from the lengths of the data alone."""
 
 from dataclasses import dataclass
 
@@ -7,27 +7,27 @@ import numpy as np
 from minisft.recipe import Recipe, TrainingRecipe
 from minisft.training.batching import Sizes, balance_ranks, fill_bins, steps_of_epoch
 
-_STEPS_LOOKED_AT = 400  # of an epoch, spread over it; the rest are like them
-_SHARE_SUPERVISED = 0.5  # of the tokens, where no data is known
+_SAMPLED_STEPS = 400  # steps of an epoch that are counted, at even distances; the others are assumed to be similar
+_SHARE_SUPERVISED = 0.5  # share of the tokens that is supervised, where no data is known
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of a run, as the largest process has it.
+    """The work of a run. The busiest process of a step is the one with the most tokens.
 
     Attributes:
-        steps: optimizer steps of the run; None where no data is known.
-        checkpoints: that it writes.
-        tokens: of a step, over all processes, as a mean.
-        busiest_tokens: of a step, of the process with most, as a mean.
-        busiest_supervised: Supervised tokens of that process.
-        busiest_squares: Sum of the squares of its conversations' lengths.
-        rows: forwards of a step, as a mean; all processes have the same number.
-        most_rows: of a step.
-        row_tokens: (rows,) tokens of each row that was looked at.
-        row_supervised: (rows,) supervised tokens of it.
-        longest: tokens of the longest conversation.
-        heaviest_step: (conversations,) indexes of the step with the longest row.
+        steps: Optimizer steps of the run; None where no data is known.
+        checkpoints: Number of checkpoints that the run writes.
+        tokens: Mean tokens of a step, over all processes.
+        busiest_tokens: Mean tokens of a step on its busiest process.
+        busiest_supervised: Mean supervised tokens of that process.
+        busiest_squares: Mean sum of the squared lengths of that process's conversations.
+        rows: Mean rows (forwards) of a step; all processes have the same number.
+        most_rows: Largest number of rows of a step.
+        row_tokens: (rows,) Tokens of each row of the sampled steps.
+        row_supervised: (rows,) Supervised tokens of each of these rows.
+        longest: Tokens of the longest conversation.
+        heaviest_step: (conversations,) Indexes of the conversations of the step with the longest row.
     """
 
     steps: int | None
@@ -48,20 +48,21 @@ class Workload:
         assert len(self.row_tokens) > 0
 
     def heaviest_row(self, per_token: float, per_supervised: float) -> tuple[int, int]:
-        """Return tokens and supervised tokens of the row that needs most, at these bytes for each."""
-        at = int(np.argmax(self.row_tokens * per_token + self.row_supervised * per_supervised))
-        return int(self.row_tokens[at]), int(self.row_supervised[at])
+        """Return tokens and supervised tokens of the row that needs most bytes, at these bytes for each of them."""
+        index = int(np.argmax(self.row_tokens * per_token + self.row_supervised * per_supervised))
+        return int(self.row_tokens[index]), int(self.row_supervised[index])
 
 
 def workload_of(sizes: Sizes, recipe: Recipe, *, row_tokens: int, processes: int) -> Workload:
-    """Lay the first epoch out as training will (`training.batching`), and count.
+    """Batch the first epoch as training will (`training.batching`), and count.
 
     Args:
-        sizes: tokens and supervised tokens of every training conversation.
-        recipe: whose batches, seed and packing decide.
-        row_tokens: tokens of a row at most.
-        processes: over which a step is dealt.
+        sizes: Tokens and supervised tokens of every training conversation.
+        recipe: Recipe whose batch size, seed and packing decide on the batches.
+        row_tokens: Largest number of tokens of a row.
+        processes: Number of processes over which a step is distributed.
     """
+    # 1. Count some steps of the first epoch.
     training = recipe.training
     epoch = steps_of_epoch(
         sizes.tokens,
@@ -71,12 +72,14 @@ def workload_of(sizes: Sizes, recipe: Recipe, *, row_tokens: int, processes: int
         epoch=0,
     )
     per_epoch = len(epoch)
-    looked_at = epoch[:: max(1, per_epoch // _STEPS_LOOKED_AT)]
-    steps = [_Step.of(sizes, conversations, row_tokens, processes) for conversations in looked_at]
+    sampled = epoch[:: max(1, per_epoch // _SAMPLED_STEPS)]
+    steps = [_Step.of(sizes, conversations, row_tokens, processes) for conversations in sampled]
+    # 2. Steps and checkpoints of the run.
     total = training.max_steps or max(1, int(np.ceil(training.epochs * per_epoch)))
+    save_every = per_epoch if training.save_every == "epoch" else training.save_every
     return Workload(
         steps=total,
-        checkpoints=_checkpoints(training, total, per_epoch),
+        checkpoints=-(-total // save_every),
         tokens=float(np.mean([step.tokens for step in steps])),
         busiest_tokens=float(np.mean([step.busiest[0] for step in steps])),
         busiest_supervised=float(np.mean([step.busiest[1] for step in steps])),
@@ -91,7 +94,10 @@ def workload_of(sizes: Sizes, recipe: Recipe, *, row_tokens: int, processes: int
 
 
 def workload_assumed(training: TrainingRecipe, *, row_tokens: int, processes: int, length: int) -> Workload:
-    """Where no data is known: conversations of half of `length`, and a full row, half of the tokens supervised."""
+    """Return the work that is assumed where no data is known.
+
+    Conversations have half of `length`, the heaviest row is full, and half of the tokens are supervised.
+    """
     mean = max(1, length // 2)
     tokens = training.batch_size * training.gradient_accumulation * mean
     rows = -(-tokens // row_tokens)
@@ -106,7 +112,16 @@ def workload_assumed(training: TrainingRecipe, *, row_tokens: int, processes: in
 
 @dataclass(frozen=True)
 class _Step:
-    """One step: its conversations, how many rows, its tokens, the busiest process's sums, and all rows' sizes."""
+    """One step.
+
+    Attributes:
+        conversations: (conversations,) Indexes of its conversations.
+        rows: Largest number of rows of a process.
+        tokens: Tokens over all processes.
+        busiest: Tokens, supervised tokens and sum of squared lengths of the process with the most tokens.
+        row_tokens: (rows,) Tokens of each row of all processes.
+        row_supervised: (rows,) Supervised tokens of each of these rows.
+    """
 
     conversations: np.ndarray
     rows: int
@@ -120,13 +135,14 @@ class _Step:
         tokens, supervised = sizes.tokens[conversations], sizes.supervised[conversations]
         shares = balance_ranks(tokens.tolist(), processes)
         busiest = max(shares, key=lambda share: int(tokens[share].sum()))
-        filled = [
-            [[share[at] for at in row] for row in fill_bins(tokens[share].tolist(), row_tokens)] for share in shares
+        rows_of_shares = [
+            [[share[index] for index in row] for row in fill_bins(tokens[share].tolist(), row_tokens)]
+            for share in shares
         ]
-        rows = [row for share in filled for row in share]
+        rows = [row for rows_of_share in rows_of_shares for row in rows_of_share]
         return cls(
             conversations=conversations,
-            rows=max(map(len, filled)),
+            rows=max(map(len, rows_of_shares)),
             tokens=int(tokens.sum()),
             busiest=(
                 int(tokens[busiest].sum()), int(supervised[busiest].sum()), int((tokens[busiest] ** 2).sum())
@@ -134,8 +150,3 @@ class _Step:
             row_tokens=np.array([tokens[row].sum() for row in rows]),
             row_supervised=np.array([supervised[row].sum() for row in rows]),
         )  # fmt: skip
-
-
-def _checkpoints(training: TrainingRecipe, steps: int, per_epoch: int) -> int:
-    every = per_epoch if training.save_every == "epoch" else training.save_every
-    return -(-steps // every)

@@ -1,4 +1,4 @@
-"""What `minisft check` finds, in this process, and what must follow from a failure."""
+"""The checks of `minisft check`, run in this process, and what must follow from a failure."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -15,12 +15,12 @@ def examined(recipe_file, *overrides, quick=False, only=None, context=CheckConte
     """Run the checks on a recipe, and return the results by name, in order.
 
     Args:
-        recipe_file: the recipe.
-        overrides: of its keys.
-        quick: leave out what needs the weights.
-        only: leave out what neither stands before that check nor depends on it.
-        context: the class of what is examined; one of a test has a fault.
-        runs: by a check's name, what it calls in place of its own function: the same with other limits.
+        recipe_file: The recipe.
+        overrides: Overrides of its keys.
+        quick: Skip the checks that need the weights.
+        only: Run this check, those that it needs and those that depend on it; None runs all.
+        context: Class of the context; a test passes one that has a fault.
+        runs: By the name of a check, the function to call in place of its own: the same one with other limits.
     """
     runs = runs or {}
     recipe = load_recipe(recipe_file, overrides)
@@ -32,18 +32,18 @@ def examined(recipe_file, *overrides, quick=False, only=None, context=CheckConte
 
 
 def needed_by(name):
-    """The checks that must be ok before `name` says anything."""
+    """Return the checks that must be ok before `name` says anything."""
     direct = next(check.needs for check in CHECKS if check.name == name)
     return {*direct, *(further for one in direct for further in needed_by(one))}
 
 
 def depending_on(name):
-    """The checks that say nothing without `name`, directly or through others."""
+    """Return the checks that depend on `name`, directly or through others."""
     return {check.name for check in CHECKS if name in needed_by(check.name)}
 
 
 def assert_first_to_fail(results, name):
-    """`name` failed, before all others; what depends on it was not run for that reason, and the rest was."""
+    """Assert that `name` failed before all others, and that the checks that depend on it were not run for that reason."""
     failed = [result.name for result in results.values() if result.status == "FAILED"]
     assert failed[:1] == [name], [(r.name, r.status, r.detail) for r in results.values() if r.status != "ok"]
     assert results[name].fix
@@ -52,26 +52,26 @@ def assert_first_to_fail(results, name):
     return results[name].detail
 
 
-class StepsHere(CheckContext):
-    """Takes the steps in this process: the same code, without the start of another one."""
+class StepsInThisProcess(CheckContext):
+    """A context that takes the steps in this process, with the same code."""
 
     def take_steps(self, recipe):
         take_steps_twice(Path(recipe.output))
 
 
-def subject_with(encoder_type):
-    """Return a class of subjects whose texts are encoded by an `Encoder` of this type."""
+def context_with_encoder(encoder_type):
+    """Return a context class whose texts are encoded by an `Encoder` of this type."""
 
-    class SubjectWithEncoder(CheckContext):
+    class ContextWithEncoder(CheckContext):
         @cached_property
         def encoder(self):
             return encoder_type(super().encoder.tokenizer, self.recipe.data.template)
 
-    return SubjectWithEncoder
+    return ContextWithEncoder
 
 
 class TrainerWithFault:
-    """A trainer in all but what a subclass does otherwise."""
+    """A trainer whose subclasses replace one method each."""
 
     def __init__(self, trainer):
         self._trainer = trainer
@@ -80,12 +80,12 @@ class TrainerWithFault:
         return getattr(self._trainer, name)
 
 
-def subject_training_with(trainer_type):
-    """Return a class of subjects that are trained by this type of `TrainerWithFault`."""
+def context_with_trainer(trainer_type):
+    """Return a context class whose trainer is of this type of `TrainerWithFault`."""
 
-    class SubjectWithTrainer(CheckContext):
+    class ContextWithTrainer(CheckContext):
         def train_in_scratch(self, recipe):
             self.live = trainer_type(super().train_in_scratch(recipe))
             return self.live
 
-    return SubjectWithTrainer
+    return ContextWithTrainer

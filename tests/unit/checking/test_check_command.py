@@ -90,7 +90,7 @@ def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_check_that_is_stopped_leaves_nothing_and_says_nothing(recipe_file, capsys, number):
+def test_a_check_that_is_stopped_leaves_no_files(recipe_file, capsys, number):
     run = recipe_file.parent / "run"
     begun = run / ".check" / "source.arrow"
 
@@ -109,7 +109,7 @@ def test_a_check_that_is_stopped_leaves_nothing_and_says_nothing(recipe_file, ca
 
 
 def test_a_check_whose_processes_are_stopped_leaves_nothing(recipe_file):
-    """A stopped process that takes steps is no failed check: the whole of them ends."""
+    """A stop signal to a process that takes steps is not a failed check: it ends all checks."""
     scratch_seen = []
 
     def stop(context):

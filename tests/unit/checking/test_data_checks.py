@@ -8,7 +8,7 @@ import pytest
 
 from minisft.data.encoder import Encoder
 from tests.tiny import byte_tokenizer
-from tests.unit.checking.examined import assert_first_to_fail, depending_on, examined, subject_with
+from tests.unit.checking.examined import assert_first_to_fail, context_with_encoder, depending_on, examined
 
 TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -53,16 +53,16 @@ def test_a_source_that_is_no_conversations(recipe_file, tmp_path):
 
 
 def test_prepared_rows_of_another_source(recipe_file, conversations, tmp_path):
-    """As a dataset folder that was copied from elsewhere, its ledger left in place."""
+    """The dataset folder has the rows of another run, and its own ledger."""
     other = tmp_path / "other.jsonl"
     other.write_text(conversations.read_text().replace("talk-", "walk-"), encoding="utf-8")
-    ours, theirs = f"output={tmp_path / 'ours'}", f"output={tmp_path / 'theirs'}"
-    examined(recipe_file, ours, quick=True)
-    examined(recipe_file, theirs, f"data.source={other}", quick=True)
-    for side in ("train", "test"):
-        shutil.rmtree(tmp_path / "ours/dataset" / side)
-        shutil.copytree(tmp_path / "theirs/dataset" / side, tmp_path / "ours/dataset" / side)
-    detail = assert_first_to_fail(examined(recipe_file, ours, quick=True), "data.rows")
+    own_output, foreign_output = f"output={tmp_path / 'own'}", f"output={tmp_path / 'foreign'}"
+    examined(recipe_file, own_output, quick=True)
+    examined(recipe_file, foreign_output, f"data.source={other}", quick=True)
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "own/dataset" / split)
+        shutil.copytree(tmp_path / "foreign/dataset" / split, tmp_path / "own/dataset" / split)
+    detail = assert_first_to_fail(examined(recipe_file, own_output, quick=True), "data.rows")
     assert "no row of the source" in detail
 
 
@@ -92,7 +92,7 @@ def test_a_terminator_that_is_masked_as_padding(recipe_file):
             batch.labels[np.isin(batch.ids, self.stop_token_ids)] = -100
             return batch
 
-    results = examined(recipe_file, quick=True, context=subject_with(MasksTerminators))
+    results = examined(recipe_file, quick=True, context=context_with_encoder(MasksTerminators))
     assert "learned terminators" in assert_first_to_fail(results, "data.terminators")
     assert {"data.answers", "serve.prompts", "loss.mask", "learning.recall"} <= depending_on("data.terminators")
 
@@ -110,9 +110,11 @@ def test_labels_that_are_overwritten_with_the_ids(recipe_file):
             batch.labels[:] = batch.ids
             return batch
 
-    results = examined(recipe_file, quick=True, context=subject_with(LearnsAll))
+    results = examined(recipe_file, quick=True, context=context_with_encoder(LearnsAll))
     assert_first_to_fail(results, "data.answers")
-    assert not (recipe_file.parent / "run" / "dataset").exists()  # what is wrong does not lie where training looks
+    assert not (
+        recipe_file.parent / "run" / "dataset"
+    ).exists()  # a data set with wrong labels is not where training reads it
 
 
 def test_bos_twice(with_template):
@@ -128,7 +130,7 @@ def test_text_that_becomes_a_control_token(recipe_file, tiny_model, tmp_path):
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = vocabulary | {"</": len(vocabulary), "</s": len(vocabulary) + 1}
-    tokenizer["pre_tokenizer"]["use_regex"] = False  # it would part the letter from the brackets
+    tokenizer["pre_tokenizer"]["use_regex"] = False  # it would separate the letter from the brackets
     tokenizer["model"]["merges"] = [["<", "/"], ["</", "s"], ["</s", ">"]]
     file.write_text(json.dumps(tokenizer), encoding="utf-8")
     results = examined(recipe_file, f"model={model}", quick=True)
@@ -139,13 +141,13 @@ def test_rows_on_disk_that_lost_tokens(recipe_file, tmp_path):
     import datasets
 
     examined(recipe_file, quick=True)
-    folder, aside = tmp_path / "run" / "dataset" / "train", tmp_path / "aside"
+    folder, temporary = tmp_path / "run" / "dataset" / "train", tmp_path / "temporary"
     rows = datasets.load_from_disk(str(folder)).map(
         lambda row: {name: row[name][:-1] for name in ("input_ids", "labels")}
     )
-    rows.save_to_disk(str(aside))
+    rows.save_to_disk(str(temporary))
     shutil.rmtree(folder)
-    aside.rename(folder)
+    temporary.rename(folder)
     assert "in the ledger" in assert_first_to_fail(examined(recipe_file, quick=True), "data.tokens")
 
 
@@ -166,7 +168,7 @@ def test_a_prompt_that_is_not_what_was_trained(recipe_file):
         def encode_prompt(self, messages, tools=""):
             return [*super().encode_prompt(messages, tools), self.tokenizer.convert_tokens_to_ids("Ġ")]
 
-    results = examined(recipe_file, quick=True, context=subject_with(AddsSpace))
+    results = examined(recipe_file, quick=True, context=context_with_encoder(AddsSpace))
     assert "differs" in assert_first_to_fail(results, "serve.prompts")
 
 
@@ -176,7 +178,7 @@ def test_a_stop_token_that_was_never_trained(recipe_file):
             super().__init__(tokenizer, template)
             self.stop_token_ids = (tokenizer.bos_token_id,)
 
-    results = examined(recipe_file, "data.verify=false", quick=True, context=subject_with(StopsAtBos))
+    results = examined(recipe_file, "data.verify=false", quick=True, context=context_with_encoder(StopsAtBos))
     assert "'</s>'" in assert_first_to_fail(results, "serve.stops")
 
 
@@ -186,7 +188,7 @@ def test_a_saved_template_that_differs(recipe_file):
             super().__init__(tokenizer, template)
             self.chat_template = self.chat_template.replace("' [/INST]'", "' [/INST]\\n'")
 
-    results = examined(recipe_file, quick=True, context=subject_with(SavesLine))
+    results = examined(recipe_file, quick=True, context=context_with_encoder(SavesLine))
     assert "[/INST]" in assert_first_to_fail(results, "serve.template")
 
 

@@ -17,7 +17,7 @@ from minisft.checking.context import CheckContext
 from minisft.training import batching
 from minisft.training.loss import row_loss
 from tests.tiny import byte_tokenizer
-from tests.unit.checking.examined import TrainerWithFault, assert_first_to_fail, examined, subject_training_with
+from tests.unit.checking.examined import TrainerWithFault, assert_first_to_fail, context_with_trainer, examined
 
 
 class ForgetfulConfig(GPT2Config):
@@ -97,7 +97,7 @@ def test_labels_that_are_overwritten_on_the_way_to_the_loss(recipe_file):
     def conversations(row):
         return [part.numpy() for part in row.input_ids[0].split(list(row.lengths))]
 
-    results = examined(recipe_file, only="loss.mask", context=subject_training_with(AllLearned))
+    results = examined(recipe_file, only="loss.mask", context=context_with_trainer(AllLearned))
     assert "the mask is lost" in assert_first_to_fail(results, "loss.mask")
 
 
@@ -131,7 +131,7 @@ def test_a_loss_that_averages_means(recipe_file):
                 total += loss.detach()
             return total
 
-    results = examined(recipe_file, only="loss.split", context=subject_training_with(MeanOfMeans))
+    results = examined(recipe_file, only="loss.split", context=context_with_trainer(MeanOfMeans))
     assert "how the batch is split" in assert_first_to_fail(results, "loss.split")
 
 
@@ -148,5 +148,5 @@ def test_gradients_that_are_not_summed_over_the_rows(recipe_file):
                 total += loss.detach()
             return total
 
-    results = examined(recipe_file, only="loss.split", context=subject_training_with(OfTheLastRow))
+    results = examined(recipe_file, only="loss.split", context=context_with_trainer(OfTheLastRow))
     assert "gradient norm" in assert_first_to_fail(results, "loss.split")

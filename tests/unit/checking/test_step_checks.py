@@ -11,13 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from minisft.checking import overfit_check, scratch
 from minisft.run_folder import RunFolder, read_metrics
 from tests.tiny import byte_tokenizer, write_tiny_model
-from tests.unit.checking.examined import StepsHere, assert_first_to_fail, examined
+from tests.unit.checking.examined import StepsInThisProcess, assert_first_to_fail, examined
 
 
 def spoiled_after_steps(spoil):
     """Return a context class that calls `spoil` with the scratch run once its steps are taken."""
 
-    class Spoiled(StepsHere):
+    class Spoiled(StepsInThisProcess):
         def take_steps(self, recipe):
             super().take_steps(recipe)
             spoil(RunFolder(Path(recipe.output)))
@@ -26,7 +26,7 @@ def spoiled_after_steps(spoil):
 
 
 def test_check_passes_on_an_intact_recipe(recipe_file):
-    results = examined(recipe_file, context=StepsHere)
+    results = examined(recipe_file, context=StepsInThisProcess)
     assert {result.status for name, result in results.items() if not name.startswith("spend.")} == {"ok"}
     assert not (recipe_file.parent / "run" / ".check").exists()
 
@@ -42,7 +42,7 @@ def test_check_passes_on_adapters_and_packing(recipe_file, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     overrides = (f"model={tmp_path / 'model'}", "training.lora={rank: 8}", "training.packing=true")
-    results = examined(recipe_file, *overrides, context=StepsHere)
+    results = examined(recipe_file, *overrides, context=StepsInThisProcess)
     assert {result.status for name, result in results.items() if not name.startswith("spend.")} == {"ok"}
 
 
@@ -60,7 +60,7 @@ def test_gradients_that_are_summed_over_the_processes_and_not_averaged(recipe_fi
 def test_steps_that_do_not_reach_the_weights(recipe_file):
     """The first step looks right: its loss and gradient are those of the weights that were loaded."""
 
-    class WithoutUpdates(StepsHere):
+    class WithoutUpdates(StepsInThisProcess):
         def take_steps(self, recipe):
             with pytest.MonkeyPatch.context() as broken:
                 broken.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)

@@ -1,4 +1,4 @@
-"""A process that ends as it is told: `python -m tests.unit.planning.ends SIGKILL | STATUS`."""
+"""A process that ends with the given signal or status: `python -m tests.unit.planning.ends SIGKILL | STATUS`."""
 
 import os
 import signal

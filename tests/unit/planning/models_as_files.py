@@ -1,4 +1,4 @@
-"""The configurations of published models, as files of the tests; each is counted once for all tests."""
+"""Configurations of published models, which are files of the tests; each is counted once for all tests."""
 
 import functools
 from pathlib import Path
@@ -9,5 +9,5 @@ MODELS = Path(__file__).parent / "models"
 
 
 @functools.cache
-def footprints(name: str) -> ModelCosts:
+def model_costs(name: str) -> ModelCosts:
     return ModelCosts(read_config(MODELS / name))

@@ -1,4 +1,4 @@
-"""strategy=auto: the cheapest that fits by the plan, confirmed by a trial, the next one where memory runs out."""
+"""strategy=auto: the cheapest strategy that fits by the plan, confirmed by a trial; the next one if memory runs out."""
 
 from dataclasses import replace
 
@@ -16,14 +16,14 @@ from minisft.recipe import STRATEGIES, load_recipe
 from minisft.run_folder import load_run
 from minisft.run_start import open_run
 from minisft.training.distributed import launch_single
-from tests.unit.planning.models_as_files import footprints
+from tests.unit.planning.models_as_files import model_costs
 
 GPU_RECIPE = ("training.strategy=auto", "training.precision=bf16", "training.gradient_checkpointing=true")
 
 
 @pytest.fixture
 def settle(recipe_file):
-    """Settle the strategy of a 7B model on eight H100 as if it were trained here; trials are played."""
+    """Choose the strategy of a 7B model on eight H100 as if it were trained on them; trials are simulated."""
     recipe = load_recipe(recipe_file, GPU_RECIPE)
     with open_run(recipe):
         prepare(recipe)
@@ -41,7 +41,7 @@ def settle(recipe_file):
 
         under_limit = replace(recipe, training=replace(recipe.training, memory_limit_gb=limit))
         small = job_of(under_limit, limited(GPUS["h100"], under_limit), sizes=prepared_sizes(under_limit))
-        job = replace(small, model=footprints("mistral-7b"), processes=8, workload=work)
+        job = replace(small, model=model_costs("mistral-7b"), processes=8, workload=work)
         with open_run(under_limit) as run:
             settled = settle_strategy(under_limit, run, job=job, strategies=STRATEGIES, try_strategy=play)
         assert load_run(run.root).training.strategy == settled.training.strategy
@@ -97,7 +97,7 @@ def prepared(recipe_file):
 
 
 def test_a_trial_takes_the_heaviest_step(prepared):
-    """Its data are that step's conversations, all in one step; nothing of it stays."""
+    """Its data is that step's conversations, all in one step, and its folder is deleted."""
     recipe, run, job = prepared
     seen: list[object] = []
 
@@ -126,7 +126,7 @@ def test_a_trial_takes_the_heaviest_step(prepared):
         (UserError("data", "is broken", "x"), False),
     ],
 )
-def test_only_a_lack_of_memory_makes_it_go_on(prepared, error, out_of_memory):
+def test_only_a_lack_of_memory_lets_the_next_strategy_be_tried(prepared, error, out_of_memory):
     recipe, run, job = prepared
 
     def fail(*_):
@@ -140,14 +140,14 @@ def test_only_a_lack_of_memory_makes_it_go_on(prepared, error, out_of_memory):
     assert not (run.root / ".trial").exists()
 
 
-def test_a_stop_in_a_trial_is_heeded(prepared):
+def test_a_stop_in_a_trial_stops_the_command(prepared):
     recipe, run, job = prepared
     two = replace(recipe, training=replace(recipe.training, processes=2))
     with pytest.raises(StoppedError):
         try_strategy(two, run, job, launch=lambda *_: True)
 
 
-def test_torchs_own_words_for_a_lack_of_memory():
+def test_errors_of_torch_about_memory_are_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
     assert is_out_of_memory(caught.value)
@@ -155,7 +155,7 @@ def test_torchs_own_words_for_a_lack_of_memory():
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_how_a_process_alone_ended():
+def test_the_error_of_a_single_process_names_its_signal_or_status():
     launch_single("tests.unit.planning.ends", ["0"])
     with pytest.raises(RuntimeError, match="SIGKILL"):
         launch_single("tests.unit.planning.ends", ["SIGKILL"])
@@ -166,7 +166,7 @@ def test_how_a_process_alone_ended():
 # --- the command line ---------------------------------------------------------------------------------------
 
 
-def test_a_launch_under_way_cannot_choose(recipe_file, monkeypatch, capsys):
+def test_a_launch_in_progress_cannot_choose_the_strategy(recipe_file, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert main(["train", str(recipe_file), "training.strategy=auto"]) == 2

@@ -31,11 +31,11 @@ def test_layers_are_tried_in_the_precision(config, precision):
     assert (config.num_hidden_layers, config.vocab_size) == (9, 512)
 
 
-def test_the_rate_is_that_of_the_operations_that_footprints_count(config):
+def test_the_rate_is_that_of_the_operations_that_the_model_cost_counts(config):
     machine = with_layer_benchmark(CPU, config, "fp32", 2, lengths=(30, 10), shortest_time=lambda work: 2.0)
     config.num_hidden_layers = 2
-    footprint = ModelCosts(config).of("fp32")
-    operations = 40 * footprint.step_flops(False) + footprint.attention_flops(30**2 + 10**2, False)
+    cost = ModelCosts(config).of("fp32")
+    operations = 40 * cost.step_flops(False) + cost.attention_flops(30**2 + 10**2, False)
     assert machine.flops["fp32"] == pytest.approx(operations / 2.0 / 2)  # two seconds, two processes
 
 

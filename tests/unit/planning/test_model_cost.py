@@ -67,15 +67,15 @@ def test_counts_what_a_real_forward_keeps(config, lora):
 def test_agrees_with_korthikanti_et_al_2022():
     """Equation 2 without the attention scores: 34 s b h bytes a layer in half precision, of which 2 are dropout masks.
 
-    Two more for each unit of width: the conversations' attention outputs are laid end to end in a copy.
+    Two more bytes for each unit of width: the conversations' attention outputs are copied into one tensor, end to end.
     """
     width, layers = 256, 12
     config = GPT2Config(
         vocab_size=320, n_embd=width, n_layer=layers, n_head=8, activation_function="gelu", resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    footprint = count_cost(config, "half")
-    assert footprint.activation_bytes / layers == pytest.approx((34 - 2 + 2) * width, rel=0.03)
+    cost = count_cost(config, "half")
+    assert cost.activation_bytes / layers == pytest.approx((34 - 2 + 2) * width, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_agrees_with_korthikanti_et_al_2022():
 )
 def test_published_models(name, parameters):
     """The sizes that the safetensors indexes of these models give; 6 operations a weight and token (Kaplan et al.)."""
-    footprint = count_cost(read_config(MODELS / name), "half")
-    assert footprint.parameters == footprint.trainable == parameters
-    in_products = parameters - 2 * footprint.vocabulary * footprint.hidden_size  # neither embedding nor output layer
-    assert footprint.forward_flops == pytest.approx(2 * in_products, rel=1e-3)
-    assert footprint.step_flops(checkpointing=False) == pytest.approx(6 * in_products, rel=1e-3)
-    assert footprint.step_flops(checkpointing=True) == pytest.approx(8 * in_products, rel=1e-3)
+    cost = count_cost(read_config(MODELS / name), "half")
+    assert cost.parameters == cost.trainable == parameters
+    in_products = parameters - 2 * cost.vocabulary * cost.hidden_size  # neither embedding nor output layer
+    assert cost.forward_flops == pytest.approx(2 * in_products, rel=1e-3)
+    assert cost.step_flops(checkpointing=False) == pytest.approx(6 * in_products, rel=1e-3)
+    assert cost.step_flops(checkpointing=True) == pytest.approx(8 * in_products, rel=1e-3)
 
 
 def test_half_precision_keeps_half_and_autocast_copies_weights():
@@ -109,8 +109,8 @@ def test_lora_trains_the_adapters_alone_at_two_thirds_of_the_operations():
     assert lora.backward_flops < 0.65 * full.backward_flops
 
 
-@pytest.mark.parametrize("layers", [3, 12])  # counted as it is, and from two short stacks
-def test_the_width_of_what_has_adapters(layers):
+@pytest.mark.parametrize("layers", [3, 12])  # counted directly, and extrapolated from two shallow models
+def test_adapted_width_is_that_of_the_outputs_of_layers_with_adapters(layers):
     config = LlamaConfig(**SMALL | {"num_hidden_layers": layers}, intermediate_size=96, num_key_value_heads=2)
     assert count_cost(config, "fp32", LoraRecipe(rank=4)).adapted_width == layers * (48 + 2 * 24 + 48 + 2 * 96 + 48)
     assert count_cost(config, "fp32").adapted_width == 0

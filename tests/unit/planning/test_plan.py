@@ -11,7 +11,7 @@ from minisft.planning.prediction import Job, predict
 from minisft.planning.workload import workload_assumed, workload_of
 from minisft.recipe import LoraRecipe, load_recipe
 from minisft.training.batching import Sizes
-from tests.unit.planning.models_as_files import footprints
+from tests.unit.planning.models_as_files import model_costs
 
 ROW = 16384
 
@@ -30,7 +30,7 @@ def with_training(recipe, **keys):
 def job_on(name, processes, recipe, machine=GPUS["h100"]):
     work = workload_assumed(recipe.training, row_tokens=ROW, processes=processes, length=4096)
     nodes = -(-processes // machine.per_node)
-    return Job(footprints(name), machine, processes, nodes, "bf16", work, ROW)
+    return Job(model_costs(name), machine, processes, nodes, "bf16", work, ROW)
 
 
 @pytest.mark.parametrize(
@@ -73,16 +73,16 @@ def test_the_choice_on_h100(recipe, model, processes, chosen):
         ("llama3-70b", 8, ["training.lora={rank: 16} with training.strategy=zero3", "32 h100 on 4 nodes"]),
     ],
 )
-def test_remedies_do_fit(recipe, model, processes, suggestions):
+def test_suggestions_fit(recipe, model, processes, suggestions):
     recipe = with_training(recipe, gradient_checkpointing=True)
     plan = make_plan(recipe, job_on(model, processes, recipe))
-    for remedy in suggestions:
-        assert any(remedy in said for said in plan.suggestions), plan.suggestions
+    for suggestion in suggestions:
+        assert any(suggestion in said for said in plan.suggestions), plan.suggestions
     adapters = predict(plan.job, "zero3", checkpointing=True, lora=LoraRecipe())
     assert adapters.fits == any("lora" in said for said in plan.suggestions)
 
 
-def test_a_remedy_in_the_recipe_itself(recipe):
+def test_a_single_change_of_the_recipe_is_suggested(recipe):
     """Without checkpointing a row of 16,384 tokens does not fit on eight; each of these changes alone makes it fit."""
     plan = make_plan(recipe, job_on("mistral-7b", 8, recipe))
     assert plan.chosen is None
@@ -151,7 +151,7 @@ def test_the_heaviest_row_weighs_supervised_tokens(recipe):
 
 
 def test_predict_run_on_this_machine(recipe_file):
-    """What `check` uses: the recipe's own strategy, memory in parts, the whole time."""
+    """The prediction that `check` uses has the recipe's own strategy, memory by its parts, and the time of the run."""
     from minisft.data.preparation import prepare
 
     recipe = load_recipe(recipe_file)

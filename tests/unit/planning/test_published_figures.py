@@ -76,8 +76,8 @@ def test_torchtune_lora_llama3_8b():
     logits are left out here.
     """
     lora = LoraRecipe(rank=8)
-    footprint = count_cost(read_config(MODELS / "llama3-8b"), "half", lora)
-    memory = memory_of(footprint, on_gpus("vanilla", 1, checkpointing=True, lora=lora), (4096, 4096), 1)
+    cost = count_cost(read_config(MODELS / "llama3-8b"), "half", lora)
+    memory = memory_of(cost, on_gpus("vanilla", 1, checkpointing=True, lora=lora), (4096, 4096), 1)
     assert (memory.peak - memory.logits) / GIB == pytest.approx(16.2, rel=0.15)
 
 
@@ -86,9 +86,9 @@ def test_torchtune_lora_llama2_7b():
     lora = LoraRecipe(rank=8)
     config = read_config(MODELS / "mistral-7b")
     config.update({"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32})
-    footprint = replace(count_cost(config, "half", lora), all_logits=True)  # its loss had no chunks yet
-    assert footprint.parameters - footprint.trainable == 6_738_415_616
-    memory = memory_of(footprint, on_gpus("vanilla", 1, checkpointing=True, lora=lora), (8192, 8192), 1)
+    cost = replace(count_cost(config, "half", lora), all_logits=True)  # its loss had no chunks yet
+    assert cost.parameters - cost.trainable == 6_738_415_616
+    memory = memory_of(cost, on_gpus("vanilla", 1, checkpointing=True, lora=lora), (8192, 8192), 1)
     assert memory.peak / 1e9 == pytest.approx(21.3, rel=0.15)
 
 
@@ -97,12 +97,12 @@ def test_traffic_of_the_zero_paper():
 
     DeepSpeed on gradients of half precision; vanilla all-reduces fp32.
     """
-    footprint, moved = sized(7.5e9), 63 / 64 * 7.5e9
-    assert traffic(footprint, on_gpus("vanilla", 64), rows=4) == 2 * 4 * moved
-    assert traffic(footprint, on_gpus("zero1", 64), rows=4) == 3 * 2 * moved
-    assert traffic(footprint, on_gpus("zero3", 64), rows=1) == 3 * 2 * moved
-    assert traffic(footprint, on_gpus("zero3", 64), rows=4) == 12 * 2 * moved
-    assert traffic(footprint, replace(on_gpus("zero3", 64), processes=1), rows=4) == 0
+    cost, moved = sized(7.5e9), 63 / 64 * 7.5e9
+    assert traffic(cost, on_gpus("vanilla", 64), rows=4) == 2 * 4 * moved
+    assert traffic(cost, on_gpus("zero1", 64), rows=4) == 3 * 2 * moved
+    assert traffic(cost, on_gpus("zero3", 64), rows=1) == 3 * 2 * moved
+    assert traffic(cost, on_gpus("zero3", 64), rows=4) == 12 * 2 * moved
+    assert traffic(cost, replace(on_gpus("zero3", 64), processes=1), rows=4) == 0
 
 
 def test_data_sheets():
