@@ -9,9 +9,9 @@ from statistics import median
 from typing import Any
 
 from minisft.files import write_atomically
-from minisft.report.html import environment, rounded, table, whole_page
+from minisft.report.html import environment, table, whole_page
 from minisft.report.plots import draw_overlaid
-from minisft.report.run_data import RunFiles, read_run
+from minisft.report.run_data import RunFiles, read_run, rounded
 from minisft.report.tables import comparison_table, markdown
 from minisft.report.verdict import comparison_verdict, is_trained
 from minisft.results import MIN_CONVERSATIONS, is_below_base, is_reliable

@@ -53,10 +53,6 @@ def table(heads: list[str], rows: list[tuple[list[str], bool]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def rounded(value: float) -> float:
-    return float(f"{value:.5g}")
-
-
 def environment() -> str:
     """Name this machine's Python, system and packages."""
     versions = ", ".join(f"{name} {found}" for name in _PACKAGES if (found := _version(name)))
