@@ -12,7 +12,7 @@ from minisft.files import write_atomically
 from minisft.report.html import environment, table, whole_page
 from minisft.report.plots import draw_overlaid
 from minisft.report.run_data import RunFiles, read_run, rounded
-from minisft.report.tables import comparison_table, markdown
+from minisft.report.tables import comparison_table, markdown_table
 from minisft.report.verdict import comparison_verdict, is_trained
 from minisft.results import MIN_CONVERSATIONS, is_below_base, is_reliable
 from minisft.text import dump_json, printable
@@ -165,7 +165,7 @@ def _is_number(value: Any) -> bool:
 def _as_markdown(name: str, found: dict[str, Any]) -> str:
     heads, rows, _ = comparison_table(found)
     sentences = "\n".join(f"- {sentence}" for sentence in found["verdict"])
-    return f"# Comparison: {name}\n\n{sentences}\n\n{markdown(heads, rows)}\n![curves](comparison.png)\n"
+    return f"# Comparison: {name}\n\n{sentences}\n\n{markdown_table(heads, rows)}\n![curves](comparison.png)\n"
 
 
 CURVE_POINTS = 1500  # of a curve

@@ -3,7 +3,7 @@
 from typing import Any
 
 from minisft.report.run_data import RunFiles, metrics_of
-from minisft.report.tables import chance
+from minisft.report.tables import format_p_value
 from minisft.results import MIN_CONVERSATIONS, is_reliable, unreliability_reason
 
 SURE = 0.05  # the p-value below which a difference counts as more than chance
@@ -55,7 +55,7 @@ def _sure(p: float | None) -> bool:
 
 
 def _p(p: float | None) -> str:
-    return "" if p is None else f" (p = {chance(p)})"
+    return "" if p is None else f" (p = {format_p_value(p)})"
 
 
 SAME_SPEED = 0.03  # times of a step that are this close are taken for equal: a machine does not repeat itself better

@@ -14,7 +14,7 @@ from minisft.errors import UserError
 from minisft.report.markdown import write_results
 from minisft.report.page import write_report
 from minisft.report.run_data import read_run
-from minisft.report.tables import chance
+from minisft.report.tables import format_p_value
 from minisft.report.verdict import verdict
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/INST] &amp;"
@@ -200,5 +200,5 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("p", "text"), [(None, ""), (1.0, "1.000"), (0.0324, "0.032"), (0.000999, "0.001"), (0.0001, "0.0001")]
 )
-def test_chances_are_short(p, text):
-    assert chance(p) == text
+def test_p_values_are_short(p, text):
+    assert format_p_value(p) == text
