@@ -35,10 +35,10 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
             entry.get("step"),
             entry.get("loss"),
             entry.get("perplexity"),
-            *(_format_score(entry[metric]) for metric in metrics),
+            *(format_score(entry[metric]) for metric in metrics),
             *(format_p_value(p_values.get(rival)) for rival in rivals),
             *([f"{100 * entry.get('exact_match', 0):.0f} %"] if metrics else []),
-            *(_format_score(score, digits=".4g") for score in entry.get("custom", {}).values()),
+            *(format_score(score, digits=".4g") for score in entry.get("custom", {}).values()),
             entry.get("seconds"),
         ]
         texts = ["" if cell is None else f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
@@ -51,6 +51,14 @@ def format_p_value(p: float | None) -> str:
     if p is None:
         return ""
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
+
+
+def format_score(score: dict[str, Any] | None, interval: bool = True, digits: str = ".1f") -> str:
+    """Return a score, with its confidence interval in brackets if it is wanted and reliable."""
+    if score is None:
+        return ""
+    text = format(score["score"], digits)
+    return f"{text} [{score['low']:{digits}}, {score['high']:{digits}}]" if interval and is_reliable(score) else text
 
 
 def comparison_table(
@@ -79,7 +87,7 @@ def comparison_table(
         for head, (key, form, factor) in figures.items()
     }
     for metric, name in METRIC_NAMES.items():
-        columns[name] = [_format_score(variant.get(metric), intervals) for variant in variants]
+        columns[name] = [format_score(variant.get(metric), intervals) for variant in variants]
     columns["best"] = ["below base" if variant.get("below_base") else "" for variant in variants]
     # The largest relative difference of loss and gradient norm from the first variant of the same trajectory.
     distances = [variant.get("against") for variant in variants]
@@ -89,14 +97,6 @@ def comparison_table(
     shown = {head: column for head, column in columns.items() if any(column)}
     rows = [list(row) for row in zip(names, *shown.values(), strict=True)]
     return ["", *shown], rows, [variant["name"] in comparison["take"] for variant in variants]
-
-
-def _format_score(score: dict[str, Any] | None, interval: bool = True, digits: str = ".1f") -> str:
-    """Return a score, with its confidence interval in brackets if it is wanted and reliable."""
-    if score is None:
-        return ""
-    text = format(score["score"], digits)
-    return f"{text} [{score['low']:{digits}}, {score['high']:{digits}}]" if interval and is_reliable(score) else text
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
