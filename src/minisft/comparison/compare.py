@@ -73,7 +73,7 @@ def compare(options: CompareOptions) -> int:
         try:
             stack.enter_context(hold_lock(output / FOLDER / ".lock"))
         except BlockingIOError:
-            raise UserError(output, "another comparison is at work here", "wait for it to end") from None
+            raise UserError(output, "another comparison is writing into this folder", "wait for it to end") from None
 
         # 2. Refuse or warn before any time is spent.
         for variant in variants:
@@ -81,9 +81,9 @@ def compare(options: CompareOptions) -> int:
                 refuse_other_run(variant)
         for variant in variants:
             if variant.recipe is None:
-                warn(f"{variant.name} cannot be run, and the others go on: {variant.error}")
+                warn(f"{variant.name} cannot run, and the others continue: {variant.error}")
         if any(recipe.training.strategy != "vanilla" and recipe.training.processes == 1 for recipe in recipes):
-            say("note: training.processes is 1, so the ZeRO stages have nobody to share with")
+            say("note: training.processes is 1, so the ZeRO stages have no other process to share with")
 
         # 3. Run the variants; the files of the comparison are written anew after each.
         entries = [Entry(v.name, f"{FOLDER}/{v.name}", v.overrides, trajectory(v)) for v in variants]
@@ -146,7 +146,7 @@ class _VariantRun:
             words.append(f"output={json.dumps(str(self.run.root))}")
             if stage == "train" and self.run.has_begun():
                 words.append("--resume")
-            say(f"{self.variant.name}: {stage}, {self.log} tells more")
+            say(f"{self.variant.name}: {stage}, with its output in {self.log}")
             with _progress_display(self.variant.name) as show_line:
                 ended = run_verb(words, self.log, show_line)
             if ended.status:

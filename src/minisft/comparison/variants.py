@@ -35,12 +35,12 @@ class Axis:
 
     def __post_init__(self) -> None:
         if not self.key or not self.values:
-            raise UserError(f"--vary {self.key}", "it names no values", "write --vary key=value1,value2")
+            raise UserError(f"--vary {self.key}", "it lists no values", "write --vary key=value1,value2")
         if self.key == "output":
-            raise UserError("--vary output", "each variant has a folder of its own already", "vary another key")
+            raise UserError("--vary output", "each variant already has an output folder of its own", "vary another key")
         twice = [value for value in self.values if self.values.count(value) > 1]
         if twice:
-            raise UserError(f"--vary {self.key}", f"{twice[0]} stands there twice", "name each value once")
+            raise UserError(f"--vary {self.key}", f"the value {twice[0]} occurs twice", "list each value once")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_axes(strategies: str | None, varied: Sequence[str]) -> list[Axis]:
             names = tuple(name.strip() for name in strategies.split(",") if name.strip())
         unknown = [name for name in names if name not in STRATEGIES]
         if unknown or not names:
-            problem = f"there is no strategy {unknown[0]!r}" if unknown else "it names none"
+            problem = f"there is no strategy {unknown[0]!r}" if unknown else "it lists no strategy"
             raise UserError("--strategies", problem, f"name some of {','.join(STRATEGIES)}")
         axes.append(Axis(_STRATEGY, names))
 
@@ -85,7 +85,7 @@ def read_axes(strategies: str | None, varied: Sequence[str]) -> list[Axis]:
     for option in varied:
         key, separator, values = option.partition("=")
         if not separator:
-            raise UserError(f"--vary {option}", "it names no values", "write --vary key=value1,value2")
+            raise UserError(f"--vary {option}", "it lists no values", "write --vary key=value1,value2")
         source = f"[{values}]"
         try:
             node = yaml.compose(source, Loader=yaml.SafeLoader)
@@ -161,7 +161,7 @@ def refuse_other_run(variant: Variant) -> None:
         if value != earlier.get(key):
             raise UserError(
                 run.root,
-                f"holds a run with {key} {json.dumps(earlier.get(key))}, and it is {json.dumps(value)} here",
+                f"holds a run with {key} {json.dumps(earlier.get(key))}, but this variant has {json.dumps(value)}",
                 "choose another `output`, or pass --force to run all variants anew",
             )
 

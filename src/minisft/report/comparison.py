@@ -24,15 +24,15 @@ COLORS = 8  # number of colours in page.css; the ninth curve has that of the fir
 _CURVES = {"loss": "Loss per supervised token", "grad_norm": "Gradient norm before clipping"}
 _BEFORE_TRAINING = ("recipe", "start")  # a variant that failed at one of these has no figures of its own
 _COSTS = (  # key, title, format, factor
-    ("seconds_per_step", "Seconds a step, median", "{:.2f}", 1.0),
-    ("peak_memory_mb", "GB a process, peak", "{:.2f}", 1e-3),
-    ("communication_mb", "MB sent a process and step", "{:,.1f}", 1.0),
+    ("seconds_per_step", "Seconds per step, median", "{:.2f}", 1.0),
+    ("peak_memory_mb", "Peak GB per process", "{:.2f}", 1e-3),
+    ("communication_mb", "MB sent per process and step", "{:,.1f}", 1.0),
 )
 _NOTES = """<p class="soft">s/step is the median of all steps but the first, tokens/s the supervised tokens of those
-steps by their time. GB is the peak of the largest process. MB sent is what a process sends in a step, counted at every
-collective as the least that it needs. Test loss, BLEU and chrF are those of the best checkpoint{intervals}; below base:
-the base model scores higher. differs is the largest difference of loss or gradient norm in any step, as a share of the
-first variant's of the same trajectory.</p>
+steps divided by their time. GB is the peak of the largest process. MB sent is what a process sends in a step, counted
+at every collective as the least that the collective needs. Test loss, BLEU and chrF are those of the best
+checkpoint{intervals}; below base: the base model scores higher. differs is the largest difference of loss or gradient
+norm in any step, relative to the first variant of the same trajectory.</p>
 """
 
 
@@ -217,7 +217,7 @@ def comparison_page(output: Path, comparison: dict[str, Any], steps: dict[str, l
     if all(reliable):
         intervals = ", with 95 % intervals"
     else:
-        intervals = f", with 95 % intervals; {few} none" if any(reliable) else f"; {few} no interval"
+        intervals = f", with 95 % intervals; {few} no interval" if any(reliable) else f"; {few} no interval"
     heads, rows, takes = comparison_table(comparison)
     table = scrolling_table("figures", heads, list(zip(rows, takes, strict=True)))
     parts.append(f'<h2 id="figures">Figures</h2>\n{table}{_NOTES.format(intervals=intervals)}')
@@ -226,11 +226,11 @@ def comparison_page(output: Path, comparison: dict[str, Any], steps: dict[str, l
     commands = [
         ([v["name"], " ".join(v["overrides"]), f"minisft report {output / v['folder']}"], False) for v in variants
     ]
-    table = scrolling_table("variants", ["", "set apart by", "its own page"], commands)
+    table = scrolling_table("variants", ["", "overrides", "command for its page"], commands)
     parts.append(
         f'<h2 id="variants">Variants</h2>\n{table}'
-        '<p class="soft">Each is a whole run folder, which evaluate, chat, report and export take; its log lies beside '
-        "it.</p>\n"
+        '<p class="soft">Each is a complete run folder, which evaluate, chat, report and export accept; its log is '
+        "beside it.</p>\n"
     )
     parts.append(f'<p class="soft">Written with {escape(comparison["environment"])}.</p>\n')
     data = {"names": list(steps), "curves": curves, "tolerance": comparison["tolerance"]}
@@ -242,9 +242,9 @@ def _verdict(comparison: dict[str, Any]) -> str:
     failed = [v for v in comparison["variants"] if v["status"] == "failed"]
     beginnings = tuple(f"{v['name']} failed (" for v in failed)  # these sentences would repeat the errors below
     sentences = [sentence for sentence in comparison["verdict"] if not sentence.startswith(beginnings)]
-    lines = "".join(f"<p>{escape(line)}</p>" for line in sentences or ["No variant has been run to its end."])
+    lines = "".join(f"<p>{escape(line)}</p>" for line in sentences or ["No variant has finished."])
     errors = "".join(
-        f'<p class="bad">{escape(v["name"])} failed ({escape(v["failed_at"])}), the others went on:</p>'
+        f'<p class="bad">{escape(v["name"])} failed ({escape(v["failed_at"])}), the others continued:</p>'
         f'<pre tabindex="0">{escape(v["error"] or "")}</pre>\n'
         for v in failed
     )

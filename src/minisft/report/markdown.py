@@ -35,7 +35,7 @@ def write_results(output: Path, to: Path | None = None) -> Path:
         cells = [[f"**{as_text(row[0])}**" if best else as_text(row[0]), *row[1:]] for row, best in rows]
         parts.append(markdown_table(heads, cells).rstrip())
         if metrics_of(run):
-            parts.append(f"constant: {as_text(repr(run.results['constant'].get('text', '')))}")
+            parts.append(f"constant baseline: {as_text(repr(run.results['constant'].get('text', '')))}")
         parts += [
             f"{as_text(f['checkpoint'])} could not be scored: {as_text(f['error'])}" for f in run.results["failed"]
         ]
@@ -54,7 +54,7 @@ def write_results(output: Path, to: Path | None = None) -> Path:
         examples.append([as_text(line if len(line) <= _EXCERPT else f"{line[:_EXCERPT]} ...") for line in lines])
     if examples:
         names = [as_text(name) for _, name in shown]
-        parts += ["## Examples", markdown_table(["asked", *names, "reference"], examples).rstrip()]
+        parts += ["## Examples", markdown_table(["prompt", *names, "reference"], examples).rstrip()]
 
     path = target / "results.md"
     write_atomically(path, printable("\n\n".join(parts) + "\n"))

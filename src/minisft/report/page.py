@@ -32,8 +32,8 @@ _EXAMPLES = """<h2 id="examples">Answers side by side</h2>
 <div class="pair"><div><h3>Prompt</h3><pre id="asked" tabindex="0"></pre></div>
 <div id="known"><h3>Reference</h3><pre id="wanted" tabindex="0"></pre></div></div>
 <div class="cards" id="cards"></div>
-<p class="soft">Your own prompts where there are any, the first rows, the most improved and most worsened ones, then as
-many as fit; all are in evaluation/NAME/outputs.jsonl.</p>
+<p class="soft">First your own prompts, if there are any, then the first rows, the most improved and the most worsened
+ones, and as many others as fit; evaluation/NAME/outputs.jsonl holds all of them.</p>
 """
 
 
@@ -53,7 +53,7 @@ def require_target(folder: Path) -> None:
     is_report = page.is_file() and f"{_KIND}</title>".encode() in page.read_bytes()[:4096]
     if others or (names and not is_report):
         holds = f" (it holds {others[0]!r})" if others else ""
-        raise UserError(folder, f"this folder holds something else than a report{holds}", "name a new or empty folder")
+        raise UserError(folder, f"this folder holds something other than a report{holds}", "name a new or empty folder")
 
 
 def write_report(output: Path, to: Path | None = None) -> Path:
@@ -94,13 +94,14 @@ def _body(run: RunFiles) -> str:
     timed = [line for line in run.steps if line.get("seconds")]
     if timed:
         seconds = sum(line["seconds"] for line in timed)
+        tokens, supervised = (sum(line.get(key) or 0 for line in timed) for key in ("tokens", "supervised_tokens"))
         memory = [line["peak_memory_mb"] for line in timed if line.get("peak_memory_mb")]
         figures = {
             "steps": f"{len(run.steps):,}",
             "seconds, all steps": f"{seconds:,.0f}",
-            "seconds a step, median": f"{median(line['seconds'] for line in timed):.2f}",
-            "tokens a second": f"{sum(line.get('tokens') or 0 for line in timed) / seconds:,.0f}",
-            "supervised tokens a second": f"{sum(line.get('supervised_tokens') or 0 for line in timed) / seconds:,.0f}",
+            "seconds per step, median": f"{median(line['seconds'] for line in timed):.2f}",
+            "tokens per second": f"{tokens / seconds:,.0f}",
+            "supervised tokens per second": f"{supervised / seconds:,.0f}",
             "peak memory": f"{max(memory) / 1000:.2f} GB" if memory else "not recorded",
         }
         rows = [([name, text], False) for name, text in figures.items()]
@@ -133,14 +134,14 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
         return failures
     intervals = ", 95 % intervals" if is_reliable(results) else ""
     figures = "".join(
-        f'<figure id="{metric}"><figcaption>{METRIC_NAMES[metric]}{intervals}; dotted: the constant answer.'
+        f'<figure id="{metric}"><figcaption>{METRIC_NAMES[metric]}{intervals}; dotted: the constant baseline.'
         "</figcaption></figure>"
         for metric in metrics
     )
     if is_reliable(results):
         significance = (
-            f"p: how easily chance alone would give the difference of {METRIC_NAMES[metrics[0]]} from base, constant "
-            "and best, by the paired bootstrap"
+            f"p is the p-value of the difference in {METRIC_NAMES[metrics[0]]} from base, constant and best (paired "
+            "bootstrap)"
         )
     else:
         significance = unreliability_reason(results)
@@ -148,7 +149,8 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
     return (
         f'<h2 id="scores">Scores on {results.get("answers", "the")} held-out answers</h2>\n'
         f'<div class="pair">{figures}</div>\n{scrolling_table("scores", *score_table(run))}{failures}'
-        f'<p class="soft">constant is the train answer that scores best when it is always given: {constant}. '
+        f'<p class="soft">constant is the constant baseline, the train answer that scores best as the answer to '
+        f"every prompt: {constant}. "
         f"{significance}.</p>\n"
     )
 
@@ -177,8 +179,8 @@ def _ledger(run: RunFiles) -> str:
     lengths = ""
     if bars:
         lengths = (
-            f'<h3>Tokens a conversation</h3><svg viewBox="0 0 620 {len(bars) * height}" role="img" '
-            f'aria-label="Conversations by their number of tokens">{"".join(bars)}</svg>'
+            f'<h3>Tokens per conversation</h3><svg viewBox="0 0 620 {len(bars) * height}" role="img" '
+            f'aria-label="Number of conversations by tokens per conversation">{"".join(bars)}</svg>'
         )
     return f'<h2 id="ledger">Data ledger</h2>\n<div class="pair">{"".join(tables)}</div>{lengths}\n'
 

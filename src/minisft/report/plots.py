@@ -64,7 +64,7 @@ def draw_curves(output: Path, to: Path | None = None) -> list[Path]:
                 bars = (below, [max(0.0, score["high"] - score["score"]) for score in scores])
             axes.errorbar(xs, ys, bars, fmt="o-", color=color, capsize=3, markersize=4, label=name)
             constant = run.results["constant"][metric]["score"]
-            axes.axhline(constant, color=color, linestyle=":", linewidth=1, label=f"{name} of the constant answer")
+            axes.axhline(constant, color=color, linestyle=":", linewidth=1, label=f"{name} of the constant baseline")
         axes.set_ylim(bottom=0)
         _mark_best(axes, run)
         _finish(axes, "score, 95 % interval" if reliable else "score")

@@ -66,11 +66,10 @@ def read_run(root: Path) -> RunFiles:
     """
     recipe = root / "recipe.yaml"
     if not recipe.is_file() and not (root / "metrics.jsonl").is_file():
-        raise UserError(
-            root, "this is no run folder (it has neither recipe.yaml nor metrics.jsonl)", "give a run's `output`"
-        )
+        problem = "this is not a run folder (it has neither recipe.yaml nor metrics.jsonl)"
+        raise UserError(root, problem, "give the `output` of a run")
     prepare_again = f"delete {root / 'dataset'} and run `minisft inspect {root}`, which prepares the data again"
-    do_without = "delete it: the page does without it"
+    do_without = "delete it: the page is written without it"
     preview = _read_optional_json(root / "dataset" / "preview.json", do_without, rows=list)
     return RunFiles(
         root=root,

@@ -43,7 +43,7 @@ def verdict(run: RunFiles) -> str:
     p = score.get("p", {}).get("constant")
     baseline = f"the constant baseline ({name} {constant['score']:.1f})"
     if score["score"] <= constant["score"]:
-        second = f"It does not beat {baseline}: that score is no proof of learning."
+        second = f"It does not beat {baseline}: that score is not evidence of learning."
     elif not is_reliable(score):
         second = f"It scores above {baseline}."
     else:
@@ -136,7 +136,7 @@ def _coincidence(group: list[dict[str, Any]], tolerance: float) -> str:
         sentences.append(
             f"{v['name']} parts from {first['name']} at step {against['parts_at']}: in {against['apart']} of "
             f"{against['steps']} steps loss or gradient norm differ by more than {_scientific(tolerance)} of their "
-            f"size; at most the losses by {_scientific(against['loss'])}, the norms by "
+            f"size; the losses differ by at most {_scientific(against['loss'])}, the gradient norms by at most "
             f"{_scientific(against['grad_norm'])}."
         )
     # DeepSpeed rounds weights and gradients where autocast does not, so half precision cannot show coinciding curves.
@@ -144,7 +144,7 @@ def _coincidence(group: list[dict[str, Any]], tolerance: float) -> str:
     if half:
         sentences.append(
             f"In {' and '.join(half)} rounding alone parts them, since the strategies round at different places; "
-            "whether the curves are one shows with training.precision=fp32."
+            "training.precision=fp32 shows whether the curves coincide."
         )
     return " ".join(sentences)
 
@@ -159,14 +159,14 @@ def _costs(chosen: dict[str, Any], group: list[dict[str, Any]]) -> list[str]:
     times = {v["name"]: f"{v['seconds_per_step'] / chosen['seconds_per_step']:.2f} times" for v in group}
     slower = [f"{v['name']} takes {times[v['name']]}" for v in group if v is not chosen]
     sentences = [
-        f"Use {chosen['name']} here: no other that ran is faster, {chosen['seconds_per_step']:.2f} s a step; "
-        f"{', '.join(slower)} as long."
+        f"Use {chosen['name']} here: no variant that ran is more than {100 * SAME_SPEED:.0f} % faster "
+        f"({chosen['seconds_per_step']:.2f} s a step); {', '.join(slower)} as long."
     ]
     if all(v["peak_memory_mb"] for v in group):
         leanest = min(group, key=lambda v: v["peak_memory_mb"])
         least, memory = leanest["peak_memory_mb"], chosen["peak_memory_mb"]
         if leanest is chosen:
-            sentences.append(f"It also needs least memory, {memory / 1000:.2f} GB a process at its peak.")
+            sentences.append(f"It also needs the least memory, {memory / 1000:.2f} GB a process at its peak.")
         else:
             sentences.append(
                 f"Where memory is short, {leanest['name']} needs {least / 1000:.2f} GB a process at its peak instead "
@@ -202,7 +202,7 @@ def _best_setting(variants: list[dict[str, Any]]) -> tuple[dict[str, Any], str] 
     if not (is_reliable(score) and is_reliable(second[metric])):
         chance = f"it may be chance, since fewer than {MIN_CONVERSATIONS} held-out conversations were scored"
     elif score["low"] > second[metric]["high"]:
-        chance = "the intervals do not meet"
+        chance = "the intervals do not overlap"
     else:
         chance = "the intervals overlap, so it may be chance"
     return best, f"{text}; next is {second['name']} with {format_score(second[metric])}: {chance}."
