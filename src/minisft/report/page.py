@@ -149,9 +149,8 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
     return (
         f'<h2 id="scores">Scores on {results.get("answers", "the")} held-out answers</h2>\n'
         f'<div class="pair">{figures}</div>\n{scrolling_table("scores", *score_table(run))}{failures}'
-        f'<p class="soft">constant is the constant baseline, the train answer that scores best as the answer to '
-        f"every prompt: {constant}. "
-        f"{significance}.</p>\n"
+        f'<p class="soft">constant is the constant baseline: every prompt is answered with {constant}, the training '
+        f"answer that scores best. {significance}.</p>\n"
     )
 
 
