@@ -40,7 +40,7 @@ def compared(tmp_path_factory, tiny_model, spoiled, conversations):
     return folder / "run", words, minisft(*words)
 
 
-def test_a_variant_that_fails_is_named_and_the_others_go_on(compared, tiny_model):
+def test_a_variant_that_fails_is_named_and_the_others_continue(compared, tiny_model):
     output, _, done = compared
     assert done.returncode == 2, done.stderr
     found = {variant["name"]: variant for variant in read(output / "comparison.json")["variants"]}
@@ -59,7 +59,7 @@ def test_a_variant_that_fails_is_named_and_the_others_go_on(compared, tiny_model
     assert bad["name"] in done.stdout
 
 
-def test_a_variant_is_a_whole_run_folder(compared):
+def test_a_variant_is_a_complete_run_folder(compared):
     output, _, _ = compared
     run = next(path for path in (output / "compare").iterdir() if (path / "model").is_dir())
     assert minisft("report", run).returncode == 0
@@ -78,7 +78,7 @@ def test_called_again_only_what_failed_is_run(compared):
     refused = minisft(*words[:2], "--vary", f"model={words[3].partition('=')[2].split(',')[0]}", "--vary",
                       "training.weight_decay=0.0", "training.batch_size=2", "training.gradient_accumulation=2")  # fmt: skip
     assert refused.returncode == 2
-    assert "holds a run with training.batch_size 4, and it is 2 here" in refused.stderr
+    assert "holds a run with training.batch_size 4, but this variant has 2" in refused.stderr
 
 
 def test_what_one_variant_prepared_serves_the_others(compared, tmp_path, tiny_model, conversations):

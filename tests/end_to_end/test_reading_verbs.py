@@ -100,7 +100,7 @@ def test_a_report_is_not_written_over_other_files(run_folder, tmp_path, capsys, 
     (folder / name).write_text("mine")
     status, _, said = run(capsys, "report", run_folder, "--to", folder)
     assert status == 2
-    assert "holds something else than a report" in said
+    assert "holds something other than a report" in said
     assert contents(folder) == {name: b"mine"}
     status, _, said = run(capsys, "report", run_folder, "--to", folder / name)
     assert status == 2

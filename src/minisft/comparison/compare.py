@@ -1,4 +1,4 @@
-"""The comparison: each variant trained and scored by the ordinary commands, then measured side by side."""
+"""The comparison: every variant is trained and scored by the ordinary commands, then all are measured side by side."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from minisft.console import console, say, warn
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
 from minisft.manifest import record_files, record_folder, record_scratch_folder
-from minisft.processes import CompletedVerb, run_verb
+from minisft.processes import run_verb
 from minisft.recipe import load_recipe
 from minisft.replacement import KEPT_REASON
 from minisft.report.comparison import Entry, write_comparison
@@ -27,20 +27,22 @@ from minisft.results import read_results
 from minisft.run_folder import RunFolder
 from minisft.run_start import refuse_foreign_folder, restore_replaced_run, start_run
 
-_BASE_JOURNAL = Path("evaluation") / "base" / "journal.jsonl"
+_BASE_RESULT_CACHE = Path("evaluation") / "base" / "journal.jsonl"
+_WIDE = 120  # characters; on a narrower terminal, scores are printed without their intervals
+_MIN_NAME_WIDTH = 20  # characters; longer names are wrapped if they take more than a third of the terminal
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is asked for.
+    """The options of `minisft compare`.
 
     Args:
-        path: the recipe file.
+        path: Path of the recipe file.
         overrides: `key=value` words that hold for all variants.
-        strategies: such as "vanilla,zero2"; None: all four, unless something else is varied.
+        strategies: Such as "vanilla,zero2"; None means all four, unless something else is varied.
         varied: `key=value1,value2` words; every combination is a variant.
-        evaluate: score each variant's checkpoints too.
-        force: run all variants anew.
+        evaluate: Whether each variant's checkpoints are scored too.
+        force: Whether finished variants run anew.
     """
 
     path: Path
@@ -55,60 +57,49 @@ def compare(options: CompareOptions) -> int:
     """Run every variant that is not done yet, one after the other, and write what they measured.
 
     Returns:
-        The exit status: 0 where all variants succeeded, 2 where the user can fix every failure, else 1.
+        The exit status: 0 if all variants succeeded, 2 if the user can fix every failure, else 1.
 
     Raises:
-        UserError: the output folder is another's, or a variant's folder holds a run with other settings.
-        StoppedError: SIGINT or SIGTERM came; the variant under way has saved its work.
+        UserError: MiniSFT did not write the output folder, or a variant's folder holds a run with other settings.
+        StoppedError: SIGINT or SIGTERM arrived; the variant that was running has saved its work.
     """
+    # 1. Read the recipes of the variants, and take the output folder.
     variants = choose_variants(options.path, options.overrides, read_axes(options.strategies, options.varied))
+    recipes = [variant.recipe for variant in variants if variant.recipe is not None]
     output = Path(load_recipe(options.path, options.overrides).output)
     refuse_foreign_folder(RunFolder(output))
     (output / FOLDER).mkdir(parents=True, exist_ok=True)
-    with _exclusive(output):
-        if not options.force:
-            _refuse_other_runs(variants)
-        _warn_early(variants)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold_lock(output / FOLDER / ".lock"))
+        except BlockingIOError:
+            raise UserError(output, "another comparison is writing into this folder", "wait for it to end") from None
+
+        # 2. Refuse or warn before any time is spent.
+        for variant in variants:
+            if variant.recipe is not None and not options.force:
+                refuse_other_run(variant)
+        for variant in variants:
+            if variant.recipe is None:
+                warn(f"{variant.name} cannot run, and the others continue: {variant.error}")
+        if any(recipe.training.strategy != "vanilla" and recipe.training.processes == 1 for recipe in recipes):
+            say("note: training.processes is 1, so the ZeRO stages have no other process to share with")
+
+        # 3. Run the variants; the files of the comparison are written anew after each.
         entries = [Entry(v.name, f"{FOLDER}/{v.name}", v.overrides, trajectory(v)) for v in variants]
         statuses = []
-        for place, variant in enumerate(variants):
-            status, entries[place] = _VariantRun(options, variant, output).execute(entries[place], entries[:place])
+        for index, variant in enumerate(variants):
+            status, entries[index] = _VariantRun(options, variant, output).execute(entries[index], entries[:index])
             statuses.append(status)
-            found = write_comparison(output, entries)
-        print_comparison(found)
+            comparison = write_comparison(output, entries)
+        print_comparison(comparison)
     say(f"written: {output / 'comparison.html'} (and .json, .md, .png beside it)")
     return 1 if 1 in statuses else max(statuses)
 
 
-@contextlib.contextmanager
-def _exclusive(output: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(hold_lock(output / FOLDER / ".lock"))
-        except BlockingIOError:
-            raise UserError(output, "another comparison is at work here", "wait for it to end") from None
-        yield
-
-
-def _refuse_other_runs(variants: Sequence[Variant]) -> None:
-    for variant in variants:
-        if variant.recipe is not None:
-            refuse_other_run(variant)
-
-
-def _warn_early(variants: Sequence[Variant]) -> None:
-    """Say before anything is spent what will not run, and what will show nothing."""
-    for variant in variants:
-        if variant.recipe is None:
-            warn(f"{variant.name} cannot be run, and the others go on: {variant.error}")
-    settings = [variant.recipe.training for variant in variants if variant.recipe is not None]
-    if any(training.strategy != "vanilla" and training.processes == 1 for training in settings):
-        say("note: training.processes is 1, so the ZeRO stages have nobody to share with")
-
-
 @dataclass(frozen=True)
 class _VariantRun:
-    """One variant on its way: trained, then scored, each by a verb in a process of its own."""
+    """The run of one variant: trained, then scored, each by a command in a process of its own."""
 
     options: CompareOptions
     variant: Variant
@@ -123,94 +114,106 @@ class _VariantRun:
         return self.run.root.with_name(f"{self.variant.name}.log")
 
     @property
-    def record_files(self) -> Path:
-        """Holds the evaluation settings of the last whole evaluation."""
+    def settings_file(self) -> Path:
+        """The file that holds the evaluation settings of the last complete evaluation."""
         return self.run.root.with_name(f"{self.variant.name}.json")
 
     def execute(self, entry: Entry, earlier: Sequence[Entry]) -> tuple[int, Entry]:
-        """Do what is left to do; return the exit status of what failed, or 0, and the entry with how it went."""
+        """Run the stages that are not done yet.
+
+        Args:
+            entry: The variant's entry in the comparison.
+            earlier: The entries of the variants before it, whose data and base model's answers may be shared.
+
+        Returns:
+            The exit status of the stage that failed, or 0, and the entry with the outcome.
+        """
+        # 1. Make the run folder.
         if self.variant.recipe is None:
             return self._failed(entry, "recipe", 2, self.variant.error or "")
         try:
-            self._begin(earlier)
+            self._start(earlier)
         except UserError as error:
             return self._failed(entry, "start", 2, str(error))
-        for stage, is_done in (("train", self.run.is_trained), ("evaluate", self._is_evaluated)):
-            if stage == "evaluate" and not self.options.evaluate:
-                continue
-            if is_done():
+
+        # 2. Train and evaluate it.
+        for stage in ("train", "evaluate") if self.options.evaluate else ("train",):
+            is_done = self.run.is_trained() if stage == "train" else self._is_evaluated()
+            if is_done:
                 say(f"{self.variant.name}: {stage} is done already")
                 continue
-            ended = self._run_verb(stage)
+            words = [stage, str(self.options.path), *self.options.overrides, *self.variant.overrides]
+            words.append(f"output={json.dumps(str(self.run.root))}")
+            if stage == "train" and self.run.has_begun():
+                words.append("--resume")
+            say(f"{self.variant.name}: {stage}, with its output in {self.log}")
+            with _progress_display(self.variant.name) as show_line:
+                ended = run_verb(words, self.log, show_line)
             if ended.status:
                 restore_replaced_run(self.run)
                 return self._failed(entry, stage, ended.status, ended.error)
+
+        # 3. Record the settings that the scores belong to.
         if self.options.evaluate:
-            write_atomically(self.record_files, self._evaluation_settings())
+            write_atomically(self.settings_file, self._evaluation_settings())
         return 0, replace(entry, status="done")
 
     def _failed(self, entry: Entry, stage: str, status: int, error: str) -> tuple[int, Entry]:
         warn(f"{self.variant.name}: {stage} failed: {error}")
         return (2 if status == 2 else 1), replace(entry, status="failed", failed_at=stage, error=error)
 
-    def _begin(self, earlier: Sequence[Entry]) -> None:
-        """Make the run folder, and put into it what an earlier variant computed and this one needs too.
+    def _start(self, earlier: Sequence[Entry]) -> None:
+        """Make the run folder, and share into it the prepared data and the base model's answers of earlier variants.
 
-        Whether it does, the preparation and the evaluation find out: both check what they find by a hash.
+        They need not fit this variant: the preparation and the evaluation use them only if their fingerprints match.
         """
         assert self.variant.recipe is not None
         if self.options.force:
-            self.record_files.unlink(missing_ok=True)
+            self.settings_file.unlink(missing_ok=True)
         with start_run(self.variant.recipe, force=self.options.force, prepares_only=True) as started:
             started.replace_old_run()
-            for other in reversed([self.output / entry.folder for entry in earlier]):
-                share(other / "dataset", self.run.dataset)
-                share(other / _BASE_JOURNAL, self.run.root / _BASE_JOURNAL)
-
-    def _run_verb(self, verb: str) -> CompletedVerb:
-        words = [verb, str(self.options.path), *self.options.overrides, *self.variant.overrides]
-        words.append(f"output={json.dumps(str(self.run.root))}")
-        if verb == "train" and self.run.has_begun():
-            words.append("--resume")
-        say(f"{self.variant.name}: {verb}, {self.log} tells more")
-        with _following(self.variant.name) as follow:
-            return run_verb(words, self.log, follow)
+            for folder in reversed([self.output / entry.folder for entry in earlier]):
+                share(folder / "dataset", self.run.dataset)
+                share(folder / _BASE_RESULT_CACHE, self.run.root / _BASE_RESULT_CACHE)
 
     def _evaluation_settings(self) -> str:
         assert self.variant.recipe is not None
         return json.dumps(asdict(self.variant.recipe.evaluation), indent=1)
 
     def _is_evaluated(self) -> bool:
+        """Return whether all checkpoints were scored with the present evaluation settings."""
         results = read_results(self.run.root)
-        if results is None or not self.record_files.is_file():
+        if results is None or not self.settings_file.is_file():
             return False
         scored = {entry["checkpoint"] for entry in results["checkpoints"]}
-        same = self.record_files.read_text(encoding="utf-8") == self._evaluation_settings()
-        return same and {path.name for path in self.run.list_checkpoints()} <= scored
+        same_settings = self.settings_file.read_text(encoding="utf-8") == self._evaluation_settings()
+        return same_settings and {path.name for path in self.run.list_checkpoints()} <= scored
 
 
 @contextlib.contextmanager
-def _following(name: str) -> Iterator[Callable[[str], object]]:
-    """Show what a child prints last: in one line of a terminal, else the lines of its progress; always what stays."""
+def _progress_display(name: str) -> Iterator[Callable[[str], object]]:
+    """Show the lines that a child process prints: the newest one in a terminal, else the lines of its steps.
+
+    Lines on files that were kept instead of deleted are always printed.
+    """
     if not console.is_terminal:
         yield lambda line: say(f"  {name}: {line}") if line.startswith("step ") or KEPT_REASON in line else None
         return
-    from rich.text import Text
-
     with console.status(Text(name)) as status:
 
-        def show(line: str) -> None:
+        def show_line(line: str) -> None:
             if KEPT_REASON in line:
                 say(f"  {name}: {line}")
             status.update(Text(f"{name}: {line}", overflow="ellipsis", no_wrap=True))
 
-        yield show
+        yield show_line
 
 
 def share(source: Path, target: Path) -> None:
-    """Give `target` the content of `source` where there is one and no target yet; whole or absent.
+    """Give `target` the content of the file or folder `source`, if that exists and the target does not.
 
-    Files are linked where the file system can: neither is ever written in place.
+    The target is complete or absent. Files of a folder are linked if the file system can: neither is ever changed in
+    place.
     """
     if target.exists() or not source.exists():
         return
@@ -230,48 +233,41 @@ def share(source: Path, target: Path) -> None:
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no hard links
         shutil.copy2(source, target)
 
 
-_WIDE = 120  # characters; a narrower terminal gets scores without their intervals
-_NAME = 20  # characters that a variant's name has at least
+def print_comparison(comparison: dict[str, Any]) -> None:
+    """Print the table, with the variant to take in bold, and the sentences of the verdict.
 
-
-def print_comparison(found: dict[str, Any]) -> None:
-    """Print the verdict's sentences and the table, the variant to take in bold."""
-    heads, rows, takes = comparison_table(found, intervals=console.width >= _WIDE)
-    for columns in _split(heads, rows, takes):
-        console.print(_table(columns, heads, rows, takes))
-    for sentence in found["verdict"]:
+    Args:
+        comparison: The content of comparison.json.
+    """
+    heads, rows, takes = comparison_table(comparison, intervals=console.width >= _WIDE)
+    # Each table gets as many columns as the terminal has room for, the first of them always the names.
+    tables = [[0]]
+    unlimited = console.options.update(max_width=10_000)
+    for column in range(1, len(heads)):
+        wider = [*tables[-1], column]
+        width = console.measure(_make_table(wider, heads, rows, takes), options=unlimited).maximum
+        if len(wider) > 2 and width > console.width:
+            tables.append([0, column])
+        else:
+            tables[-1] = wider
+    for columns in tables:
+        console.print(_make_table(columns, heads, rows, takes))
+    for sentence in comparison["verdict"]:
         say(sentence)
 
 
-def _split(heads: list[str], rows: list[list[str]], takes: list[bool]) -> list[list[int]]:
-    """The columns of each table: as many as the terminal has room for, and the names again before the next ones."""
-    tables = [[0]]
-    for column in range(1, len(heads)):
-        wider = [*tables[-1], column]
-        if len(wider) > 2 and _width(_table(wider, heads, rows, takes)) > console.width:
-            wider = [0, column]
-            tables.append(wider)
-        tables[-1] = wider
-    return tables
-
-
-def _width(table: Table) -> int:
-    """The characters that a table takes where nothing has to be cut."""
-    return console.measure(table, options=console.options.update(max_width=10_000)).maximum
-
-
-def _table(columns: list[int], heads: list[str], rows: list[list[str]], takes: list[bool]) -> Table:
-    """Figures are never cut; long names are broken where they take more than a third of the terminal."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _make_table(columns: list[int], heads: list[str], rows: list[list[str]], takes: list[bool]) -> Table:
+    """Make a table of some columns; figures are never cut, and long names are wrapped."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         if column == 0:
-            shown.add_column(heads[0], overflow="fold", max_width=max(_NAME, console.width // 3))
+            table.add_column(heads[0], overflow="fold", max_width=max(_MIN_NAME_WIDTH, console.width // 3))
         else:
-            shown.add_column(heads[column], justify="right", no_wrap=True)
+            table.add_column(heads[column], justify="right", no_wrap=True)
     for row, take in zip(rows, takes, strict=True):
-        shown.add_row(*(Text(row[column]) for column in columns), style="bold" if take else "")
-    return shown
+        table.add_row(*(Text(row[column]) for column in columns), style="bold" if take else "")
+    return table

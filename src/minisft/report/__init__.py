@@ -1,14 +1,20 @@
-"""A run folder to pictures and pages. Reads files only and imports no torch.
+"""Turns a run folder into a page, Markdown and PNG curves. Only reads files of the run, and imports no torch.
 
-Enters: the files of a run, of which some may be missing. Leaves: `report.html` (one file, opens offline),
-`results.md`, PNG curves; for a comparison `comparison.json`, `.md`, `.html`, `.png`.
+Enters: the files of a run, of which some may be missing (metrics.jsonl, evaluation/results.json and outputs.jsonl,
+dataset/ledger.json, ...). Leaves: `report.html` (one file that opens offline), `results.md` and PNG curves of a run;
+`comparison.json`, `.md`, `.html` and `.png` of several runs.
 
-- run_data: what the report knows of a run
-- verdict: the results in a few sentences
-- tables, plots: scores and figures as text cells, curves as PNG files
-- html, page: what the pages share, and the page of a run, with page.css, chart.js and page.js
-- markdown: the results as Markdown
-- comparison: several runs side by side
+The files, in the order in which data flows:
 
-Invariant: text that comes from data or models is escaped wherever it is shown.
+- run_data: reads the files of a run, and selects what the page's scripts draw
+- tables: scores and figures as cells of text
+- verdict: the results of a run or of a comparison in a few sentences
+- plots: curves as PNG files
+- html: the frame of a page, and tables in HTML; page.css, chart.js, page.js and comparison.js go into it
+- page: the page of a run
+- markdown: the results of a run as Markdown
+- comparison: measures and compares several runs, and writes their page
+
+Invariants: text that comes from data or models is escaped wherever it is shown; a page loads nothing from anywhere;
+too few held-out conversations give neither an interval nor a claim of significance (`minisft.results`).
 """

@@ -1,27 +1,34 @@
-"""What the pages share: one file that opens offline, asks nobody for anything, and shows foreign text as text."""
+"""What the pages share: one file that opens offline, loads nothing from anywhere, and shows untrusted text as text."""
 
 import json
 import platform
+from contextlib import suppress
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
 _PACKAGES = ("minisft", "torch", "transformers", "deepspeed", "sacrebleu")
-# Nothing is loaded from anywhere, whatever a model may have written.
+# The browser loads nothing from anywhere, whatever a model has written.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# The inputs that the curves' scripts read.
+CURVE_CONTROLS = """<div class="controls"><label><input type="checkbox" id="log"> logarithmic</label>
+<label>smoothing <input type="range" id="smooth" min="0" max="98" value="0"></label></div>"""
 
 
 def whole_page(heading: str, kind: str, body: str, data: dict[str, Any], script: str) -> str:
-    """Return a page of HTML.
+    """Return a complete page of HTML.
 
     Args:
-        heading: as text.
-        kind: what the page is, for its title.
-        body: HTML; text that is not ours is escaped in it.
-        data: what the script reads.
-        script: the resource that draws, after `chart.js`.
+        heading: The page's heading, as plain text.
+        kind: What the page is, for its title.
+        body: HTML in which untrusted text is escaped.
+        data: The data that the script reads.
+        script: Name of the resource that draws, which runs after `chart.js`.
     """
+    # The JSON must not end the script element that holds it, and old JavaScript ends a line at U+2028 and U+2029.
+    json_text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    json_text = json_text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -36,11 +43,15 @@ def whole_page(heading: str, kind: str, body: str, data: dict[str, Any], script:
 <h1>{escape(heading)}</h1>
 {body}
 </main>
-<script type="application/json" id="data">{_inert_json(data)}</script>
+<script type="application/json" id="data">{json_text}</script>
 <script>{_resource("chart.js")}{_resource(script)}</script>
 </body>
 </html>
 """
+
+
+def _resource(name: str) -> str:
+    return (files("minisft.report") / name).read_text(encoding="utf-8")
 
 
 def table(heads: list[str], rows: list[tuple[list[str], bool]]) -> str:
@@ -53,28 +64,15 @@ def table(heads: list[str], rows: list[tuple[list[str], bool]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def rounded(value: float) -> float:
-    return float(f"{value:.5g}")
+def scrolling_table(heading_id: str, heads: list[str], rows: list[tuple[list[str], bool]]) -> str:
+    """Return a table that scrolls sideways on a narrow screen, labelled by the heading with the given id."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{heading_id}">{table(heads, rows)}</div>\n'
 
 
 def environment() -> str:
-    """Name this machine's Python, system and packages."""
-    versions = ", ".join(f"{name} {found}" for name in _PACKAGES if (found := _version(name)))
-    return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}; {versions}"
-
-
-def _inert_json(data: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _resource(name: str) -> str:
-    return (files("minisft.report") / name).read_text(encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    """Return the versions of this machine's Python, system and packages as text."""
+    versions = []
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}; {', '.join(versions)}"

@@ -2,66 +2,65 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from minisft.files import write_atomically
 from minisft.report.plots import draw_curves
-from minisft.report.run_data import RunFiles, metrics_of, page_data, read_run
-from minisft.report.tables import markdown, score_table
+from minisft.report.run_data import metrics_of, page_data, read_run
+from minisft.report.tables import markdown_table, score_table
 from minisft.report.verdict import verdict
 from minisft.text import printable
 
 EXAMPLES = 3
-_SHOWN = 300  # characters of a text
+_EXCERPT = 300  # characters shown of a prompt (its end), an answer or a reference (their beginnings)
 _ACTIVE = re.compile(r"([\\`*_\[\]<>#~&])")
 
 
 def write_results(output: Path, to: Path | None = None) -> Path:
     """Write `results.md` of the run folder `output`, into it or into the folder `to`, and draw the curves in it.
 
+    Returns:
+        The path of `results.md`.
+
     Raises:
-        UserError: the folder is no run.
+        UserError: The folder is not a run folder.
     """
     run = read_run(output)
     target = to or output
-    drawn = draw_curves(output, to)
+    curves = draw_curves(output, to)
+
+    # 1. Verdict and scores.
     parts = [f"# {as_text(output.resolve().name)}", as_text(verdict(run))]
     if run.results is not None:
         heads, rows = score_table(run)
         cells = [[f"**{as_text(row[0])}**" if best else as_text(row[0]), *row[1:]] for row, best in rows]
-        parts.append(markdown(heads, cells).rstrip())
+        parts.append(markdown_table(heads, cells).rstrip())
         if metrics_of(run):
-            parts.append(f"constant: {as_text(repr(run.results['constant'].get('text', '')))}")
+            parts.append(f"constant baseline: {as_text(repr(run.results['constant'].get('text', '')))}")
         parts += [
             f"{as_text(f['checkpoint'])} could not be scored: {as_text(f['error'])}" for f in run.results["failed"]
         ]
-    parts += [f"![{path.stem}]({path.relative_to(target).as_posix()})" for path in drawn]
-    parts += _examples(run)
+
+    # 2. Links to the curves.
+    parts += [f"![{path.stem}]({path.relative_to(target).as_posix()})" for path in curves]
+
+    # 3. The first examples, with the answers of the base model and of the best checkpoint.
+    data = page_data(run)
+    shown = [(index, name) for index, name in enumerate(data["systems"]) if name in ("base", data["best"])]
+    examples = []
+    for example in data["examples"][:EXAMPLES]:
+        answers = [example["texts"][example["outputs"][index]] for index, _ in shown]
+        texts = [example["prompt"][-_EXCERPT:], *answers, example["reference"] or ""]
+        lines = [" ".join(text.split()) for text in texts]
+        examples.append([as_text(line if len(line) <= _EXCERPT else f"{line[:_EXCERPT]} ...") for line in lines])
+    if examples:
+        names = [as_text(name) for _, name in shown]
+        parts += ["## Examples", markdown_table(["prompt", *names, "reference"], examples).rstrip()]
+
     path = target / "results.md"
     write_atomically(path, printable("\n\n".join(parts) + "\n"))
     return path
 
 
-def _examples(run: RunFiles) -> list[str]:
-    """The first answers of base and best, side by side."""
-    data = page_data(run)
-    shown = [name for name in data["systems"] if name in ("base", data["best"])]
-    rows = [_example(row, data["systems"], shown) for row in data["examples"][:EXAMPLES]]
-    if not rows:
-        return []
-    return ["## Examples", markdown(["asked", *map(as_text, shown), "reference"], rows).rstrip()]
-
-
-def _example(row: dict[str, Any], systems: list[str], shown: list[str]) -> list[str]:
-    answers = [row["texts"][row["outputs"][systems.index(name)]] for name in shown]
-    return [_short(row["prompt"][-_SHOWN:]), *map(_short, answers), _short(row["reference"] or "")]
-
-
-def _short(text: str) -> str:
-    flat = " ".join(text.split())
-    return as_text(flat if len(flat) <= _SHOWN else flat[:_SHOWN] + " ...")
-
-
 def as_text(text: str) -> str:
-    """Text that Markdown shows as it stands, and no renderer takes for HTML."""
+    """Escape the active characters of Markdown, so that no renderer reads text as markup or HTML."""
     return _ACTIVE.sub(r"\\\1", text)

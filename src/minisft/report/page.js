@@ -25,27 +25,27 @@ function showExample() {
   cards.replaceChildren();
   document.getElementById("asked").textContent = row ? row.prompt : "";
   document.getElementById("wanted").textContent = row ? row.reference || "" : "";
-  document.getElementById("known").hidden = Boolean(row) && row.reference === null;  // a prompt of the user's own
+  document.getElementById("known").hidden = Boolean(row) && row.reference === null;  // the user's own prompt has no reference
   if (!row) return;
   document.getElementById("pick").value = String(current);
   const all = document.getElementById("all").checked;
-  data.systems.forEach((name, place) => {
+  data.systems.forEach((name, index) => {
     if (!all && name !== "base" && name !== data.best) return;
     const card = element("div", {class: "card"});
-    const score = row.scores[place];
+    const score = row.scores[index];
     card.append(element("h3", {}, name + (name === data.best ? ` (${data.bestLabel})` : "") + (score === null ? "" : `, ${data.scoreName} ${score}`)));
-    card.append(element("pre", {}, row.texts[row.outputs[place]] || "(empty)"));
+    card.append(element("pre", {}, row.texts[row.outputs[index]] || "(empty)"));
     cards.append(card);
   });
 }
 
 function search() {
   const words = document.getElementById("search").value.toLowerCase();
-  const has = (row) => [row.title, row.prompt, row.reference || "", ...row.texts].some((text) => text.toLowerCase().includes(words));
-  shown = data.examples.map((_, place) => place).filter((place) => has(data.examples[place]));
+  const matches = (row) => [row.title, row.prompt, row.reference || "", ...row.texts].some((text) => text.toLowerCase().includes(words));
+  shown = data.examples.map((_, index) => index).filter((index) => matches(data.examples[index]));
   current = 0;
-  document.getElementById("pick").replaceChildren(...shown.map((place, position) =>
-    element("option", {value: position}, data.examples[place].title)));
+  document.getElementById("pick").replaceChildren(...shown.map((index, position) =>
+    element("option", {value: position}, data.examples[index].title)));
   showExample();
 }
 

@@ -4,74 +4,107 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.manifest import record_files
-from minisft.report.run_data import RunFiles, metrics_of, read_run
+from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of, read_run
 from minisft.results import best_label, is_reliable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 _SIZE = (7.0, 4.0)  # inches
-_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
-# Told apart with colour blindness too: Okabe and Ito 2008, "Color Universal Design".
-_OVERLAID = ("#56b4e9", "#e69f00", "#009e73", "#1a1a1a", "#cc79a7", "#0072b2", "#d55e00", "#b0a000")
+# Distinguishable with colour blindness too: Okabe and Ito 2008, "Color Universal Design".
+_VARIANT_COLORS = ("#56b4e9", "#e69f00", "#009e73", "#1a1a1a", "#cc79a7", "#0072b2", "#d55e00", "#b0a000")
 _TRAIN, _TEST, _MARK = "#4c78a8", "#e45756", "#888888"
 
 
 def draw_curves(output: Path, to: Path | None = None) -> list[Path]:
-    """Draw `evaluation/loss.png` and, where there are scores, `evaluation/scores.png` of a run folder, or into `to`.
+    """Draw `evaluation/loss.png` and, if there are scores, `evaluation/scores.png` of a run folder, or into `to`.
 
     Returns:
-        The files written; none where the run has neither steps nor results.
+        The paths of the files; none if the run has neither steps nor results.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: The folder is not a run folder.
     """
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps global state
+
     run = read_run(output)
     folder = (to or output) / "evaluation"
-    drawn = []
+    written = []
+
+    # 1. The training loss at every step, the held-out loss at every checkpoint.
     if run.steps or run.systems:
-        drawn.append(_save(folder / "loss.png", "loss per supervised token", _draw_loss, run))
-    if metrics_of(run):
-        label = "score, 95 % interval" if run.results and is_reliable(run.results) else "score"
-        drawn.append(_save(folder / "scores.png", label, _draw_scores, run))
-    return drawn
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        steps = [line for line in run.steps if line.get("loss") is not None]
+        if steps:
+            xs, ys = [line["step"] for line in steps], [line["loss"] for line in steps]
+            axes.plot(xs, ys, color=_TRAIN, linewidth=1.2, label="training, each step")
+        if run.held_out:
+            label = "held-out, each checkpoint" if run.systems else "held-out"
+            axes.plot(*zip(*run.held_out, strict=True), "o-", color=_TEST, markersize=4, label=label)
+        _mark_best(axes, run)
+        _finish(axes, "loss per supervised token")
+        written.append(_write(figure, folder / "loss.png"))
+
+    # 2. The scores of every model, and those of the constant baseline as dotted lines.
+    if run.results is not None and metrics_of(run):
+        reliable = is_reliable(run.results)
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        for (metric, name), color in zip(METRIC_NAMES.items(), (_TRAIN, _TEST), strict=True):
+            entries = [entry for _, entry in run.systems if metric in entry]
+            if not entries:
+                continue
+            xs, scores = [entry["step"] for entry in entries], [entry[metric] for entry in entries]
+            ys = [score["score"] for score in scores]
+            bars = None  # lengths below and above the scores
+            if reliable:
+                below = [max(0.0, score["score"] - score["low"]) for score in scores]
+                bars = (below, [max(0.0, score["high"] - score["score"]) for score in scores])
+            axes.errorbar(xs, ys, bars, fmt="o-", color=color, capsize=3, markersize=4, label=name)
+            constant = run.results["constant"][metric]["score"]
+            axes.axhline(constant, color=color, linestyle=":", linewidth=1, label=f"{name} of the constant baseline")
+        axes.set_ylim(bottom=0)
+        _mark_best(axes, run)
+        _finish(axes, "score, 95 % interval" if reliable else "score")
+        written.append(_write(figure, folder / "scores.png"))
+    return written
 
 
-def draw_overlaid(path: Path, variants: dict[str, list[dict[str, Any]]]) -> Path:
-    """Draw loss and gradient norm of several runs over each other; curves that coincide all stay to be seen.
+def draw_overlaid(path: Path, runs: dict[str, list[dict[str, Any]]]) -> Path:
+    """Draw loss and gradient norm of several runs over each other, so that coinciding curves all stay visible.
 
     Args:
-        path: of the PNG.
-        variants: the lines of metrics.jsonl by the name of the run.
+        path: Path of the PNG file.
+        runs: The lines of metrics.jsonl by the name of the run.
+
+    Returns:
+        The path of the PNG file.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
-    for axes, (key, label) in zip(
-        figure.subplots(1, 2), (("loss", "loss per supervised token"), ("grad_norm", "gradient norm")), strict=True
-    ):
-        for place, (name, steps) in enumerate(variants.items()):
+    quantities = (("loss", "loss per supervised token"), ("grad_norm", "gradient norm"))
+    for axes, (key, label) in zip(figure.subplots(1, 2), quantities, strict=True):
+        for index, (name, steps) in enumerate(runs.items()):
             points = [(line["step"], line[key]) for line in steps if line.get(key) is not None]
-            width = 1.2 + 2.2 * (len(variants) - 1 - place)  # the first is the widest, and lies below
-            color = _OVERLAID[place % len(_OVERLAID)]
+            width = 1.2 + 2.2 * (len(runs) - 1 - index)  # the first curve is the widest, and lies below the others
+            color = _VARIANT_COLORS[index % len(_VARIANT_COLORS)]
             axes.plot(*zip(*points, strict=True), color=color, linewidth=width, label=name)
         _finish(axes, label)
     return _write(figure, path)
 
 
-def _save(path: Path, label: str, draw: Any, run: RunFiles) -> Path:
-    from matplotlib.figure import Figure  # without pyplot: no display, no state
-
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    draw(axes, run)
-    _finish(axes, label)
-    return _write(figure, path)
+def _mark_best(axes: "Axes", run: RunFiles) -> None:
+    """Draw a vertical line at the step of the best checkpoint."""
+    if run.best is not None and run.results is not None:
+        label = best_label(run.results).replace("best", "best checkpoint")
+        axes.axvline(run.best["step"], color=_MARK, linestyle="--", linewidth=1, label=label)
 
 
 def _finish(axes: "Axes", label: str) -> None:
+    """Add the labels of the axes, the grid and the legend."""
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
@@ -81,49 +114,10 @@ def _finish(axes: "Axes", label: str) -> None:
 
 
 def _write(figure: "Figure", path: Path) -> Path:
+    """Write a PNG file through a temporary one, so that it is never half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     record_files(temporary, path)
     figure.savefig(temporary, dpi=150, format="png")
     temporary.replace(path)
     return path
-
-
-def _draw_loss(axes: "Axes", run: RunFiles) -> None:
-    steps = [line for line in run.steps if line.get("loss") is not None]
-    if steps:
-        xs, ys = [line["step"] for line in steps], [line["loss"] for line in steps]
-        axes.plot(xs, ys, color=_TRAIN, linewidth=1.2, label="training, each step")
-    if run.held_out:
-        label = "held-out, each checkpoint" if run.systems else "held-out"
-        axes.plot(*zip(*run.held_out, strict=True), "o-", color=_TEST, markersize=4, label=label)
-    _mark_best(axes, run)
-
-
-def _draw_scores(axes: "Axes", run: RunFiles) -> None:
-    assert run.results is not None
-    for (metric, name), color in zip(_NAMES.items(), (_TRAIN, _TEST), strict=True):
-        entries = [entry for _, entry in run.systems if metric in entry]
-        if not entries:
-            continue
-        scores = [entry[metric] for entry in entries]
-        xs, ys = [entry["step"] for entry in entries], [score["score"] for score in scores]
-        bars = _error_bars(scores) if is_reliable(run.results) else None
-        axes.errorbar(xs, ys, bars, fmt="o-", color=color, capsize=3, markersize=4, label=name)
-        constant = run.results["constant"][metric]["score"]
-        axes.axhline(constant, color=color, linestyle=":", linewidth=1, label=f"{name} of the constant answer")
-    axes.set_ylim(bottom=0)
-    _mark_best(axes, run)
-
-
-def _error_bars(scores: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """How far the intervals reach below and above the scores."""
-    below = [max(0.0, score["score"] - score["low"]) for score in scores]
-    return below, [max(0.0, score["high"] - score["score"]) for score in scores]
-
-
-def _mark_best(axes: "Axes", run: RunFiles) -> None:
-    best = next((e["step"] for name, e in run.systems if run.results and name == run.results["best"]), None)
-    if best is not None and run.results is not None:
-        label = best_label(run.results).replace("best", "best checkpoint")
-        axes.axvline(best, color=_MARK, linestyle="--", linewidth=1, label=label)

@@ -1,71 +1,80 @@
-"""Tables as text cells, for the terminal, the pages and Markdown alike: a run's scores, and a comparison."""
+"""Tables as text cells, for the terminal, the pages and Markdown: a run's scores, and a comparison's figures."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from minisft.report.run_data import RunFiles, metrics_of
+from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of
 from minisft.results import best_label, is_below_base, is_reliable
 
-_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
-_RIVALS = ("base", "constant", "best")  # of whom the differences are told
+_RIVALS = ("base", "constant", "best")  # the systems that every other one is tested against
 
 
 def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]:
-    """Return heads and rows of cells, with whether a row is the best: base, checkpoints and the constant answer.
+    """Return the scores of the base model, every checkpoint and the constant baseline.
 
-    With too few held-out conversations there are no p-values; without any there are no scores, and no constant answer.
+    Too few held-out conversations give no p-values; none give neither scores nor a constant baseline.
+
+    Returns:
+        The heads, and the rows: (cells, whether the row is the best checkpoint).
     """
     assert run.results is not None
     metrics, best = metrics_of(run), run.results["best"]
     rivals = _RIVALS if metrics and is_reliable(run.results) else ()
-    scored = [
-        *(_NAMES[metric] for metric in metrics),
-        *(f"p: {rival}" for rival in rivals),
-        *(["exact"] if metrics else []),
-        *run.results["base"].get("custom", {}),
-    ]
-    everyone = [*run.systems, *([("constant", run.results["constant"])] if metrics else [])]
-    below = f"{best} ({best_label(run.results)})" if is_below_base(run.results) else best
-    rows = [
-        (_score_cells(below if name == best else name, entry, metrics, rivals), name == best)
-        for name, entry in everyone
-    ]
-    return ["", "step", "loss", "perplexity", *scored, "seconds"], rows
+
+    # 1. The heads.
+    heads = ["", "step", "loss", "perplexity", *(METRIC_NAMES[metric] for metric in metrics)]
+    heads += [f"p: {rival}" for rival in rivals]
+    heads += [*(["exact"] if metrics else []), *run.results["base"].get("custom", {}), "seconds"]
+
+    # 2. A row for each system; the constant baseline has scores, but neither a step nor a loss.
+    rows = []
+    for name, entry in [*run.systems, *([("constant", run.results["constant"])] if metrics else [])]:
+        below = name == best and is_below_base(run.results)
+        p_values = entry[metrics[0]].get("p", {}) if metrics else {}
+        cells = [
+            f"{name} ({best_label(run.results)})" if below else name,
+            entry.get("step"),
+            entry.get("loss"),
+            entry.get("perplexity"),
+            *(format_score(entry[metric]) for metric in metrics),
+            *(format_p_value(p_values.get(rival)) for rival in rivals),
+            *([f"{100 * entry.get('exact_match', 0):.0f} %"] if metrics else []),
+            *(format_score(score, digits=".4g") for score in entry.get("custom", {}).values()),
+            entry.get("seconds"),
+        ]
+        texts = ["" if cell is None else f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        rows.append((texts, name == best))
+    return heads, rows
 
 
-def _score_cells(label: str, entry: dict[str, Any], metrics: list[str], rivals: Sequence[str]) -> list[str]:
-    chances = entry[metrics[0]].get("p", {}) if metrics else {}
-    exact = [f"{100 * entry.get('exact_match', 0):.0f} %"] if metrics else []
-    cells = [
-        label, entry.get("step"), entry.get("loss"), entry.get("perplexity"),
-        *(_score(entry[metric], True) for metric in metrics), *(chance(chances.get(rival)) for rival in rivals), *exact,
-        *(_custom(score) for score in entry.get("custom", {}).values()),
-        entry.get("seconds"),
-    ]  # fmt: skip
-    return [_cell(cell) for cell in cells]
-
-
-def _custom(score: dict[str, Any]) -> str:
-    interval = f" [{score['low']:.4g}, {score['high']:.4g}]" if is_reliable(score) else ""
-    return f"{score['score']:.4g}{interval}"
-
-
-def chance(p: float | None) -> str:
-    """Return a p-value as text, to three places, or its first digit where it is smaller."""
+def format_p_value(p: float | None) -> str:
+    """Return a p-value with three decimals, or with one significant digit if it is below 0.001."""
     if p is None:
         return ""
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
 
 
-def _cell(value: Any) -> str:
-    if value is None:
+def format_score(score: dict[str, Any] | None, interval: bool = True, digits: str = ".1f") -> str:
+    """Return a score, with its confidence interval in brackets if it is wanted and reliable."""
+    if score is None:
         return ""
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    text = format(score["score"], digits)
+    return f"{text} [{score['low']:{digits}}, {score['high']:{digits}}]" if interval and is_reliable(score) else text
 
 
-def comparison_table(found: dict[str, Any], intervals: bool = True) -> tuple[list[str], list[list[str]], list[bool]]:
-    """Return heads, rows of cells, and which rows are the ones to take; columns without a figure are left out."""
-    columns = {
+def comparison_table(
+    comparison: dict[str, Any], intervals: bool = True
+) -> tuple[list[str], list[list[str]], list[bool]]:
+    """Return the figures of a comparison's variants; a column without any figure is left out.
+
+    Args:
+        comparison: The content of comparison.json.
+        intervals: Whether scores are shown with their confidence intervals.
+
+    Returns:
+        The heads, the rows of cells, and for each row whether its variant is one to take.
+    """
+    variants = comparison["variants"]
+    figures = {  # head: (key, format, factor)
         "s/step": ("seconds_per_step", "{:.2f}", 1),
         "tokens/s": ("supervised_tokens_per_second", "{:,.0f}", 1),
         "GB": ("peak_memory_mb", "{:.2f}", 1e-3),
@@ -73,43 +82,24 @@ def comparison_table(found: dict[str, Any], intervals: bool = True) -> tuple[lis
         "final loss": ("final_loss", "{:.4f}", 1),
         "test loss": ("test_loss", "{:.4f}", 1),
     }
-    variants = found["variants"]
-    cells = {
-        head: [_figure(variant.get(key), form, scale) for variant in variants]
-        for head, (key, form, scale) in columns.items()
+    columns = {
+        head: ["" if variant.get(key) is None else form.format(variant[key] * factor) for variant in variants]
+        for head, (key, form, factor) in figures.items()
     }
-    cells |= {name: [_score(variant.get(metric), intervals) for variant in variants] for metric, name in _NAMES.items()}
-    cells["best"] = ["below base" if variant.get("below_base") else "" for variant in variants]
-    cells["differs"] = [_difference(variant.get("against")) for variant in variants]
-    kept = {head: column for head, column in cells.items() if any(column)}
-    names = [_name(variant) for variant in variants]
-    rows = [list(row) for row in zip(names, *kept.values(), strict=True)]
-    return ["", *kept], rows, [variant["name"] in found["take"] for variant in variants]
+    for metric, name in METRIC_NAMES.items():
+        columns[name] = [format_score(variant.get(metric), intervals) for variant in variants]
+    columns["best"] = ["below base" if variant.get("below_base") else "" for variant in variants]
+    # The largest relative difference of loss and gradient norm from the first variant of the same trajectory.
+    distances = [variant.get("against") for variant in variants]
+    columns["differs"] = [f"{max(d['loss'], d['grad_norm']):.1e}" if d is not None else "" for d in distances]
+
+    names = [v["name"] if v["status"] == "done" else f"{v['name']} ({v['status']})" for v in variants]
+    shown = {head: column for head, column in columns.items() if any(column)}
+    rows = [list(row) for row in zip(names, *shown.values(), strict=True)]
+    return ["", *shown], rows, [variant["name"] in comparison["take"] for variant in variants]
 
 
-def _name(variant: dict[str, Any]) -> str:
-    if variant["status"] == "done":
-        return str(variant["name"])
-    return f"{variant['name']} ({variant['status']})"
-
-
-def _figure(value: float | None, form: str, scale: float) -> str:
-    return "" if value is None else form.format(value * scale)
-
-
-def _score(score: dict[str, Any] | None, interval: bool) -> str:
-    if score is None:
-        return ""
-    told = interval and is_reliable(score)
-    return f"{score['score']:.1f}" + (f" [{score['low']:.1f}, {score['high']:.1f}]" if told else "")
-
-
-def _difference(against: dict[str, Any] | None) -> str:
-    """The largest relative difference of loss and gradient norm from the first of the same trajectory."""
-    return "" if against is None else f"{max(against['loss'], against['grad_norm']):.1e}"
-
-
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """Return the table in Markdown; a bar in a cell does not end it."""
+def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown; a bar inside a cell is escaped."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

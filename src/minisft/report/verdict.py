@@ -2,237 +2,207 @@
 
 from typing import Any
 
-from minisft.report.run_data import RunFiles, metrics_of
-from minisft.report.tables import chance
+from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of
+from minisft.report.tables import format_p_value, format_score
 from minisft.results import MIN_CONVERSATIONS, is_reliable, unreliability_reason
 
-SURE = 0.05  # the p-value below which a difference counts as more than chance
+SIGNIFICANCE = 0.05  # the p-value below which a difference counts as more than chance
+SAME_SPEED = 0.03  # step times that differ by at most this share count as equal: repeated runs differ as much
 
 
 def verdict(run: RunFiles) -> str:
-    """Which checkpoint to take, by how much it beats the base model, and whether that is more than chance."""
+    """Return which checkpoint to take, by how much it beats the base model, and whether that is more than chance."""
     results = run.results
     if results is None:
         return "Not evaluated yet: minisft evaluate scores the base model and every checkpoint."
     if not metrics_of(run):
         return "There are no held-out conversations, so nothing is scored; the answers to your own prompts are below."
-    best = next((entry for name, entry in run.systems if name == results["best"]), None)
+    best = run.best
     if best is None:
         return "No checkpoint could be scored."
-    metric, name = ("bleu", "BLEU") if "bleu" in best else ("chrf", "chrF")
-    score, base = best[metric], results["base"][metric]
+    metric = "bleu" if "bleu" in best else "chrf"
+    name, label = METRIC_NAMES[metric], results["best"]
+    score, base, constant = best[metric], results["base"][metric], results["constant"][metric]
+
+    # 1. Against the base model.
     gain = score["score"] - base["score"]
     p = score.get("p", {}).get("base")
     interval = f" (95 % interval {score['low']:.1f} to {score['high']:.1f})" if is_reliable(score) else ""
-    where = f"{name} {score['score']:.1f}{interval}"
+    reached = f"{name} {score['score']:.1f}{interval}"
     above = f"{gain:.1f} above the base model"
-    if gain > 0 and not is_reliable(score):
-        first = f"{results['best']} is best with {where}, {above}."
-    elif gain > 0 and _sure(p):
-        first = f"Take {results['best']}: {where}, {above}, which is more than chance{_p(p)}."
-    elif gain > 0:
-        first = f"{results['best']} is best with {where}, {above}, but that may be chance{_p(p)}."
+    if gain <= 0:
+        first = f"No checkpoint beats the base model ({name} {base['score']:.1f}); best is {label} with {reached}."
+    elif not is_reliable(score):
+        first = f"{label} is best with {reached}, {above}."
+    elif _is_significant(p):
+        first = f"Take {label}: {reached}, {above}, which is more than chance{_in_brackets(p)}."
     else:
-        first = (
-            f"No checkpoint beats the base model ({name} {base['score']:.1f}); best is {results['best']} with {where}."
-        )
-    reason = f" {unreliability_reason(results)}." if unreliability_reason(results) else ""
-    return f"{first} {_against_constant(score, results['constant'][metric], name)}{reason}"
+        first = f"{label} is best with {reached}, {above}, but that may be chance{_in_brackets(p)}."
 
-
-def _against_constant(score: dict[str, Any], constant: dict[str, Any], name: str) -> str:
+    # 2. Against the constant baseline.
     p = score.get("p", {}).get("constant")
-    phrase = f"the constant baseline ({name} {constant['score']:.1f})"
+    baseline = f"the constant baseline ({name} {constant['score']:.1f})"
     if score["score"] <= constant["score"]:
-        return f"It does not beat {phrase}: that score is no proof of learning."
-    if not is_reliable(score):
-        return f"It scores above {phrase}."
-    return f"It beats {phrase}{' beyond chance' if _sure(p) else ', which may be chance'}{_p(p)}."
+        second = f"It does not beat {baseline}: that score is not evidence of learning."
+    elif not is_reliable(score):
+        second = f"It scores above {baseline}."
+    else:
+        chance = " beyond chance" if _is_significant(p) else ", which may be chance"
+        second = f"It beats {baseline}{chance}{_in_brackets(p)}."
+
+    # 3. Why no interval is given.
+    reason = unreliability_reason(results)
+    return f"{first} {second} {reason}." if reason else f"{first} {second}"
 
 
-def _sure(p: float | None) -> bool:
-    return p is not None and p < SURE
+def _is_significant(p: float | None) -> bool:
+    return p is not None and p < SIGNIFICANCE
 
 
-def _p(p: float | None) -> str:
-    return "" if p is None else f" (p = {chance(p)})"
+def _in_brackets(p: float | None) -> str:
+    return "" if p is None else f" (p = {format_p_value(p)})"
 
 
-SAME_SPEED = 0.03  # times of a step that are this close are taken for equal: a machine does not repeat itself better
+def comparison_verdict(comparison: dict[str, Any]) -> dict[str, Any]:
+    """Return what a comparison shows.
 
+    Args:
+        comparison: comparison.json without the keys that this function returns.
 
-def comparison_verdict(found: dict[str, Any]) -> dict[str, Any]:
-    """Return `verdict`, the sentences; `take`, the names of the variants to take; `coincide`, or None."""
-    trained = [v for v in found["variants"] if v.get("steps") and is_trained(v)]
-    groups = _groups(trained)
-    sentences = [text for group in groups if (text := _coincidence(group, found["tolerance"]))]
-    off = [v["against"]["parts_at"] for v in trained if v.get("against")]
+    Returns:
+        `verdict`: the sentences; `take`: the names of the variants to take; `coincide`: whether all variants of one
+        trajectory took the same steps, or None if no two can be compared.
+    """
+    variants = comparison["variants"]
+    trained = [v for v in variants if v.get("steps") and is_trained(v)]
+    trajectories = list(dict.fromkeys(v["trajectory"] for v in trained))
+    groups = [[v for v in trained if v["trajectory"] == trajectory] for trajectory in trajectories]
     take: list[str] = []
-    best = best_scored(trained) if len(groups) > 1 else None
-    if best is not None:
-        sentences.append(_best(best, trained))
-        take.append(best["name"])
-    group = next((g for g in groups if best in g), groups[0] if groups else [])
+
+    # 1. Do the curves of one trajectory coincide?
+    sentences = [_coincidence(group, comparison["tolerance"]) for group in groups if len(group) > 1]
+    parted = [v["against"]["parts_at"] is not None for v in trained if v.get("against")]
+
+    # 2. Which setting scores best?
+    best = None
+    if len(groups) > 1 and (setting := _best_setting(trained)) is not None:
+        best, sentence = setting
+        sentences.append(sentence)
+        take = [best["name"]]
+
+    # 3. Which strategy is fastest, among the variants of the best trajectory?
+    group = next((group for group in groups if best in group), groups[0] if groups else [])
     if len(group) > 1:
-        chosen = _choose(group)
-        sentences += _advice(chosen, group)
+        # Of the variants that are as fast as the fastest, the one that needs least memory.
+        fastest = min(v["seconds_per_step"] for v in group)
+        fast = [v for v in group if v["seconds_per_step"] <= fastest * (1 + SAME_SPEED)]
+        chosen = min(fast, key=lambda v: v["peak_memory_mb"] or 0)
+        sentences += _costs(chosen, group)
         take = [chosen["name"]]
-    sentences += [_failure(v) for v in found["variants"] if v["status"] == "failed"]
-    waiting = [v["name"] for v in found["variants"] if v["status"] == "waiting"]
+
+    # 4. What failed, and what has not run yet?
+    for v in variants:
+        if v["status"] == "failed":
+            error = " ".join((v["error"] or "").split()).replace(" Fix:", ". Fix:")  # the fix stood on its own line
+            sentences.append(f"{v['name']} failed ({v['failed_at']}): {error}")
+    waiting = [v["name"] for v in variants if v["status"] == "waiting"]
     if waiting:
         sentences.append(f"Not run yet: {', '.join(waiting)}.")
-    return {"coincide": all(step is None for step in off) if off else None, "take": take, "verdict": sentences}
+    return {"coincide": not any(parted) if parted else None, "take": take, "verdict": sentences}
 
 
 def is_trained(variant: dict[str, Any]) -> bool:
-    """Say whether a variant took all its steps, whatever became of its evaluation."""
+    """Return whether a variant took all its steps, even if its evaluation failed."""
     return variant["status"] == "done" or variant["failed_at"] == "evaluate"
 
 
-def _groups(variants: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Variants of one trajectory each, in the order of their first ones."""
-    keys = dict.fromkeys(variant["trajectory"] for variant in variants)
-    return [[variant for variant in variants if variant["trajectory"] == key] for key in keys]
-
-
-# --- are the curves one -----------------------------------------------------------------------------------
-
-
-def _coincidence(group: list[dict[str, Any]], tolerance: float) -> str | None:
+def _coincidence(group: list[dict[str, Any]], tolerance: float) -> str:
+    """Return whether the curves of one trajectory coincide with those of its first variant, or where they part."""
     first, *others = group
-    if not others:
-        return None
-    off = [other for other in others if other["against"]["parts_at"] is not None]
-    if off:
-        return " ".join(_parting(other, first["name"], tolerance) for other in off) + _rounding(group)
-    loss, norm = (max(other["against"][key] for other in others) for key in ("loss", "grad_norm"))
-    steps = min(other["against"]["steps"] for other in others)
-    return (
-        f"The curves coincide within {_power(tolerance)}: over {steps} steps the losses of {_listed(others)} differ "
-        f"from those of {first['name']} by at most {_power(loss)} of their size, the gradient norms by at most "
-        f"{_power(norm)}."
-    )
+    parted = [v for v in others if v["against"]["parts_at"] is not None]
+    if not parted:
+        *names, last = [v["name"] for v in others]
+        listed = f"{', '.join(names)} and {last}" if names else last
+        loss, norm = (max(v["against"][key] for v in others) for key in ("loss", "grad_norm"))
+        steps = min(v["against"]["steps"] for v in others)
+        return (
+            f"The curves coincide within {_scientific(tolerance)}: over {steps} steps the losses of {listed} differ "
+            f"from those of {first['name']} by at most {_scientific(loss)} of their size, the gradient norms by at "
+            f"most {_scientific(norm)}."
+        )
+    sentences = []
+    for v in parted:
+        against = v["against"]
+        sentences.append(
+            f"{v['name']} parts from {first['name']} at step {against['parts_at']}: in {against['apart']} of "
+            f"{against['steps']} steps loss or gradient norm differ by more than {_scientific(tolerance)} of their "
+            f"size; the losses differ by at most {_scientific(against['loss'])}, the gradient norms by at most "
+            f"{_scientific(against['grad_norm'])}."
+        )
+    # DeepSpeed rounds weights and gradients where autocast does not, so half precision cannot show coinciding curves.
+    half = [name for name in ("bf16", "fp16") if any(v.get("precision") == name for v in group)]
+    if half:
+        sentences.append(
+            f"In {' and '.join(half)} rounding alone parts them, since the strategies round at different places; "
+            "training.precision=fp32 shows whether the curves coincide."
+        )
+    return " ".join(sentences)
 
 
-def _rounding(group: list[dict[str, Any]]) -> str:
-    """Say what curves in half precision cannot show: DeepSpeed rounds weights and gradients where autocast does not."""
-    half = [name for name in ("bf16", "fp16") if any(variant.get("precision") == name for variant in group)]
-    if not half:
-        return ""
-    return (
-        f" In {' and '.join(half)} rounding alone parts them, since the strategies round at different places; "
-        "whether the curves are one shows with training.precision=fp32."
-    )
-
-
-def _parting(variant: dict[str, Any], first: str, tolerance: float) -> str:
-    against = variant["against"]
-    return (
-        f"{variant['name']} parts from {first} at step {against['parts_at']}: in {against['apart']} of "
-        f"{against['steps']} steps loss or gradient norm differ by more than {_power(tolerance)} of their size; at "
-        f"most the losses by {_power(against['loss'])}, the norms by {_power(against['grad_norm'])}."
-    )
-
-
-# --- which strategy ---------------------------------------------------------------------------------------
-
-
-def _choose(group: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fastest; of those that are as fast, the one that needs least memory."""
-    fastest = min(variant["seconds_per_step"] for variant in group)
-    fast = [variant for variant in group if variant["seconds_per_step"] <= fastest * (1 + SAME_SPEED)]
-    return min(fast, key=lambda variant: variant["peak_memory_mb"] or 0)
-
-
-def _advice(chosen: dict[str, Any], group: list[dict[str, Any]]) -> list[str]:
-    others = [variant for variant in group if variant is not chosen]
-    slower = [f"{v['name']} takes {_times(v, chosen, 'seconds_per_step')}" for v in others]
-    sentences = [
-        f"Use {chosen['name']} here: no other that ran is faster, {chosen['seconds_per_step']:.2f} s a step; "
-        f"{', '.join(slower)} as long."
-    ]
-    if all(variant["peak_memory_mb"] for variant in group):
-        sentences.append(_memory(chosen, min(group, key=lambda variant: variant["peak_memory_mb"])))
-    if all(variant["communication_mb"] for variant in group):
-        sent = [f"{v['name']} {_amount(v['communication_mb'])}" for v in group]
-        sentences.append(f"MB that a process sends in a step: {', '.join(sent)}.")
-    return sentences
-
-
-def _memory(chosen: dict[str, Any], leanest: dict[str, Any]) -> str:
-    mine = chosen["peak_memory_mb"]
-    if leanest is chosen:
-        return f"It also needs least memory, {mine / 1000:.2f} GB a process at its peak."
-    saved = 1 - leanest["peak_memory_mb"] / mine
-    return (
-        f"Where memory is short, {leanest['name']} needs {leanest['peak_memory_mb'] / 1000:.2f} GB a process at its "
-        f"peak instead of {mine / 1000:.2f} ({100 * saved:.0f} % less), for "
-        f"{_times(leanest, chosen, 'seconds_per_step')} the time of a step."
-    )
-
-
-def _amount(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def _times(variant: dict[str, Any], chosen: dict[str, Any], key: str) -> str:
-    return f"{variant[key] / chosen[key]:.2f} times"
-
-
-# --- which setting ----------------------------------------------------------------------------------------
-
-
-def best_scored(variants: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the variant with the best score, by test loss where there are no scores; None where neither is."""
-    for metric in ("bleu", "chrf"):
-        scored = [variant for variant in variants if metric in variant]
-        if scored:
-            return max(scored, key=lambda variant: variant[metric]["score"])
-    judged = [variant for variant in variants if variant.get("test_loss") is not None]
-    return min(judged, key=lambda variant: variant["test_loss"], default=None)
-
-
-def _best(best: dict[str, Any], variants: list[dict[str, Any]]) -> str:
-    metric = next((metric for metric in ("bleu", "chrf") if metric in best), None)
-    if metric is None:
-        return f"{best['name']} has the lowest test loss, {best['test_loss']:.4f}."
-    name = {"bleu": "BLEU", "chrf": "chrF"}[metric]
-    below = ", which is below its base model" if best.get("below_base") else ""
-    text = f"{best['name']} scores best: {name} {_interval(best[metric])}, with {best['best']}{below}"
-    rivals = [v for v in variants if metric in v and v["trajectory"] != best["trajectory"]]
-    second = max(rivals, key=lambda variant: variant[metric]["score"], default=None)
-    if second is None:
-        return text + "."
-    return (
-        f"{text}; next is {second['name']} with {_interval(second[metric])}: {_chance(best[metric], second[metric])}."
-    )
-
-
-def _chance(best: dict[str, Any], second: dict[str, Any]) -> str:
-    if not (is_reliable(best) and is_reliable(second)):
-        return f"it may be chance, since fewer than {MIN_CONVERSATIONS} held-out conversations were scored"
-    apart = best["low"] > second["high"]
-    return "the intervals do not meet" if apart else "the intervals overlap, so it may be chance"
-
-
-def _interval(score: dict[str, Any]) -> str:
-    interval = f" [{score['low']:.1f}, {score['high']:.1f}]" if is_reliable(score) else ""
-    return f"{score['score']:.1f}{interval}"
-
-
-# --- what went wrong --------------------------------------------------------------------------------------
-
-
-def _failure(variant: dict[str, Any]) -> str:
-    error = " ".join((variant["error"] or "").split()).replace(" Fix:", ". Fix:")  # on a line of its own
-    return f"{variant['name']} failed ({variant['failed_at']}): {error}"
-
-
-def _power(value: float) -> str:
-    """0.0002 as 2e-4."""
+def _scientific(value: float) -> str:
+    """Return a number such as 0.0002 as 2e-4."""
     return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0"
 
 
-def _listed(variants: list[dict[str, Any]]) -> str:
-    *most, last = [variant["name"] for variant in variants]
-    return f"{', '.join(most)} and {last}" if most else last
+def _costs(chosen: dict[str, Any], group: list[dict[str, Any]]) -> list[str]:
+    """Return sentences on time, memory and communication of a trajectory's variants, compared with the chosen one."""
+    times = {v["name"]: f"{v['seconds_per_step'] / chosen['seconds_per_step']:.2f} times" for v in group}
+    slower = [f"{v['name']} takes {times[v['name']]}" for v in group if v is not chosen]
+    sentences = [
+        f"Use {chosen['name']} here: no variant that ran is more than {100 * SAME_SPEED:.0f} % faster "
+        f"({chosen['seconds_per_step']:.2f} s a step); {', '.join(slower)} as long."
+    ]
+    if all(v["peak_memory_mb"] for v in group):
+        leanest = min(group, key=lambda v: v["peak_memory_mb"])
+        least, memory = leanest["peak_memory_mb"], chosen["peak_memory_mb"]
+        if leanest is chosen:
+            sentences.append(f"It also needs the least memory, {memory / 1000:.2f} GB a process at its peak.")
+        else:
+            sentences.append(
+                f"Where memory is short, {leanest['name']} needs {least / 1000:.2f} GB a process at its peak instead "
+                f"of {memory / 1000:.2f} ({100 * (1 - least / memory):.0f} % less), for {times[leanest['name']]} the "
+                "time of a step."
+            )
+    if all(v["communication_mb"] for v in group):
+        sent = [(v["name"], v["communication_mb"]) for v in group]
+        listed = ", ".join(f"{name} {mb:,.0f}" if mb >= 10 else f"{name} {mb:.2g}" for name, mb in sent)
+        sentences.append(f"MB that a process sends in a step: {listed}.")
+    return sentences
+
+
+def _best_setting(variants: list[dict[str, Any]]) -> tuple[dict[str, Any], str] | None:
+    """Return the variant with the best score, or else with the lowest test loss, and a sentence on it.
+
+    The sentence says whether the interval of its score overlaps that of the next trajectory.
+    """
+    metric = next((metric for metric in METRIC_NAMES if any(metric in v for v in variants)), None)
+    if metric is None:
+        with_loss = [v for v in variants if v.get("test_loss") is not None]
+        if not with_loss:
+            return None
+        best = min(with_loss, key=lambda v: v["test_loss"])
+        return best, f"{best['name']} has the lowest test loss, {best['test_loss']:.4f}."
+    scored = sorted((v for v in variants if metric in v), key=lambda v: v[metric]["score"], reverse=True)
+    best, score = scored[0], scored[0][metric]
+    below = ", which is below its base model" if best.get("below_base") else ""
+    text = f"{best['name']} scores best: {METRIC_NAMES[metric]} {format_score(score)}, with {best['best']}{below}"
+    second = next((v for v in scored if v["trajectory"] != best["trajectory"]), None)
+    if second is None:
+        return best, f"{text}."
+    if not (is_reliable(score) and is_reliable(second[metric])):
+        chance = f"it may be chance, since fewer than {MIN_CONVERSATIONS} held-out conversations were scored"
+    elif score["low"] > second[metric]["high"]:
+        chance = "the intervals do not overlap"
+    else:
+        chance = "the intervals overlap, so it may be chance"
+    return best, f"{text}; next is {second['name']} with {format_score(second[metric])}: {chance}."

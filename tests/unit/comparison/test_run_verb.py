@@ -1,4 +1,4 @@
-"""A verb in a process of its own: how it ended, what it printed, and that signals reach it."""
+"""A command in a process of its own: its exit status, its output, and that signals reach it."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from minisft.errors import StoppedError
 from minisft.processes import CompletedVerb, run_verb
 
 
-def test_an_error_that_the_user_can_mend(tmp_path):
+def test_an_error_that_the_user_can_fix_has_status_2(tmp_path):
     lines: list[str] = []
     ended = run_verb(["train", str(tmp_path / "none.yaml")], tmp_path / "log", lines.append)
     assert ended.status == 2
@@ -39,12 +39,12 @@ def test_the_log_keeps_what_earlier_children_printed(tmp_path):
         (2, "step 1\nminisft: a: b\n  Fix: c\n", "a: b\n  Fix: c"),
     ],
 )
-def test_why_it_failed(status, printed, said):
+def test_the_error_says_why_the_command_failed(status, printed, said):
     assert CompletedVerb(status, printed).error == said
 
 
 def test_a_signal_stops_the_child_and_then_this_process(tmp_path):
-    """`--follow` waits for data that never comes; its end is the child's, before StoppedError is raised."""
+    """`--follow` waits for data that never arrives; the child has ended before StoppedError is raised."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: m\noutput: {tmp_path / 'run'}\ndata: {{source: s}}\n")
     threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -55,7 +55,7 @@ def test_a_signal_stops_the_child_and_then_this_process(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_what_is_shared_is_whole_and_replaces_nothing(tmp_path):
+def test_a_shared_folder_is_complete_and_replaces_nothing(tmp_path):
     source = tmp_path / "a" / "dataset"
     (source / "train").mkdir(parents=True)
     (source / "train" / "rows").write_text("rows")

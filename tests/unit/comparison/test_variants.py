@@ -1,4 +1,4 @@
-"""What is compared: options to variants, their names, folders and overrides."""
+"""The variants that the options of compare give: their names, folders and overrides."""
 
 from pathlib import Path
 
@@ -28,12 +28,12 @@ def test_the_four_strategies_are_the_default(recipe, tmp_path):
     assert len({trajectory(variant) for variant in variants}) == 1
 
 
-def test_overrides_hold_for_all(recipe):
+def test_overrides_hold_for_all_variants(recipe):
     variants = choose(recipe, "vanilla,zero2", overrides=["training.processes=2", "seed=3"])
     assert [(v.recipe.training.processes, v.recipe.seed) for v in variants] == [(2, 3), (2, 3)]
 
 
-def test_values_of_a_key(recipe):
+def test_each_value_of_a_key_is_a_variant(recipe):
     variants = choose(recipe, varied=["training.learning_rate=1e-4,2e-4"])
     assert [variant.name for variant in variants] == ["learning_rate-1e-4", "learning_rate-2e-4"]
     assert [variant.recipe.training.learning_rate for variant in variants] == [1e-4, 2e-4]
@@ -41,7 +41,7 @@ def test_values_of_a_key(recipe):
     assert len({trajectory(variant) for variant in variants}) == 2
 
 
-def test_every_combination(recipe):
+def test_every_combination_of_values_is_a_variant(recipe):
     variants = choose(recipe, "vanilla,zero1", ["seed=0,1"])
     assert [variant.name for variant in variants] == [
         "vanilla_seed-0", "vanilla_seed-1", "zero1_seed-0", "zero1_seed-1",
@@ -58,11 +58,11 @@ def test_values_may_be_mappings_and_quoted_texts(recipe):
     assert all(Path(variant.recipe.output).parent.name == "compare" for variant in variants)
 
 
-def test_names_are_distinct(recipe):
+def test_names_of_variants_are_distinct(recipe):
     assert [v.name for v in choose(recipe, varied=["data.source=a/b,a:b"])] == ["source-a-b", "source-a-b-2"]
 
 
-def test_one_impossible_variant_is_kept_with_its_error(recipe):
+def test_an_invalid_variant_is_kept_with_its_error(recipe):
     good, bad = choose(recipe, varied=["training.batch_size=2,-1"])
     assert good.recipe.training.batch_size == 2
     assert bad.recipe is None
@@ -74,30 +74,30 @@ def test_one_impossible_variant_is_kept_with_its_error(recipe):
     ("strategies", "varied", "said"),
     [
         ("zero5", [], "there is no strategy 'zero5'"),
-        ("", [], "it names none"),
-        ("vanilla,vanilla", [], "vanilla stands there twice"),
-        (None, ["seed"], "it names no values"),
-        (None, ["seed="], "it names no values"),
+        ("", [], "it lists no strategy"),
+        ("vanilla,vanilla", [], "the value vanilla occurs twice"),
+        (None, ["seed"], "it lists no values"),
+        (None, ["seed="], "it lists no values"),
         (None, ["seed=[1"], "its values cannot be read"),
         (None, ["seed=1", "seed=2"], "this key is varied twice"),
         ("vanilla", ["training.strategy=zero1"], "this key is varied twice"),
-        (None, ["output=a,b"], "each variant has a folder of its own already"),
+        (None, ["output=a,b"], "each variant already has an output folder of its own"),
         (None, ["trainin.epochs=1,2"], "unknown key 'trainin'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(recipe, strategies, varied, said):
+def test_invalid_options_are_refused(recipe, strategies, varied, said):
     with pytest.raises(UserError, match=said.replace("[", r"\[")):
         choose(recipe, strategies, varied)
 
 
 def test_a_folder_with_a_run_of_other_settings_is_refused(recipe):
-    """The trajectory would be the same, but not what is measured."""
+    """The trajectory would be the same, but the measured figures would not."""
     (variant,) = choose(recipe, "zero2", overrides=["training.processes=2", "training.batch_size=4"])
     with open_run(variant.recipe) as run:
         run.metrics.write_text("{}\n")
     refuse_other_run(variant)
     (other,) = choose(recipe, "zero2", overrides=["training.processes=1", "training.batch_size=8"])
-    with pytest.raises(UserError, match=r"training.processes 2, and it is 1 here"):
+    with pytest.raises(UserError, match=r"training.processes 2, but this variant has 1"):
         refuse_other_run(other)
     (saves,) = choose(
         recipe, "zero2", overrides=["training.processes=2", "training.batch_size=4", "training.save_every=5"]

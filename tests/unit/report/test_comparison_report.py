@@ -1,4 +1,4 @@
-"""What a comparison says about made-up run folders: figures, coincidence, advice, and text that stays text."""
+"""Comparisons of made-up run folders: figures, coincidence, the variant to take, and untrusted text that stays text."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def entry(name, trajectory="one", **fields):
     return Entry(name, f"compare/{name}", (f"training.strategy={name}",), trajectory, **({"status": "done"} | fields))
 
 
-def test_figures_leave_the_first_step_out(tmp_path):
+def test_the_first_step_does_not_count_in_the_figures(tmp_path):
     figures = measure(read_run(make_run(tmp_path, seconds=2.0, memory=1234.0, sent=7.0)))
     assert figures["steps"] == 10
     assert figures["seconds_per_step"] == 2.0
@@ -56,14 +56,14 @@ def test_figures_leave_the_first_step_out(tmp_path):
     assert figures["bleu"] == {"score": 20.0, "low": 19.0, "high": 21.0}
 
 
-def test_a_run_that_says_nothing_has_no_figures(tmp_path):
+def test_a_run_without_metrics_has_no_figures(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: tiny\n")
     figures = measure(read_run(tmp_path))
     assert figures.pop("steps") == 0
     assert set(figures.values()) <= {None, 0}
 
 
-def test_curves_that_coincide_and_what_to_use(tmp_path):
+def test_the_verdict_says_that_curves_coincide_and_which_variant_to_take(tmp_path):
     make_run(tmp_path / "compare/vanilla", seconds=1.0, memory=4000.0, sent=500.0)
     make_run(tmp_path / "compare/zero1", seconds=1.5, memory=3500.0, sent=750.0, off=1e-6)
     make_run(tmp_path / "compare/zero3", seconds=3.0, memory=3000.0, sent=900.0, off=-1e-5)
@@ -73,8 +73,8 @@ def test_curves_that_coincide_and_what_to_use(tmp_path):
     assert found["verdict"] == [
         "The curves coincide within 2e-4: over 10 steps the losses of zero1 and zero3 differ from those of vanilla "
         "by at most 1e-5 of their size, the gradient norms by at most 0.",
-        "Use vanilla here: no other that ran is faster, 1.00 s a step; zero1 takes 1.50 times, zero3 takes 3.00 times "
-        "as long.",
+        "Use vanilla here: no variant that ran is more than 3 % faster (1.00 s a step); zero1 takes 1.50 times, zero3 takes "
+        "3.00 times as long.",
         "Where memory is short, zero3 needs 3.00 GB a process at its peak instead of 4.00 (25 % less), for 3.00 times "
         "the time of a step.",
         "MB that a process sends in a step: vanilla 500, zero1 750, zero3 900.",
@@ -84,16 +84,16 @@ def test_curves_that_coincide_and_what_to_use(tmp_path):
     assert "| vanilla | 1.00 | 30 | 4.00 | 500.0 | 0.4000 | 1.5000 |" in (tmp_path / "comparison.md").read_text()
 
 
-def test_of_equally_fast_ones_the_leaner_is_taken(tmp_path):
+def test_of_equally_fast_variants_the_one_with_least_memory_is_taken(tmp_path):
     make_run(tmp_path / "compare/vanilla", seconds=1.00, memory=4000.0)
     make_run(tmp_path / "compare/zero2", seconds=1.02, memory=3000.0)
     found = write_comparison(tmp_path, [entry("vanilla"), entry("zero2")])
     assert found["take"] == ["zero2"]
-    assert any("also needs least memory, 3.00 GB" in text for text in found["verdict"])
+    assert any("also needs the least memory, 3.00 GB" in text for text in found["verdict"])
 
 
 @pytest.mark.parametrize(("precision", "rounded"), [("bf16", True), ("fp32", False)])
-def test_curves_that_part_in_half_precision_say_why(tmp_path, precision, rounded):
+def test_the_verdict_says_why_curves_part_in_half_precision(tmp_path, precision, rounded):
     for name, off in (("vanilla", 0.0), ("zero2", 3e-3)):
         run = make_run(tmp_path / "compare" / name, off=off)
         (run / "environment.json").write_text(json.dumps({"precision": precision}))
@@ -104,7 +104,7 @@ def test_curves_that_part_in_half_precision_say_why(tmp_path, precision, rounded
     assert ("training.precision=fp32" in found["verdict"][0]) == rounded
 
 
-def test_curves_that_part_say_where(tmp_path):
+def test_the_verdict_names_the_step_at_which_curves_part(tmp_path):
     make_run(tmp_path / "compare/vanilla")
     make_run(tmp_path / "compare/zero2", off=3e-3, off_from=7)
     found = write_comparison(tmp_path, [entry("vanilla"), entry("zero2")])
@@ -112,11 +112,11 @@ def test_curves_that_part_say_where(tmp_path):
     assert found["variants"][1]["against"]["parts_at"] == 7
     assert found["verdict"][0] == (
         "zero2 parts from vanilla at step 7: in 4 of 10 steps loss or gradient norm differ by more than 2e-4 of their "
-        "size; at most the losses by 3e-3, the norms by 0."
+        "size; the losses differ by at most 3e-3, the gradient norms by at most 0."
     )
 
 
-def test_settings_are_judged_by_their_scores(tmp_path):
+def test_the_setting_with_the_best_score_is_taken(tmp_path):
     for name, bleu in (("low", 20.0), ("high", 25.0), ("middle", 24.0)):
         make_run(tmp_path / "compare" / name, bleu=bleu, off=bleu)
     found = write_comparison(tmp_path, [entry(name, name) for name in ("low", "high", "middle")])
@@ -143,15 +143,15 @@ def test_a_failed_variant_is_named_and_the_others_are_compared(tmp_path):
     assert NASTY.replace("|", "\\|") not in (tmp_path / "comparison.md").read_text().split("\n\n")[2]
 
 
-def test_figures_of_a_folder_that_is_not_the_variants_own_are_not_shown(tmp_path):
+def test_figures_of_a_folder_with_another_run_are_not_shown(tmp_path):
     make_run(tmp_path / "compare/vanilla")
     found = write_comparison(tmp_path, [entry("vanilla", status="failed", failed_at="start", error="another's run")])
     assert "steps" not in found["variants"][0]
     assert not (tmp_path / "comparison.png").exists()
-    assert "vanilla failed (start), the others went on:" in (tmp_path / "comparison.html").read_text()
+    assert "vanilla failed (start), the others continued:" in (tmp_path / "comparison.html").read_text()
 
 
-def test_the_page(tmp_path):
+def test_the_page_holds_every_section_and_loads_nothing(tmp_path):
     make_run(tmp_path / "compare/vanilla", steps=4000)
     make_run(tmp_path / "compare/zero2", steps=4000, off=1e-6)
     write_comparison(tmp_path, [entry("vanilla"), entry("zero2")])
@@ -167,7 +167,7 @@ def test_the_page(tmp_path):
     assert all(1000 < len(curve) <= 2000 for curves in data["curves"].values() for curve in curves)
 
 
-def test_losses_that_are_no_numbers_leave_the_page_whole(tmp_path):
+def test_losses_that_are_not_finite_are_not_drawn(tmp_path):
     folder = make_run(tmp_path / "compare/vanilla")
     lines = (folder / "metrics.jsonl").read_text() + '{"step": 11, "loss": NaN, "grad_norm": Infinity, "seconds": 1, '
     (folder / "metrics.jsonl").write_text(lines + '"supervised_tokens": 1}\n')
@@ -176,7 +176,7 @@ def test_losses_that_are_no_numbers_leave_the_page_whole(tmp_path):
     assert len(data["curves"]["loss"][0]) == 10
 
 
-def test_differences_are_relative_and_of_common_steps():
+def test_differences_are_relative_and_cover_common_steps_only():
     reference = [{"step": n, "loss": 2.0, "grad_norm": 4.0} for n in (1, 2, 3)]
     ours: list[dict[str, Any]] = [
         {"step": 2, "loss": 2.0, "grad_norm": 4.4},
@@ -191,8 +191,8 @@ def test_differences_are_relative_and_of_common_steps():
 
 
 @pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here; MINISFT_BROWSER names one")
-def test_the_page_in_a_browser(tmp_path):
-    """It draws a curve for each variant, says their values, complains of nothing, and runs nothing it got as text."""
+def test_the_page_draws_every_variant_in_a_browser(tmp_path):
+    """The page draws a curve for each variant, shows its values, logs no error, and runs no script of untrusted text."""
     make_run(tmp_path / "compare/vanilla")
     make_run(tmp_path / "compare/zero2", seconds=2.0)
     entries = [entry("vanilla"), entry("zero2"), entry("bad", status="failed", failed_at="train", error=NASTY)]
@@ -216,7 +216,7 @@ def test_the_page_in_a_browser(tmp_path):
         browser.close()
 
 
-def test_an_error_and_its_mend_are_two_sentences(tmp_path):
+def test_an_error_and_its_fix_are_two_sentences(tmp_path):
     error = str(UserError("disk", "the run needs 3 GB", "make room"))
     found = write_comparison(tmp_path, [entry("zero1", status="failed", failed_at="train", error=error)])
     assert found["verdict"] == ["zero1 failed (train): disk: the run needs 3 GB. Fix: make room"]

@@ -1,4 +1,4 @@
-"""The page of a run: what it says, and that nothing a model wrote can act on it."""
+"""The page of a run: its sections, and that nothing a model wrote can act on it."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from minisft.errors import UserError
 from minisft.report.markdown import write_results
 from minisft.report.page import write_report
 from minisft.report.run_data import read_run
-from minisft.report.tables import chance
+from minisft.report.tables import format_p_value
 from minisft.report.verdict import verdict
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/INST] &amp;"
@@ -91,7 +91,7 @@ def test_what_a_model_wrote_stays_text(tmp_path):
     assert not re.search(r"innerHTML\s*=|insertAdjacentHTML|document\.write", page)
 
 
-def test_the_page_asks_nobody_for_anything(tmp_path):
+def test_the_page_loads_nothing(tmp_path):
     page = write_report(make_run(tmp_path)).read_text()
     elements = Elements(page)
     assert not [a for _, a in elements.found if {"src", "href"} & set(a)]
@@ -99,7 +99,7 @@ def test_the_page_asks_nobody_for_anything(tmp_path):
     assert "default-src 'none'" in page
 
 
-def test_the_page_holds_every_part(tmp_path):
+def test_the_page_holds_every_section(tmp_path):
     page = write_report(make_run(tmp_path)).read_text()
     ids = {attributes["id"] for _, attributes in Elements(page).found if "id" in attributes}
     assert {"curves", "scores", "examples", "ledger", "preview", "speed", "recipe", "loss", "bleu", "chrf"} <= ids
@@ -118,11 +118,11 @@ def test_the_page_holds_every_part(tmp_path):
     [
         (20.0, "Take checkpoint-9: BLEU 20.0 (95 % interval 18.0 to 22.0), 17.0 above the base model, which is more "
                "than chance (p = 0.001). It beats the constant baseline (BLEU 10.0), which may be chance (p = 0.200)."),
-        (5.0, "It does not beat the constant baseline (BLEU 10.0): that score is no proof of learning."),
+        (5.0, "It does not beat the constant baseline (BLEU 10.0): that score is not evidence of learning."),
         (2.0, "No checkpoint beats the base model (BLEU 3.0); best is checkpoint-9 with BLEU 2.0"),
     ],
 )  # fmt: skip
-def test_the_verdict(tmp_path, best, said):
+def test_the_verdict_compares_with_base_and_constant_baseline(tmp_path, best, said):
     assert said in verdict(read_run(make_run(tmp_path, best)))
 
 
@@ -145,13 +145,13 @@ def test_a_trained_run_without_results_has_its_curve_ledger_and_speed(tmp_path):
     assert "Not evaluated yet" in page
 
 
-def test_a_run_of_which_no_checkpoint_could_be_scored_has_a_page(tmp_path):
+def test_a_run_without_any_scored_checkpoint_has_a_page(tmp_path):
     path = make_run(tmp_path) / "evaluation/results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoints": [], "best": None}))
     assert "No checkpoint could be scored." in write_report(tmp_path).read_text()
 
 
-def test_the_prompts_of_the_users_own_come_first(tmp_path):
+def test_the_users_own_prompts_come_first(tmp_path):
     folder = make_run(tmp_path)
     for name in ("base", "checkpoint-9"):
         line = {"id": "prompt-1", "prompt": "Mine?", "output": name, "finish": "stop", "tokens": 2}
@@ -164,7 +164,7 @@ def test_the_prompts_of_the_users_own_come_first(tmp_path):
     assert second["title"] == "row0, answer 1"
 
 
-def test_the_results_as_markdown(tmp_path):
+def test_results_md_holds_verdict_table_curves_and_examples(tmp_path):
     text = write_results(make_run(tmp_path / "my_run")).read_text()
     assert text.startswith("# my\\_run\n\nTake checkpoint-9: BLEU 20.0")
     assert "| **checkpoint-9** | 9 | 2 | 7.4 | 20.0 [18.0, 22.0] |" in text
@@ -182,7 +182,7 @@ def test_a_run_that_is_not_evaluated_has_its_verdict_as_markdown(tmp_path):
     assert "Not evaluated yet" in write_results(tmp_path).read_text()
 
 
-def test_fifty_checkpoints_and_a_thousand_rows_make_a_small_page_soon(tmp_path):
+def test_fifty_checkpoints_and_a_thousand_rows_give_a_small_page_quickly(tmp_path):
     script = Path(__file__).parents[3] / "benchmarks" / "evaluate.py"
     runpy.run_path(str(script))["make_run"](tmp_path, 50, 1000)
     started = time.process_time()
@@ -192,13 +192,13 @@ def test_fifty_checkpoints_and_a_thousand_rows_make_a_small_page_soon(tmp_path):
     assert len(json.loads(Elements(path.read_text()).data)["examples"]) > 100
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no run folder"):
+def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("p", "text"), [(None, ""), (1.0, "1.000"), (0.0324, "0.032"), (0.000999, "0.001"), (0.0001, "0.0001")]
 )
-def test_chances_are_short(p, text):
-    assert chance(p) == text
+def test_p_values_have_three_decimals_or_one_digit(p, text):
+    assert format_p_value(p) == text

@@ -1,4 +1,4 @@
-"""A run's page in a real browser: it draws, searches and switches, asks nobody, and runs nothing that a model wrote."""
+"""A run's page in a real browser: it draws, searches and switches, loads nothing, and runs nothing that a model wrote."""
 
 import json
 

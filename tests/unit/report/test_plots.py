@@ -45,8 +45,8 @@ def test_a_run_without_results_has_its_training_loss(tmp_path):
     assert draw_curves(tmp_path) == [tmp_path / "evaluation/loss.png"]
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no run folder"):
+def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
         draw_curves(tmp_path)
 
 
