@@ -27,7 +27,7 @@ class Session:
         sampling: Sampling settings; None: greedy decoding.
         turns: The messages so far, without the system prompt.
         cache: Keys and values of the last prompt and answer.
-        asked: Number of answers so far. It is added to the seed, so that `/regen` samples another answer.
+        answer_count: Number of answers so far. It is added to the seed, so that `/regen` samples another answer.
     """
 
     model: "PreTrainedModel"
@@ -37,7 +37,7 @@ class Session:
     sampling: "Sampling | None" = None
     turns: list["Message"] = field(default_factory=list)
     cache: "PromptCache | None" = None
-    asked: int = 0
+    answer_count: int = 0
 
     def messages(self) -> list["Message"]:
         """Return the conversation with the system prompt."""
@@ -122,8 +122,8 @@ class Session:
             piece, shown = text[len(shown) :], text
             return on_text(piece)
 
-        sampling = replace(self.sampling, seed=self.sampling.seed + self.asked) if self.sampling else None
-        self.asked += 1
+        sampling = replace(self.sampling, seed=self.sampling.seed + self.answer_count) if self.sampling else None
+        self.answer_count += 1
         self.cache = self.cache or PromptCache([])
         [generated] = generate(
             self.model,

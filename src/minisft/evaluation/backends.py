@@ -62,7 +62,7 @@ class TransformersModel:
             if is_out_of_memory(error):  # the folder is intact, so it must not be reported as damaged
                 raise
             raise UserError(
-                weights, f"{type(error).__name__}: {first_line(error)}", "train anew or delete it"
+                weights, f"{type(error).__name__}: {first_line(error)}", "train again, or delete it"
             ) from error
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: PreTrainedModel = model.to(device).eval()

@@ -151,7 +151,13 @@ class Evaluator:
             "mean_tokens": sum(len(answer.ids) for answer in answers) / len(answers) if answers else None,
             **self._exact_match(outputs),
         }
-        _warn_of_anomalies(name, entry, len(answers))
+        # warnings of what a reader of the scores should know
+        if answers and loss is None:
+            warn(f"{name}: the loss on the held-out rows is not a finite number")
+        if answers and entry["empty"] == len(answers):
+            warn(f"{name}: every answer is empty, so BLEU is 0")
+        elif cut := entry["finish"].get("context", 0):
+            warn(f"{name}: {cut} of {len(answers)} answers end, or are empty, because the model's context is full")
         return ScoredModel(entry, outputs, scores, replies)
 
     def _exact_match(self, outputs: list[str]) -> dict[str, float]:
@@ -189,15 +195,3 @@ def _hash(values: list[Any]) -> str:
 def _base_fingerprint(base: Path) -> str:
     """Return the fingerprint of an adapter's base model; cached, since all checkpoints have the same base."""
     return weights_fingerprint(base)
-
-
-def _warn_of_anomalies(name: str, entry: dict[str, Any], answers: int) -> None:
-    """Warn of a loss that is not finite, of empty answers, and of answers that the context cut."""
-    if answers == 0:
-        return
-    if entry["loss"] is None:
-        warn(f"{name}: the loss on the held-out rows is not a finite number")
-    if entry["empty"] == answers:
-        warn(f"{name}: every answer is empty, so BLEU is 0")
-    elif cut := entry["finish"].get("context", 0):
-        warn(f"{name}: {cut} of {answers} answers end, or are empty, because the model's context is full")

@@ -367,7 +367,7 @@ def test_regen_draws_anew_when_sampling(session):
         session.answer(lambda piece: None)
         answers.append(session.turns[-1].content)
     assert len(set(answers)) == 3
-    again = replace(session, asked=0, cache=None, turns=[Message("user", "hi")])
+    again = replace(session, answer_count=0, cache=None, turns=[Message("user", "hi")])
     again.answer(lambda piece: None)
     assert again.turns[-1].content == answers[0]
 
