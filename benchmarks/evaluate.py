@@ -40,7 +40,7 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, nargs="?", default=DEMO, help="ShareGPT conversations, JSONL")
     parser.add_argument("--model", default="smollm2-135m")
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--one-by-one", type=int, default=24, help="how many of them go one at a time too")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=EvaluationRecipe().batch_size)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def read_prompts(source: Path, encoder: Encoder, wanted: int) -> list[list[int]]:

@@ -65,7 +65,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=str(DEMO), help="ShareGPT conversations whose texts are taken")
     parser.add_argument("--steps", type=int, default=12, help="steps of each run")
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, metavar="FOLDER", help="measure TRL too, installed there")
     parser.add_argument("--trial", action="store_true", help="a tiny model, on the CPU")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 # --- what is trained

@@ -106,7 +106,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
     report(best, len(conversations))
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=str(DEMO), help="a file of conversations (default: the demo's)")
     parser.add_argument("--times", type=int, default=4, help="how many times over its rows are taken")
@@ -114,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer is used")
     parser.add_argument("--scale", type=int, nargs="+", metavar="ROWS", help="measure time and memory for so many rows")
     parser.add_argument("--trl", action="store_true", help="also measure TRL, installed in an environment of its own")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def measure_scale(sizes: list[int], model: str) -> None:

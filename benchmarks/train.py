@@ -103,7 +103,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=str(DEMO), help="a file of conversations (default: the demo's)")
     parser.add_argument("--conversations", type=int, default=24, help="how many of them are trained")
@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overhead", action="store_true", help="also measure what a step spends on our own code")
     parser.add_argument("--balance", action="store_true", help="also measure two processes, dealt evenly and in order")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 # --- what is trained

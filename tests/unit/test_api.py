@@ -245,13 +245,13 @@ def _fails(outputs, references, prompts):
     ("metrics", "problem"),
     [
         ({"bleu": _fails}, "a score of this name"),
-        ({"a b": _fails}, "no identifier"),
-        ({"m": 3}, "no function"),
+        ({"a b": _fails}, "not an identifier"),
+        ({"m": 3}, "not a function"),
         ({"m": _fails}, r"metrics\['m'\] on constant: the metric failed \(ZeroDivisionError: by zero\)"),
         ({"m": lambda o, r, p: [1.0]}, "it returned 1 numbers for"),
         ({"m": lambda o, r, p: [float("inf")] * len(o)}, "it returned inf for answer 0"),
         ({"m": lambda o, r, p: ["x"] * len(o)}, "it returned 'x' for answer 0"),
-        ({"m": lambda o, r, p: None}, "no list"),
+        ({"m": lambda o, r, p: None}, "not a list"),
     ],
 )
 def test_a_metric_that_fails_is_named(run_folder, metrics, problem):
@@ -278,7 +278,7 @@ def test_chat_names_an_argument_out_of_its_range(run_folder, options, where):
 
 
 def test_a_conversation_that_ends_in_an_answer_is_refused(run_folder):
-    with pytest.raises(minisft.UserError, match="does not end in a user's message"):
+    with pytest.raises(minisft.UserError, match="does not end with a user's message"):
         minisft.load(run_folder).chat([{"role": "assistant", "content": "x"}])
 
 

@@ -1,4 +1,4 @@
-"""A conversation with one model: what is sent, what fits, what comes back."""
+"""A conversation with one model: prompts, the context limit, and streamed answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
     from minisft.data.conversation import Message
     from minisft.data.encoder import Encoder
@@ -20,14 +20,14 @@ class Session:
     """A conversation with one model.
 
     Args:
-        model: in eval mode.
-        encoder: renders and decodes.
-        system: the system prompt, "" for none.
-        max_new_tokens: of an answer.
-        sampling: None for greedy.
-        turns: what was said.
-        cache: of the last prompt and answer.
-        asked: answers so far; each has a seed of its own, so that `/regen` draws anew.
+        model: The model, in eval mode.
+        encoder: Renders prompts and decodes answers.
+        system: The system prompt; "": none.
+        max_new_tokens: The most tokens of an answer.
+        sampling: Sampling settings; None: greedy decoding.
+        turns: The messages so far, without the system prompt.
+        cache: Keys and values of the last prompt and answer.
+        answer_count: Number of answers so far. It is added to the seed, so that `/regen` samples another answer.
     """
 
     model: "PreTrainedModel"
@@ -37,9 +37,10 @@ class Session:
     sampling: "Sampling | None" = None
     turns: list["Message"] = field(default_factory=list)
     cache: "PromptCache | None" = None
-    asked: int = 0
+    answer_count: int = 0
 
     def messages(self) -> list["Message"]:
+        """Return the conversation with the system prompt."""
         from minisft.data.conversation import Message
 
         return [*([Message("system", self.system)] if self.system else []), *self.turns]
@@ -48,24 +49,24 @@ class Session:
         self.turns = []
 
     def prompt(self) -> list[int]:
-        """The ids to send for the next answer.
+        """Return the token ids of the prompt for the next answer.
 
         Raises:
-            UserError: the template refuses the conversation.
+            UserError: The template refuses the conversation.
         """
         from minisft.data.renderers.base import RefusedError
 
         try:
             return self.encoder.encode_prompt(self.messages())
         except RefusedError as refusal:
-            whole = "leave the system prompt out" if refusal.reason.startswith("system") else "say it otherwise"
-            raise UserError("chat", refusal.problem, f"{whole}, or talk to another model") from None
+            fix = "leave the system prompt out" if refusal.reason.startswith("system") else "change the message"
+            raise UserError("chat", refusal.problem, f"{fix}, or talk to another model") from None
 
     def set_system(self, text: str) -> None:
-        """Sets the system prompt.
+        """Set the system prompt.
 
         Raises:
-            UserError: the template refuses it; the earlier one stays.
+            UserError: The template refuses it; the earlier system prompt stays.
         """
         from minisft.data.conversation import Message
 
@@ -74,10 +75,10 @@ class Session:
         self.system = text
 
     def fit(self) -> int:
-        """Drops the oldest exchanges until a quarter of the context (or a whole answer) is free; returns how many.
+        """Drop the oldest exchanges until a quarter of the context (or a full answer) is free; return their number.
 
         Raises:
-            UserError: the last message alone is too long, or the template refuses the conversation.
+            UserError: The last message alone is too long, or the template refuses the conversation.
         """
         from minisft.evaluation.generation import context_length
 
@@ -97,13 +98,13 @@ class Session:
         return dropped
 
     def answer(self, on_text: Callable[[str], bool | None]) -> "Generated":
-        """The model's answer to the conversation, which must end in a user's message; it joins the conversation.
+        """Answer the conversation, which must end with a user's message, and append the answer to it.
 
         Args:
-            on_text: called with each new piece of text; True stops the answer.
+            on_text: Called with each new piece of text; it stops the answer by returning True.
 
         Raises:
-            UserError: the template refuses the conversation.
+            UserError: The template refuses the conversation.
         """
         from minisft.data.conversation import Message
         from minisft.evaluation.generation import generate
@@ -116,13 +117,13 @@ class Session:
             nonlocal shown
             ids.append(token)
             text = self.encoder.decode_answer(ids)
-            if text.endswith("\ufffd"):  # in the middle of a character
+            if text.endswith("\ufffd"):  # the bytes so far end within a character: wait for the rest
                 return on_text("")
             piece, shown = text[len(shown) :], text
             return on_text(piece)
 
-        sampling = replace(self.sampling, seed=self.sampling.seed + self.asked) if self.sampling else None
-        self.asked += 1
+        sampling = replace(self.sampling, seed=self.sampling.seed + self.answer_count) if self.sampling else None
+        self.answer_count += 1
         self.cache = self.cache or PromptCache([])
         [generated] = generate(
             self.model,
@@ -142,42 +143,42 @@ class Session:
 def load_model_and_encoder(
     name: str, trust_remote_code: bool, base: str | None = None, template: str = "auto"
 ) -> "tuple[PreTrainedModel, Encoder]":
-    """A model to talk to, by folder or name, and what renders and decodes for it.
+    """Load a model, by folder or name, and the encoder that renders its prompts and decodes its answers.
 
-    `base` names the base model where the folder holds adapters; None: the one that they name.
+    Args:
+        name: Name or folder of the model.
+        trust_remote_code: Run code from the folder.
+        base: The base model if the folder holds adapters; None: the base model that the adapters name.
+        template: Name of a template or a .jinja file; auto: the model's own.
 
     Raises:
-        UserError: there is no such model, it has no chat template, or there is no template of that name.
+        UserError: There is no such model, it has no chat template, or there is no template of that name.
     """
+    from minisft.data.encoder import Encoder
+    from minisft.data.renderers.templates import NATIVE_TEMPLATES
     from minisft.models import load_tokenizer, resolve_model
 
     folder = resolve_model(name, trust_remote_code, adapters=True).folder
-    encoder = _encoder(load_tokenizer(folder, trust_remote_code), template)
-    return load_for_chat(name, trust_remote_code, base), encoder
-
-
-def _encoder(tokenizer: "PreTrainedTokenizerFast", template: str) -> "Encoder":
-    from minisft.data.encoder import Encoder
-    from minisft.data.renderers.templates import NATIVE_TEMPLATES
-
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     try:
-        return Encoder(tokenizer, template)
+        encoder = Encoder(tokenizer, template)
     except UserError as error:
         if error.where != "data.template":
             raise
         fix = f"name the one that the model was trained with: --template {'|'.join(NATIVE_TEMPLATES)}, or a .jinja file"
         raise UserError("--template", error.problem, fix) from None
+    return load_for_chat(name, trust_remote_code, base), encoder
 
 
 def load_for_chat(name: str, trust_remote_code: bool, base: str | None = None) -> "PreTrainedModel":
-    """The model alone, in eval mode on the device at hand."""
+    """Load the model alone, in eval mode, on the GPU if there is one."""
     import torch
 
     from minisft.evaluation.generation import inference_dtype
     from minisft.models import is_adapter, load_model, resolve_model
 
     folder = resolve_model(name, trust_remote_code, adapters=True).folder
-    under = resolve_model(base, trust_remote_code).folder if base and is_adapter(folder) else None
-    model = load_model(folder, dtype=inference_dtype(), trust_remote_code=trust_remote_code, base=under)
+    base_folder = resolve_model(base, trust_remote_code).folder if base and is_adapter(folder) else None
+    model = load_model(folder, dtype=inference_dtype(), trust_remote_code=trust_remote_code, base=base_folder)
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()

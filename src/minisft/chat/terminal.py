@@ -1,8 +1,7 @@
 """Chat in the terminal: commands, streaming, and Ctrl-C.
 
-Prompts are rendered by the module that rendered the training rows, and answers end at the trained terminators.
-
-Answers go to stdout, everything else to stderr, so that piped output holds answers only.
+The encoder that rendered the training rows renders the prompts, and answers end at the trained terminators.
+Answers go to stdout and everything else to stderr, so that piped output holds only answers.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from minisft.errors import UserError
 from minisft.text import dump_json, printable
 
 if TYPE_CHECKING:
-    from minisft.evaluation.generation import Finish, Sampling
+    from minisft.evaluation.generation import Sampling
 
 
 __all__ = ["Session", "chat", "choose_model"]
@@ -40,20 +39,20 @@ def chat(
     """Talk to a model until /exit or the end of input; with `message`, print one answer.
 
     Args:
-        folder: a run folder (its `model/`, or its newest checkpoint while it is training), a model folder or any
-            other model name.
-        message: the one message to answer.
-        system: a system prompt.
-        template: a template's name or a .jinja file; auto: the model's own.
-        max_new_tokens: of an answer.
-        temperature: 0 for the likeliest token, above 0 to sample.
-        top_p: when sampling, the share of probability to draw from.
-        seed: when sampling.
-        trust_remote_code: let code from the model's folder run.
+        folder: A run folder (its `model/`, or its newest checkpoint during training), a model folder or any other
+            model name.
+        message: The only message to answer; None: read messages from stdin.
+        system: The system prompt.
+        template: Name of a template or a .jinja file; auto: the model's own.
+        max_new_tokens: The most tokens of an answer.
+        temperature: 0 for greedy decoding, above 0 for sampling.
+        top_p: Probability mass to sample from.
+        seed: Seed of the sampling.
+        trust_remote_code: Run code from the model's folder.
 
     Raises:
-        UserError: an option is out of its range, there is no such model, it has no chat template or one that refuses
-            the system prompt, or the one message does not fit its context.
+        UserError: An option is out of range, there is no such model, it has no chat template or one that refuses the
+            system prompt, or the only message does not fit the context.
     """
     sampling = check_options(max_new_tokens, temperature, top_p, seed)
     chosen, base = choose_model(str(folder))
@@ -65,33 +64,33 @@ def chat(
         terminal.ask(message, one_shot=True)
         return
     warn(f"{chosen}, template {encoder.template_name}. /help lists the commands.")
-    while True:
-        try:
-            text = read_message()
-            if text is None or terminal.handle(text):
-                return
-        except KeyboardInterrupt:
-            warn("\n/exit or Ctrl-D leaves.")
+    terminal.run()
 
 
 def check_options(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> "Sampling | None":
-    """How to sample, None for greedy; refuses what is out of its range."""
+    """Return the sampling settings, None for greedy decoding.
+
+    Raises:
+        UserError: An option is out of range.
+    """
     from minisft.evaluation.generation import Sampling
 
     if max_new_tokens < 1:
         raise UserError("--max-new-tokens", f"{max_new_tokens} is below 1", "give 1 or more")
-    if not 0 <= temperature < math.inf:  # nor is it not a number
-        raise UserError("--temperature", f"{temperature} is no temperature", "give 0, or a number above it to sample")
+    if not 0 <= temperature < math.inf:  # false for NaN too
+        raise UserError(
+            "--temperature", f"{temperature} is not a temperature", "give 0, or a number above it to sample"
+        )
     if not 0 < top_p <= 1:
-        raise UserError("--top-p", f"{top_p} is no share of probability", "give a number above 0 and at most 1")
+        raise UserError("--top-p", f"{top_p} is not a probability above 0", "give a number above 0 and at most 1")
     return Sampling(temperature, top_p, seed) if temperature > 0 else None
 
 
 def choose_model(name: str) -> tuple[str, str | None]:
-    """The model to talk to, and the base model that it was trained from where that is known.
+    """Return the model to talk to and, for a run folder, the base model that it was trained from.
 
     Raises:
-        UserError: a run folder without any model yet.
+        UserError: The run folder has neither a model nor a checkpoint yet.
     """
     from minisft.run_folder import RunFolder, load_run
 
@@ -110,23 +109,39 @@ def choose_model(name: str) -> tuple[str, str | None]:
 HELP = """/system TEXT   set the system prompt; without TEXT, show it
 /reset         begin a new conversation (the system prompt stays)
 /regen         answer the last message again
-/compare       the base model's answer to the last message beside this one's
+/compare       show the base model's answer to the last message next to this one's
 /save FILE     write the conversation as a ShareGPT line that `data.source` takes
-/help          this
+/help          show this list
 /exit          leave (as does Ctrl-D); Ctrl-C stops an answer
-A line that ends in \\ goes on in the next one. //text sends a message that begins with a slash."""
+A line that ends in \\ continues on the next one. //text sends a message that begins with a slash."""
 _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
 class Terminal:
-    """Commands and answers of one session."""
+    """Commands and answers of one session.
+
+    Args:
+        session: The conversation with the model.
+        base: Name of the model's base model, for /compare; None: unknown.
+        trust_remote_code: Run code from the base model's folder.
+    """
 
     def __init__(self, session: Session, base: str | None, trust_remote_code: bool) -> None:
         self.session, self.base, self.trust_remote_code = session, base, trust_remote_code
         self.base_session: Session | None = None
 
+    def run(self) -> None:
+        """Read and handle inputs until /exit or the end of stdin."""
+        while True:
+            try:
+                text = read_message()
+                if text is None or self.handle(text):
+                    return
+            except KeyboardInterrupt:
+                warn("\n/exit or Ctrl-D leaves.")
+
     def handle(self, text: str) -> bool:
-        """Acts on one input; True to leave."""
+        """Send one input to the model, or execute its command; return True for /exit."""
         if not text.strip():
             return False
         if not text.startswith("/") or text.startswith("//"):
@@ -135,31 +150,48 @@ class Terminal:
         command, _, rest = text.strip().partition(" ")
         if command == "/exit":
             return True
-        actions = {
-            "/help": lambda: warn(HELP),
-            "/reset": self._reset,
-            "/system": lambda: self._system(rest.strip()),
-            "/regen": self._regenerate,
-            "/compare": self._compare,
-            "/save": lambda: self._save(rest.strip()),
-        }
-        action = actions.get(command)
-        if action is None:
-            warn(f"There is no command {command}; /help lists them. //text sends a message that begins with a slash.")
-            return False
+        argument = rest.strip()
         try:
-            action()
-        except UserError as error:  # the session goes on
+            match command:
+                case "/help":
+                    warn(HELP)
+                case "/reset":
+                    self.session.reset()
+                    warn("A new conversation.")
+                case "/system":
+                    if argument:
+                        self.session.set_system(argument)
+                    warn(f"System prompt: {self.session.system or 'none'}")
+                case "/regen":
+                    self._regenerate()
+                case "/compare":
+                    self._compare()
+                case "/save":
+                    self._save(argument)
+                case _:
+                    fix = "/help lists them. //text sends a message that begins with a slash."
+                    warn(f"There is no command {command}; {fix}")
+        except UserError as error:  # an error of one command does not end the session
             warn(str(error))
         return False
 
     def ask(self, text: str, one_shot: bool = False) -> None:
+        """Send a message, and print the answer.
+
+        Args:
+            text: The message.
+            one_shot: Raise errors instead of printing them.
+
+        Raises:
+            UserError: The message does not fit the context, or the template refuses it; only under `one_shot`.
+        """
         from minisft.data.conversation import Message
 
         self.session.turns.append(Message("user", text))
         try:
             if dropped := self.session.fit():
-                warn(f"The context is full: the oldest {_count(dropped, 'exchange')} dropped.")
+                exchanges = "exchange was" if dropped == 1 else f"{dropped} exchanges were"
+                warn(f"The context is full: the oldest {exchanges} dropped.")
         except UserError as error:
             self.session.turns.pop()
             if one_shot:
@@ -178,22 +210,19 @@ class Terminal:
 
             try:
                 generated = self.session.answer(show)
-            except KeyboardInterrupt:  # the second Ctrl-C: nothing of this exchange stays
+            except KeyboardInterrupt:  # the second Ctrl-C: remove the exchange from the conversation
                 del self.session.turns[before - 1 :]
                 raise
         _write("\n")
-        _say_how_it_ended(generated.finish)
+        reasons = {
+            "length": "(cut: the answer reached --max-new-tokens)",
+            "context": "(cut: the model's context is full)",
+            "interrupted": "(stopped)",
+        }
+        if generated.finish in reasons:
+            warn(reasons[generated.finish])
         if generated.finish == "interrupted" and not generated.ids:
             del self.session.turns[before - 1 :]
-
-    def _reset(self) -> None:
-        self.session.reset()
-        warn("A new conversation.")
-
-    def _system(self, text: str) -> None:
-        if text:
-            self.session.set_system(text)
-        warn(f"System prompt: {self.session.system or 'none'}")
 
     def _regenerate(self) -> None:
         if self._nothing_to("answer again"):
@@ -206,6 +235,9 @@ class Terminal:
             raise
 
     def _compare(self) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
         if self._nothing_to("compare"):
             return
         if self.base is None:
@@ -214,11 +246,15 @@ class Terminal:
         if self.base_session is None:
             model = load_for_chat(self.base, self.trust_remote_code)
             self.base_session = Session(model, self.session.encoder, "", self.session.max_new_tokens)
-        other = self.base_session
-        other.system, other.turns = self.session.system, self.session.turns[:-1]
+        base = self.base_session
+        base.system, base.turns = self.session.system, self.session.turns[:-1]
         with _interruptible() as interrupted:
-            other.answer(lambda piece: interrupted())
-        _side_by_side({"base": other.turns[-1].content, "tuned": self.session.turns[-1].content})
+            base.answer(lambda piece: interrupted())
+        table = Table(expand=True)
+        table.add_column("base", ratio=1)
+        table.add_column("tuned", ratio=1)
+        table.add_row(*(Text(printable(session.turns[-1].content)) for session in (base, self.session)))
+        console.print(table)
 
     def _save(self, name: str) -> None:
         if not name:
@@ -233,15 +269,16 @@ class Terminal:
             return
         warn(f"Added to {name}.")
 
-    def _nothing_to(self, problem: str) -> bool:
+    def _nothing_to(self, action: str) -> bool:
+        """Return whether there is no answer yet, after a warning that names the action."""
         if self.session.turns and self.session.turns[-1].role == "assistant":
             return False
-        warn(f"There is nothing to {problem} yet.")
+        warn(f"There is nothing to {action} yet.")
         return True
 
 
 def read_message() -> str | None:
-    """A message from stdin, None at its end; a line that ends in a backslash goes on in the next."""
+    """Read a message from stdin; None at its end. A line that ends in a backslash continues on the next one."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -259,7 +296,7 @@ def read_message() -> str | None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """While it lasts, Ctrl-C only sets a flag, which the function that it gives tells; a second one raises."""
+    """Make Ctrl-C only set a flag, which the yielded function returns; a second Ctrl-C raises KeyboardInterrupt."""
     pressed = False
 
     def press(*_: object) -> None:
@@ -278,28 +315,3 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 def _write(text: str) -> None:
     sys.stdout.write(printable(text))
     sys.stdout.flush()
-
-
-def _say_how_it_ended(finish: "Finish") -> None:
-    reasons = {
-        "length": "(cut: the answer reached --max-new-tokens)",
-        "context": "(cut: the model's context is full)",
-        "interrupted": "(stopped)",
-    }
-    if finish in reasons:
-        warn(reasons[finish])
-
-
-def _side_by_side(answers: dict[str, str]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(expand=True)
-    for name in answers:
-        table.add_column(name, ratio=1)
-    table.add_row(*(Text(printable(text)) for text in answers.values()))
-    console.print(table)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{noun} was" if number == 1 else f"{number} {noun}s were"

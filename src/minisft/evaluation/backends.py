@@ -1,7 +1,7 @@
-"""Who generates: transformers or vLLM, in this process or in several.
+"""Generation backends: transformers or vLLM, in this process or in several.
 
-What a batch comes to depends neither on the process nor on the order: the batches are the same for any number of
-processes, and only the process that hands them out writes anything.
+The result of a batch depends neither on the process that computes it nor on the order of the batches. The batches are
+the same for any number of processes, and only the process that distributes them writes files.
 """
 
 import gc
@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from minisft.errors import UserError
-from minisft.evaluation.generation import Finish, Generated, Sampling, context_length, generate
+from minisft.evaluation.generation import Generated, Sampling, context_length, generate
 from minisft.evaluation.metrics import LossRow, sum_of_losses
 from minisft.models import is_out_of_memory, load_config, load_model
 from minisft.text import first_line
@@ -36,25 +36,33 @@ class TransformersModel:
     """A model in this process.
 
     Args:
-        weights: its folder.
-        dtype: of its weights.
-        trust_remote_code: let code from the folder run.
-        base: the folder of the base model where `weights` holds adapters; None: the one that they name.
+        weights: The model's folder.
+        dtype: Dtype of the weights.
+        trust_remote_code: Run code from the folder.
+        base: Folder of the base model if `weights` holds adapters; None: the base model that the adapters name.
+        load: Loads the weights.
 
     Raises:
-        UserError: the folder is damaged or unfinished.
+        UserError: The folder is damaged or incomplete.
     """
 
-    def __init__(self, weights: Path, dtype: torch.dtype, trust_remote_code: bool, base: Path | None = None) -> None:
+    def __init__(
+        self,
+        weights: Path,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
+        base: Path | None = None,
+        load: "Callable[..., PreTrainedModel]" = load_model,
+    ) -> None:
         from safetensors import SafetensorError
 
         try:
-            model = load_model(weights, dtype=dtype, trust_remote_code=trust_remote_code, base=base)
+            model = load(weights, dtype=dtype, trust_remote_code=trust_remote_code, base=base)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error):  # the folder is intact, so it must not be reported as damaged
                 raise
             raise UserError(
-                weights, f"{type(error).__name__}: {first_line(error)}", "train anew or delete it"
+                weights, f"{type(error).__name__}: {first_line(error)}", "train again, or delete it"
             ) from error
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: PreTrainedModel = model.to(device).eval()
@@ -67,7 +75,7 @@ class TransformersModel:
         max_new_tokens: int,
         sampling: Sampling | None,
     ) -> list[Generated]:
-        """Answers to prompts, decoded as one batch as far as there is room."""
+        """Return the answers to prompts [rows, tokens], decoded as one batch if the key-value cache allows it."""
         return generate(
             self.model,
             prompts,
@@ -78,11 +86,11 @@ class TransformersModel:
         )
 
     def sum_of_losses(self, rows: Sequence[LossRow]) -> tuple[float, int]:
-        """As `loss.sum_of_losses`."""
+        """Return what `metrics.sum_of_losses` computes with this model."""
         return sum_of_losses(self.model, rows)
 
     def release(self) -> None:
-        """Give its memory back."""
+        """Free the model's memory."""
         del self.model
         _collect()
 
@@ -91,18 +99,17 @@ class VllmModel:
     """A model in vLLM (Kwon et al. 2023), which schedules the rows of a batch itself.
 
     Args:
-        weights: its folder.
-        dtype: of its weights.
-        trust_remote_code: let code from the folder run.
+        weights: The model's folder.
+        dtype: Dtype of the weights.
+        trust_remote_code: Run code from the folder.
 
     Raises:
-        UserError: vLLM is not installed, there is no GPU, or the folder holds an adapter only.
+        UserError: The folder holds only an adapter.
     """
 
     def __init__(self, weights: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:
-        require_vllm()
         if (weights / "adapter_config.json").exists():
-            problem = "vLLM is given whole models here, and this is an adapter"
+            problem = "this folder holds an adapter, and the vLLM backend loads complete models only"
             raise UserError(weights, problem, "set evaluation.backend to transformers")
         from vllm import LLM
 
@@ -111,7 +118,7 @@ class VllmModel:
             model=str(weights),
             dtype=str(dtype).removeprefix("torch."),
             trust_remote_code=trust_remote_code,
-            generation_config="vllm",  # not the folder's: its temperature would be taken
+            generation_config="vllm",  # vLLM would otherwise take the temperature of the folder's file as a default
         )
 
     def answer(
@@ -122,12 +129,12 @@ class VllmModel:
         max_new_tokens: int,
         sampling: Sampling | None,
     ) -> list[Generated]:
-        """Answers to prompts; the same rules for ends as in `generation.generate`."""
+        """Return the answers to prompts [rows, tokens]; they end by the rules of `generation.generate`."""
         from vllm import SamplingParams
 
         rooms = [max_new_tokens if self.context is None else self.context - len(prompt) for prompt in prompts]
         rooms = [max(0, min(max_new_tokens, room)) for room in rooms]
-        asked = [place for place, room in enumerate(rooms) if room > 0]
+        places = [place for place, room in enumerate(rooms) if room > 0]
         settings = [
             SamplingParams(
                 temperature=sampling.temperature if sampling else 0.0,
@@ -135,42 +142,39 @@ class VllmModel:
                 seed=sampling.seed_of(prompts[place]) if sampling else None,
                 max_tokens=rooms[place],
                 stop_token_ids=list(stop_token_ids),
-                ignore_eos=True,  # the trained terminators alone end an answer
+                ignore_eos=True,  # only the trained terminators end an answer
                 detokenize=False,
             )
-            for place in asked
+            for place in places
         ]
-        given = [{"prompt_token_ids": prompts[place]} for place in asked]
-        outputs = self.llm.generate(given, settings, use_tqdm=False) if given else []
+        requests = [{"prompt_token_ids": prompts[place]} for place in places]
+        outputs = self.llm.generate(requests, settings, use_tqdm=False) if requests else []
         answers = [Generated([], "context") for _ in prompts]
-        for place, output in zip(asked, outputs, strict=True):
-            full: Literal["length", "context"] = "length" if rooms[place] == max_new_tokens else "context"
-            answers[place] = _without_terminator(list(output.outputs[0].token_ids), stop_token_ids, full)
+        for place, output in zip(places, outputs, strict=True):
+            ids = list(output.outputs[0].token_ids)
+            if ids and ids[-1] in stop_token_ids:
+                answers[place] = Generated(ids[:-1], "stop")
+            else:
+                answers[place] = Generated(ids, "length" if rooms[place] == max_new_tokens else "context")
         return answers
 
     def release(self) -> None:
-        """Give its memory back."""
+        """Free the model's memory."""
         del self.llm
         _collect()
 
 
 def require_vllm() -> None:
-    """Check that vLLM can be used.
+    """Check that vLLM is usable.
 
     Raises:
-        UserError: it is not installed, or there is no GPU.
+        UserError: vLLM is not installed, or there is no GPU.
     """
     fix = "leave evaluation.backend at transformers"
     if importlib.util.find_spec("vllm") is None:
         raise UserError("evaluation.backend", "vllm is not installed", f"pip install vllm, or {fix}")
     if not torch.cuda.is_available():
-        raise UserError("evaluation.backend", "vllm is for GPUs, and there is none here", fix)
-
-
-def _without_terminator(ids: list[int], stops: Sequence[int], full: Finish) -> Generated:
-    if ids and ids[-1] in stops:
-        return Generated(ids[:-1], "stop")
-    return Generated(ids, full)
+        raise UserError("evaluation.backend", "vllm needs a GPU, and this machine has none", fix)
 
 
 def _collect() -> None:
@@ -179,22 +183,19 @@ def _collect() -> None:
         torch.cuda.empty_cache()
 
 
-_WATCH_SECONDS = 0.5
-
-
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model is to be asked, and how it answers.
+    """The model to evaluate, and its generation settings.
 
     Args:
-        weights: its folder.
-        dtype: of its weights.
-        trust_remote_code: let code from the folder run.
-        stop_token_ids: the terminators.
-        max_new_tokens: of an answer.
-        sampling: None for greedy.
-        backend: what generates; losses are always computed with transformers.
-        base: the folder of the run's base model, which adapters are put on.
+        weights: The model's folder.
+        dtype: Dtype of the weights.
+        trust_remote_code: Run code from the folder.
+        stop_token_ids: Ids of the terminators.
+        max_new_tokens: The most tokens of an answer.
+        sampling: Sampling settings; None: greedy decoding.
+        backend: The library that generates; losses are always computed with transformers.
+        base: Folder of the run's base model, to which adapters are added.
     """
 
     weights: Path
@@ -207,19 +208,20 @@ class ModelSpec:
     base: Path | None = None
 
     def load(self) -> "TransformersModel | VllmModel":
-        """Load it.
+        """Load the model with the library of the backend.
 
         Raises:
-            UserError: the folder is damaged or unfinished, or vllm is asked for and absent.
+            UserError: The folder is damaged or incomplete, or the backend is vllm and cannot be used here.
         """
         if self.backend == "vllm":
+            require_vllm()
             return VllmModel(self.weights, self.dtype, self.trust_remote_code)
         return TransformersModel(self.weights, self.dtype, self.trust_remote_code, self.base)
 
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """Prompts to be answered as one batch."""
+    """Prompts [rows, tokens] to answer as one batch."""
 
     prompts: list[list[int]]
 
@@ -234,7 +236,7 @@ class AnswerTask:
 
 @dataclass(frozen=True)
 class LossTask:
-    """Rows whose loss is to be computed as one batch."""
+    """Rows whose loss to compute as one batch."""
 
     rows: list[LossRow]
 
@@ -245,11 +247,11 @@ class LossTask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task came to.
+    """The result of a task.
 
     Args:
-        task: its number.
-        value: what its `of` gave.
+        task: The task's number.
+        value: The return value of its `of`.
         seconds: Time that it took, without loading.
     """
 
@@ -259,15 +261,15 @@ class Outcome:
 
 
 class Workers:
-    """The processes that work; one alone is this process.
+    """The processes that perform tasks.
 
     Args:
-        processes: how many.
+        processes: Number of processes; 1: this process performs the tasks itself.
     """
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
-        self._held = _LoadedModel()
+        self._loaded = _LoadedModel()
         self._pool: ProcessPoolExecutor | None = None
         self._stop: Event | None = None
 
@@ -276,49 +278,57 @@ class Workers:
             spawn = get_context("spawn")
             self._stop = spawn.Event()
             threads = max(1, torch.get_num_threads() // self.processes)
-            given = (spawn.Value("i", 0), _visible_gpus(), threads, self._stop)
-            self._pool = ProcessPoolExecutor(self.processes, spawn, _start, given)
+            gpus = [str(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+            if gpus and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+                gpus = visible.split(",")
+            self._pool = ProcessPoolExecutor(
+                self.processes, spawn, _start_process, (spawn.Value("i", 0), gpus, threads, self._stop)
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._held.release()
+        self._loaded.release()
         if self._pool is not None and self._stop is not None:
             if kind is not None:
-                self._stop.set()  # what is under way is of no more use
+                self._stop.set()  # the results of unfinished batches are not needed any more
             self._pool.shutdown(cancel_futures=True)
 
     def perform(self, spec: ModelSpec, tasks: Sequence[AnswerTask | LossTask]) -> Iterator[Outcome]:
-        """The outcomes of tasks, as they come.
+        """Yield the outcome of each task, in the order in which they finish.
 
         Raises:
-            UserError: the model cannot be loaded.
-            RuntimeError: a process died.
+            UserError: The model cannot be loaded.
+            RuntimeError: A process died.
         """
         if self._pool is None:
             for number, task in enumerate(tasks):
-                yield Outcome(number, *_perform(self._held, spec, task))
+                yield Outcome(number, *_perform(self._loaded, spec, task))
             return
         numbers: dict[Future[tuple[Any, float]], int] = {
-            self._pool.submit(_perform_here, spec, task): number for number, task in enumerate(tasks)
+            self._pool.submit(_perform, None, spec, task): number for number, task in enumerate(tasks)
         }
         try:
             for done in as_completed(numbers):
                 yield Outcome(numbers[done], *done.result())
         except BrokenProcessPool as error:
-            problem = "a process of the evaluation died, as it does where memory is short"
-            raise RuntimeError(f"{problem}; what it answered is kept: evaluate again with fewer processes") from error
+            problem = "a process of the evaluation died, as happens when memory runs out"
+            raise RuntimeError(f"{problem}; its answers are kept: evaluate again with fewer processes") from error
         finally:
             for future in numbers:
                 future.cancel()
 
 
-def default_processes() -> int:
-    """One for each GPU; one on a CPU, which a single process keeps busy."""
-    return max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1
+def default_processes(gpus: int | None = None) -> int:
+    """Return the number of processes to use: one per GPU, and one on a CPU, all of whose cores one process uses.
+
+    Args:
+        gpus: Number of GPUs; None: as many as this machine has.
+    """
+    return max(1, torch.cuda.device_count() if gpus is None else gpus)
 
 
 class _LoadedModel:
-    """The model that a process holds."""
+    """The model that a process has loaded."""
 
     def __init__(self) -> None:
         self._spec: ModelSpec | None = None
@@ -326,7 +336,7 @@ class _LoadedModel:
 
     def get(self, spec: ModelSpec) -> "TransformersModel | VllmModel":
         if self._model is None or self._spec != spec:
-            self.release()  # before the next one is loaded
+            self.release()  # first, so that two models never share the memory
             self._model, self._spec = spec.load(), spec
         return self._model
 
@@ -336,46 +346,32 @@ class _LoadedModel:
         self._model, self._spec = None, None
 
 
-def _perform(held: _LoadedModel, spec: ModelSpec, task: AnswerTask | LossTask) -> tuple[Any, float]:
-    model = held.get(spec)
+_model_of_pool_process = _LoadedModel()
+
+
+def _perform(loaded: _LoadedModel | None, spec: ModelSpec, task: AnswerTask | LossTask) -> tuple[Any, float]:
+    """Return a task's value and seconds. `loaded` is None in a process of the pool, which keeps a model of its own."""
+    model = (loaded or _model_of_pool_process).get(spec)
     started = time.perf_counter()
     value = task.of(model, spec)
     return value, time.perf_counter() - started
 
 
-# --- inside a process of the pool -----------------------------------------------------------------------------
-
-_local_model = _LoadedModel()
-
-
-def _perform_here(spec: ModelSpec, task: AnswerTask | LossTask) -> tuple[Any, float]:
-    return _perform(_local_model, spec, task)
-
-
-def _start(counter: "Synchronized[int]", gpus: list[str], threads: int, stop: Event) -> None:
-    """Take a GPU, or a share of the cores; end with the process that hands out the work, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process, which then says `stop`
+def _start_process(counter: "Synchronized[int]", gpus: list[str], threads: int, stop: Event) -> None:
+    """Prepare a process of the pool: assign it a GPU or a share of the cores, and end it together with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and sets `stop`
     with counter.get_lock():
         number = counter.value
         counter.value += 1
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     torch.set_num_threads(threads)
-    threading.Thread(target=_watch, args=(stop,), daemon=True).start()
 
+    def exit_with_parent() -> None:
+        parent = parent_process()
+        assert parent is not None
+        while parent.is_alive() and not stop.is_set():
+            parent.join(0.5)
+        os._exit(1)  # a killed parent cannot shut the pool down, and a running batch cannot be cancelled
 
-def _watch(stop: Event) -> None:
-    parent = parent_process()
-    assert parent is not None
-    while parent.is_alive() and not stop.is_set():
-        parent.join(_WATCH_SECONDS)
-    if not parent.is_alive() or stop.is_set():
-        os._exit(1)
-
-
-def _visible_gpus() -> list[str]:
-    """The GPUs as CUDA_VISIBLE_DEVICES names them."""
-    if not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Evaluation examples: prompts and references of the held-out rows, and prompts of the user's own."""
+"""Evaluation examples: prompts and references of the held-out rows, and the user's own prompts."""
 
 import hashlib
 import json
@@ -20,14 +20,15 @@ from minisft.files import read_json
 
 @dataclass(frozen=True)
 class EvalExample:
-    """One held-out answer to be given.
+    """One answer of a held-out conversation, which the models are to generate.
 
     Args:
-        id: the row's id.
-        turn: which answer of its conversation, from 1.
-        prompt_ids: the conversation up to the answer, as training rendered it; earlier answers are the data's own.
-        prompt: the same as text.
-        reference: the data's answer.
+        id: Id of the row.
+        turn: Number of the answer in its conversation, from 1.
+        prompt_ids: Token ids of the conversation up to the answer, as training rendered it, with the earlier answers
+            of the data.
+        prompt: The same as text.
+        reference: The answer of the data.
     """
 
     id: str
@@ -42,9 +43,9 @@ class HeldOutSet:
     """The held-out rows.
 
     Args:
-        examples: what is to be answered.
+        examples: The answers to generate.
         rows: (input ids, labels) of every row, for the loss.
-        conversations: how many of the rows are asked something; with `turns: all` they are fewer than the questions.
+        conversations: Number of rows that have an example; `turns: all` gives several examples per row.
     """
 
     examples: list[EvalExample]
@@ -53,51 +54,59 @@ class HeldOutSet:
 
     @cached_property
     def rows_fingerprint(self) -> str:
-        """A hash of the rows."""
+        """Hash of the rows."""
         return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()[:24]
 
 
 def load_held_out(
     output: Path, encoder: Encoder, turns: str, limit: int | None, *, required: bool = True
 ) -> HeldOutSet:
-    """The questions of `<output>/dataset/test`.
+    """Load the examples of `<output>/dataset/test`.
 
     Args:
-        output: the run folder.
-        encoder: of the run's template.
+        output: The run folder.
+        encoder: Encoder of the run's template.
         turns: "last" or "all" answers of a conversation.
-        limit: conversations, None for all.
-        required: it is an error if there are none.
+        limit: The most conversations to load; None: all.
+        required: Raise an error if there are no held-out rows.
 
     Raises:
-        UserError: the data is not prepared, there are no held-out rows, or the template refuses a prompt.
+        UserError: The data is not prepared, its ledger is damaged, there are no held-out rows, or the template refuses
+            a prompt.
     """
-    rows = load_test(output)[:limit] if _count_test_rows(output) else []
+    ledger = output / "dataset" / "ledger.json"
+    if not ledger.is_file():
+        raise UserError(ledger.parent, "there is no prepared data", "train first: minisft train")
+    fix = f"delete {ledger.parent} and run `minisft inspect {output}`, which prepares the data again"
+    counts = read_json(ledger, fix, rows=dict)["rows"]
+    if not isinstance(counts.get("test"), int):
+        raise UserError(ledger, "this file is damaged (it does not say how many rows are held out)", fix)
+    rows = load_test(output)[:limit] if counts["test"] else []
     if required and not rows:
         raise UserError(
             output / "dataset" / "test",
             "there are no held-out conversations to evaluate on",
-            "set evaluation.prompts to have prompts of your own answered, or train anew with data.test_fraction above "
+            "set evaluation.prompts to have your own prompts answered, or train again with data.test_fraction above "
             "0, or with data.test",
         )
-    asked = [list(_examples_of(row, encoder, turns)) for row in rows]
+    examples_by_row = [list(_examples_of(row, encoder, turns)) for row in rows]
     return HeldOutSet(
-        [example for examples in asked for example in examples],
+        [example for examples in examples_by_row for example in examples],
         [(list(row["input_ids"]), list(row["labels"])) for row in rows],
-        sum(bool(examples) for examples in asked),
+        sum(bool(examples) for examples in examples_by_row),
     )
 
 
 def load_prompts(given: str | list[str] | None, encoder: Encoder) -> list[EvalExample]:
-    """The user's own prompts, as questions without a reference.
+    """Load the user's own prompts, as examples without a reference.
 
     Args:
-        given: the recipe's `evaluation.prompts`: texts; or a file, of a prompt a line (.txt) or of lines
-            {"messages": [{"role", "content"}, ...]} (.jsonl); or None.
-        encoder: of the run's template.
+        given: The recipe's `evaluation.prompts`: texts; or the path of a file with one prompt per line (.txt) or with
+            lines {"messages": [{"role", "content"}, ...]} (.jsonl); or None.
+        encoder: Encoder of the run's template.
 
     Raises:
-        UserError: the file cannot be read, a line holds no conversation that ends in a user's message, or the
+        UserError: The file cannot be read, a line holds no conversation that ends with a user's message, or the
             template refuses one.
     """
     if given is None:
@@ -106,20 +115,20 @@ def load_prompts(given: str | list[str] | None, encoder: Encoder) -> list[EvalEx
         conversations = _read_prompts(Path(given))
     else:
         conversations = [(f"evaluation.prompts, text {n}", [Message("user", t)]) for n, t in enumerate(given, 1)]
-    return [_prompt(n, where, messages, encoder) for n, (where, messages) in enumerate(conversations, 1)]
-
-
-def _prompt(number: int, where: str, messages: list[Message], encoder: Encoder) -> EvalExample:
-    try:
-        ids = encoder.encode_prompt(messages)
-    except RefusedError as refusal:
-        raise UserError(where, refusal.problem, "say it otherwise, or use another data.template") from None
-    turn = sum(message.is_answer for message in messages) + 1
-    return EvalExample(f"prompt-{number}", turn, ids, str(encoder.tokenizer.decode(ids, skip_special_tokens=False)), "")
+    examples = []
+    for number, (where, messages) in enumerate(conversations, 1):
+        try:
+            ids = encoder.encode_prompt(messages)
+        except RefusedError as refusal:
+            raise UserError(where, refusal.problem, "change the prompt, or use another data.template") from None
+        turn = sum(message.is_answer for message in messages) + 1
+        text = str(encoder.tokenizer.decode(ids, skip_special_tokens=False))
+        examples.append(EvalExample(f"prompt-{number}", turn, ids, text, ""))
+    return examples
 
 
 def _read_prompts(path: Path) -> list[tuple[str, list[Message]]]:
-    """(place, messages) of each line that is not blank."""
+    """Return (`path:line`, messages) of each line that is not blank."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -127,42 +136,31 @@ def _read_prompts(path: Path) -> list[tuple[str, list[Message]]]:
         raise UserError("evaluation.prompts", f"{path} cannot be read ({error})", fix) from None
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise UserError(path, "there is no prompt in this file", "write one a line")
+        raise UserError(path, "there is no prompt in this file", "write one prompt per line")
     if path.suffix != ".jsonl":
         return [(where, [Message("user", line.rstrip("\r"))]) for where, line in numbered]
-    return [(where, _messages_of(where, line)) for where, line in numbered]
-
-
-def _messages_of(where: str, line: str) -> list[Message]:
+    conversations = []
     fix = 'write {"messages": [{"role": "user", "content": "..."}]} in one line'
-    try:
-        messages = [message_from_row(fields) for fields in json.loads(line)["messages"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(where, f"this is no prompt ({type(error).__name__}: {error})", fix) from None
-    if not messages or messages[-1].is_answer or not all(isinstance(message.content, str) for message in messages):
-        raise UserError(where, "the last message must be one to be answered, and contents must be text", fix)
-    return messages
+    for where, line in numbered:
+        try:
+            messages = [message_from_row(fields) for fields in json.loads(line)["messages"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(where, f"this line is not a prompt ({type(error).__name__}: {error})", fix) from None
+        if not messages or messages[-1].is_answer or not all(isinstance(message.content, str) for message in messages):
+            problem = "the last message is an assistant's, there is no message, or a content is not text"
+            raise UserError(where, problem, fix)
+        conversations.append((where, messages))
+    return conversations
 
 
 def train_answers(output: Path, encoder: Encoder, turns: str) -> list[str]:
-    """The supervised answers of `<output>/dataset/train`, as text: the last or all of each conversation."""
+    """Return the supervised answers of `<output>/dataset/train` as text: the last or all of each conversation."""
     answers: list[list[int]] = []
     stops = set(encoder.stop_token_ids)
     for labels in load_train(output)["labels"]:
         runs = list(_supervised_runs(labels, stops))
         answers += runs[-1:] if turns == "last" else runs
     return encoder.decode_answers(answers) if answers else []
-
-
-def _count_test_rows(output: Path) -> int:
-    ledger = output / "dataset" / "ledger.json"
-    if not ledger.is_file():
-        raise UserError(ledger.parent, "there is no prepared data", "train first: minisft train")
-    fix = f"delete {ledger.parent} and run `minisft inspect {output}`, which prepares the data again"
-    rows = read_json(ledger, fix, rows=dict)["rows"]
-    if not isinstance(rows.get("test"), int):
-        raise UserError(ledger, "this file is damaged (it does not say how many rows are held out)", fix)
-    return int(rows["test"])
 
 
 def _examples_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[EvalExample]:
@@ -173,14 +171,14 @@ def _examples_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[
         try:
             ids = encoder.encode_prompt(messages[:place], row.get("tools") or "")
         except RefusedError as refusal:
-            where, fix = f"held-out row {row['id']}", "use another data.template, or take the row out of the data"
+            where, fix = f"held-out row {row['id']}", "use another data.template, or remove the row from the data"
             raise UserError(where, refusal.problem, fix) from None
         text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
         yield EvalExample(str(row["id"]), answers.index(place) + 1, ids, str(text), messages[place].text)
 
 
 def _supervised_runs(labels: Sequence[int], stops: set[int]) -> Iterable[list[int]]:
-    """The answers' ids, without their terminators: stretches of labels that are not ignored."""
+    """Yield each answer's ids without its terminator: the runs of labels that are not ignored."""
     array = np.asarray(labels)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], array != IGNORED, [False]]).astype(int)))
     for start, end in zip(edges[::2], edges[1::2], strict=True):

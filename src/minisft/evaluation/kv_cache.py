@@ -1,14 +1,13 @@
-"""Keys and values of the decoding loop: layers that grow in place, and the cache that a chat keeps between turns."""
+"""Key-value cache of the decoding loop: layers that grow in place, and the cache that a chat keeps between turns."""
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-# Key-value buffers grow by so many positions at a time.
+# Key-value buffers grow by this many positions at a time.
 CACHE_BLOCK = 64
 
 
@@ -20,19 +19,29 @@ class PromptCache:
     cache: DynamicCache | None = None
 
     def reuse(self, prompt: list[int]) -> int:
-        """Crops the cache to what `prompt` shares with it, at least one id less, and returns that length."""
+        """Crop the cache to the prefix that it shares with `prompt`, and return the length of that prefix.
+
+        The prefix is at least one id shorter than `prompt`: the model needs an input to give logits.
+        """
         shared = min(common_prefix(self.ids, prompt), len(prompt) - 1)
         surplus = len(self.ids) - shared
-        if self.cache is None or shared == 0 or (surplus > 0 and not _crop(self.cache, surplus)):
-            self.cache, shared = None, 0
+        if shared == 0:
+            self.cache = None
+        elif self.cache is not None and surplus > 0:
+            try:
+                self.cache.crop(-surplus)
+            except (RuntimeError, ValueError, AttributeError, NotImplementedError):
+                self.cache = None  # a sliding window, say, no longer has the earlier positions
+        if self.cache is None:
+            shared = 0
         self.ids = prompt[:shared]
         return shared
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A layer of keys and values [rows, heads, positions, width] that grows in place, a block at a time.
+    """A layer of keys and values [rows, heads, positions, width] that grows in place, one block at a time.
 
-    `DynamicLayer` copies everything for every new token.
+    transformers' `DynamicLayer` copies all keys and values for every new token.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +66,7 @@ class PreallocatedLayer(DynamicLayer):
 
     @classmethod
     def holding(cls, keys: Tensor | None, values: Tensor | None, rows: int) -> "PreallocatedLayer":
-        """A layer that starts with the keys and values [1, heads, positions, width], if any, in each of its rows."""
+        """Return a layer whose rows all start with the keys and values [1, heads, positions, width], if given."""
         layer = cls()
         if keys is not None and values is not None:
             layer.lazy_initialization(keys, values)
@@ -66,29 +75,24 @@ class PreallocatedLayer(DynamicLayer):
         return layer
 
     def take(self, keys: list[Tensor], values: list[Tensor], width: int) -> None:
-        """Takes the rows of several layers, each right-aligned in `width` positions."""
+        """Take the rows of several layers, each right-aligned in `width` positions."""
         self.lazy_initialization(keys[0], values[0])
-        self._buffers = [_aligned(states, width) for states in (keys, values)]
+        self._buffers = []
+        for parts in (keys, values):
+            rows = sum(len(part) for part in parts)
+            _, heads, _, size = parts[0].shape
+            # zeros, not empty: attention multiplies masked values by 0, and 0 times NaN is NaN
+            buffer = parts[0].new_zeros(rows, heads, width + CACHE_BLOCK, size)
+            start = 0
+            for part in parts:
+                buffer[start : start + len(part), :, width - part.shape[-2] : width] = part
+                start += len(part)
+            self._buffers.append(buffer)
         self.keys, self.values = (buffer[..., :width, :] for buffer in self._buffers)
 
 
-def _aligned(parts: list[Tensor], width: int) -> Tensor:
-    """A buffer of all rows with room for a block more; what is not filled is zero, since the mask multiplies it."""
-    rows = sum(len(part) for part in parts)
-    _, heads, _, size = parts[0].shape
-    buffer = parts[0].new_zeros(rows, heads, width + CACHE_BLOCK, size)
-    for part, place in zip(parts, _starts(parts), strict=True):
-        buffer[place : place + len(part), :, width - part.shape[-2] : width] = part
-    return buffer
-
-
-def _starts(parts: list[Tensor]) -> list[int]:
-    ends = list(accumulate(len(part) for part in parts))
-    return [0, *ends[:-1]]
-
-
 def _preallocated(states: Tensor, positions: int) -> Tensor:
-    """A buffer with room for `positions` and a block more, that starts with `states`."""
+    """Return a buffer that starts with `states` and has room for `positions` and one more block."""
     rows, heads, length, width = states.shape
     buffer = states.new_empty(rows, heads, positions + CACHE_BLOCK, width)
     buffer[..., :length, :] = states
@@ -96,13 +100,14 @@ def _preallocated(states: Tensor, positions: int) -> Tensor:
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return an empty cache for a model; layers of other kinds (sliding window, recurrent state) stay transformers'."""
     cache = DynamicCache(config=model.config)
     cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
-    """A copy of a cache of one row, for `rows` rows."""
+    """Return a cache of `rows` rows, each a copy of the one row of `cache`."""
     copy = DynamicCache()
     layers: list[Any] = cache.layers
     copy.layers = [PreallocatedLayer.holding(layer.keys, layer.values, rows) for layer in layers]
@@ -110,28 +115,20 @@ def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
 
 
 def merged(caches: list[DynamicCache], width: int) -> DynamicCache:
-    """Caches of several widths as one of `width` positions, the shorter ones padded on the left."""
+    """Return caches of several widths as one cache of `width` positions, the shorter ones padded on the left."""
     together = DynamicCache()
     together.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         layer = PreallocatedLayer()
-        if layers[0].keys is not None:  # a layer may use another one's
-            layer.take([one.keys for one in layers], [one.values for one in layers], width)
+        if layers[0].keys is not None:  # None where a layer shares the keys and values of another one
+            layer.take([part.keys for part in layers], [part.values for part in layers], width)
         together.layers.append(layer)
-        for one in layers:  # so that no more than one layer is there twice
-            one.keys = one.values = None
+        for part in layers:  # free them at once, so that only one layer is in memory twice
+            part.keys = part.values = None
     return together
 
 
-def _crop(cache: DynamicCache, surplus: int) -> bool:
-    """Drops the last positions; False where a layer cannot (a sliding window has forgotten them)."""
-    try:
-        cache.crop(-surplus)
-    except (RuntimeError, ValueError, AttributeError, NotImplementedError):
-        return False
-    return True
-
-
 def common_prefix(left: list[int], right: list[int]) -> int:
+    """Return how many ids both lists begin with."""
     differs = (place for place, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
     return next(differs, min(len(left), len(right)))

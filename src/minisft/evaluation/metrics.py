@@ -1,7 +1,7 @@
 """BLEU and chrF by sacrebleu with bootstrap intervals, exact match, held-out loss, and the constant baseline.
 
-Every number equals that of sacrebleu's command line on files that hold one answer a line (a line break inside
-an answer counts as a space there): `sacrebleu refs.txt -i outputs.txt -m bleu chrf --confidence`.
+Every number equals that of sacrebleu's command line on files with one answer per line (a line break within
+an answer becomes a space): `sacrebleu refs.txt -i outputs.txt -m bleu chrf --confidence`.
 """
 
 from collections import Counter
@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 from minisft.data.encoder import IGNORED
 from minisft.evaluation.generation import forward_arguments
 
-# sacrebleu's own defaults: its `--confidence` draws these very resamples.
+# sacrebleu's defaults: its `--confidence` draws the same resamples.
 RESAMPLES = 1000
 SEED = 12345
-_ORDER = 4  # of BLEU's longest n-grams
+_ORDER = 4  # the order of BLEU's longest n-grams
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A corpus score (0 to 100) and its 95 % interval: the resamples' `mean` plus or minus `half`."""
+    """A corpus score (0 to 100) and its 95 % interval: `mean` of the resamples plus or minus `half`."""
 
     score: float
     mean: float
@@ -54,18 +54,18 @@ class Interval:
 
 
 class CorpusScore:
-    """One metric over outputs and their references, from the counts of each row.
+    """A corpus metric of outputs against their references, computed from sacrebleu's counts of each row.
 
     Args:
         metric: "bleu" or "chrf".
-        outputs: one text per row.
-        references: one text per row.
+        outputs: One text per row.
+        references: One text per row.
     """
 
     def __init__(self, metric: str, outputs: Sequence[str], references: Sequence[str]) -> None:
         assert len(outputs) == len(references) > 0
         self._metric: Any = {"bleu": BLEU, "chrf": CHRF}[metric]()
-        self._metric._force = True  # no hint about tokenised text: an answer may end in " ."
+        self._metric._force = True  # else sacrebleu warns of tokenised text if many answers end in " ."
         rows = self._metric._extract_corpus_statistics(
             [one_line(text) for text in outputs], [[one_line(text) for text in references]]
         )
@@ -77,19 +77,20 @@ class CorpusScore:
 
     @cached_property
     def resamples(self) -> np.ndarray:
-        """Scores [1000] of seeded resamples of the rows; the same rows for every system of as many rows."""
-        counts = self.counts.astype("float32")  # as sacrebleu does, for the same bits
+        """Scores [1000] of seeded resamples; they draw the same rows for every system with the same number of rows."""
+        counts = self.counts.astype("float32")  # as in sacrebleu, so that the bits are the same
         draws = np.random.default_rng(SEED).choice(len(counts), size=(RESAMPLES, len(counts)), replace=True)
         return np.array([self._metric._compute_score_from_stats(counts[rows].sum(0)).score for rows in draws])
 
     def rows(self) -> list[float]:
-        """Each row's own score; BLEU of one sentence is rough: good for finding examples only."""
+        """Return each row's own score; BLEU of one sentence is noisy, so use it only to find examples."""
         return [self._of(counts) for counts in self.counts]
 
     def interval(self) -> Interval:
+        """Return the score with its 95 % bootstrap interval, as `sacrebleu --confidence` computes it."""
         ordered = np.sort(self.resamples)
-        outside = len(ordered) // 40
-        half = 0.5 * (ordered[-outside - 1] - ordered[outside])
+        tail = len(ordered) // 40  # 2.5 % of the resamples on each side
+        half = 0.5 * (ordered[-tail - 1] - ordered[tail])
         self._metric.n_bootstrap, self._metric.seed = RESAMPLES, SEED
         signature = str(self._metric.get_signature())
         return Interval(self.score, float(ordered.mean()), float(half), signature)
@@ -99,10 +100,10 @@ class CorpusScore:
 
 
 def p_value(system: CorpusScore, baseline: CorpusScore) -> float:
-    """How easily chance alone would give the difference of two systems on the same rows: paired bootstrap.
+    """Return the p-value of the difference of two systems on the same rows, by paired bootstrap (Koehn 2004).
 
-    Two-sided, as `sacrebleu --paired-bs` computes it; 1 where the two never differ, for which it gives the
-    smallest p there is.
+    Two-sided, as `sacrebleu --paired-bs` computes it, except that it is 1 if the two never differ: sacrebleu gives the
+    smallest possible p then.
     """
     assert len(system.counts) == len(baseline.counts)
     gaps = np.abs(system.resamples - baseline.resamples)
@@ -113,21 +114,22 @@ def p_value(system: CorpusScore, baseline: CorpusScore) -> float:
 
 
 def exact_match(outputs: Sequence[str], references: Sequence[str]) -> float:
-    """Return the share (0 to 1) of outputs that equal their reference, ignoring blanks at both ends."""
+    """Return the share (0 to 1) of outputs that equal their reference, ignoring white space at both ends."""
     hits = (a.strip() == b.strip() for a, b in zip(outputs, references, strict=True))
     return sum(hits) / len(outputs)
 
 
 def one_line(text: str) -> str:
-    """The text as one line, which is how sacrebleu's command line would read it."""
+    """Return the text as one line, as sacrebleu's command line reads it."""
     return " ".join(text.splitlines())
 
 
 def best_constant(answers: Sequence[str]) -> str:
-    """The answer that, repeated for every row, has the highest corpus BLEU against `answers` themselves.
+    """Return the answer that, repeated for every row, has the highest corpus BLEU against `answers` themselves.
 
-    Every distinct answer is tried, exactly: for each n-gram the matches over all rows are looked up in how
-    many rows hold it at least once, twice and so on. Of equals the most frequent one wins, then the first.
+    The search over all distinct answers is exact: the matches of an n-gram over all rows follow from the number of rows
+    that contain it at least once, at least twice and so on. Of equal scores the most frequent answer wins, then the
+    first.
     """
     metric = BLEU()
     lines = [metric._preprocess_segment(one_line(answer)) for answer in answers]
@@ -148,20 +150,20 @@ def best_constant(answers: Sequence[str]) -> str:
         total = [len(lines) * max(0, length - order) for order in range(_ORDER)]
         return metric._compute_score_from_stats([len(lines) * length, reference_length, *correct, *total]).score
 
-    candidates = sorted(grams, key=lambda line: -frequency[line])  # stable: first of equals stays first
+    candidates = sorted(grams, key=lambda line: -frequency[line])  # stable: the first of equals stays first
     return answers[lines.index(max(candidates, key=score))]
 
 
 LossRow = tuple[Sequence[int], Sequence[int]]  # input ids, and labels: unshifted, -100 where not supervised
-# Tokens in a batch, padding included; their logits in fp32 over a vocabulary of 49,152 take 400 MB.
+# Tokens per batch, padding included; their logits in fp32 over a vocabulary of 49,152 take 400 MB.
 BATCH_TOKENS = 2048
 
 
 def mean_loss(sums: Iterable[tuple[float, int]]) -> tuple[float, int]:
-    """Mean negative log-likelihood, in nats per supervised token, and how many tokens that is.
+    """Return the mean negative log-likelihood, in nats per supervised token, and the number of these tokens.
 
     Args:
-        sums: (sum of losses, tokens) of each batch, in order.
+        sums: (Sum of losses, number of tokens) of each batch, in order.
     """
     total, count = 0.0, 0
     for loss, tokens in sums:
@@ -169,27 +171,32 @@ def mean_loss(sums: Iterable[tuple[float, int]]) -> tuple[float, int]:
     return (total / count if count else float("nan")), count
 
 
-def loss_batches(rows: Sequence[LossRow]) -> list[list[LossRow]]:
-    """Rows of similar length together, longest first."""
+def loss_batches(rows: Sequence[LossRow], batch_tokens: int = BATCH_TOKENS) -> list[list[LossRow]]:
+    """Return batches of rows of similar length, longest first.
+
+    Args:
+        rows: The rows.
+        batch_tokens: The most tokens of a batch of several rows, padding included.
+    """
     batches: list[list[LossRow]] = []
     room = 0
     for row in sorted(rows, key=lambda row: -len(row[0])):
         if not batches or len(batches[-1]) >= room:
             batches.append([])
-            room = max(1, BATCH_TOKENS // len(row[0]))
+            room = max(1, batch_tokens // len(row[0]))
         batches[-1].append(row)
     return batches
 
 
 @torch.inference_mode()
 def sum_of_losses(model: PreTrainedModel, rows: Sequence[LossRow]) -> tuple[float, int]:
-    """The summed loss of one batch's supervised tokens, and how many they are; the first row is the longest."""
+    """Return the summed loss of a batch's supervised tokens, and their number; the first row must be the longest."""
     longest = len(rows[0][0])
     ids = torch.tensor([[*i, *[0] * (longest - len(i))] for i, _ in rows], device=model.device)
     labels = torch.tensor([[*label, *[IGNORED] * (longest - len(label))] for _, label in rows], device=model.device)
     mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i, _ in rows], device=model.device)
     targets = labels[:, 1:]
-    wanted = (targets != IGNORED).any(dim=0).nonzero()[:, 0]  # positions whose logits some row needs
+    wanted = (targets != IGNORED).any(dim=0).nonzero()[:, 0]  # positions whose logits at least one row needs
     if len(wanted) == 0:
         return 0.0, 0
     if "logits_to_keep" in forward_arguments(model):

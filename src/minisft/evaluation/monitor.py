@@ -1,7 +1,7 @@
-"""Which models are to be scored, and waiting for checkpoints that a running training has yet to write."""
+"""Which models to score, and waiting for the data and checkpoints that a running training has yet to write."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minisft.console import warn
@@ -11,57 +11,77 @@ from minisft.files import is_lock_held
 from minisft.run_folder import RunFolder, list_checkpoints
 
 _POLL_SECONDS = 5.0
-_START_SECONDS = 60.0  # the time that a training started beside the evaluation has to lock its run folder
+_START_SECONDS = 60.0  # the time that a training started together with the evaluation has to lock its run folder
 
 
 class TrainingMonitor:
-    """The training that is at work in a run folder, or will be in a moment."""
+    """The training that is running in a run folder, or is about to start.
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run, self.began, self.waited = run, False, 0.0
+    Args:
+        run: The run folder.
+        sleep: Waits for so many seconds.
+    """
+
+    def __init__(self, run: RunFolder, sleep: Callable[[float], object]) -> None:
+        self.run, self.sleep = run, sleep
+        self.began, self.waited = False, 0.0
 
     def is_running(self) -> bool:
-        """False once it has ended, or where none begins in time."""
+        """Return False once training has ended, or if none starts in time."""
         locked = is_training_running(self.run)
         self.began = self.began or locked
         return locked or (not self.began and self.waited < _START_SECONDS)
 
     def wait(self) -> None:
-        time.sleep(_POLL_SECONDS)
+        self.sleep(_POLL_SECONDS)
         self.waited += _POLL_SECONDS
 
 
-def wait_for_data(run: RunFolder) -> None:
+def wait_for_data(run: RunFolder, sleep: Callable[[float], object] = time.sleep) -> None:
     """Wait until training has prepared the run's data.
 
+    Args:
+        run: The run folder.
+        sleep: Waits for so many seconds.
+
     Raises:
-        UserError: no training is at work in the folder, or it ended without preparing any.
+        UserError: No training is running in the folder, or it ended without preparing data.
     """
-    training = TrainingMonitor(run)
+    training = TrainingMonitor(run, sleep)
     while True:
-        is_running = training.is_running()  # looked at before the data, so that none comes after
+        is_running = training.is_running()  # before the data: otherwise both could change between the two tests
         if (run.dataset / "ledger.json").is_file():
             return
         if not is_running:
-            problem = "training ended before it prepared the data" if training.began else "no training is at work here"
+            problem = "training ended before it prepared the data" if training.began else "no training is running here"
             raise UserError(run.root, problem, "start it: minisft train")
         if training.waited == 0:
             warn(f"waiting for the data of {run.root}")
         training.wait()
 
 
-def models_to_score(run: RunFolder, base: Path, follow: bool) -> Iterator[tuple[str, Path]]:
-    """The base model, then the checkpoints by number; under `follow` also those still to come.
+def models_to_score(
+    run: RunFolder, base: Path, follow: bool, sleep: Callable[[float], object] = time.sleep
+) -> Iterator[tuple[str, Path]]:
+    """Yield (name, folder) of the base model, then of the checkpoints by number.
 
-    Those that are gone but were examined come before those that are there.
+    Removed checkpoints that an earlier evaluation scored precede the existing ones.
+
+    Args:
+        run: The run folder.
+        base: The base model's folder.
+        follow: Also yield the checkpoints that a running training has yet to write.
+        sleep: Waits for so many seconds.
     """
     yield "base", base
-    gone = [path for path in _previously_scored(run) if not path.exists()]
-    yield from ((path.name, path) for path in gone)
-    seen: set[Path] = set(gone)
-    training = TrainingMonitor(run)
+    scored = [folder for folder in list_checkpoints(run.root / "evaluation") if has_results(folder / "journal.jsonl")]
+    removed = [path for folder in scored if not (path := run.checkpoints / folder.name).exists()]
+    yield from ((path.name, path) for path in removed)
+    seen: set[Path] = set(removed)
+    training = TrainingMonitor(run, sleep)
     while True:
-        # looked at before listing, so that nothing comes after; training that died ends the wait too
+        # before the listing: otherwise training could write its last checkpoint between the two;
+        # a training that died ends the wait too
         is_running = follow and training.is_running() and not run.is_trained()
         for checkpoint in run.list_checkpoints():
             if checkpoint not in seen:
@@ -72,12 +92,6 @@ def models_to_score(run: RunFolder, base: Path, follow: bool) -> Iterator[tuple[
         training.wait()
 
 
-def _previously_scored(run: RunFolder) -> list[Path]:
-    """The checkpoints, by number, that an earlier evaluation has computed something for."""
-    folders = list_checkpoints(run.root / "evaluation")
-    return [run.checkpoints / folder.name for folder in folders if has_results(folder / "journal.jsonl")]
-
-
 def is_training_running(run: RunFolder) -> bool:
-    """Whether training is at work in the run folder."""
+    """Return whether training is running in the run folder."""
     return is_lock_held(run.root / ".lock")

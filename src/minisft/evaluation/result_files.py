@@ -1,7 +1,7 @@
 """Files of one scored model: the result cache, outputs.jsonl, and examples to read.
 
-One process writes it. Answers stand under their prompts and the loss under its rows, so that other questions later
-(more turns, a limit, prompts of the user's own) leave what is there of use.
+Only one process writes them. The cache keeps answers by prompt and the loss by rows, so that it stays valid when the
+examples change later (more turns, a limit, the user's own prompts).
 """
 
 import hashlib
@@ -21,27 +21,28 @@ from minisft.text import dump_json, printable
 class ResultCache:
     """A file of JSON lines: the key first, then losses, and the answers of each batch.
 
-    Lines under another key (other weights or another way of decoding) are of no use and go; a torn last line goes too.
+    Lines under another key (other weights or decoding settings) are deleted; so is an incomplete last line.
 
     Args:
         path: `<output>/evaluation/NAME/journal.jsonl`.
-        key: what every answer depends on besides its prompt, hashed; None: the weights are gone, whatever
-            was computed with them in the way that `how` names holds, and nothing is written.
-        how: the same without the weights.
+        key: Hash of everything that an answer depends on besides its prompt. None: the weights were removed; whatever
+            was computed with them under the same settings is valid, and nothing is written.
+        settings: Hash of the same without the weights.
     """
 
-    def __init__(self, path: Path, key: str | None, how: str) -> None:
+    def __init__(self, path: Path, key: str | None, settings: str) -> None:
         self.path = path
         self._losses: dict[str, tuple[float | None, float]] = {}
         self._answers: dict[str, tuple[Generated, float]] = {}
-        lines = _whole_lines(path)
-        known = lines[0] if lines else {}
-        holds = known.get("how") == how if key is None else known.get("key") == key
-        lines = lines[1:] if holds else []
+        lines = _read_complete_lines(path)
+        header = lines[0] if lines else {}
+        is_valid = header.get("how") == settings if key is None else header.get("key") == key
+        lines = lines[1:] if is_valid else []
         for line in lines:
             self._take(line)
         if key is not None:
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in ({"key": key, "how": how}, *lines)))
+            header = {"key": key, "how": settings}
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in (header, *lines)))
 
     def has_answer(self, prompt: Sequence[int]) -> bool:
         return prompt_key(prompt) in self._answers
@@ -53,11 +54,11 @@ class ResultCache:
         return rows in self._losses
 
     def loss(self, rows: str) -> float | None:
-        """The loss on the rows with this fingerprint; None where it is no finite number."""
+        """Return the loss on the rows with this fingerprint; None if it is not a finite number."""
         return self._losses[rows][0]
 
     def seconds(self, rows: str, prompts: Sequence[Sequence[int]]) -> float:
-        """What the loss and these prompts' answers took, added up over processes."""
+        """Return the seconds that the loss and the answers to these prompts took, summed over processes."""
         keys = {prompt_key(prompt) for prompt in prompts}
         return self._losses[rows][1] + sum(self._answers[key][1] for key in keys)
 
@@ -81,48 +82,40 @@ class ResultCache:
 
 
 def prompt_key(prompt: Sequence[int]) -> str:
-    """What a prompt's answer stands under: a hash of its token ids."""
+    """Return the key of a prompt's answer: a hash of the prompt's token ids."""
     return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:24]
 
 
 def has_results(path: Path) -> bool:
-    """Whether a journal holds a loss or an answer; of a checkpoint that could not be loaded it holds the key alone."""
+    """Return whether a journal holds a loss or an answer; of a checkpoint that did not load it holds only the key."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
         return len(list(zip(file, range(2), strict=False))) > 1
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines up to the first that is torn or damaged: what stood after it is computed again."""
+def _read_complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines before the first incomplete or damaged one; whatever follows it is computed again."""
     lines: list[dict[str, Any]] = []
-    if not path.is_file():
-        return lines
-    for text in path.read_bytes().splitlines():
-        line = _read_line(text)
-        if line is None:
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+            if "answers" in line:
+                [(str(key), Generated(**answer)) for key, answer in line["answers"]]
+                float(line["seconds"])
+            elif "rows" in line:
+                float(line["seconds"]) + float(line["loss"] or 0)
+            elif not {"key", "how"} <= set(line):
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        if not isinstance(line, dict):
             break
         lines.append(line)
     return lines
 
 
-def _read_line(text: bytes) -> dict[str, Any] | None:
-    """A line of the journal, None where it is none."""
-    try:
-        line = json.loads(text)
-        if "answers" in line:
-            [(str(key), Generated(**answer)) for key, answer in line["answers"]]
-            float(line["seconds"])
-        elif "rows" in line:
-            float(line["seconds"]) + float(line["loss"] or 0)
-        elif not {"key", "how"} <= set(line):
-            return None
-    except (ValueError, TypeError, KeyError):
-        return None
-    return line if isinstance(line, dict) else None
-
-
-CHANGES = 3  # most improved, and as many most worsened
+CHANGES = 3  # number of most improved answers, and of most worsened ones
 
 
 def write_outputs(
@@ -132,7 +125,7 @@ def write_outputs(
     outputs: Sequence[str],
     scores: Mapping[str, CorpusScore],
 ) -> None:
-    """Write `outputs.jsonl`: a line per answer, with its own scores and how it ended."""
+    """Write `outputs.jsonl`: one line per answer, with its own scores and why it ended."""
     own = {metric: score.rows() for metric, score in scores.items()}
     lines = []
     for place, (example, answer, output) in enumerate(zip(examples, answers, outputs, strict=True)):
@@ -151,7 +144,7 @@ def write_outputs(
 
 
 def write_examples(folder: Path, examples: Sequence[EvalExample], outputs: Sequence[str]) -> None:
-    """Write `examples.txt`: the given questions, to read."""
+    """Write `examples.txt`: the given examples, for people to read."""
     parts = []
     for number, (example, output) in enumerate(zip(examples, outputs, strict=False), 1):
         heading = f"===== example {number} of {len(examples)}: {example.id}, answer {example.turn} ====="
@@ -163,7 +156,7 @@ def write_examples(folder: Path, examples: Sequence[EvalExample], outputs: Seque
 def write_prompts(
     folder: Path, prompts: Sequence[EvalExample], answers: Sequence[Generated], outputs: Sequence[str]
 ) -> None:
-    """Write `prompts.jsonl`: a line for each of the user's own prompts, or no such file where there are none."""
+    """Write `prompts.jsonl`: one line for each of the user's own prompts; without prompts, delete the file."""
     path = folder / "prompts.jsonl"
     if not prompts:
         path.unlink(missing_ok=True)
@@ -176,7 +169,7 @@ def write_prompts(
 
 
 def write_side_by_side(folder: Path, prompts: Sequence[EvalExample], outputs: Mapping[str, Sequence[str]]) -> None:
-    """Write `prompts.txt`: each of the user's own prompts with every system's answer beneath, to read."""
+    """Write `prompts.txt`: each of the user's own prompts with the answers of all models, for people to read."""
     path = folder / "prompts.txt"
     if not prompts:
         path.unlink(missing_ok=True)
@@ -194,7 +187,7 @@ def write_changes(
     best: tuple[str, Sequence[str]],
     examples: Sequence[EvalExample],
 ) -> None:
-    """Write `changes.txt`: where the best checkpoint gained most over the base model, and where it lost most."""
+    """Write `changes.txt`: the answers that the best checkpoint improved and worsened most, against the base model."""
     references = [example.reference for example in examples]
     before, after = (CorpusScore("chrf", outputs, references).rows() for _, outputs in (base, best))
     gains = [late - early for early, late in zip(before, after, strict=True)]
@@ -217,7 +210,7 @@ def write_changes(
 
 
 def _one_line(fields: dict[str, Any]) -> str:
-    """JSON in one line for every reader: some take these two, and U+0085, for line ends."""
+    """Return JSON that is one line for every reader: some split at U+2028 and U+2029 too."""
     text = dump_json(fields)
     for separator in "\u2028\u2029":
         text = text.replace(separator, f"\\u{ord(separator):04x}")

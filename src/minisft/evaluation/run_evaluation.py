@@ -1,6 +1,7 @@
-"""Evaluation of a run: the base model and every checkpoint scored, and which checkpoint is best."""
+"""Evaluation of a run: score the base model and every checkpoint, and find the best checkpoint."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,44 +42,47 @@ def evaluate(
     draw: Callable[[Path], object] | None = None,
     dtype: "torch.dtype | None" = None,
     custom_metrics: Mapping[str, CustomMetric] | None = None,
+    workers: Workers | None = None,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> dict[str, Any]:
     """Score the base model and every checkpoint, write `<output>/evaluation` and print a table.
 
-    What was computed before for the same weights, prompts and settings is taken from there.
+    Results that exist for the same weights, prompts and settings are read from the result cache.
 
     Args:
-        recipe: the run's recipe.
-        output: the run folder.
-        follow: go on until the training that writes into the folder has ended.
-        as_json: print results.json on stdout in place of the table.
-        draw: called with the run folder whenever results.json has changed (the report's curves).
-        dtype: of the weights; None: fp32 on a CPU or where the recipe trains in it, else bf16 or fp16.
-        custom_metrics: the caller's own metrics by name, f(outputs, references, prompts) -> a number for each answer.
+        recipe: The run's recipe.
+        output: The run folder.
+        follow: Continue until the training that writes into the folder has ended.
+        as_json: Print results.json on stdout instead of the table.
+        draw: Called with the run folder after each change of results.json (for the report's curves).
+        dtype: Dtype of the weights; None: fp32 on a CPU or if the recipe trains in it, else bf16 or fp16.
+        custom_metrics: The caller's own metrics by name: f(outputs, references, prompts) -> one number per answer.
+        workers: The processes to use; None: as many as the recipe says.
+        sleep: Waits for so many seconds, under `follow`.
 
     Returns:
-        The content of results.json; checkpoints that could not be scored stand in `failed`.
+        The content of results.json; `failed` lists the checkpoints that could not be scored.
 
     Raises:
-        UserError: no checkpoints, neither held-out rows nor prompts of the user's own, a base model that is not the
-            run's, `max_new_tokens` that leave no room for a prompt, or another evaluation at work in the folder.
+        UserError: There are no checkpoints, or neither held-out rows nor prompts; the base model is not the run's;
+            `max_new_tokens` leaves no room for a prompt; or another evaluation is running in the folder.
     """
     custom = check_custom_metrics(custom_metrics or {})
     run = RunFolder(output)
     if follow:
-        wait_for_data(run)
-    else:
-        _require_checkpoints(run)
+        wait_for_data(run, sleep)
+    elif not run.list_checkpoints():
+        raise UserError(run.checkpoints, "there are no checkpoints to evaluate", "train first: minisft train")
     with _exclusive(output / "evaluation"):
-        # 1. the same questions for all
+        # 1. Load the examples, which are the same for every model.
         base = _find_base(recipe, run)
-        with Workers(recipe.evaluation.processes or default_processes()) as workers:
-            evaluator, constant = _load_examples(recipe, output, base, dtype, workers)
+        with workers or Workers(recipe.evaluation.processes or default_processes()) as pool:
+            evaluator, constant = _load_examples(recipe, output, base, dtype, pool)
             constant = _with_custom("constant", constant, evaluator, custom)
-            # 2. a model after the other, the results written after each
-            scored_models, results = _score_models(
-                recipe, run, evaluator, constant, models_to_score(run, base, follow), draw, custom
-            )
-        # 3. what changed for the better and the worse, the user's own prompts, and the summary
+            # 2. Score one model after the other, and write results.json after each.
+            models = models_to_score(run, base, follow, sleep)
+            scored_models, results = _score_models(recipe, run, evaluator, constant, models, draw, custom)
+        # 3. Write the comparisons, and print the summary.
         _write_comparisons(evaluator, scored_models, results["best"])
     _report(results, evaluator.folder, as_json)
     return results
@@ -86,30 +90,37 @@ def evaluate(
 
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder of an evaluation: two would write one journal."""
+    """Lock the folder of an evaluation: two processes must not write the same result cache."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as lock:
         try:
-            held.enter_context(hold_lock(folder / ".lock"))
+            lock.enter_context(hold_lock(folder / ".lock"))
         except BlockingIOError:
-            raise UserError(folder, "another evaluation is at work here", "wait for it to end") from None
+            raise UserError(folder, "another evaluation is running here", "wait for it to end") from None
         yield
 
 
 def _find_base(recipe: Recipe, run: RunFolder) -> Path:
-    """The folder of the base model, which must be what the run began with and have room for answers."""
+    """Return the folder of the base model, after checking that the run began with it and that its context is enough."""
     resolved = resolve_model(recipe.model, recipe.trust_remote_code)
     require_same_base_model(run, str(resolved), weights_fingerprint(resolved.folder))
     if recipe.evaluation.backend == "vllm":
         require_vllm()
-    _require_context(resolved.folder, recipe.evaluation.max_new_tokens, recipe.trust_remote_code)
+    max_new_tokens = recipe.evaluation.max_new_tokens
+    context = context_length(load_config(resolved.folder, recipe.trust_remote_code))
+    if context is not None and max_new_tokens >= context:
+        raise UserError(
+            "evaluation.max_new_tokens",
+            f"{max_new_tokens} tokens leave no room for a prompt in the model's context of {context}",
+            "give a smaller number",
+        )
     return resolved.folder
 
 
 def _load_examples(
     recipe: Recipe, output: Path, base: Path, dtype: "torch.dtype | None", workers: Workers
 ) -> tuple[Evaluator, ScoredModel]:
-    """What asks every model the same questions, and the constant answer's scores on them."""
+    """Return the evaluator, which has the same examples for every model, and the scored constant baseline."""
     settings = recipe.evaluation
     encoder = Encoder(load_tokenizer(base, recipe.trust_remote_code), recipe.data.template)
     prompts = load_prompts(settings.prompts, encoder)
@@ -135,10 +146,11 @@ def _load_examples(
 
 
 def _write_comparisons(evaluator: Evaluator, scored_models: dict[str, ScoredModel], best: str | None) -> None:
+    """Write `changes.txt` and `prompts.txt`."""
     if best is not None:
         answers = (("base", scored_models["base"].outputs), (best, scored_models[best].outputs))
         write_changes(evaluator.folder, *answers, evaluator.held_out.examples)
-    prompted = {name: system.prompted for name, system in scored_models.items()}
+    prompted = {name: scored.prompted for name, scored in scored_models.items()}
     write_side_by_side(evaluator.folder, evaluator.prompts, prompted)
 
 
@@ -151,7 +163,7 @@ def _score_models(
     draw: Callable[[Path], object] | None,
     custom: Mapping[str, CustomMetric],
 ) -> tuple[dict[str, ScoredModel], dict[str, Any]]:
-    """Every model by name, and results.json, which is written after each; what cannot be scored stands in `failed`."""
+    """Return the scored models by name and results.json, which is written after each; `failed` lists the others."""
     scored_models: dict[str, ScoredModel] = {}
     failed: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
@@ -164,10 +176,10 @@ def _score_models(
             problem = error.problem if isinstance(error, UserError) else "it was removed meanwhile"
             failed.append({"checkpoint": name, "error": problem, **({} if weights.exists() else {"removed": True})})
             warn(f"{name} cannot be scored and is left out: {problem}")
-        else:  # an error of the caller's own metric is no fault of the checkpoint
+        else:  # outside the `try`: an error of a custom metric does not mean that the checkpoint is damaged
             scored_models[name] = _with_custom(name, scored_models[name], evaluator, custom)
         results = withhold_unreliable(
-            summarise_scores(scored_models, constant, recipe.evaluation) | _facts(recipe, evaluator, failed)
+            summarise_scores(scored_models, constant, recipe.evaluation) | _describe(recipe, evaluator, failed)
         )
         write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
         if draw is not None:
@@ -178,7 +190,7 @@ def _score_models(
 def _with_custom(
     name: str, scored: ScoredModel, evaluator: Evaluator, custom: Mapping[str, CustomMetric]
 ) -> ScoredModel:
-    """Return the scores of a model with those of the caller's own metrics in its entry, under `custom`."""
+    """Return the scored model with the scores of the custom metrics in its entry, under `custom`."""
     if not custom:
         return scored
     examples = evaluator.held_out.examples
@@ -186,38 +198,8 @@ def _with_custom(
     return replace(scored, entry={**scored.entry, "custom": scores})
 
 
-def summarise_scores(
-    scored_models: dict[str, ScoredModel], constant: ScoredModel, settings: EvaluationRecipe
-) -> dict[str, Any]:
-    """The content of results.json: scores, intervals and significance of every system."""
-    everyone = {**scored_models, "constant": constant}
-    checkpoints = sorted(
-        (name for name in scored_models if name != "base"), key=lambda name: int(name.rpartition("-")[2])
-    )
-    judge = next(metric for metric in METRICS if metric in settings.metrics)
-    scored = [name for name in checkpoints if judge in scored_models[name].scores]
-    best = max(scored, key=lambda name: scored_models[name].scores[judge].score, default=None)
-    rivals = {"base": "base", "constant": "constant", **({"best": best} if best else {})}
-    entries = {
-        name: {
-            **system.entry,
-            **{
-                metric: {**score.interval().as_dict(), "p": _significance(name, metric, everyone, rivals)}
-                for metric, score in system.scores.items()
-            },
-        }
-        for name, system in everyone.items()
-    }
-    return {
-        "base": entries["base"],
-        "checkpoints": [entries[name] for name in checkpoints],
-        "best": best,
-        "constant": entries["constant"],
-    }
-
-
-def _facts(recipe: Recipe, evaluator: Evaluator, failed: list[dict[str, Any]]) -> dict[str, Any]:
-    """What else results.json says: how the answers came about, and what has none."""
+def _describe(recipe: Recipe, evaluator: Evaluator, failed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the fields of results.json besides the scores: number of examples, generation settings, failures."""
     settings, sampling = recipe.evaluation, evaluator.spec.sampling
     return {
         "answers": len(evaluator.held_out.examples),
@@ -231,19 +213,47 @@ def _facts(recipe: Recipe, evaluator: Evaluator, failed: list[dict[str, Any]]) -
     }
 
 
-def _significance(name: str, metric: str, everyone: dict[str, ScoredModel], rivals: dict[str, str]) -> dict[str, float]:
-    """The p-values of a system against each rival but itself."""
-    mine = everyone[name].scores[metric]
-    return {role: p_value(mine, everyone[rival].scores[metric]) for role, rival in rivals.items() if rival != name}
+def summarise_scores(
+    scored_models: dict[str, ScoredModel], constant: ScoredModel, settings: EvaluationRecipe
+) -> dict[str, Any]:
+    """Return the content of results.json: scores, intervals and p-values of every model.
+
+    Args:
+        scored_models: The base model and the checkpoints, by name.
+        constant: The constant baseline.
+        settings: The recipe's `evaluation`; the first of `METRICS` that it names decides which checkpoint is best.
+    """
+    systems = {**scored_models, "constant": constant}
+    checkpoints = sorted(
+        (name for name in scored_models if name != "base"), key=lambda name: int(name.rpartition("-")[2])
+    )
+    judge = next(metric for metric in METRICS if metric in settings.metrics)
+    with_scores = [name for name in checkpoints if judge in scored_models[name].scores]
+    best = max(with_scores, key=lambda name: scored_models[name].scores[judge].score, default=None)
+    rivals = {"base": "base", "constant": "constant", **({"best": best} if best else {})}
+    entries = {}
+    for name, system in systems.items():
+        entries[name] = dict(system.entry)
+        for metric, score in system.scores.items():
+            p_values = {
+                role: p_value(score, systems[rival].scores[metric]) for role, rival in rivals.items() if rival != name
+            }
+            entries[name][metric] = {**score.interval().as_dict(), "p": p_values}
+    return {
+        "base": entries["base"],
+        "checkpoints": [entries[name] for name in checkpoints],
+        "best": best,
+        "constant": entries["constant"],
+    }
 
 
 def require_all_scored(results: dict[str, Any], run: RunFolder) -> None:
-    """Say which checkpoints an evaluation could not score because they are damaged or unfinished.
+    """Check that an evaluation scored every checkpoint that still exists.
 
-    Checkpoints that were removed, as `training.keep_checkpoints` does, are none of these.
+    Checkpoints that were removed, as `training.keep_checkpoints` does, do not count.
 
     Raises:
-        UserError: there are some; all others are scored, and results.json is written.
+        UserError: Some checkpoints are damaged or incomplete; all others are scored, and results.json is written.
     """
     damaged = [failure for failure in results["failed"] if not failure.get("removed")]
     if not damaged:
@@ -257,21 +267,6 @@ def require_all_scored(results: dict[str, Any], run: RunFolder) -> None:
     )
 
 
-def _require_checkpoints(run: RunFolder) -> None:
-    if not run.list_checkpoints():
-        raise UserError(run.checkpoints, "there are no checkpoints to evaluate", "train first: minisft train")
-
-
-def _require_context(base: Path, max_new_tokens: int, trust_remote_code: bool) -> None:
-    context = context_length(load_config(base, trust_remote_code))
-    if context is not None and max_new_tokens >= context:
-        raise UserError(
-            "evaluation.max_new_tokens",
-            f"{max_new_tokens} tokens leave no room for a prompt in the model's context of {context}",
-            "give a smaller number",
-        )
-
-
 def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         console.file.write(dump_json(results, indent=1) + "\n")
@@ -281,14 +276,15 @@ def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
 
 
 _NAMES = {"bleu": "BLEU", "chrf": "chrF"}
-_WIDE = 100  # characters; a narrower terminal gets neither perplexity nor seconds
+_WIDE = 100  # characters; a narrower terminal shows neither perplexity nor seconds
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Base, checkpoints and constant, the best one marked; 95 % intervals, where they do not claim too much."""
+    """Print the scores of all models, the best one marked, with 95 % intervals if there are enough conversations."""
     if not results["answers"]:
         say("There are no held-out conversations, so nothing is scored.")
-        _say_failures(results)
+        for failure in results["failed"]:
+            say(f"{failure['checkpoint']}: {_failure(failure)}", style="yellow")
         return
     rows = [("base", results["base"]), *((c["checkpoint"], c) for c in results["checkpoints"])]
     rows.append(("constant", results["constant"]))
@@ -306,17 +302,12 @@ def print_table(results: dict[str, Any]) -> None:
         table.add_row(*map(Text, cells), style="bold" if best else "")
     for failure in results["failed"]:
         table.add_row(Text(failure["checkpoint"]), Text(_failure(failure)), style="yellow")
-    which = "the last answer of each conversation" if results["turns"] == "last" else "all answers"
-    console.print(f"{results['answers']} held-out replies ({which}){', 95 % intervals' * is_reliable(results)}:")
+    turns = "the last answer of each conversation" if results["turns"] == "last" else "all answers"
+    console.print(f"{results['answers']} held-out replies ({turns}){', 95 % intervals' * is_reliable(results)}:")
     console.print(table)
     if reason := unreliability_reason(results):
         say(f"{reason}.")
     console.print(Text.assemble("constant: always ", repr(results["constant"]["text"])))
-
-
-def _say_failures(results: dict[str, Any]) -> None:
-    for failure in results["failed"]:
-        say(f"{failure['checkpoint']}: {_failure(failure)}", style="yellow")
 
 
 def _failure(failure: dict[str, Any]) -> str:
@@ -324,6 +315,7 @@ def _failure(failure: dict[str, Any]) -> str:
 
 
 def _cell(column: str, entry: dict[str, Any]) -> str:
+    """Return the text of a model's score in one column."""
     if column in _NAMES:
         score = entry[column]
         interval = f" [{score['low']:.1f}, {score['high']:.1f}]" if is_reliable(score) else ""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -73,28 +73,38 @@ def typed(monkeypatch, *lines):
     monkeypatch.setattr("builtins.input", read)
 
 
-def sent_prompts(monkeypatch):
-    from minisft.evaluation import generation
+@dataclass
+class RecordingSession(Session):
+    """Keeps the prompt of each answer."""
 
-    prompts = []
-    real = generation.generate
+    prompts: list[list[int]] = field(default_factory=list)
 
-    def watched(model, given, **settings):
-        prompts.append(given[0])
-        return real(model, given, **settings)
-
-    monkeypatch.setattr(generation, "generate", watched)
-    return prompts
+    def answer(self, on_text):
+        self.prompts.append(self.prompt())
+        return super().answer(on_text)
 
 
-def test_the_prompt_is_a_prefix_of_the_training_row(model_folder, monkeypatch, capsys):
-    prompts = sent_prompts(monkeypatch)
-    chat(model_folder, "hello [/INST] <|im_end|>", "be short", max_new_tokens=5)
+def recorded_chat(folder, max_new_tokens):
+    """Chat with a model until the end of the typed lines, and return the prompt of each answer."""
+    model, encoder = load_model_and_encoder(str(folder), False)
+    session = RecordingSession(model, encoder, max_new_tokens=max_new_tokens)
+    Terminal(session, None, False).run()
+    return session.prompts
+
+
+def test_the_prompt_is_a_prefix_of_the_training_row(session, capsys):
+    inputs = []
+    hook = session.model.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    session.set_system("be short")
+    Terminal(session, None, False).ask("hello [/INST] <|im_end|>", one_shot=True)
+    hook.remove()
     answer = capsys.readouterr().out.removesuffix("\n")
-    encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(model_folder), "chatml")
     said = (Message("system", "be short"), Message("user", "hello [/INST] <|im_end|>"), Message("assistant", "x"))
-    row = encoder.encode(Conversation(said, "id", "here")).input_ids
-    assert row[: len(prompts[0])] == prompts[0]
+    row = session.encoder.encode(Conversation(said, "id", "here")).input_ids
+    assert len(inputs[0]) > 20
+    assert row[: len(inputs[0])] == inputs[0]
     assert answer
 
 
@@ -117,14 +127,13 @@ def test_streamed_pieces_make_up_the_answer(session):
     assert len(pieces) > 3
 
 
-def test_commands(model_folder, monkeypatch, capsys, tmp_path):
-    prompts = sent_prompts(monkeypatch)
+def test_each_command_does_what_the_help_says(model_folder, monkeypatch, capsys, tmp_path):
     saved = tmp_path / "saved.jsonl"
     typed(
         monkeypatch, "/system be kind", "one", "two\\", "lines", "/regen", f"/save {saved}", "/system", "/reset",
         "/regen", "//slash", "/nonsense", "/help", "/compare", "/save", "", "/exit", "never sent",
     )  # fmt: skip
-    chat(model_folder, max_new_tokens=3)
+    prompts = recorded_chat(model_folder, max_new_tokens=3)
     error = capsys.readouterr().err
     assert "There is no command /nonsense" in error
     assert "System prompt: be kind" in error
@@ -144,9 +153,8 @@ def test_commands(model_folder, monkeypatch, capsys, tmp_path):
 
 def test_a_full_context_drops_the_oldest_exchanges_and_says_so(tmp_path, monkeypatch, capsys):
     folder = save_tiny(tmp_path / "short", context=160)
-    prompts = sent_prompts(monkeypatch)
     typed(monkeypatch, "first " * 6, "second " * 6, "third " * 6, "x" * 200, "/exit")
-    chat(folder, max_new_tokens=20)
+    prompts = recorded_chat(folder, max_new_tokens=20)
     error = capsys.readouterr().err
     assert "the oldest exchange was dropped" in error
     assert "do not fit the model's context of 160" in error
@@ -154,8 +162,15 @@ def test_a_full_context_drops_the_oldest_exchanges_and_says_so(tmp_path, monkeyp
     assert len(prompts) == 3
 
 
-def test_terminal_control_characters_are_not_passed_on(session, monkeypatch, capsys):
-    monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: "\x1b[31mred\x07" if ids else "")
+class ColouredEncoder(Encoder):
+    """Decodes every answer to terminal control characters."""
+
+    def decode_answer(self, ids):
+        return "\x1b[31mred\x07" if ids else ""
+
+
+def test_terminal_control_characters_are_not_passed_on(session, capsys):
+    session.encoder = ColouredEncoder(session.encoder.tokenizer, "chatml")
     Terminal(session, None, False).ask("hi")
     assert capsys.readouterr().out == "\\x1b[31mred\\x07\n"
 
@@ -177,7 +192,7 @@ def test_a_run_folder_gives_its_model_or_its_newest_checkpoint(tmp_path, model_f
     assert choose_model(str(model_folder)) == (str(model_folder), None)
 
 
-def test_compare_shows_base_and_tuned(tmp_path, model_folder, monkeypatch, capsys):
+def test_compare_shows_the_base_models_answer_next_to_the_tuned_one(tmp_path, model_folder, monkeypatch, capsys):
     run = a_run(tmp_path / "run", model_folder)
     save_tiny(run / "model", seed=5)
     typed(monkeypatch, "hello", "/compare", "/exit")
@@ -198,15 +213,14 @@ def refusing_system_prompts(folder):
 
 
 @pytest.mark.parametrize("message", [None, "hi"])
-def test_a_refused_system_prompt_is_the_users_to_mend(tmp_path, message):
+def test_a_system_prompt_that_the_template_refuses_is_an_error(tmp_path, message):
     with pytest.raises(UserError, match="takes no system message"):
         chat(refusing_system_prompts(tmp_path / "model"), message, "be kind")
 
 
-def test_a_system_prompt_refused_in_the_middle_is_said_and_the_session_goes_on(tmp_path, monkeypatch, capsys):
-    prompts = sent_prompts(monkeypatch)
+def test_a_system_prompt_refused_during_a_session_is_reported_and_the_session_continues(tmp_path, monkeypatch, capsys):
     typed(monkeypatch, "one", "/system be kind", "/regen", "/compare", "two", "/system", "/exit")
-    chat(refusing_system_prompts(tmp_path / "model"), max_new_tokens=3)
+    prompts = recorded_chat(refusing_system_prompts(tmp_path / "model"), max_new_tokens=3)
     error = capsys.readouterr().err
     assert error.count("takes no system message") == 1
     assert "leave the system prompt out" in error
@@ -214,15 +228,18 @@ def test_a_system_prompt_refused_in_the_middle_is_said_and_the_session_goes_on(t
     assert len(prompts) == 3
 
 
-def test_an_answer_that_the_template_refuses_to_give_again_stays(session, monkeypatch, capsys):
+class RefusingEncoder(Encoder):
+    """Refuses every prompt."""
+
+    def encode_prompt(self, messages, tools=""):
+        raise RefusedError("template_refuses", "not like this")
+
+
+def test_an_answer_stays_if_the_template_refuses_to_generate_it_again(session, capsys):
     terminal = Terminal(session, None, False)
     terminal.ask("hi")
     before = list(session.turns)
-
-    def refuse(self, messages, tools=""):
-        raise RefusedError("template_refuses", "not like this")
-
-    monkeypatch.setattr(Encoder, "encode_prompt", refuse)
+    session.encoder = RefusingEncoder(session.encoder.tokenizer, "chatml")
     assert not terminal.handle("/regen")
     terminal.ask("again")
     assert session.turns == before
@@ -237,7 +254,7 @@ def test_an_answer_that_the_template_refuses_to_give_again_stays(session, monkey
         ("top_p", [0.0, -1.0, 1.5, float("nan")]),
     ],
 )
-def test_options_out_of_their_range_are_named(model_folder, option, values):
+def test_an_option_out_of_range_is_named(model_folder, option, values):
     for value in values:
         options: Any = {option: value}
         with pytest.raises(UserError, match=f"--{option.replace('_', '-')}"):
@@ -252,7 +269,7 @@ def start_chat(folder, *options, **settings):
     return subprocess.Popen([sys.executable, "-c", code, str(folder), *options], preexec_fn=heed_ctrl_c, **settings)
 
 
-def test_piped_input(model_folder):
+def test_piped_lines_are_answered_without_an_input_prompt(model_folder):
     process = start_chat(
         model_folder, "4", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         encoding="utf-8",
@@ -350,7 +367,7 @@ def test_regen_draws_anew_when_sampling(session):
         session.answer(lambda piece: None)
         answers.append(session.turns[-1].content)
     assert len(set(answers)) == 3
-    again = replace(session, asked=0, cache=None, turns=[Message("user", "hi")])
+    again = replace(session, answer_count=0, cache=None, turns=[Message("user", "hi")])
     again.answer(lambda piece: None)
     assert again.turns[-1].content == answers[0]
 
@@ -373,7 +390,7 @@ class Screen:
         self.unread = ""
 
     def press_until(self, text, process, times=20):
-        """Ctrl-C again while nothing comes: Python misses one that lands just before `input` begins to wait."""
+        """Press Ctrl-C until text appears: Python loses one that arrives just before `input` starts to wait."""
         for _ in range(times):
             process.send_signal(signal.SIGINT)
             if select.select([self.descriptor], [], [], 5)[0]:

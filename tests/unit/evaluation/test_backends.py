@@ -1,10 +1,10 @@
 """Several processes share the work of an evaluation: the same results, and what happens when one dies."""
 
+import importlib.util
 import os
 import signal
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from minisft.errors import UserError
-from minisft.evaluation import backends
 from minisft.evaluation.backends import (
     AnswerTask,
     LossTask,
@@ -52,7 +51,7 @@ def test_two_processes_give_what_one_gives(tiny_model, sampling):
     assert len(found[0]) == 5
 
 
-def test_a_damaged_model_is_told_by_every_process_and_the_next_one_is_answered(tiny_model, tmp_path):
+def test_a_damaged_model_raises_in_every_process_and_the_next_model_still_answers(tiny_model, tmp_path):
     (tmp_path / "damaged").mkdir()
     with Workers(2) as workers:
         with pytest.raises(UserError, match="cannot be loaded"):
@@ -73,7 +72,7 @@ def kill_all_after_the_first(spec):
                     os.kill(process, signal.SIGKILL)
 
 
-def test_a_process_that_dies_is_said(tiny_model):
+def test_a_process_that_dies_raises_an_error(tiny_model):
     with pytest.raises(RuntimeError, match="a process of the evaluation died"):
         kill_all_after_the_first(spec_of(tiny_model))
 
@@ -87,7 +86,7 @@ def interrupt_after_the_first(spec, processes):
 
 
 def test_ctrl_c_ends_the_processes_at_once(tiny_model):
-    """The batches under way are of no more use."""
+    """Nobody needs the batches that are running."""
     processes: list[Any] = []
     with pytest.raises(KeyboardInterrupt):
         interrupt_after_the_first(spec_of(tiny_model), processes)
@@ -125,47 +124,49 @@ def test_processes_end_with_the_one_that_hands_out_the_work(tiny_model, tmp_path
     assert not any(Path(f"/proc/{process}").exists() for process in processes)
 
 
-def test_one_process_for_each_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert default_processes() == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert default_processes() == 4
+def test_evaluation_uses_one_process_for_each_gpu_and_one_on_a_cpu():
+    assert [default_processes(gpus) for gpus in (0, 1, 4)] == [1, 1, 4]
+    assert default_processes() == max(1, torch.cuda.device_count())
 
 
-# --- vLLM, of which a stand-in with its interface is enough ----------------------------------------------------
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ZeroDivisionError("a bug"),
+    ],
+)
+def test_lack_of_memory_or_a_bug_during_loading_is_not_reported_as_a_damaged_folder(tmp_path, error):
+    def load(*args, **settings):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        TransformersModel(tmp_path, torch.float32, False, load=load)
+    assert raised.value is error
 
 
-class StandIn:
-    """`vllm.LLM` and `vllm.SamplingParams` as far as they are used, over the tiny model itself."""
+def test_weights_that_do_not_fit_the_config_are_reported_with_the_first_line_of_the_error(tmp_path):
+    def load(*args, **settings):
+        raise RuntimeError("size mismatch for lm_head\nand more")
 
-    def __init__(self, model: str, dtype: str, trust_remote_code: bool, generation_config: str) -> None:
-        assert (dtype, generation_config) == ("float32", "vllm")
-        self.model = TransformersModel(Path(model), torch.float32, trust_remote_code)
+    with pytest.raises(UserError) as raised:
+        TransformersModel(tmp_path, torch.float32, False, load=load)
+    assert (raised.value.where, raised.value.problem) == (str(tmp_path), "RuntimeError: size mismatch for lm_head")
 
-    def generate(self, prompts: list[dict[str, list[int]]], settings: list[Any], use_tqdm: bool) -> list[Any]:
-        return [self._answer(p["prompt_token_ids"], s) for p, s in zip(prompts, settings, strict=True)]
 
-    def _answer(self, prompt, settings):
-        assert settings.ignore_eos
-        assert not settings.detokenize
-        [answer] = self.model.answer(
-            [prompt], stop_token_ids=settings.stop_token_ids, max_new_tokens=settings.max_tokens, sampling=None
-        )
-        ids = answer.ids + ([settings.stop_token_ids[0]] if answer.finish == "stop" else [])
-        return types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=ids)])
+# --- vLLM: a stand-in with its interface -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def vllm(monkeypatch):
-    module: Any = types.ModuleType("vllm")
-    module.LLM, module.SamplingParams = StandIn, types.SimpleNamespace
-    module.__spec__ = types.SimpleNamespace(name="vllm")
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr(backends, "require_vllm", lambda: None)
+    """The stand-in in place of vLLM, on the import path."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "vllm_stand_in"))
+    yield
+    sys.modules.pop("vllm", None)
 
 
-def test_vllm_is_asked_for_what_the_decoding_loop_gives(vllm, tiny_model):
+def test_the_vllm_backend_gives_the_answers_of_the_decoding_loop(vllm, tiny_model):
     prompts = [*tasks()[0].prompts, [5] * 505, [5] * 512]  # the tiny model's context is 512
     settings: Any = {"stop_token_ids": (1, 40, 70), "max_new_tokens": 12, "sampling": None}
     ours = TransformersModel(Path(tiny_model), torch.float32, False).answer(prompts, **settings)
@@ -175,34 +176,30 @@ def test_vllm_is_asked_for_what_the_decoding_loop_gives(vllm, tiny_model):
     theirs.release()
 
 
-def test_vllm_samples_with_a_seed_of_each_prompt(vllm, tiny_model, monkeypatch):
-    given: list[Any] = []
-
-    def note(self, prompts, settings, use_tqdm):
-        given.extend(settings)
-        return []
-
-    monkeypatch.setattr(StandIn, "generate", note)
+def test_vllm_samples_with_a_seed_of_each_prompt(vllm, tiny_model):
     model = VllmModel(Path(tiny_model), torch.float32, False)
     sampling = Sampling(0.7, 0.9, 3)
-    with pytest.raises(ValueError, match="shorter"):  # it gives no answers
-        model.answer([[5, 6], [7]], stop_token_ids=(1,), max_new_tokens=4, sampling=sampling)
-    assert [(s.temperature, s.top_p, s.seed) for s in given] == [
+    model.answer([[5, 6], [7]], stop_token_ids=(1,), max_new_tokens=4, sampling=sampling)
+    assert [(s.temperature, s.top_p, s.seed) for s in model.llm.settings] == [
         (0.7, 0.9, sampling.seed_of([5, 6])), (0.7, 0.9, sampling.seed_of([7]))
     ]  # fmt: skip
 
 
-def test_an_adapter_is_not_for_vllm(vllm, tmp_path):
+def test_the_vllm_backend_refuses_an_adapter(vllm, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="given whole models here, and this is an adapter"):
+    with pytest.raises(UserError, match="an adapter, and the vLLM backend loads complete models only"):
         VllmModel(tmp_path, torch.float32, False)
 
 
-def test_vllm_that_is_absent_or_has_no_gpu_is_said(monkeypatch):
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"evaluation.backend: vllm is not installed"):
-        require_vllm()
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="vllm is for GPUs"):
-        require_vllm()
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_the_vllm_backend_without_vllm_is_refused(tiny_model):
+    for refused in (require_vllm, spec_of(tiny_model, backend="vllm").load):
+        with pytest.raises(UserError, match=r"evaluation.backend: vllm is not installed"):
+            refused()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_vllm_backend_without_a_gpu_is_refused(vllm, tiny_model):
+    for refused in (require_vllm, spec_of(tiny_model, backend="vllm").load):
+        with pytest.raises(UserError, match="vllm needs a GPU"):
+            refused()

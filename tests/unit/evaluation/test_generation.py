@@ -1,6 +1,5 @@
 """The decoding loop against transformers' own `generate`, one prompt at a time, in fp32."""
 
-import inspect
 from typing import Any
 
 import pytest
@@ -27,18 +26,15 @@ def prompts_of(*lengths, seed=1):
     return [torch.randint(3, VOCABULARY, (n,), generator=draws).tolist() for n in lengths]
 
 
-def watch_inputs(model, monkeypatch):
-    """The shapes of input_ids that the model's forward is given from now on."""
-    shapes = []
-    forward = model.forward
-
-    def watched(*args, **kwargs):
-        shapes.append(tuple(kwargs["input_ids"].shape))
-        return forward(*args, **kwargs)
-
-    watched.__dict__["__signature__"] = inspect.signature(forward)
-    monkeypatch.setattr(model, "forward", watched)
-    return shapes
+@pytest.fixture
+def shapes(model):
+    """The shapes of input_ids that the model is given during the test."""
+    seen: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    yield seen
+    hook.remove()
 
 
 def reference_answer(model, prompt, stops, new):
@@ -68,11 +64,11 @@ def test_same_ids_as_generate_one_at_a_time(model, stops, batch_size):
         assert len({len(answer.ids) for answer in answers}) > 2, "rows should end at different steps"
 
 
-def test_a_beginning_that_all_prompts_share_is_computed_once(model, monkeypatch):
+def test_a_beginning_that_all_prompts_share_is_computed_once(model, shapes):
     [system] = prompts_of(20, seed=5)
     prompts = [system + prompt for prompt in prompts_of(7, 3, 12, 1)]
     expected = [reference_answer(model, prompt, (2, 5, 40), 16) for prompt in prompts]
-    shapes = watch_inputs(model, monkeypatch)
+    shapes.clear()  # of the reference answers
     answers = generate(model, prompts, stop_token_ids=(2, 5, 40), max_new_tokens=16)
     assert shapes[:2] == [(1, 20), (4, 12)]
     assert [answer.ids for answer in answers] == expected
@@ -110,20 +106,18 @@ def test_never_beyond_the_context(model):
     assert [a.finish for a in answers] == ["context", "context", "context", "length"]
 
 
-def test_finished_rows_leave_the_batch(model, monkeypatch):
-    shapes = watch_inputs(model, monkeypatch)
-    monkeypatch.setattr("minisft.evaluation.generation.PREFILL_ROWS", 16)
-    generate(model, prompts_of(*range(1, 17)), stop_token_ids=range(0, 97, 4), max_new_tokens=20)
+def test_finished_rows_leave_the_batch(model, shapes):
+    generate(model, prompts_of(*range(1, 17)), stop_token_ids=range(0, 97, 4), max_new_tokens=20, prefill_rows=16)
     sizes = [rows for rows, _ in shapes]
     assert sizes[0] == 16
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] <= 2
 
 
-def test_prompts_go_in_by_eights_and_are_decoded_together(model, monkeypatch):
+def test_prompts_go_in_by_eights_and_are_decoded_together(model, shapes):
     prompts = prompts_of(*range(1, 20))
     expected = [reference_answer(model, prompt, (2, 5), 6) for prompt in prompts]
-    shapes = watch_inputs(model, monkeypatch)
+    shapes.clear()  # of the reference answers
     answers = generate(model, prompts, stop_token_ids=(2, 5), max_new_tokens=6)
     assert shapes[:4] == [(8, 19), (8, 11), (3, 3), (19, 1)]
     assert [answer.ids for answer in answers] == expected
@@ -144,8 +138,7 @@ def test_a_callback_ends_its_row(model):
     assert len(answer.ids) == 1
 
 
-def test_the_second_turn_reuses_the_cache_of_the_first(model, monkeypatch):
-    shapes = watch_inputs(model, monkeypatch)
+def test_the_second_turn_reuses_the_cache_of_the_first(model, shapes):
     kept = PromptCache([])
     [first_prompt, more] = prompts_of(15, 6)
     settings: dict[str, Any] = {"stop_token_ids": (2,), "max_new_tokens": 8}
@@ -204,25 +197,26 @@ def test_batches_hold_similar_lengths_and_every_prompt_once():
     assert plan_batches([40000, 30000], 8, 100) == [[0], [1]]
 
 
-def test_the_roomy_cache_equals_the_plain_one(model):
-    roomy: Any = new_cache(model)
+def test_the_preallocated_cache_gives_the_logits_of_the_plain_one(model):
+    preallocated: Any = new_cache(model)
     plain: Any = DynamicCache(config=model.config)
     for ids in prompts_of(5, 1, 1, 70, 1):
         tokens = torch.tensor([ids, ids[::-1]])
         with torch.inference_mode():
-            left, right = (model(tokens, past_key_values=c, use_cache=True).logits for c in (roomy, plain))
+            left, right = (model(tokens, past_key_values=c, use_cache=True).logits for c in (preallocated, plain))
         assert torch.equal(left, right)
-    for cache in (roomy, plain):
+    for cache in (preallocated, plain):
         cache.crop(-3)
         cache.batch_select_indices(torch.tensor([1]))
-    assert torch.equal(roomy.layers[1].keys, plain.layers[1].keys)
+    assert torch.equal(preallocated.layers[1].keys, plain.layers[1].keys)
 
 
-def test_weights_are_held_in_bf16_only_where_the_gpu_has_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert inference_dtype() is torch.float32
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_inference_uses_bf16_only_on_gpus_that_support_it():
     for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
-        assert inference_dtype() is dtype
-        assert inference_dtype("fp32") is torch.float32
+        assert inference_dtype(compute_capability=capability) is dtype
+        assert inference_dtype("fp32", capability) is torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_inference_uses_fp32_without_a_gpu():
+    assert inference_dtype() is torch.float32

@@ -1,10 +1,12 @@
 """A run with a tiny model: everything that `evaluate` writes, reuses, resumes and refuses."""
 
+import contextlib
 import fcntl
 import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,22 +19,18 @@ from minisft.data.preparation import prepare
 from minisft.data.prepared import load_test, load_train
 from minisft.data.renderers.base import RefusedError
 from minisft.errors import UserError
-from minisft.evaluation import backends, monitor
-from minisft.evaluation import run_evaluation as module
+from minisft.evaluation.backends import AnswerTask, LossTask, Workers
+from minisft.evaluation.evaluator import ScoredModel
 from minisft.evaluation.examples import load_held_out, train_answers
-from minisft.evaluation.metrics import loss_batches, mean_loss, sum_of_losses
-from minisft.evaluation.run_evaluation import evaluate
+from minisft.evaluation.metrics import CorpusScore, loss_batches, mean_loss, sum_of_losses
+from minisft.evaluation.monitor import is_training_running, models_to_score, wait_for_data
+from minisft.evaluation.run_evaluation import evaluate, summarise_scores
 from minisft.files import hold_lock
 from minisft.models import weights_fingerprint
 from minisft.recipe import DataRecipe, EvaluationRecipe, Recipe
 from minisft.run_folder import RunFolder, record_base_model
 
 MARKERS = ["<|im_start|>", "<|im_end|>"]
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr("minisft.evaluation.metrics.RESAMPLES", 40)
 
 
 def conversations(rows):
@@ -95,8 +93,6 @@ def run(made, tmp_path):
 
 
 def with_settings(recipe, **settings):
-    from dataclasses import replace
-
     return replace(recipe, evaluation=replace(recipe.evaluation, **settings))
 
 
@@ -149,8 +145,7 @@ def test_all_turns_have_the_earlier_answers_of_the_data_in_their_prompts(made, r
     assert answers[0].startswith("What size for the ")
 
 
-def test_the_loss_is_the_mean_over_all_supervised_tokens(made, run, monkeypatch):
-    monkeypatch.setattr("minisft.evaluation.metrics.BATCH_TOKENS", 150)
+def test_the_loss_is_the_mean_over_all_supervised_tokens(made, run):
     model = LlamaForCausalLM.from_pretrained(made.model).eval()
     total, count = 0.0, 0
     rows = [(row["input_ids"], row["labels"]) for row in load_test(run)]
@@ -160,62 +155,64 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(made, run, monkeypatch)
         targets = torch.tensor(labels[1:])
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         count += int((targets != -100).sum())
-    loss, tokens = mean_loss(sum_of_losses(model, batch) for batch in loss_batches(rows))
+    loss, tokens = mean_loss(sum_of_losses(model, batch) for batch in loss_batches(rows, batch_tokens=150))
     assert tokens == count
     assert loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_unchanged_checkpoints_are_not_computed_again(made, run, monkeypatch):
+class WatchedWorkers(Workers):
+    """One process that records what it does, and is interrupted before a batch of answers.
+
+    Args:
+        interrupt_at: Number of the batch of answers that never begins, from 1.
+    """
+
+    def __init__(self, interrupt_at=None):
+        super().__init__(1)
+        self.interrupt_at = interrupt_at
+        self.loaded = []  # names of the models that were needed
+        self.answered = []  # prompts
+        self.batches = 0
+
+    def perform(self, spec, tasks):
+        for number, task in enumerate(tasks):
+            if isinstance(task, AnswerTask):
+                self.batches += 1
+                if self.batches == self.interrupt_at:
+                    raise KeyboardInterrupt
+            if spec.weights.name not in self.loaded:
+                self.loaded.append(spec.weights.name)
+            [outcome] = super().perform(spec, [task])
+            if isinstance(task, AnswerTask):
+                self.answered.extend(map(tuple, task.prompts))
+            yield type(outcome)(number, outcome.value, outcome.seconds)
+
+
+def test_unchanged_checkpoints_are_not_computed_again(made, run):
     first = evaluate(made, run)
-    monkeypatch.setattr(backends, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
-    assert evaluate(made, run) == first
-    assert evaluate(with_settings(made, metrics=["chrf"]), run)["best"] is not None
-    monkeypatch.undo()
+    workers = WatchedWorkers()
+    assert evaluate(made, run, workers=workers) == first
+    assert evaluate(with_settings(made, metrics=["chrf"]), run, workers=workers)["best"] is not None
+    assert workers.loaded == []
     save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
-    loaded = []
-    load = backends.load_model
-
-    def watched(folder, **settings):
-        loaded.append(folder.name)
-        return load(folder, **settings)
-
-    monkeypatch.setattr(backends, "load_model", watched)
-    evaluate(made, run)
-    assert loaded == ["checkpoint-10"]
+    evaluate(made, run, workers=workers)
+    assert workers.loaded == ["checkpoint-10"]
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_stopped(made, run, monkeypatch):
+def test_an_interrupted_evaluation_resumes_where_it_stopped(made, run):
     undisturbed = evaluate(made, run)
     shutil.rmtree(run / "evaluation")
-    asked = watch_generate(monkeypatch, interrupt_at=3)
+    interrupted, resumed = WatchedWorkers(interrupt_at=3), WatchedWorkers()
     with pytest.raises(KeyboardInterrupt):
-        evaluate(made, run)
+        evaluate(made, run, workers=interrupted)
+    assert interrupted.answered
     journal = run / "evaluation/base/journal.jsonl"
     with journal.open("a") as file:
-        file.write('{"answers": [["abc", {"ids": [1')  # torn as it was killed
-    again = evaluate(made, run)
+        file.write('{"answers": [["abc", {"ids": [1')  # incomplete, as when the process is killed
+    again = evaluate(made, run, workers=resumed)
     examples = len(load_test(run))
-    assert len(asked) == 3 * examples, "each answer of each model once"
+    assert len(interrupted.answered + resumed.answered) == 3 * examples, "each answer of each model once"
     assert without_seconds(again) == without_seconds(undisturbed)
-
-
-def watch_generate(monkeypatch, interrupt_at=None):
-    """The prompts that `generate` has answered from now on; its call number `interrupt_at` never begins."""
-    answered: list[tuple[int, ...]] = []
-    real = backends.generate
-    calls = 0
-
-    def watched(model, prompts, **settings):
-        nonlocal calls
-        calls += 1
-        if calls == interrupt_at:
-            raise KeyboardInterrupt
-        done = real(model, prompts, **settings)
-        answered.extend(map(tuple, prompts))
-        return done
-
-    monkeypatch.setattr(backends, "generate", watched)
-    return answered
 
 
 def without_seconds(results):
@@ -223,30 +220,31 @@ def without_seconds(results):
     return [*({**entry, "seconds": None} for entry in entries), results["constant"], results["best"]]
 
 
-def test_other_questions_cost_only_what_is_new(made, run, monkeypatch):
+def test_other_examples_compute_only_what_is_new(made, run):
     evaluate(with_settings(made, turns="last"), run)
-    asked = watch_generate(monkeypatch)
-    every = evaluate(with_settings(made, turns="all"), run)
+    workers = WatchedWorkers()
+    every = evaluate(with_settings(made, turns="all"), run, workers=workers)
     rows = len(load_test(run))
-    assert len(asked) == len(set(asked)) * 3 == 3 * rows, "the first answers of three models"
-    asked.clear()
-    evaluate(with_settings(made, turns="last", prompts=["One tea please."]), run)
-    assert len(asked) == 3
-    assert without_seconds(evaluate(with_settings(made, turns="all"), run)) == without_seconds(every)
-    assert len(asked) == 3
+    assert len(workers.answered) == len(set(workers.answered)) * 3 == 3 * rows, "the first answers of three models"
+    workers.answered.clear()
+    evaluate(with_settings(made, turns="last", prompts=["One tea please."]), run, workers=workers)
+    assert len(workers.answered) == 3
+    again = evaluate(with_settings(made, turns="all"), run, workers=workers)
+    assert without_seconds(again) == without_seconds(every)
+    assert len(workers.answered) == 3
 
 
-def test_equal_prompts_are_answered_once(made, run, monkeypatch):
-    asked = watch_generate(monkeypatch)
+def test_equal_prompts_are_answered_once(made, run):
+    workers = WatchedWorkers()
     settings = with_settings(made, turns="last", prompts=["Tea?", "Tea?"])
-    evaluate(settings, run)
-    assert len(asked) == len(set(asked)) * 3
+    evaluate(settings, run, workers=workers)
+    assert len(workers.answered) == len(set(workers.answered)) * 3
     given = lines(run / "evaluation/base/prompts.jsonl")
     assert [line["id"] for line in given] == ["prompt-1", "prompt-2"]
     assert given[0]["output"] == given[1]["output"]
 
 
-def test_prompts_of_the_users_own(made, run, tmp_path):
+def test_the_users_own_prompts_are_answered_by_every_model(made, run, tmp_path):
     plain, chats = tmp_path / "asked.txt", tmp_path / "asked.jsonl"
     plain.write_text("One tea please.\n\nA juice <|im_end|> [/INST]\n")
     turns = [
@@ -273,18 +271,18 @@ def test_prompts_of_the_users_own(made, run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("asked.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n{"text": "hi"}\n', r"asked.jsonl:2: this is no prompt"),
-        ("asked.jsonl", "nothing\n", "asked.jsonl:1: this is no prompt"),
-        ("asked.jsonl", '{"messages": [{"role": "robot", "content": "hi"}]}', "asked.jsonl:1: this is no prompt .*robot"),
-        ("asked.jsonl", '{"messages": [{"role": "assistant", "content": "hi"}]}', "must be one to be answered"),
-        ("asked.jsonl", '{"messages": []}', "must be one to be answered"),
-        ("asked.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "contents must be text"),
-        ("asked.jsonl", "7\n", "asked.jsonl:1: this is no prompt"),
+        ("asked.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n{"text": "hi"}\n', r"asked.jsonl:2: this line is not a prompt"),
+        ("asked.jsonl", "nothing\n", "asked.jsonl:1: this line is not a prompt"),
+        ("asked.jsonl", '{"messages": [{"role": "robot", "content": "hi"}]}', "asked.jsonl:1: this line is not a prompt .*robot"),
+        ("asked.jsonl", '{"messages": [{"role": "assistant", "content": "hi"}]}', "the last message is an assistant's, there is no message"),
+        ("asked.jsonl", '{"messages": []}', "the last message is an assistant's, there is no message"),
+        ("asked.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "a content is not text"),
+        ("asked.jsonl", "7\n", "asked.jsonl:1: this line is not a prompt"),
         ("asked.txt", " \n\n", "no prompt in this file"),
         ("asked.txt", None, "evaluation.prompts: .*asked.txt cannot be read"),
     ],
 )  # fmt: skip
-def test_prompts_that_are_none_are_named(made, run, tmp_path, name, text, said):
+def test_a_line_that_is_not_a_prompt_is_named(made, run, tmp_path, name, text, said):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=said):
@@ -292,8 +290,6 @@ def test_prompts_that_are_none_are_named(made, run, tmp_path, name, text, said):
 
 
 def test_sampled_answers_are_the_same_again_and_differ_by_seed(made, run, tmp_path):
-    from dataclasses import replace
-
     sampled = with_settings(made, temperature=1.5, top_p=0.9)
     shutil.copytree(run, tmp_path / "other")
     first, second = evaluate(sampled, run), evaluate(with_settings(sampled, batch_size=7), tmp_path / "other")
@@ -325,7 +321,7 @@ def test_a_base_model_that_is_not_the_runs_is_refused(made, run):
 
 def test_two_evaluations_do_not_write_one_journal(made, run):
     evaluate(made, run)
-    with hold_lock(run / "evaluation/.lock"), pytest.raises(UserError, match="another evaluation is at work here"):
+    with hold_lock(run / "evaluation/.lock"), pytest.raises(UserError, match="another evaluation is running here"):
         evaluate(made, run)
 
 
@@ -341,40 +337,48 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_the_others_scored(made
     assert "damaged" in captured.out
 
 
-def test_a_fault_of_the_machine_or_of_ours_is_not_called_damage(made, run, monkeypatch):
+class FailingWorkers(Workers):
+    """One process in which a kind of task fails."""
+
+    def __init__(self, kind, error):
+        super().__init__(1)
+        self.kind, self.error = kind, error
+
+    def perform(self, spec, tasks):
+        if any(isinstance(task, self.kind) for task in tasks):
+            raise self.error
+        yield from super().perform(spec, tasks)
+
+
+def test_lack_of_memory_or_a_bug_is_not_reported_as_a_damaged_checkpoint(made, run):
     evaluate(made, run)
     save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
-    full = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    for name in ("load_model", "sum_of_losses", "generate"):  # a loss once computed is kept
-        for error in (torch.OutOfMemoryError("out of memory"), full, ZeroDivisionError("a bug")):
-
-            def fail(*args, error=error, **settings):
-                raise error
-
-            with monkeypatch.context() as patched:
-                patched.setattr(backends, name, fail)
-                with pytest.raises(type(error), match=str(error)[-9:]):
-                    evaluate(made, run)
+    for kind in (LossTask, AnswerTask):  # in this order: the loss that the second one computes is cached
+        for error in (torch.OutOfMemoryError("out of memory"), ZeroDivisionError("a bug")):
+            with pytest.raises(type(error), match=str(error)):
+                evaluate(made, run, workers=FailingWorkers(kind, error))
 
 
-def test_weights_that_do_not_load_are_called_damage(made, run, monkeypatch):
-    def fail(*args, **settings):
-        raise RuntimeError("size mismatch for lm_head\nand more")
-
-    evaluate(made, run)
-    save_model(run / "checkpoints/checkpoint-10", PreTrainedTokenizerFast.from_pretrained(made.model), 77)
-    monkeypatch.setattr(backends, "load_model", fail)
-    failed = [{"checkpoint": "checkpoint-10", "error": "RuntimeError: size mismatch for lm_head"}]
-    assert evaluate(made, run)["failed"] == failed
+def test_weights_that_do_not_fit_their_config_are_reported_as_a_damaged_checkpoint(made, run):
+    config = run / "checkpoints/checkpoint-10/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 40}))
+    [failed] = evaluate(made, run)["failed"]
+    assert failed["checkpoint"] == "checkpoint-10"
+    assert "mismatch" in failed["error"]
+    assert "\n" not in failed["error"]
 
 
-def test_a_prompt_that_the_template_refuses_is_named(made, run, monkeypatch):
-    def refuse(self, messages, tools=""):
+class RefusingEncoder(Encoder):
+    """Refuses every prompt, as a template without a system role does."""
+
+    def encode_prompt(self, messages, tools=""):
         raise RefusedError("system_unsupported", "the template takes no system message")
 
-    monkeypatch.setattr(Encoder, "encode_prompt", refuse)
+
+def test_a_held_out_row_that_the_template_refuses_is_named(made, run):
+    encoder = RefusingEncoder(PreTrainedTokenizerFast.from_pretrained(made.model), "chatml")
     with pytest.raises(UserError, match=r"held-out row row\d+: the template takes no system message"):
-        evaluate(made, run)
+        load_held_out(run, encoder, "last", None)
 
 
 def test_data_that_is_not_prepared_is_named(made, run):
@@ -383,39 +387,62 @@ def test_data_that_is_not_prepared_is_named(made, run):
         evaluate(made, run)
 
 
-def test_systems_that_never_differ_have_a_p_of_one(made, run, monkeypatch):
-    monkeypatch.setattr("minisft.results.MIN_CONVERSATIONS", len(load_test(run)))
-    for name in ("checkpoint-9", "checkpoint-10"):
-        shutil.copy(Path(made.model) / "model.safetensors", run / "checkpoints" / name / "model.safetensors")
-    results = evaluate(made, run)
+def test_systems_that_never_differ_have_a_p_of_one():
+    references = ["a large tea done", "a small juice done"]
+    same, other = ["a large tea here", "a small tea done"], ["a small cocoa done"] * 2
+    scored = {}
+    for name, outputs in (("base", same), ("checkpoint-10", same), ("checkpoint-9", same), ("constant", other)):
+        scores = {metric: CorpusScore(metric, outputs, references) for metric in ("bleu", "chrf")}
+        scored[name] = ScoredModel({}, outputs, scores)
+    results = summarise_scores(scored, scored.pop("constant"), EvaluationRecipe())
     assert results["best"] == "checkpoint-9"
     assert results["checkpoints"][0]["bleu"]["p"]["base"] == 1.0
     assert results["checkpoints"][1]["chrf"]["p"]["best"] == 1.0
 
 
-def test_markup_and_odd_text_in_answers_is_shown_as_text(made, run, monkeypatch):
+def replace_answers(run, ids):
+    """Give every cached answer of a run's models these ids."""
+    for journal in run.glob("evaluation/*/journal.jsonl"):
+        cached = lines(journal)
+        for line in cached:
+            for answer in line.get("answers", []):
+                answer[1]["ids"] = ids
+        journal.write_text("".join(json.dumps(line) + "\n" for line in cached))
+
+
+def test_markup_and_unusual_line_ends_in_answers_are_shown_as_text(made, tmp_path, capsys):
     odd = "[/INST] [bold] <script> \x85\u2028\u2029 \n\r end"
-    monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: odd)
-    monkeypatch.setattr(module, "best_constant", lambda answers: odd)
-    evaluate(made, run)
+    source, run = tmp_path / "odd.jsonl", tmp_path / "run"
+    rows = [[{"from": "human", "value": f"guest {n}"}, {"from": "gpt", "value": odd}] for n in range(12)]
+    source.write_text("".join(json.dumps({"id": str(n), "conversations": row}) + "\n" for n, row in enumerate(rows)))
+    recipe = replace(made, output=str(run), data=replace(made.data, source=str(source)))
+    prepare(recipe)
+    shutil.copytree(Path(made.output) / "checkpoints/checkpoint-9", run / "checkpoints/checkpoint-9")
+    evaluate(recipe, run)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(made.model)
+    replace_answers(run, tokenizer(odd, add_special_tokens=False)["input_ids"])
+    capsys.readouterr()
+    assert evaluate(recipe, run)["constant"]["text"] == odd
+    assert repr(odd)[:20] in capsys.readouterr().out
     assert "[/INST] [bold] <script>" in (run / "evaluation/base/examples.txt").read_text()
     outputs = lines(run / "evaluation/base/outputs.jsonl")  # splits at every line end that Python knows
     assert [line["output"] for line in outputs] == [odd] * len(load_test(run))
 
 
-def test_empty_answers_are_said_and_score_zero(made, run, monkeypatch, capsys):
-    monkeypatch.setattr(Encoder, "decode_answer", lambda self, ids: "")
+def test_empty_answers_cause_a_warning_and_score_zero(made, run, capsys):
+    evaluate(made, run)
+    replace_answers(run, [])
     results = evaluate(made, run)
     assert results["base"]["bleu"]["score"] == 0
     assert "every answer is empty, so BLEU is 0" in capsys.readouterr().err
 
 
-def test_json_goes_to_stdout_alone(made, run, capsys):
+def test_with_as_json_stdout_holds_only_the_results(made, run, capsys):
     results = evaluate(made, run, as_json=True)
     assert json.loads(capsys.readouterr().out) == results
 
 
-def test_bad_input_is_named(made, run):
+def test_too_many_new_tokens_no_metrics_and_no_checkpoints_are_refused(made, run):
     with pytest.raises(UserError, match="no room for a prompt in the model's context of 256"):
         evaluate(with_settings(made, max_new_tokens=256), run)
     with pytest.raises(UserError, match="evaluation.metrics"):
@@ -426,8 +453,6 @@ def test_bad_input_is_named(made, run):
 
 
 def test_no_held_out_rows_is_named(made, tmp_path):
-    from dataclasses import replace
-
     recipe = replace(made, output=str(tmp_path), data=replace(made.data, test_fraction=0.0))
     prepare(recipe)
     (tmp_path / "checkpoints/checkpoint-1").mkdir(parents=True)
@@ -435,7 +460,7 @@ def test_no_held_out_rows_is_named(made, tmp_path):
         evaluate(recipe, tmp_path)
 
 
-def test_a_full_context_is_marked(made, run, capsys):
+def test_answers_cut_by_a_full_context_are_marked(made, run, capsys):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(made.model)
     longest = max(len(row["input_ids"]) for row in load_test(run))
     save_model(run / "checkpoints/checkpoint-10", tokenizer, 10, context=longest)
@@ -446,74 +471,83 @@ def test_a_full_context_is_marked(made, run, capsys):
     assert {"context"} <= {line["finish"] for line in lines(run / "evaluation/checkpoint-10/outputs.jsonl")}
 
 
-def test_following_scores_checkpoints_as_they_appear(made, run, monkeypatch):
+def test_following_scores_checkpoints_as_they_appear(made, run):
     late = run / "checkpoints/checkpoint-10"
-    hidden = late.rename(run / "aside")
+    hidden = late.rename(run / "hidden")
 
-    def training_goes_on(seconds):
+    def finish_training(seconds):
         hidden.rename(late)
         shutil.copytree(late, run / "model")
 
-    monkeypatch.setattr(monitor.time, "sleep", training_goes_on)
-    results = evaluate(made, run, follow=True)
+    results = evaluate(made, run, follow=True, sleep=finish_training)
     assert [c["step"] for c in results["checkpoints"]] == [9, 10]
 
 
-def test_following_ends_where_training_died(made, run, monkeypatch):
-    locked = [True, True, True, False]
-    monkeypatch.setattr(monitor, "is_training_running", lambda run: locked.pop(0))
-    monkeypatch.setattr(monitor.time, "sleep", lambda seconds: None)
-    assert len(evaluate(made, run, follow=True)["checkpoints"]) == 2
-    assert locked == []
+class Training:
+    """A training that holds the lock of its run folder while the evaluation waits.
+
+    Args:
+        run: The run folder.
+        starts: Number of the wait during which it starts; 0: it is running already.
+        ends: Number of the wait during which it ends.
+        during: Called with the number of each wait.
+    """
+
+    def __init__(self, run, starts, ends, during=lambda number: None):
+        self.run, self.starts, self.ends, self.during = run, starts, ends, during
+        self.waits, self.lock = 0, contextlib.ExitStack()
+        if starts == 0:
+            self.lock.enter_context(hold_lock(run / ".lock"))
+
+    def sleep(self, seconds):
+        self.waits += 1
+        self.during(self.waits)
+        if self.waits == self.starts:
+            self.lock.enter_context(hold_lock(self.run / ".lock"))
+        if self.waits == self.ends:
+            self.lock.close()
 
 
-def test_following_waits_for_the_data_of_a_training_that_has_only_begun(made, run, monkeypatch, capsys):
-    aside = (run / "dataset").rename(run / "aside")
-    locked = [False, True, True, True, False]
-    monkeypatch.setattr(monitor, "is_training_running", lambda run: locked.pop(0))
-    slept: list[float] = []
+def test_following_ends_when_training_died(made, run):
+    training = Training(run, starts=0, ends=3)
+    assert len(evaluate(made, run, follow=True, sleep=training.sleep)["checkpoints"]) == 2
+    assert training.waits == 3
 
-    def prepare_at_the_second(seconds):
-        slept.append(seconds)
-        if len(slept) == 2:
-            aside.rename(run / "dataset")
 
-    monkeypatch.setattr(monitor.time, "sleep", prepare_at_the_second)
-    assert len(evaluate(made, run, follow=True)["checkpoints"]) == 2
-    assert locked == []
+def test_following_waits_for_the_data_of_a_training_that_is_about_to_start(made, run, capsys):
+    hidden = (run / "dataset").rename(run / "hidden")
+    training = Training(run, starts=1, ends=4, during=lambda number: number == 2 and hidden.rename(run / "dataset"))
+    assert len(evaluate(made, run, follow=True, sleep=training.sleep)["checkpoints"]) == 2
+    assert training.waits == 4
     assert capsys.readouterr().err.count("waiting for the data") == 1
 
 
-def test_following_does_not_wait_for_data_that_will_not_come(tmp_path, monkeypatch):
+def test_following_does_not_wait_for_data_without_a_training(tmp_path):
     slept: list[float] = []
-    monkeypatch.setattr(monitor.time, "sleep", slept.append)
-    with pytest.raises(UserError, match="no training is at work here"):
-        monitor.wait_for_data(RunFolder(tmp_path))
+    with pytest.raises(UserError, match="no training is running here"):
+        wait_for_data(RunFolder(tmp_path), slept.append)
     assert sum(slept) == 60
-    locked = [True, False]
-    monkeypatch.setattr(monitor, "is_training_running", lambda run: locked.pop(0))
     with pytest.raises(UserError, match="ended before it prepared the data"):
-        monitor.wait_for_data(RunFolder(tmp_path))
+        wait_for_data(RunFolder(tmp_path), Training(tmp_path, starts=0, ends=1).sleep)
 
 
-def test_following_ends_where_no_training_begins(made, run, monkeypatch):
+def test_following_ends_if_no_training_starts(made, run):
     slept: list[float] = []
-    monkeypatch.setattr(monitor.time, "sleep", slept.append)
-    names = [name for name, _ in monitor.models_to_score(RunFolder(run), Path(made.model), follow=True)]
-    assert names == ["base", "checkpoint-9", "checkpoint-10"]
+    models = models_to_score(RunFolder(run), Path(made.model), follow=True, sleep=slept.append)
+    assert [name for name, _ in models] == ["base", "checkpoint-9", "checkpoint-10"]
     assert sum(slept) == 60
 
 
-def test_the_lock_of_a_training_is_seen(tmp_path):
+def test_a_training_that_holds_the_lock_counts_as_running(tmp_path):
     run = RunFolder(tmp_path)
-    assert not monitor.is_training_running(run)
+    assert not is_training_running(run)
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert monitor.is_training_running(run)
-    assert not monitor.is_training_running(run)
+        assert is_training_running(run)
+    assert not is_training_running(run)
 
 
-def test_what_was_scored_stays_when_its_checkpoint_is_removed(made, run):
+def test_the_scores_of_a_removed_checkpoint_are_kept(made, run):
     before = evaluate(made, run)
     shutil.rmtree(run / "checkpoints/checkpoint-9")
     assert evaluate(made, run) == before
@@ -522,10 +556,10 @@ def test_what_was_scored_stays_when_its_checkpoint_is_removed(made, run):
     problem = "it was removed before all of it was scored"
     assert other["failed"] == [{"checkpoint": "checkpoint-9", "error": problem, "removed": True}]
     again = evaluate(made, run)
-    assert again["checkpoints"][0] == before["checkpoints"][0], "asking otherwise cost nothing that cannot be had anew"
+    assert again["checkpoints"][0] == before["checkpoints"][0], "other settings did not delete the cached results"
 
 
-def test_a_checkpoint_that_goes_while_it_is_scored_is_left_out(made, run, monkeypatch):
+def test_a_checkpoint_removed_while_it_is_scored_is_left_out(made, run, monkeypatch):
     fingerprint = weights_fingerprint
 
     def removed_first(folder):
