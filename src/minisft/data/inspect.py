@@ -175,26 +175,22 @@ def choose_rows(
                 fix = f"give an id such as {known[0] if known else '?'}"
                 raise UserError("id", f"there is no conversation {name!r}", fix)
         return [int(known.index(name)) for name in ids]
-    order = list(range(len(data))) if worst is None else _order_by(data, worst)
+    order = list(range(len(data)))
+    if worst is not None:
+        if worst not in WORST:
+            raise UserError("worst", f"{worst!r} is not a measure", f"choose among {', '.join(WORST)}")
+        lengths = np.array([len(row_ids) for row_ids in data["input_ids"]])
+        measure = lengths
+        if worst == "cut":
+            measure = np.array(data["rendered"][:]) - lengths
+        elif worst == "share":
+            supervised = np.array([sum(label >= 0 for label in labels) for labels in data["labels"]])
+            measure = -supervised / np.maximum(lengths, 1)
+        order = [int(row) for row in np.argsort(-measure, kind="stable")]
     if only_findings:
         findings = data["findings"][:]
         order = [row for row in order if findings[row]]
     return order[:count]
-
-
-def _order_by(data: Any, by: str) -> list[int]:
-    """Return the numbers of all rows, those with the greatest measure first."""
-    if by not in WORST:
-        raise UserError("worst", f"{by!r} is not a measure", f"choose among {', '.join(WORST)}")
-    lengths = np.array([len(ids) for ids in data["input_ids"]])
-    if by == "length":
-        measure = lengths
-    elif by == "cut":
-        measure = np.array(data["rendered"][:]) - lengths
-    else:
-        supervised = np.array([sum(label >= 0 for label in labels) for labels in data["labels"]])
-        measure = -supervised / np.maximum(lengths, 1)
-    return [int(row) for row in np.argsort(-measure, kind="stable")]
 
 
 def read_row(data: Any, split: str, number: int, tokenizer: "PreTrainedTokenizerFast") -> InspectedRow:

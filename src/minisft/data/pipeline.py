@@ -131,7 +131,11 @@ def _render_rows(
             rendering = encoder.render(conversation)
             rendering.findings.extend(repairs)
         except RowError as error:
-            repairable = _is_repairable(row, location, format)
+            repairable = True
+            try:
+                _repaired(row, location, format)
+            except (RowError, RecursionError):
+                repairable = False
             stats.skip(RowProblem(location, error.reason, error.problem, error.fix, repairable))
         except RecursionError:
             problem = "its values are nested too deeply"
@@ -173,15 +177,6 @@ def _repaired(row: Any, location: str, format: str) -> tuple[Conversation, tuple
 def _refused(location: str, error: RefusedError) -> RowProblem:
     fix = "choose another data.template, or let `invalid: skip` leave the row out"
     return RowProblem(location, error.reason, error.problem, fix)
-
-
-def _is_repairable(row: Any, location: str, format: str) -> bool:
-    """Return whether `invalid: repair` would keep a row."""
-    try:
-        _repaired(row, location, format)
-    except (RowError, RecursionError):
-        return False
-    return True
 
 
 # --- rows that are too long -------------------------------------------------------------------------------

@@ -136,8 +136,18 @@ def read_files(files: Sequence[tuple[str, Path]], index: int) -> Iterator[Chunk]
 
 
 def _read_file(name: str, path: Path, index: int) -> Iterator[Chunk]:
-    kind = file_type(path)
-    _refuse_other_content(path, kind)
+    # 1. Refuse a file whose first bytes show a compression or a table that its name does not name.
+    kind, suffix = file_type(path), path.suffix.lower()
+    with path.open("rb") as opened:
+        start = opened.read(16)
+    content, fix = next(((name, fix) for magic, name, fix in _CONTENTS if magic.match(start)), ("", ""))
+    if content and content != _CONTENT_OF.get(suffix):
+        if kind in (".parquet", ".arrow") and content not in ("Parquet", "Arrow"):
+            fix = "unpack it: files of this kind are read unpacked"
+        bare = path.name[: -len(suffix)] if suffix in COMPRESSIONS else path.name
+        fix = fix.format(name=bare, stem=bare.rpartition(".")[0])
+        raise UserError(path, f"its content is {content}, and its name says {path.suffix}", fix)
+    # 2. Read it by its type.
     if kind in (".parquet", ".arrow"):
         yield from _read_table(name, path, index, kind)
         return
@@ -148,21 +158,6 @@ def _read_file(name: str, path: Path, index: int) -> Iterator[Chunk]:
             yield from row_chunks(_json_rows(name, path, file), name, index)
         else:
             yield from _line_chunks(file, path, name, index)
-
-
-def _refuse_other_content(path: Path, kind: str) -> None:
-    """Refuse a file whose first bytes show a compression or a table that its name does not name."""
-    with path.open("rb") as file:
-        start = file.read(16)
-    suffix = path.suffix.lower()
-    content, fix = next(((name, fix) for magic, name, fix in _CONTENTS if magic.match(start)), ("", ""))
-    if not content or content == _CONTENT_OF.get(suffix):
-        return
-    if kind in (".parquet", ".arrow") and content not in ("Parquet", "Arrow"):
-        fix = "unpack it: files of this kind are read unpacked"
-    bare = path.name[: -len(suffix)] if suffix in COMPRESSIONS else path.name
-    fix = fix.format(name=bare, stem=bare.rpartition(".")[0])
-    raise UserError(path, f"its content is {content}, and its name says {path.suffix}", fix)
 
 
 def _open(path: Path) -> IO[bytes]:

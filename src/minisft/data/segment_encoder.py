@@ -127,24 +127,9 @@ def _encode_texts(backend: "Tokenizer", texts: Sequence[str]) -> list[list[int]]
 
 def _plain_copy(tokenizer: "PreTrainedTokenizerFast", markers: set[str]) -> "Tokenizer":
     """Return a copy of the Rust tokenizer for which special tokens, and `markers`, are ordinary text."""
-    copy = _sharing_copy(tokenizer, markers)
-    if copy is None:
-        from tokenizers import Tokenizer
-
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        for token in state["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in markers
-        copy = Tokenizer.from_str(json.dumps(state))
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = True
-    return copy
-
-
-def _sharing_copy(tokenizer: "PreTrainedTokenizerFast", markers: set[str]) -> "Tokenizer | None":
-    """Return a copy that shares the vocabulary; None where the added tokens would get other ids in it."""
     from tokenizers import Tokenizer
 
+    # 1. A copy that shares the vocabulary.
     backend = tokenizer.backend_tokenizer
     copy = Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
@@ -154,8 +139,18 @@ def _sharing_copy(tokenizer: "PreTrainedTokenizerFast", markers: set[str]) -> "T
     for _, token in sorted(added.items()):
         add = copy.add_special_tokens if token.special or token.content in markers else copy.add_tokens
         add([token])
+    # 2. Added tokens may get other ids in it: then a copy with a vocabulary of its own.
     ids = {id: token.content for id, token in copy.get_added_tokens_decoder().items()}
-    return copy if ids == {id: token.content for id, token in added.items()} else None
+    if ids != {id: token.content for id, token in added.items()}:
+        state = json.loads(backend.to_str())
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in markers
+        copy = Tokenizer.from_str(json.dumps(state))
+    # 3. No limits, and no special tokens.
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
 
 
 def _byte_table(tokenizer: "PreTrainedTokenizerFast", backend: "Tokenizer") -> list[bytes] | None:

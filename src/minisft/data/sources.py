@@ -202,19 +202,22 @@ def read_source(source: Source, index: int, seed: int = 0) -> Iterator[Chunk]:
     else:
         chunks = read_hub(source.path, source.split, source.subset, source.revision, index)
     for chunk in limit_rows(chunks, source.limit):
-        yield chunk if source.weight == 1 else _weighted(chunk, source.weight, seed)
-
-
-def _weighted(chunk: Chunk, weight: float, seed: int) -> Chunk:
-    """Repeat each row as often as the weight says; a fraction is decided by a hash of the row's bytes."""
-    copies = [_copies(line, weight, seed) for _, line in chunk.lines]
-    copies += [_copies(repr(row).encode("utf-8", "surrogatepass"), weight, seed) for _, row in chunk.rows]
-    lines = [line for line, count in zip(chunk.lines, copies, strict=False) for _ in range(count)]
-    rows = [row for row, count in zip(chunk.rows, copies[len(chunk.lines) :], strict=True) for _ in range(count)]
-    return replace(chunk, lines=tuple(lines), rows=tuple(rows), left_out=copies.count(0))
+        if source.weight == 1:
+            yield chunk
+            continue
+        # A weight repeats each row; a hash of the row's bytes decides its fraction.
+        line_copies = [_copies(line, source.weight, seed) for _, line in chunk.lines]
+        row_copies = [_copies(repr(r).encode("utf-8", "surrogatepass"), source.weight, seed) for _, r in chunk.rows]
+        yield replace(
+            chunk,
+            lines=tuple(line for line, n in zip(chunk.lines, line_copies, strict=True) for _ in range(n)),
+            rows=tuple(row for row, n in zip(chunk.rows, row_copies, strict=True) for _ in range(n)),
+            left_out=line_copies.count(0) + row_copies.count(0),
+        )
 
 
 def _copies(row: bytes, weight: float, seed: int) -> int:
+    """Return how often a row counts: the integer part of the weight, plus 1 for a seeded share of the rows."""
     digest = hashlib.blake2b(row.strip(), digest_size=8, key=str(seed).encode()[:64]).digest()
     chance = int.from_bytes(digest, "little") / 2**64
     return int(weight) + (chance < weight - int(weight))

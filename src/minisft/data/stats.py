@@ -220,7 +220,16 @@ def overlap_report(train: Iterable[SplitPart], test: Iterable[SplitPart], test_t
         The counts, as the ledger records them.
     """
     every = np.uint64(max(1, test_tokens // _MOST))
-    hashes, rows = _test_ngrams(test, every)
+    # 1. A sample of the test rows' n-grams by their hashes, with the number of each one's row.
+    sampled, rows_of, base = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
+    for ids, labels, offsets in test:
+        made, starts = _ngrams(ids, labels)
+        kept = made % every == 0
+        sampled.append(made[kept])
+        rows_of.append(np.searchsorted(offsets, starts[kept], side="right") - 1 + base)
+        base += len(offsets) - 1
+    hashes, rows = np.concatenate(sampled), np.concatenate(rows_of)
+    # 2. Look for them in the train rows, and count them per test row.
     wanted = np.unique(hashes)
     found = _found_in_train(train, wanted, every) if len(wanted) else np.zeros(0, dtype=bool)
     hit = found[np.searchsorted(wanted, hashes)]
@@ -249,18 +258,6 @@ def _found_in_train(train: Iterable[SplitPart], wanted: np.ndarray, every: np.ui
         places = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
         found[places[wanted[places] == hashes]] = True
     return found
-
-
-def _test_ngrams(parts: Iterable[SplitPart], every: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes of the test rows' n-grams, one in `every` of them, and the number of each one's row."""
-    hashes, rows, base = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
-    for ids, labels, offsets in parts:
-        made, starts = _ngrams(ids, labels)
-        kept = made % every == 0
-        hashes.append(made[kept])
-        rows.append(np.searchsorted(offsets, starts[kept], side="right") - 1 + base)
-        base += len(offsets) - 1
-    return np.concatenate(hashes), np.concatenate(rows)
 
 
 def _ngrams(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,32 +38,28 @@ def truncate(conversation: Conversation, encoded: Encoded, encode: Encode, max_l
     """
     if overflow in ("drop", "error"):
         return Truncated(conversation, None, "too_long")
+    # 1. Cut the first answer that does not fit, where the recipe says so.
     complete = sum(answer.end <= max_length for answer in encoded.answers)
     if overflow == "cut" and complete < len(encoded.answers):
         truncated = _cut_in_answer(conversation, encoded.answers[complete].message, encode, max_length)
         if truncated is not None:
             return truncated
-    for count in range(complete, 0, -1):
-        truncated = _keep_complete(conversation, encoded.answers[count - 1].message, encode, max_length)
-        if truncated is not None:
-            return truncated
+    # 2. Keep as many complete exchanges as fit.
+    for answer in reversed(encoded.answers[:complete]):
+        messages = conversation.messages[: answer.message + 1]
+        shorter = replace(conversation, messages=messages)
+        encoded_shorter = encode(shorter)
+        if encoded_shorter.answers[-1].end <= max_length:  # a shorter conversation may have a longer rendering
+            kept = _first_tokens(encoded_shorter, max_length)
+            if not _has_loss(kept):
+                return Truncated(shorter, None, "nothing_left_to_learn")
+            return Truncated(shorter, kept, kind="turns" if len(messages) < len(conversation.messages) else "")
+    # 3. Not even the first one fits: cut its answer.
     if encoded.answers:
         truncated = _cut_in_answer(conversation, encoded.answers[0].message, encode, max_length)
         if truncated is not None:
             return truncated
     return Truncated(conversation, None, "nothing_left_to_learn")
-
-
-def _keep_complete(conversation: Conversation, last: int, encode: Encode, max_length: int) -> Truncated | None:
-    """Return the conversation up to and with message `last`; None where its last answer ends after `max_length`."""
-    part = replace(conversation, messages=conversation.messages[: last + 1])
-    encoded = encode(part)
-    if encoded.answers[-1].end > max_length:
-        return None
-    short = _first_tokens(encoded, max_length)
-    if not _has_loss(short):
-        return Truncated(part, None, "nothing_left_to_learn")
-    return Truncated(part, short, kind="turns" if last + 1 < len(conversation.messages) else "")
 
 
 def _cut_in_answer(conversation: Conversation, last: int, encode: Encode, max_length: int) -> Truncated | None:

@@ -107,22 +107,24 @@ _NO_MARKERS = MarkerSplitter({})
 
 
 def available_tools(tools: Sequence[str]) -> str:
-    """Return the functions on offer, one JSON text each, as one list in mistral-common's form."""
-    return _json([_as_tool(json.loads(tool)) for tool in tools])
+    """Return the functions on offer, one JSON text each, as one list in mistral-common's form.
 
-
-def _as_tool(tool: Any) -> Any:
-    """Return a function on offer, bare or wrapped, with mistral-common's keys first and its other keys after them."""
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict):
-        return tool
-    first = {
-        "name": function.get("name"),
-        "description": function.get("description") or "",
-        "parameters": function.get("parameters") or {},
-    }
-    others = {key: value for key, value in function.items() if key not in (*first, "strict", "type")}
-    return {"type": "function", "function": first | others}
+    A function may be bare or wrapped; mistral-common's keys come first, and other keys after them.
+    """
+    listed: list[Any] = []
+    for tool in map(json.loads, tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict):
+            listed.append(tool)
+            continue
+        first = {
+            "name": function.get("name"),
+            "description": function.get("description") or "",
+            "parameters": function.get("parameters") or {},
+        }
+        others = {key: value for key, value in function.items() if key not in (*first, "strict", "type")}
+        listed.append({"type": "function", "function": first | others})
+    return _json(listed)
 
 
 def written_calls(calls: Sequence[ToolCall]) -> str:
