@@ -108,7 +108,19 @@ def make_ledger(stats: DatasetStats, lengths: Mapping[str, np.ndarray], facts: M
     tokens = {name: stats.count("tokens", name) for name in ("rendered", "kept", "cut", "supervised")}
     assert rows["read"] == rows["kept"] + rows["skipped"], "every row read is kept or skipped"
     assert tokens["rendered"] == tokens["kept"] + tokens["cut"], "every token rendered is kept or cut"
+    # The lengths of all rows; a batch of eight takes rows in reading order, and is padded to its longest row.
     both = np.concatenate([lengths["train"], lengths["test"]])
+    summary: dict[str, Any] = {}
+    if len(both):
+        points = np.percentile(both, PERCENTILES, method="nearest").astype(int).tolist()
+        edges = [0, *(2**power for power in range(4, int(both.max()).bit_length() + 1))]
+        counts, _ = np.histogram(both, bins=[*edges, np.inf]) if len(edges) > 1 else ([len(both)], None)
+        padded = sum(int(both[i : i + 8].max()) * len(both[i : i + 8]) for i in range(0, len(both), 8))
+        summary = {
+            "percentiles": {str(name): point for name, point in zip(PERCENTILES, points, strict=True)},
+            "histogram": {str(edge): int(count) for edge, count in zip(edges, counts, strict=False) if count},
+            "padding_share": round(1 - float(both.sum()) / padded, 4) if padded else 0.0,
+        }
     return {
         "rows": rows,
         "skipped": stats.section("skipped"),
@@ -118,26 +130,8 @@ def make_ledger(stats: DatasetStats, lengths: Mapping[str, np.ndarray], facts: M
         "overflow": stats.section("overflow"),
         "findings": stats.section("findings"),
         "ignored_columns": stats.section("ignored_columns"),
-        "lengths": _lengths(both),
+        "lengths": summary,
         **facts,
-    }
-
-
-def _lengths(lengths: np.ndarray, batch: int = 8) -> dict[str, Any]:
-    """Return percentiles and a histogram of the lengths, and the share of padding in batches of `batch` rows.
-
-    Those batches take rows in reading order, and are padded to their longest row.
-    """
-    if not len(lengths):
-        return {}
-    points = np.percentile(lengths, PERCENTILES, method="nearest").astype(int).tolist()
-    edges = [0, *(2**power for power in range(4, int(lengths.max()).bit_length() + 1))]
-    counts, _ = np.histogram(lengths, bins=[*edges, np.inf]) if len(edges) > 1 else ([len(lengths)], None)
-    padded = sum(int(lengths[i : i + batch].max()) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
-    return {
-        "percentiles": {str(name): point for name, point in zip(PERCENTILES, points, strict=True)},
-        "histogram": {str(edge): int(count) for edge, count in zip(edges, counts, strict=False) if count},
-        "padding_share": round(1 - float(lengths.sum()) / padded, 4) if padded else 0.0,
     }
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Private-use characters around a slot's number; the next pair where a content uses one itself.
 _SENTINELS = (("\ue000", "\ue001"), ("\ue8a0", "\ue8a1"), ("\U000f0000", "\U000f0001"))
 _CACHE_SIZE = 4096
+_THINKING = re.compile(r"\s*<think>\n?(?P<reasoning>.*?)\n?</think>\n*(?P<content>.*)", re.DOTALL)
 _TRIMS = (str, str.strip, str.rstrip, str.lstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"))
 
 
@@ -83,8 +84,24 @@ class JinjaRenderer:
         self._structured_reasoning = "reasoning_content" in template
         self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         self._structured_tools = re.search(r"\btools\b", template) is not None
-        self._stop_name = self._find_stop()
+        # The token that ends an answer is the first special token after it.
+        open_mark, close_mark = _SENTINELS[0]
+        mark = f"{open_mark}2{close_mark}"
+        dicts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": mark}]
+        try:
+            text = self._apply(dicts, (), False)
+        except RefusedError as refusal:
+            raise UserError("data.template", refusal.problem, "use another template") from None
+        match = self._special.search(text, text.find(mark) + len(mark)) if mark in text else None
+        if match is None:
+            raise UserError(
+                "data.template",
+                "the template does not end an answer with a special token of this tokenizer, so a model would not stop",
+                "use data.template: chatml or mistral, which end answers with the EOS token, or fix the template",
+            )
+        self._stop_name = match.group()
         self.stop = splitter.controls[self._stop_name].id
+        # The generation prompt is the text that a rendering for inference adds.
         dicts = [{"role": "user", "content": "Hello"}]
         without, within = self._apply(dicts, (), False), self._apply(dicts, (), True)
         self._generation_prompt = within[len(without) :] if within.startswith(without) else ""
@@ -124,7 +141,11 @@ class JinjaRenderer:
         if not self._structured_calls and any(message.tool_calls for message in messages):
             messages = [replace(m, content=m.text, tool_calls=()) if m.tool_calls else m for m in messages]
         if self._structured_reasoning:
-            messages = [_split_reasoning(m) if m.is_answer and "</think>" in m.content else m for m in messages]
+            messages = list(messages)
+            for index, message in enumerate(messages):
+                match = _THINKING.fullmatch(message.content) if message.is_answer else None
+                if match and match["reasoning"] and not message.reasoning:
+                    messages[index] = replace(message, content=match["content"], reasoning=match["reasoning"])
         if not tools or self._structured_tools:
             return messages, tools, 0
         if messages and messages[0].role == "system":
@@ -189,8 +210,15 @@ class JinjaRenderer:
                 problem = "the template's prompt for the last answer does not open its training row"
                 raise RefusedError("prompt_not_prefix", problem)
             else:
+                # The prompt of an earlier answer is written differently by now: the answer starts after its header.
                 findings.append("history_rewritten")
-                start = self._start_after_prompt(text, own, spans)
+                if not own:
+                    problem = "the template removes an earlier answer from the history"
+                    raise RefusedError("history_rewritten", problem)
+                before = max((end for _, _, end in spans if end <= own[0][0]), default=0)
+                header = self._generation_prompt
+                place = text.rfind(header, before, own[0][0]) if header else -1
+                start = place + len(header) if place >= 0 else own[0][0]
             # 3. It ends with its terminator, before the next text begins.
             content_end = own[-1][1] if own else start
             limit = min((begin for _, begin, _ in spans if begin >= content_end), default=len(text))
@@ -226,14 +254,6 @@ class JinjaRenderer:
         except TemplateLimitError as limit:
             raise _unbounded(limit) from None
         return spans[0]
-
-    def _start_after_prompt(self, text: str, own: list[tuple[int, int]], spans: list[tuple[int, int, int]]) -> int:
-        """Return the start of an earlier answer whose prompt has changed since: the character after its header."""
-        if not own:
-            raise RefusedError("history_rewritten", "the template removes an earlier answer from the history")
-        before = max((end for _, _, end in spans if end <= own[0][0]), default=0)
-        place = text.rfind(self._generation_prompt, before, own[0][0]) if self._generation_prompt else -1
-        return place + len(self._generation_prompt) if place >= 0 else own[0][0]
 
     # --- rendering ----------------------------------------------------------------------------------------
 
@@ -278,25 +298,7 @@ class JinjaRenderer:
             return RefusedError(f"{role}_unsupported", f"the template takes no {role} message ({message})")
         return RefusedError("template_refuses", f"the template refuses the conversation ({message})")
 
-    # --- what the template is -----------------------------------------------------------------------------
-
-    def _find_stop(self) -> str:
-        """Return the token that ends an answer: the first special token after it."""
-        open_mark, close_mark = _SENTINELS[0]
-        mark = f"{open_mark}2{close_mark}"
-        dicts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": mark}]
-        try:
-            text = self._apply(dicts, (), False)
-        except RefusedError as refusal:
-            raise UserError("data.template", refusal.problem, "use another template") from None
-        match = self._special.search(text, text.find(mark) + len(mark)) if mark in text else None
-        if match is None:
-            raise UserError(
-                "data.template",
-                "the template does not end an answer with a special token of this tokenizer, so a model would not stop",
-                "use data.template: chatml or mistral, which end answers with the EOS token, or fix the template",
-            )
-        return match.group()
+    # --- errors ------------------------------------------------------------------------------------------
 
     def _rewritten(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> RefusedError:
         """Name the message whose content, instead of its sentinel, makes the two renderings differ."""
@@ -315,17 +317,6 @@ def _unbounded(limit: Exception) -> UserError:
     reason = "it is nested too deeply" if isinstance(limit, RecursionError) else str(limit)
     problem = f"the template was stopped: {reason}; a template that renders conversations does not"
     return UserError("data.template", problem, "use another template, and do not trust where this one came from")
-
-
-_THINKING = re.compile(r"\s*<think>\n?(?P<reasoning>.*?)\n?</think>\n*(?P<content>.*)", re.DOTALL)
-
-
-def _split_reasoning(message: Message) -> Message:
-    """Move reasoning that a content spells in <think> tags into the message's `reasoning`."""
-    match = _THINKING.fullmatch(message.content)
-    if match is None or message.reasoning or not match["reasoning"]:
-        return message
-    return replace(message, content=match["content"], reasoning=match["reasoning"])
 
 
 def _marked(message: Message, index: int, marks: tuple[str, str]) -> Message:

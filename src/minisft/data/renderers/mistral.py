@@ -37,7 +37,15 @@ class MistralRenderer:
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> Rendered:
         # 1. The findings, and the BOS token.
-        findings = self._findings(messages, tools)
+        uses_tools = tools or any(message.tool_calls or message.role == "tool" for message in messages)
+        findings = ["reasoning_dropped"] if any(message.reasoning for message in messages) else []
+        if not self.template.tools and uses_tools:
+            findings.append("tools_as_text")
+        elif uses_tools:
+            if any(message.role == "tool" and not message.call_id for message in messages):
+                findings.append("call_id_missing")  # mistral-common refuses it; the result is written without
+            if any(message.tool_calls and message.content for message in messages):
+                findings.append("text_before_calls")  # v7 of the template writes text before calls
         builder = SegmentBuilder(_NO_MARKERS)
         if self.bos is not None:
             builder.control(self.bos, False)
@@ -66,18 +74,6 @@ class MistralRenderer:
                     builder.content(f"[INST] {text} [/INST]")
         builder.flush()
         return Rendered(builder.segments, builder.answers, findings)
-
-    def _findings(self, messages: Sequence[Message], tools: Sequence[str]) -> list[str]:
-        """Return the names of what the form changes in a conversation."""
-        findings = ["reasoning_dropped"] if any(message.reasoning for message in messages) else []
-        if not self.template.tools:
-            written = tools or any(message.tool_calls or message.role == "tool" for message in messages)
-            return [*findings, "tools_as_text"] if written else findings
-        if any(message.role == "tool" and not message.call_id for message in messages):
-            findings.append("call_id_missing")  # mistral-common refuses it; the result is written without
-        if any(message.tool_calls and message.content for message in messages):
-            findings.append("text_before_calls")  # v7 of the template writes text before calls
-        return findings
 
     def _between(self, builder: SegmentBuilder, name: str, text: str) -> None:
         builder.control(self.controls[f"[{name}]"], False)
