@@ -118,8 +118,8 @@ class Encoder:
         self.stop_token_ids = resolved.stop_token_ids
         special = {name for name, (_, token) in self._added.items() if token.special}
         ordinary = [m for m in resolved.markers if m in self._added and not self._added[m][1].special]
-        self._runs = SegmentEncoder(tokenizer, ordinary) if ordinary else self._probe
-        # An answer may hold the ordinary tokens that its template writes, such as <think>: nobody typed them.
+        self._segment_encoder = SegmentEncoder(tokenizer, ordinary) if ordinary else self._probe
+        # An answer may hold ordinary tokens that its template writes, such as <think>: no user typed them.
         self._answer_spells = _spelling_pattern(special | set(resolved.plain_markers))
         self._spellings = {n for n in special | {*resolved.plain_markers, *resolved.markers} if n.strip()}
         self._spells = _spelling_pattern(self._spellings)
@@ -197,16 +197,18 @@ class Encoder:
         stops = set(self.stop_token_ids)
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         special = {id for id, token in self._added.values() if token.special}
-        return self._runs.decode([token for token in ids[:end] if token not in special], self._answer_context)
+        return self._segment_encoder.decode(
+            [token for token in ids[:end] if token not in special], self._answer_context
+        )
 
     def decode_answers(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the texts of many answers' ids; the caller leaves out their terminators."""
-        return self._runs.decode_many(rows, self._answer_context)
+        return self._segment_encoder.decode_many(rows, self._answer_context)
 
     def round_trip(self, text: str) -> str:
         """Encode and decode an answer's text. The result differs where the tokenizer's normaliser changes the text."""
-        ids = self._runs.encode([(text, self._answer_context, True)])[0]
-        return self._runs.decode(ids, self._answer_context)
+        ids = self._segment_encoder.encode([(text, self._answer_context, True)])[0]
+        return self._segment_encoder.decode(ids, self._answer_context)
 
     # --- encoding -----------------------------------------------------------------------------------------
 
@@ -226,7 +228,9 @@ class Encoder:
                 parts.append(self._short.get((text, context, answer)) if len(text) <= _SHORT else None)
         # 2. All other texts go to the tokenizer.
         unknown = [i for i, part in enumerate(parts) if part is None]
-        encoded = self._runs.encode([(segments[i].text, segments[i].context, segments[i].answer) for i in unknown])
+        encoded = self._segment_encoder.encode(
+            [(segments[i].text, segments[i].context, segments[i].answer) for i in unknown]
+        )
         for i, part_ids in zip(unknown, encoded, strict=True):
             parts[i] = part_ids
             text = segments[i].text
@@ -255,8 +259,8 @@ class Encoder:
             key = (tail, head[:1] if head[:1].isalnum() else head)
             differs = self._boundary.get(key)
             if differs is None:
-                joint = self._runs.ids("".join(key))
-                separate = self._runs.encode([(tail, START, False), (key[1], CONTINUE, False)])
+                joint = self._segment_encoder.ids("".join(key))
+                separate = self._segment_encoder.encode([(tail, START, False), (key[1], CONTINUE, False)])
                 differs = joint != separate[0] + separate[1]
                 if len(self._boundary) < 65536:
                     self._boundary[key] = differs

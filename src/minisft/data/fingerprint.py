@@ -96,7 +96,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the lock that allows one preparation of a folder at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder.parent / ".dataset.lock", patience=math.inf):
-        remove_leftovers(folder)  # nobody else prepares this folder while the lock is held
+        remove_leftovers(folder)  # no other process prepares this folder while the lock is held
         yield
 
 

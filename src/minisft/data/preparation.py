@@ -82,32 +82,32 @@ def prepare(
         model_folder = resolve_model(recipe.model, recipe.trust_remote_code, weights=False).folder
     # 1. Look for the data set without the lock, which is a file: a run that is prepared may be read-only.
     if read_ledger(folder) is not None:
-        found = _look(folder, recipe, tokenizer, model_folder, begun)
-        if found.prepared is not None:
+        lookup = _look_up(folder, recipe, tokenizer, model_folder, begun)
+        if lookup.prepared is not None:
             # A killed preparation may have left files; they are removed where the run can be written.
             if any(path.is_dir() for path in folder.parent.glob(f".{folder.name}.*")):
                 with contextlib.suppress(OSError, UserError), locked(folder):
                     pass
-            return found.prepared
-        tokenizer = found.tokenizer
+            return lookup.prepared
+        tokenizer = lookup.tokenizer
     with locked(folder):
         # 2. Look again: another process may have prepared it meanwhile.
-        found = _look(folder, recipe, tokenizer, model_folder, begun)
-        if found.prepared is not None:
-            return found.prepared
+        lookup = _look_up(folder, recipe, tokenizer, model_folder, begun)
+        if lookup.prepared is not None:
+            return lookup.prepared
         # 3. Prepare it.
         if encoder is None:
-            assert found.tokenizer is not None
-            encoder = Encoder(found.tokenizer, recipe.data.template)
+            assert lookup.tokenizer is not None
+            encoder = Encoder(lookup.tokenizer, recipe.data.template)
         with write_folder_atomically(folder) as temporary:
-            ledger = _prepare_into(temporary, recipe, found.sources, encoder, progress)
-            ledger["made_from"] = found.origin
+            ledger = _prepare_into(temporary, recipe, lookup.sources, encoder, progress)
+            ledger["made_from"] = lookup.origin
             (temporary / "ledger.json").write_text(dump_json(ledger, indent=1), encoding="utf-8")
     return _prepared(folder, ledger, cached=False)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Lookup:
     """The result of looking for a prepared data set.
 
     Args:
@@ -123,13 +123,13 @@ class _Found:
     tokenizer: "PreTrainedTokenizerFast | None"
 
 
-def _look(
+def _look_up(
     folder: Path,
     recipe: Recipe,
     tokenizer: "PreTrainedTokenizerFast | None",
     model_folder: Path | None,
     begun: bool,
-) -> _Found:
+) -> _Lookup:
     """Compare the origin of the present data set with what the recipe would be prepared from; write nothing.
 
     A run that has begun stays with the revision of a hub data set that it began with.
@@ -149,7 +149,7 @@ def _look(
     origin = fingerprint(recipe, sources, template_file(recipe.data.template))
     files = {} if model_folder is None else {"tokenizer_files": tokenizer_files_hash(model_folder)}
     if ledger is not None and files and not changes(ledger, origin | files, begun):
-        return _Found(_prepared(folder, ledger, cached=True), sources, origin | files, tokenizer)
+        return _Lookup(_prepared(folder, ledger, cached=True), sources, origin | files, tokenizer)
     # 3. Compare by the tokenizer itself: other files may hold the same tokenizer.
     if tokenizer is None:
         assert model_folder is not None
@@ -158,12 +158,12 @@ def _look(
     origin["tokenizer"] = tokenizer_hash(tokenizer, own)
     changed = [] if ledger is None else changes(ledger, origin, begun)
     if ledger is not None and not changed:
-        return _Found(_prepared(folder, ledger, cached=True), sources, origin | files, tokenizer)
+        return _Lookup(_prepared(folder, ledger, cached=True), sources, origin | files, tokenizer)
     if changed and begun:
         problem = f"the data are not those that this run began with: changed since then: {', '.join(changed)}"
         fix = "restore what changed, choose another `output`, or pass --force to replace that run"
         raise UserError(recipe.output, problem, fix)
-    return _Found(None, sources, origin | files, tokenizer)
+    return _Lookup(None, sources, origin | files, tokenizer)
 
 
 def _prepared(folder: Path, ledger: dict[str, Any], cached: bool) -> Prepared:

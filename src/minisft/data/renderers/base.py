@@ -141,7 +141,7 @@ class SegmentBuilder:
         self._settle()
         self._end_segment(supervised, answer)
 
-    def apart(self) -> None:
+    def separate(self) -> None:
         """End the segment; the next text is encoded as if nothing were before it."""
         self.flush()
         self._context = START

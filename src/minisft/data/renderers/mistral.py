@@ -70,14 +70,14 @@ class MistralRenderer:
                 if self.template.controls:
                     self._between(builder, "INST", text)
                 else:
-                    builder.apart()
+                    builder.separate()
                     builder.content(f"[INST] {text} [/INST]")
         builder.flush()
         return Rendered(builder.segments, builder.answers, findings)
 
     def _between(self, builder: SegmentBuilder, name: str, text: str) -> None:
         builder.control(self.controls[f"[{name}]"], False)
-        builder.apart()
+        builder.separate()
         builder.content(text)
         builder.control(self.controls[f"[/{name}]"], False)
 
@@ -87,12 +87,12 @@ class MistralRenderer:
         if self.template.controls and text.endswith(" "):
             findings.append("trimmed")
             text = text.rstrip(" ")
-        builder.apart()
+        builder.separate()
         builder.open_answer()
         builder.content(text)
         if calls:
             builder.control(self.controls["[TOOL_CALLS]"], message.supervised, True)
-            builder.apart()
+            builder.separate()
             builder.content(written_calls(calls))
             text += "[TOOL_CALLS]" + self.template.gap + written_calls(calls)
         builder.control(self.eos, message.supervised, True)
