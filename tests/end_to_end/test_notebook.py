@@ -19,7 +19,7 @@ def test_the_notebook_runs_and_shows_a_row_and_a_run(tmp_path, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pages = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
     printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    assert any("is learned, the rest is context" in page for page in pages)
+    assert any("are trained on, the rest is context" in page for page in pages)
     assert any("data:image/png;base64," in page for page in pages)
     assert "trained: " in printed
     assert "length_ratio" in printed

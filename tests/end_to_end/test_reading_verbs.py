@@ -119,7 +119,7 @@ def test_a_page_of_inspect_replaces_nothing_but_such_a_page(run_folder, tmp_path
         before = path.read_text()
         status, _, said = run(capsys, "inspect", run_folder, "--html", path)
         assert status == 2
-        assert "is no page that inspect wrote" in said
+        assert "is not a page that inspect wrote" in said
         assert path.read_text() == before
     monkeypatch.setenv("HOME", str(tmp_path))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The one type that every source becomes."""
+"""The type that a row of every source becomes: a conversation of messages."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
-JOIN = "\n\n"  # between two messages of a role, and between a system prompt and what it is put before
+JOIN = "\n\n"  # between joined messages, and between a system prompt and the text that follows it
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +14,10 @@ class ToolCall:
     """One call that an assistant makes.
 
     Args:
-        name: the function's name.
-        arguments: its arguments as a JSON text.
-        id: the call's identifier where the data has one.
-        source: the call as the data spells it, where it is kept as text.
+        name: The function's name.
+        arguments: The arguments as a JSON text.
+        id: The call's identifier, where the data has one.
+        source: The call as the data spells it, where it is kept as text.
     """
 
     name: str
@@ -27,7 +27,7 @@ class ToolCall:
 
     @property
     def text(self) -> str:
-        """The call as plain text, for templates without a form of their own for calls."""
+        """Return the call as plain text, for templates that have no form for calls."""
         if self.source:
             return self.source
         return json.dumps({"name": self.name, "arguments": parsed_or_text(self.arguments)}, ensure_ascii=False)
@@ -38,13 +38,13 @@ class Message:
     """One turn.
 
     Args:
-        role: one of ROLES.
-        content: the text; calls and reasoning are kept apart.
-        supervised: whether an assistant's message is to be learned; no other role ever is.
-        tool_calls: the calls that an assistant's message makes.
-        name: the tool's (or speaker's) name, where the data has one.
-        reasoning: an assistant's reasoning, where the data keeps it apart.
-        call_id: on a tool's message, the id of the call that it answers.
+        role: One of ROLES.
+        content: The text, without calls and reasoning.
+        supervised: Whether an assistant's message is trained on; messages of other roles never are.
+        tool_calls: The calls that an assistant's message makes.
+        name: The tool's (or speaker's) name, where the data has one.
+        reasoning: An assistant's reasoning, where the data separates it from the content.
+        call_id: On a tool's message, the id of the call that it answers.
     """
 
     role: str
@@ -57,11 +57,11 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"role {self.role!r} is none of {', '.join(ROLES)}")
+            raise ValueError(f"role {self.role!r} is not one of {', '.join(ROLES)}")
 
     @property
     def text(self) -> str:
-        """Content and calls as one plain text."""
+        """Return content and calls as one plain text."""
         if not self.tool_calls:
             return self.content
         parts = [self.content] if self.content else []
@@ -77,10 +77,10 @@ class Conversation:
     """A conversation with its place in the source.
 
     Args:
-        messages: the turns in order.
-        id: the row's own id, or its location where it has none.
-        location: "file:line" or "split:index", for every message about the row.
-        tools: the functions on offer as a JSON list, or "".
+        messages: The turns in order.
+        id: The row's id, or its location where it has none.
+        location: "file:line" or "split:index", which errors about the row name.
+        tools: The functions on offer as a JSON list, or "".
     """
 
     messages: tuple[Message, ...]
@@ -93,7 +93,7 @@ class Conversation:
         return tuple(message for message in self.messages if message.is_answer)
 
     def supervise(self, train_on: str) -> "Conversation":
-        """The same conversation with only the last answer supervised where `train_on` is "last"."""
+        """Return the conversation; where `train_on` is "last", with only its last answer supervised."""
         if train_on != "last":
             return self
         last = max((i for i, message in enumerate(self.messages) if message.is_answer), default=-1)
@@ -105,28 +105,25 @@ class Conversation:
 
 
 def join_same_role_messages(messages: Sequence[Message]) -> list[Message]:
-    """Same-role runs joined by an empty line, as mistral-common joins them; tools' results stay apart."""
+    """Join adjacent messages of one role by an empty line, as mistral-common does; tools' results stay separate."""
     joined: list[Message] = []
     for message in messages:
-        if joined and joined[-1].role == message.role and message.role != "tool":
-            joined[-1] = _joined(joined[-1], message)
-        else:
+        if not joined or joined[-1].role != message.role or message.role == "tool":
             joined.append(message)
+            continue
+        first = joined[-1]
+        joined[-1] = replace(
+            first,
+            content=JOIN.join(text for text in (first.content, message.content) if text),
+            reasoning=JOIN.join(text for text in (first.reasoning, message.reasoning) if text),
+            tool_calls=first.tool_calls + message.tool_calls,
+            supervised=first.supervised and message.supervised,
+        )
     return joined
 
 
-def _joined(first: Message, second: Message) -> Message:
-    return replace(
-        first,
-        content=JOIN.join(text for text in (first.content, second.content) if text),
-        reasoning=JOIN.join(text for text in (first.reasoning, second.reasoning) if text),
-        tool_calls=first.tool_calls + second.tool_calls,
-        supervised=first.supervised and second.supervised,
-    )
-
-
 def parsed_or_text(text: str) -> Any:
-    """The JSON value that a text spells, or the text itself."""
+    """Return the JSON value that a text spells, or the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -134,7 +131,7 @@ def parsed_or_text(text: str) -> Any:
 
 
 def message_from_row(row: Mapping[str, Any]) -> Message:
-    """A message from a dataset row's `messages` entry, as `message_to_row` made it (or any role/content pair)."""
+    """Return the message of an entry of a dataset row's `messages`, or of any other role/content pair."""
     calls = json.loads(row.get("tool_calls") or "[]")
     return Message(
         role=row["role"],
@@ -152,7 +149,7 @@ def messages_from_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]
 
 
 def calls_to_text(calls: Sequence[ToolCall]) -> str:
-    """Calls as a JSON text for a dataset column; "" for none."""
+    """Return calls as a JSON text for a dataset column; "" for none."""
     if not calls:
         return ""
     fields = [{"name": call.name, "arguments": call.arguments, "id": call.id, "source": call.source} for call in calls]
@@ -160,7 +157,7 @@ def calls_to_text(calls: Sequence[ToolCall]) -> str:
 
 
 def message_as_dict(message: Message) -> dict[str, Any]:
-    """A message as clients send it and templates read it."""
+    """Return a message as clients send it and templates read it."""
     entry: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         entry["tool_calls"] = [

@@ -1,7 +1,7 @@
 """Segments to input ids and labels: the `Encoder` that training, evaluation and chat share.
 
-Every run is encoded on its own by the Rust tokenizer, all runs of a batch of conversations in one call; control
-tokens are placed by id. Labels are the ids where a run is supervised and -100 elsewhere, unshifted.
+The Rust tokenizer encodes every segment separately, all segments of a batch of conversations in one call; control
+tokens are placed by id. Labels are the ids where a segment is supervised and -100 elsewhere, unshifted.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from minisft.data.conversation import Conversation, Message
-from minisft.data.renderers.base import CONTINUE, START, Answer, Rendered, Renderer, Segment
+from minisft.data.renderers.base import CONTINUE, START, Rendered, Renderer, Segment
 from minisft.data.renderers.resolve import TemplateResolver
 from minisft.data.segment_encoder import SegmentEncoder
 from minisft.errors import UserError
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-IGNORED = -100  # the label of a token that is not learned
-_SHORT, _SHORT_TEXTS = 16, 65536  # texts of so many characters are remembered, so many of them
+IGNORED = -100  # the label of a token without loss
+_SHORT, _SHORT_TEXTS = 16, 65536  # the ids of texts of at most 16 characters are remembered, of at most 65536 texts
 
 
 @dataclass(frozen=True)
 class AnswerSpan:
-    """Where an answer's tokens lie in a row: ids[start:end], the terminator included."""
+    """The place of an answer's tokens in a row: ids[start:end], the terminator included."""
 
     message: int
     start: int
@@ -38,7 +38,7 @@ class AnswerSpan:
     text: str
     supervised: bool
     terminated: bool = True
-    cut: bool = False  # its end is missing: the row was too long
+    cut: bool = False  # the row was too long, and the answer lost its end
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Encoded:
     """One conversation as tokens.
 
     Args:
-        input_ids: the whole rendering.
-        labels: the same ids where they are learned, -100 elsewhere; unshifted.
-        answers: the answers in order.
-        findings: what the template or the tokenizer did that the ledger counts.
+        input_ids: The ids of the complete rendering.
+        labels: The same ids where a token is supervised, -100 elsewhere; unshifted.
+        answers: The answers in order.
+        findings: Names of what the template or the tokenizer changed; the ledger counts them.
     """
 
     input_ids: list[int]
@@ -67,11 +67,11 @@ class EncodedBatch:
     """Conversations as flat arrays.
 
     Args:
-        ids: int32, the rows one after the other.
-        labels: int32, of the same lengths; -100 where a token is not supervised.
-        offsets: int64, rows + 1; row i is ids[offsets[i]:offsets[i + 1]].
-        answers: each row's answers.
-        findings: each row's findings.
+        ids: int32 [tokens], the rows one after the other.
+        labels: int32 [tokens]; -100 where a token is not supervised.
+        offsets: int64 [rows + 1]; row i is ids[offsets[i]:offsets[i + 1]].
+        answers: The answers of each row.
+        findings: The findings of each row.
     """
 
     ids: np.ndarray
@@ -92,17 +92,17 @@ class Encoder:
     """Conversations to ids and back, in one template on one tokenizer.
 
     Args:
-        tokenizer: a fast tokenizer.
-        template: as in the recipe: a native template's name, "auto" (the tokenizer's own), the path of a Jinja
-            file, or a Jinja text.
+        tokenizer: A fast tokenizer.
+        template: The template as in the recipe: a native template's name, "auto" (the tokenizer's own), the path of a
+            Jinja file, or a Jinja text.
 
     Attributes:
-        template_name: the template in use; for `mistral` the form that was chosen.
-        chat_template: the Jinja text to save with the model.
-        stop_token_ids: the trained terminators, at which generation stops; the first is the main one.
+        template_name: The template in use; for `mistral` the form that was chosen.
+        chat_template: The Jinja text to save with the model.
+        stop_token_ids: The trained terminators, at which generation stops; the first is the main one.
 
     Raises:
-        UserError: the template does not exist or the tokenizer cannot carry it.
+        UserError: The template does not exist, or the tokenizer lacks what the template needs.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", template: str = "auto") -> None:
@@ -118,8 +118,8 @@ class Encoder:
         self.stop_token_ids = resolved.stop_token_ids
         special = {name for name, (_, token) in self._added.items() if token.special}
         ordinary = [m for m in resolved.markers if m in self._added and not self._added[m][1].special]
-        self._runs = SegmentEncoder(tokenizer, ordinary) if ordinary else self._probe
-        # An answer may hold the ordinary tokens that its template writes, such as <think>: nobody typed them.
+        self._segment_encoder = SegmentEncoder(tokenizer, ordinary) if ordinary else self._probe
+        # An answer may hold ordinary tokens that its template writes, such as <think>: no user typed them.
         self._answer_spells = _spelling_pattern(special | set(resolved.plain_markers))
         self._spellings = {n for n in special | {*resolved.plain_markers, *resolved.markers} if n.strip()}
         self._spells = _spelling_pattern(self._spellings)
@@ -128,80 +128,115 @@ class Encoder:
         self._boundary: dict[tuple[str, str], bool] = {}
         self._short: dict[tuple[str, int, bool], list[int]] = {}
 
-    # --- what others call ---------------------------------------------------------------------------------
+    # --- public methods -----------------------------------------------------------------------------------
 
     def encode(self, conversation: Conversation, train_on: str = "assistant") -> Encoded:
-        """Ids and labels of one conversation; see `encode_batch`."""
+        """Return ids and labels of one conversation; see `encode_batch`."""
         return self.encode_batch([conversation], train_on)[0]
 
     def encode_batch(self, conversations: Sequence[Conversation], train_on: str = "assistant") -> EncodedBatch:
-        """Ids and labels of many conversations, with one call of the tokenizer.
+        """Return ids and labels of many conversations, with one call of the tokenizer.
 
         Raises:
-            RefusedError: the template cannot render a conversation faithfully.
+            RefusedError: The template cannot render a conversation faithfully.
         """
         rendered = [self.render(conversation, train_on) for conversation in conversations]
         return self.encode_rendered(rendered, conversations)
 
     def render(self, conversation: Conversation, train_on: str = "assistant") -> Rendered:
-        """The runs of one conversation.
+        """Return the segments of one conversation.
 
         Raises:
-            RefusedError: the template cannot render it faithfully.
+            RefusedError: The template cannot render it faithfully.
         """
         conversation = conversation.supervise(train_on)
         return self._render(conversation.messages, tool_lines(conversation.tools), False)
 
     def encode_rendered(self, rendered: Sequence[Rendered], conversations: Sequence[Conversation]) -> EncodedBatch:
-        """Ids and labels of conversations that were rendered before."""
+        """Return ids and labels of conversations that are rendered already, with their answers and findings."""
+        # 1. Ids and labels.
         ids, lengths, flags, counts = self._encode_segments([row.segments for row in rendered])
         labels = np.where(np.repeat(flags, lengths), ids, IGNORED).astype(np.int32)
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        run_offsets = np.concatenate([[0], np.cumsum(counts)])
-        batch = EncodedBatch(ids, labels, ends[run_offsets])
-        for row, start in zip(rendered, run_offsets[:-1].tolist(), strict=True):
-            places = (ends[start : start + len(row.segments) + 1] - ends[start]).tolist()
-            batch.answers.append(tuple(_span(answer, places, row.segments) for answer in row.answers))
-        self._add_findings(batch, rendered, conversations)
+        row_starts = np.concatenate([[0], np.cumsum(counts)])
+        batch = EncodedBatch(ids, labels, ends[row_starts])
+        # 2. The answers: from places among the segments to places among the ids.
+        for row, start in zip(rendered, row_starts[:-1].tolist(), strict=True):
+            segments, spans = row.segments, []
+            places = (ends[start : start + len(segments) + 1] - ends[start]).tolist()
+            for message, first, last, text, terminated in row.answers:
+                supervised = segments[first].supervised if first < len(segments) else False
+                spans.append(AnswerSpan(message, places[first], places[last], text, supervised, terminated))
+            batch.answers.append(tuple(spans))
+        # 3. The findings. Mostly no text spells a marker, which one search through all texts shows.
+        texts = "\0".join([message.text for conversation in conversations for message in conversation.messages])
+        some_spell = any(name in texts for name in self._spellings)
+        for row, conversation in zip(rendered, conversations, strict=True):
+            findings = dict.fromkeys(row.findings)
+            if some_spell and any(
+                (self._answer_spells if m.is_answer else self._spells)(m.text) for m in conversation.messages
+            ):
+                findings["spells_control"] = None
+            if self._joint and self._boundary_differs(row):
+                findings["boundary"] = None
+            batch.findings.append(tuple(findings))
         return batch
 
     def encode_prompt(self, messages: Sequence[Message], tools: str = "") -> list[int]:
-        """The ids that are sent at inference for the answer that follows `messages`: a prefix of its training row.
+        """Return the prompt's ids at inference for the answer that follows `messages`: a prefix of its training row.
 
         Raises:
-            RefusedError: the template cannot render the messages faithfully.
+            RefusedError: The template cannot render the messages faithfully.
         """
         rendered = self._render(tuple(messages), tool_lines(tools), True)
         ids, _, _, _ = self._encode_segments([rendered.segments])
         return ids.tolist()
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, with or without their terminator."""
+        """Return the text of generated ids, with or without their terminator."""
         stops = set(self.stop_token_ids)
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         special = {id for id, token in self._added.values() if token.special}
-        return self._runs.decode([token for token in ids[:end] if token not in special], self._answer_context)
+        return self._segment_encoder.decode(
+            [token for token in ids[:end] if token not in special], self._answer_context
+        )
 
     def decode_answers(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """The texts of many answers' ids, their terminators left out by the caller."""
-        return self._runs.decode_many(rows, self._answer_context)
+        """Return the texts of many answers' ids; the caller leaves out their terminators."""
+        return self._segment_encoder.decode_many(rows, self._answer_context)
 
     def round_trip(self, text: str) -> str:
-        """What the tokenizer makes of an answer's text: not the text itself where its normaliser loses something."""
-        ids = self._runs.encode([(text, self._answer_context, True)])[0]
-        return self._runs.decode(ids, self._answer_context)
+        """Encode and decode an answer's text. The result differs where the tokenizer's normaliser changes the text."""
+        ids = self._segment_encoder.encode([(text, self._answer_context, True)])[0]
+        return self._segment_encoder.decode(ids, self._answer_context)
 
     # --- encoding -----------------------------------------------------------------------------------------
 
     def _encode_segments(self, rows: Sequence[Sequence[Segment]]) -> tuple[np.ndarray, ...]:
-        """All runs in one call: flat ids, tokens per run, supervised per run, runs per row."""
+        """Encode all segments in one call.
+
+        Returns:
+            Flat ids (int32), tokens per segment, supervised per segment (bool), segments per row.
+        """
         segments = list(chain.from_iterable(rows))
-        parts: list[list[int] | None] = [self._known_ids(segment) for segment in segments]
+        # 1. Control tokens have their id. Short texts are remembered: a template writes the same few in every row.
+        parts: list[list[int] | None] = []
+        for text, control, _, context, answer in segments:
+            if control >= 0:
+                parts.append([control])
+            else:
+                parts.append(self._short.get((text, context, answer)) if len(text) <= _SHORT else None)
+        # 2. All other texts go to the tokenizer.
         unknown = [i for i, part in enumerate(parts) if part is None]
-        encoded = self._runs.encode([(segments[i].text, segments[i].context, segments[i].answer) for i in unknown])
-        for i, found in zip(unknown, encoded, strict=True):
-            parts[i] = found
-            self._remember(segments[i], found)
+        encoded = self._segment_encoder.encode(
+            [(segments[i].text, segments[i].context, segments[i].answer) for i in unknown]
+        )
+        for i, part_ids in zip(unknown, encoded, strict=True):
+            parts[i] = part_ids
+            text = segments[i].text
+            if len(text) <= _SHORT and len(self._short) < _SHORT_TEXTS:
+                self._short[text, segments[i].context, segments[i].answer] = part_ids
+        # 3. Flatten.
         known = cast("list[list[int]]", parts)
         lengths = np.fromiter(map(len, known), np.int64, len(known))
         flat = array("i")
@@ -212,59 +247,30 @@ class Encoder:
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         return ids, lengths, flags, counts
 
-    def _known_ids(self, segment: Segment) -> list[int] | None:
-        """Ids of a control token, or of a short text that came before: templates write the same few ever again."""
-        if segment.control >= 0:
-            return [segment.control]
-        return self._short.get((segment.text, segment.context, segment.answer)) if len(segment.text) <= _SHORT else None
-
-    def _remember(self, segment: Segment, ids: list[int]) -> None:
-        if len(segment.text) <= _SHORT and len(self._short) < _SHORT_TEXTS:
-            self._short[segment.text, segment.context, segment.answer] = ids
-
-    def _add_findings(
-        self, batch: EncodedBatch, rendered: Sequence[Rendered], conversations: Sequence[Conversation]
-    ) -> None:
-        every = "\0".join([message.text for conversation in conversations for message in conversation.messages])
-        spelled = any(name in every for name in self._spellings)  # mostly none is: a glance at all rows tells
-        for row, conversation in zip(rendered, conversations, strict=True):
-            found = dict.fromkeys(row.findings)
-            if spelled and self._is_spelled(conversation):
-                found["spells_control"] = None
-            if self._joint and self._boundary_differs(row):
-                found["boundary"] = None
-            batch.findings.append(tuple(found))
-
-    def _is_spelled(self, conversation: Conversation) -> bool:
-        messages = conversation.messages
-        return any((self._answer_spells if m.is_answer else self._spells)(m.text) for m in messages)
-
     def _boundary_differs(self, row: Rendered) -> bool:
-        """Whether encoding a prompt and its answer in one piece would give other ids than encoding them apart."""
+        """Return whether encoding a prompt and its answer jointly gives other ids than encoding them separately."""
         for answer in row.answers:
             if answer.start == 0 or answer.start >= len(row.segments):
                 continue
             before, after = row.segments[answer.start - 1], row.segments[answer.start]
             if before.control >= 0 or after.control >= 0:
                 continue
-            if self._merges(before.text[-16:], after.text[:32]):
+            tail, head = before.text[-16:], after.text[:32]
+            key = (tail, head[:1] if head[:1].isalnum() else head)
+            differs = self._boundary.get(key)
+            if differs is None:
+                joint = self._segment_encoder.ids("".join(key))
+                separate = self._segment_encoder.encode([(tail, START, False), (key[1], CONTINUE, False)])
+                differs = joint != separate[0] + separate[1]
+                if len(self._boundary) < 65536:
+                    self._boundary[key] = differs
+            if differs:
                 return True
         return False
 
-    def _merges(self, tail: str, head: str) -> bool:
-        key = (tail, head if not head[:1].isalnum() else head[:1])
-        known = self._boundary.get(key)
-        if known is None:
-            joint = self._runs.ids(tail + key[1])
-            apart = self._runs.encode([(tail, START, False), (key[1], CONTINUE, False)])
-            known = joint != apart[0] + apart[1]
-            if len(self._boundary) < 65536:
-                self._boundary[key] = known
-        return known
-
 
 def tool_lines(tools: str) -> list[str]:
-    """The functions on offer as one JSON text each."""
+    """Return the functions on offer as one JSON text each."""
     if not tools:
         return []
     parsed: Any = json.loads(tools)
@@ -272,15 +278,8 @@ def tool_lines(tools: str) -> list[str]:
     return [json.dumps(tool, ensure_ascii=False) for tool in listed]
 
 
-def _span(answer: Answer, places: Sequence[int], segments: Sequence[Segment]) -> AnswerSpan:
-    supervised = segments[answer.start].supervised if answer.start < len(segments) else False
-    return AnswerSpan(
-        answer.message, places[answer.start], places[answer.end], answer.text, supervised, answer.terminated
-    )
-
-
 def _spelling_pattern(markers: Iterable[str]) -> Any:
-    """A function that says whether a text spells one of the markers."""
+    """Return a function that is true for a text that spells one of the markers."""
     names = sorted({name for name in markers if name.strip()}, key=len, reverse=True)
     if not names:
         return lambda text: False

@@ -1,4 +1,4 @@
-"""The fingerprint of a prepared data set: what it was made from, and whether that is still the same."""
+"""The fingerprint of a prepared data set: a hash of each thing that it depends on, and what has changed since."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 Fingerprint = Mapping[str, Any]  # a hash for each thing that a data set depends on, by the thing's name
-_FREE_KEYS = ("processes", "verify")  # of the data recipe: they do not change the rows
+_FREE_KEYS = ("processes", "verify")  # keys of the data recipe that do not change the rows
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _NAMES = {
     "recipe": "the recipe's data keys",
@@ -32,49 +32,54 @@ _NAMES = {
 
 
 def fingerprint(recipe: Recipe, sources: Mapping[str, Sequence[Source]], template: Path | None) -> dict[str, Any]:
-    """What a data set of this recipe is made from, but for the tokenizer: a hash for each part.
+    """Return a hash for each thing that a data set of this recipe depends on, except the tokenizer.
 
     Args:
-        recipe: the recipe.
-        sources: those of `data.source` and `data.test`; one of the hub with the revision that it is read at.
-        template: the template's file, where it is one.
+        recipe: The recipe.
+        sources: The sources of `data.source` and `data.test`; those of the hub with the revision that is read.
+        template: The template's file, where the template is a file.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: A file cannot be read.
     """
+    hashes = {}
+    for source in (source for listed in sources.values() for source in listed):
+        files = source_files(source)
+        hashes[source.path] = _hash_files(files) if files else str(source.revision)
+    code = _hash_files([(path.name, path) for path in sorted(Path(__file__).parent.glob("*.py"))])
     settings = {name: value for name, value in vars(recipe.data).items() if name not in _FREE_KEYS}
     return {
         "recipe": _hash_json([settings, recipe.seed]),
-        "sources": {one.path: _source_hash(one) for listed in sources.values() for one in listed},
+        "sources": hashes,
         "template": "" if template is None else _hash_files([("", template)]),
-        "program": _program_version(),
+        "program": _hash_json([__version__, version("tokenizers"), version("transformers"), code]),
     }
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast", chat_template: str | None) -> str:
-    """A hash of what the tokenizer does to a text, and of its own chat template where that is the one in use.
+    """Return a hash of what the tokenizer does to a text, and of its own chat template where that is in use.
 
     Training sets a chat template, and calls set truncation and padding: neither makes it another tokenizer.
     """
     state = tokenizer.backend_tokenizer.to_str()
-    lasting = state[max(state.find('"added_tokens":'), 0) :]  # what stands before is truncation and padding
+    lasting = state[max(state.find('"added_tokens":'), 0) :]  # before it are truncation and padding
     parts = [hashlib.sha256(lasting.encode()).hexdigest(), chat_template, tokenizer.special_tokens_map]
     return _hash_json(parts)
 
 
 def tokenizer_files_hash(folder: Path) -> str:
-    """A hash of all files of a model folder that may say what its tokenizer is: known without loading it."""
+    """Return a hash of all files of a model folder that may define its tokenizer, without loading the tokenizer."""
     return hash_files(sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}))
 
 
 def changes(ledger: Mapping[str, Any], origin: Fingerprint, begun: bool = False) -> list[str]:
-    """Which parts of a data set's origin are others now, in words.
+    """Return the names of the things that have changed since a data set was prepared.
 
     Args:
-        ledger: the data set's.
-        origin: what it would be made from now.
-        begun: training on it has begun. Then another version of the program is no reason to make it anew, and the
-            recipe was compared with the run's before.
+        ledger: The ledger of the data set.
+        origin: The fingerprint of what the data set would be prepared from now.
+        begun: Whether training on it has begun. Another version of the program is then not a change, and the caller
+            has compared the recipe with the run's.
     """
     before, changed = ledger["made_from"], []
     for name, now in origin.items():
@@ -88,19 +93,14 @@ def changes(ledger: Mapping[str, Any], origin: Fingerprint, begun: bool = False)
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One preparation of a folder at a time."""
+    """Hold the lock that allows one preparation of a folder at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder.parent / ".dataset.lock", patience=math.inf):
-        remove_leftovers(folder)  # who holds the lock is the only one at work
+        remove_leftovers(folder)  # no other process prepares this folder while the lock is held
         yield
 
 
 # --- hashes -----------------------------------------------------------------------------------------------
-
-
-def _source_hash(source: Source) -> str:
-    files = source_files(source)
-    return _hash_files(files) if files else str(source.revision)
 
 
 def _hash_files(files: Sequence[tuple[str, Path]]) -> str:
@@ -114,12 +114,6 @@ def _hash_files(files: Sequence[tuple[str, Path]]) -> str:
         except OSError as error:
             raise UserError(path, f"cannot be read ({error.strerror})", "check the file and its permissions") from None
     return digest.hexdigest()
-
-
-def _program_version() -> str:
-    """A hash of the code that prepares, and the versions of the libraries that it uses for it."""
-    code = _hash_files([(path.name, path) for path in sorted(Path(__file__).parent.glob("*.py"))])
-    return _hash_json([__version__, version("tokenizers"), version("transformers"), code])
 
 
 def _hash_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""ShareGPT, messages, Alpaca and prompt-completion rows to conversations, and what is wrong with those that are not."""
+"""ShareGPT, messages, Alpaca and prompt-completion rows to conversations, or an error that names the fault of a row."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,11 @@ _ROLE_NAMES = {
 }
 _ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 _TRAIN_FLAGS = ("weight", "train", "loss", "trainable")
+_OFF = ("", "0", "0.0", "false", "no")  # flags that are text; data sets also write true, 1 and 1.0
 REPAIRS = ("characters_replaced", "leading_answers_trimmed", "unanswered_end_trimmed", "same_role_joined")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _MEDIA_KEYS = frozenset(("image", "images", "audio", "audios", "video", "videos"))
-# What is read of a row and of a turn; of several keys in one tuple, the first that is there.
+# The keys that are read from a row and from a turn; from several keys in one tuple, the first that is present.
 _ROW_KEYS = {
     "sharegpt": (("conversations", "conversation"),),
     "messages": (("messages",),),
@@ -31,16 +32,16 @@ _ROW_KEYS = {
     "turn": (("from", "role"), ("value", "content"), ("name",), ("tool_calls",), ("tool_call_id",),
              *((key,) for key in (*_TRAIN_FLAGS, *_REASONING_KEYS))),
 }  # fmt: skip
-_COMMON_KEYS = ("id", "system", "tools", *_MEDIA_KEYS)  # of every row; media are refused where there are some
+_COMMON_KEYS = ("id", "system", "tools", *_MEDIA_KEYS)  # read from every row; media are refused
 
 
 class RowError(Exception):
-    """A row that is no conversation to learn from.
+    """A row is not a conversation that can be trained on.
 
     Args:
-        reason: the ledger's name for it.
-        problem: what is wrong, for people.
-        fix: how to fix it.
+        reason: The name under which the ledger counts it.
+        problem: What is wrong, for people.
+        fix: How to fix it.
     """
 
     def __init__(self, reason: str, problem: str, fix: str) -> None:
@@ -49,7 +50,7 @@ class RowError(Exception):
 
 
 def detect_format(row: Any) -> str | None:
-    """The format of a row by its keys, or None."""
+    """Return the format of a row by its keys, or None."""
     if not isinstance(row, Mapping):
         return None
     if "conversations" in row or "conversation" in row:
@@ -64,37 +65,61 @@ def detect_format(row: Any) -> str | None:
 
 
 def to_conversation(row: Any, location: str, format: str) -> Conversation:
-    """A conversation of the row, in order or not (see `check_order`).
+    """Return the conversation of a row, in whatever order its turns are (see `check_order`).
 
     Raises:
-        RowError: the row has not the keys and types of its format.
+        RowError: The row does not have the keys and types of its format.
     """
+    # 1. Refuse what is not one JSON object of text.
     if isinstance(row, ValueError):
         raise not_json_error(row)
     if not isinstance(row, Mapping):
-        raise RowError("not_an_object", f"the row is {_kind(row)}, no object", "write an object with the conversation")
+        problem = f"the row is {_kind(row)}, not an object"
+        raise RowError("not_an_object", problem, "write an object with the conversation")
     _refuse_duplicates(row)
     if not _MEDIA_KEYS.isdisjoint(row):
         _refuse_media(row, "the row")
-    messages = _READERS[format](row)
+    # 2. The turns.
+    if format == "alpaca":
+        messages = _read_alpaca(row)
+    elif format == "prompt_completion":
+        messages = _read_prompt_completion(row)
+    else:
+        key = "messages" if format == "messages" else "conversations"
+        if key == "conversations" and key not in row and "conversation" in row:
+            key = "conversation"
+        messages = _turn_list(_required(row, key), key)
+    # 3. The system prompt, which may have a column. It may be the first turn as well.
     if row.get("system") is not None and (system := _text(row["system"], "the system column")):
         repeats = bool(messages) and messages[0].role == "system" and messages[0].content == system
         messages = messages if repeats else [Message("system", system), *messages]
     if not messages:
         raise RowError("empty_conversation", "the conversation has no turns", "give it a question and an answer")
+    # 4. The id, and the functions on offer as a JSON list.
     identity = row.get("id")
     name = location if identity is None or isinstance(identity, Mapping | list) else str(identity)
-    return Conversation(tuple(messages), _clean(name, "the id"), location, _tools(row.get("tools")))
+    name, tools, tools_text = _clean(name, "the id"), row.get("tools"), ""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise RowError("bad_tools", "'tools' is a text that is not JSON", "write a JSON list of tools") from None
+    if _holds(tools):
+        if not isinstance(tools, list | dict):
+            raise RowError("bad_tools", f"'tools' is {_kind(tools)}, not a list", "write a JSON list of tools")
+        tools_text = json.dumps(tools if isinstance(tools, list) else [tools], ensure_ascii=False)
+    return Conversation(tuple(messages), name, location, _clean(tools_text, "tools"))
 
 
 def row_too_large_error() -> RowError:
+    """Return the error for a row with more than `LARGEST_ROW` bytes or characters."""
     return RowError(
-        "too_large", f"the row is too large: {RowTooLargeError()}", "split the conversation in several rows"
+        "too_large", f"the row is too large: {RowTooLargeError()}", "split the conversation into several rows"
     )
 
 
 def not_json_error(error: ValueError) -> RowError:
-    """What is wrong with a row that is no JSON, or is too large to be read."""
+    """Return what is wrong with a row that is not JSON or is too large to be read."""
     if isinstance(error, RowTooLargeError):
         return row_too_large_error()
     if isinstance(error, CellsError):
@@ -102,20 +127,20 @@ def not_json_error(error: ValueError) -> RowError:
         return RowError("too_many_cells", problem, 'put a text with a comma or a line break in it into "double quotes"')
     if isinstance(error, UnicodeDecodeError):
         return RowError("wrong_encoding", f"not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8")
-    return RowError("not_json", f"not JSON: {error}", "fix the line; a JSON checker shows the place")
+    return RowError("not_json", f"not JSON: {error}", "fix the line; a JSON checker shows the position")
 
 
 def ignored_columns(row: Any, format: str) -> set[str]:
-    """The names of what a row holds and nobody reads: its columns, and the keys of its turns as "turns.NAME"."""
+    """Return the names of non-empty columns that are not read; keys of turns are named "turns.NAME"."""
     if not isinstance(row, Mapping):
         return set()
-    found = {name for name in _unread(format, tuple(row)) if _holds(row[name])}
+    ignored = {name for name in _unread(format, tuple(row)) if _holds(row[name])}
     for names in _ROW_KEYS[format] if format != "alpaca" else ():
         turns = next((row[name] for name in names if name in row), None)
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, Mapping) and len(turn) > 2:
-                found.update(f"turns.{name}" for name in _unread("turn", tuple(turn)) if _holds(turn[name]))
-    return found
+                ignored.update(f"turns.{name}" for name in _unread("turn", tuple(turn)) if _holds(turn[name]))
+    return ignored
 
 
 @lru_cache(1024)
@@ -126,25 +151,18 @@ def _unread(kind: str, keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _holds(value: Any) -> bool:
+    """Return whether a value is neither null nor empty."""
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
 # --- the formats ------------------------------------------------------------------------------------------
 
 
-def _read_sharegpt(row: Mapping[str, Any]) -> list[Message]:
-    return _turns(row, "conversation" if "conversation" in row and "conversations" not in row else "conversations")
-
-
-def _read_messages(row: Mapping[str, Any]) -> list[Message]:
-    return _turns(row, "messages")
-
-
 def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
     messages: list[Message] = []
     for pair in _listed(row.get("history"), "history"):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowError("content_not_text", "history is no list of pairs", "write [[question, answer], ...]")
+            raise RowError("content_not_text", "history is not a list of pairs", "write [[question, answer], ...]")
         messages += [Message("user", _text(pair[0], "history")), Message("assistant", _text(pair[1], "history"))]
     instruction = _text(_required(row, "instruction"), "instruction")
     extra = row.get("input")
@@ -165,48 +183,36 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
     return [*(replace(m, supervised=False) for m in before), *after]
 
 
-_READERS = {
-    "sharegpt": _read_sharegpt,
-    "messages": _read_messages,
-    "alpaca": _read_alpaca,
-    "prompt_completion": _read_prompt_completion,
-}
-
-
-def _turns(row: Mapping[str, Any], key: str) -> list[Message]:
-    return _turn_list(_required(row, key), key)
-
-
 def _turn_list(turns: Any, key: str) -> list[Message]:
     if not isinstance(turns, list):
-        raise RowError("content_not_text", f"{key!r} is {_kind(turns)}, no list", "write a list of turns")
+        raise RowError("content_not_text", f"{key!r} is {_kind(turns)}, not a list", "write a list of turns")
     return [_message(turn, number) for number, turn in enumerate(turns, 1)]
 
 
 def _message(turn: Any, number: int) -> Message:
+    # 1. The speaker.
     if not isinstance(turn, Mapping):
-        raise RowError("content_not_text", f"turn {number} is {_kind(turn)}, no object", "write {from, value} objects")
+        problem = f"turn {number} is {_kind(turn)}, not an object"
+        raise RowError("content_not_text", problem, "write {from, value} objects")
     if DUPLICATE in turn:
         _refuse_duplicates(turn)
     name = turn.get("from", turn.get("role"))
     if name is None:
-        raise RowError("missing_keys", f"turn {number} has no 'from' or 'role'", "say who speaks")
+        raise RowError("missing_keys", f"turn {number} has no 'from' or 'role'", "name the role of the speaker")
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         known = ", ".join(_ROLES)
         raise RowError("unknown_role", f"turn {number} has the unknown role {name!r}", f"use one of {known}")
+    # 2. The text. Most turns have nothing else, and return here.
     if "value" not in turn and "content" not in turn and not turn.get("tool_calls"):
         raise RowError("missing_keys", f"turn {number} has no 'value' or 'content'", "give it a text")
     content = turn.get("value", turn.get("content"))
     where = f"turn {number}"
-    if len(turn) == 2 and role != "call" and type(content) is str:  # the usual case, fast
+    if len(turn) == 2 and role != "call" and type(content) is str:
         return Message(role, _clean(content, where))
-    return _full_message(turn, role, content, where)
-
-
-def _full_message(turn: Mapping[str, Any], role: str, content: Any, where: str) -> Message:
+    # 3. Calls. A turn of the role "call" spells one as its text.
     if not _MEDIA_KEYS.isdisjoint(turn):
         _refuse_media(turn, where)
     calls = tuple(_call(call, where) for call in _listed(turn.get("tool_calls"), f"{where}'s tool_calls"))
@@ -214,22 +220,20 @@ def _full_message(turn: Mapping[str, Any], role: str, content: Any, where: str) 
         content = ""
     text = _text(content, where)
     if role == "call":
-        parsed = _call_of_text(text)
-        role, text, calls = "assistant", "" if parsed else text, parsed or calls
+        spelled = _call_of_text(text)
+        role, text, calls = "assistant", "" if spelled else text, spelled or calls
+    # 4. The remaining keys.
+    flags = [turn[flag] for flag in _TRAIN_FLAGS if turn.get(flag) is not None]
+    reasoning_key = next((key for key in _REASONING_KEYS if _holds(turn.get(key))), None)
     return Message(
         role,
         text,
-        supervised=all(_is_set(turn[flag]) for flag in _TRAIN_FLAGS if turn.get(flag) is not None),
+        supervised=all(flag.strip().lower() not in _OFF if isinstance(flag, str) else flag for flag in flags),
         tool_calls=calls,
         name=_word(turn.get("name"), f"{where}'s name"),
-        reasoning=_reasoning(turn, where),
+        reasoning="" if reasoning_key is None else _text(turn[reasoning_key], f"{where}'s {reasoning_key}"),
         call_id=_word(turn.get("tool_call_id"), f"{where}'s tool_call_id"),
     )
-
-
-def _reasoning(turn: Mapping[str, Any], where: str) -> str:
-    given = next((key for key in _REASONING_KEYS if _holds(turn.get(key))), None)
-    return "" if given is None else _text(turn[given], f"{where}'s {given}")
 
 
 def _call(call: Any, where: str) -> ToolCall:
@@ -246,7 +250,7 @@ def _call(call: Any, where: str) -> ToolCall:
 
 
 def _call_of_text(text: str) -> tuple[ToolCall, ...]:
-    """The call that a function_call turn spells as JSON, or none; it stays spelled as it is."""
+    """Return the call that a function_call turn spells as JSON, or none. The text is kept as the call's source."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
@@ -265,33 +269,27 @@ def _call_of_text(text: str) -> tuple[ToolCall, ...]:
 
 def _required(row: Mapping[str, Any], key: str) -> Any:
     if key not in row:
-        raise RowError("missing_keys", f"there is no key {key!r} (keys: {_keys(row)})", f"give the row {key!r}")
+        keys = ", ".join(map(str, list(row)[:8])) or "none"
+        raise RowError("missing_keys", f"there is no key {key!r} (keys: {keys})", f"give the row {key!r}")
     if row[key] is None:
         raise RowError("null_content", f"{key!r} is null", "give it a value or remove the row")
     return row[key]
 
 
 def _listed(value: Any, where: str) -> list[Any]:
-    """A value that is a list, or null for an empty one."""
+    """Return a value that must be a list; null is an empty list."""
     if value is None:
         return []
     if not isinstance(value, list):
-        raise RowError("content_not_text", f"{where} is {_kind(value)}, no list", "write a list")
+        raise RowError("content_not_text", f"{where} is {_kind(value)}, not a list", "write a list")
     return value
 
 
-def _is_set(flag: Any) -> bool:
-    """Whether a train flag says yes; data sets write true, 1, 1.0 and their texts."""
-    if isinstance(flag, str):
-        return flag.strip().lower() not in ("", "0", "0.0", "false", "no")
-    return bool(flag)
-
-
 def _text(value: Any, where: str) -> str:
-    """A content as text: a string, or text parts joined.
+    """Return a content as text: a string, or text parts joined.
 
     Raises:
-        RowError: it is neither.
+        RowError: The content is neither.
     """
     if isinstance(value, str):
         return _clean(value, where)
@@ -304,12 +302,12 @@ def _text(value: Any, where: str) -> str:
     ):
         kind = next(part["type"] for part in value if part["type"] != "text")
         raise _media_error(f"{where} has a content part of type {kind[:40]!r}")
-    problem = f"{where} has a content that is {_kind(value)}, no text"
+    problem = f"{where} has a content that is {_kind(value)}, not text"
     raise RowError("content_not_text", problem, "give it a string (or a list of text parts)")
 
 
 def _word(value: Any, where: str) -> str:
-    """A name or an identifier as text, "" for none; some data sets write numbers."""
+    """Return a name or an identifier as text, "" for none; some data sets write numbers."""
     if value is None:
         return ""
     return _text(str(value) if type(value) is int else value, where)
@@ -330,7 +328,7 @@ def _clean(text: str, where: str) -> str:
     if "\0" in text:
         raise RowError("nul_character", f"{where} holds a NUL character", "remove it (invalid: repair does)")
     if not _is_utf8(text):
-        fix = "write the character whole (invalid: repair puts U+FFFD)"
+        fix = "write the complete character (invalid: repair puts U+FFFD)"
         raise RowError("lone_surrogate", f"{where} holds half a character (a lone surrogate)", fix)
     return text
 
@@ -345,33 +343,14 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _tools(value: Any) -> str:
-    """The functions on offer as a JSON list, or "" for none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError):
-            raise RowError("bad_tools", "'tools' is a text that is no JSON", "write a JSON list of tools") from None
-    if not _holds(value):
-        return ""
-    if not isinstance(value, list | dict):
-        raise RowError("bad_tools", f"'tools' is {_kind(value)}, no list", "write a JSON list of tools")
-    return _clean(json.dumps(value if isinstance(value, list) else [value], ensure_ascii=False), "tools")
-
-
 def _refuse_duplicates(row: Mapping[str, Any]) -> None:
     if DUPLICATE in row:
-        raise RowError("duplicate_key", f"the key {row[DUPLICATE]!r} stands there twice", "keep one of them")
+        raise RowError("duplicate_key", f"the key {row[DUPLICATE]!r} is given twice", "keep one of them")
 
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    names = [str(key) for key in row][:8]
-    return ", ".join(names) or "none"
 
 
 # --- order ------------------------------------------------------------------------------------------------
@@ -389,12 +368,22 @@ def check_order(messages: Sequence[Message]) -> None:
     """Check that the turns are a conversation from a user's question to an answer.
 
     Raises:
-        RowError: they are not; the first thing wrong is named.
+        RowError: They are not. The error names the first fault.
     """
     previous = ""
     for number, message in enumerate(messages, 1):
         if message.role not in _FOLLOWERS[previous]:
-            raise _order_error(previous, message.role, number)
+            if message.role == previous:
+                fix = "join the two or add what is missing between them (invalid: repair joins them)"
+                raise RowError("same_role_twice", f"turn {number} is the {previous}'s again", fix)
+            if message.role == "system":
+                fix = "put the system prompt first"
+                raise RowError("system_not_first", f"turn {number} is a system prompt", fix)
+            if previous in ("", "system"):
+                fix = "begin with the user's turn (invalid: repair trims what is before it)"
+                raise RowError("starts_without_user", f"it starts with the {message.role}'s turn", fix)
+            problem = f"turn {number} is the {message.role}'s after the {previous}'s"
+            raise RowError("out_of_order", problem, "add what is missing")
         if message.role == "assistant" and not message.content.strip() and not message.tool_calls:
             raise RowError("empty_answer", f"turn {number} is an empty answer", "give the answer or remove the row")
         previous = message.role
@@ -403,26 +392,15 @@ def check_order(messages: Sequence[Message]) -> None:
             "unanswered_end", f"it ends with the {previous}'s turn", "add the answer or remove that turn (repair does)"
         )
     if not any(message.is_answer and message.supervised for message in messages):
-        problem = "no answer of it is to be learned: weight, train, loss or trainable is 0 or false on each"
+        problem = "none of its answers is trained on: weight, train, loss or trainable is 0 or false on each"
         raise RowError("nothing_supervised", problem, "set it to 1 on one answer, or remove the key")
 
 
-def _order_error(previous: str, role: str, number: int) -> RowError:
-    if role == previous:
-        fix = "join the two or add what is missing between them (invalid: repair joins them)"
-        return RowError("same_role_twice", f"turn {number} is the {role}'s again", fix)
-    if role == "system":
-        return RowError("system_not_first", f"turn {number} is a system prompt", "put the system prompt first")
-    if previous in ("", "system"):
-        fix = "begin with the user's turn (invalid: repair trims what stands before)"
-        return RowError("starts_without_user", f"it starts with the {role}'s turn", fix)
-    return RowError("out_of_order", f"turn {number} is the {role}'s after the {previous}'s", "add what is missing")
-
-
 def repair(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """Join same-role runs, trim leading answers (system prompts among them stay) and unanswered ends.
+    """Join messages of the same role, and trim leading answers (system prompts among them stay) and unanswered ends.
 
-    Returns the messages and the names of what was done; whether they are in order now is for `check_order`.
+    Returns:
+        The messages and the names of the repairs. `check_order` decides whether the messages are in order now.
     """
     done: dict[str, None] = {}
     kept = list(messages)
@@ -430,7 +408,8 @@ def repair(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[str,
     system = [m for m in kept[:first] if m.role == "system"]
     if first > len(system):
         kept, done["leading_answers_trimmed"] = system + kept[first:], None
-    last = max((i for i, m in enumerate(kept) if _is_full_answer(m)), default=-1)
+    full = (i for i, m in enumerate(kept) if m.is_answer and (m.content.strip() or m.tool_calls))
+    last = max(full, default=-1)
     if last + 1 < len(kept):
         kept, done["unanswered_end_trimmed"] = kept[: last + 1], None
     joined = join_same_role_messages(kept)
@@ -439,12 +418,8 @@ def repair(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[str,
     return tuple(joined), tuple(done)
 
 
-def _is_full_answer(message: Message) -> bool:
-    return message.is_answer and bool(message.content.strip() or message.tool_calls)
-
-
 def repair_characters(value: Any) -> Any:
-    """A row without NUL characters and with U+FFFD for lone surrogates."""
+    """Return a row without NUL characters and with U+FFFD for lone surrogates."""
     if isinstance(value, str):
         return value.replace("\0", "").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     if isinstance(value, list):

@@ -28,7 +28,7 @@ def source_of(data: Any, where: str = "data") -> Any:
         where: The argument's name, for messages.
 
     Raises:
-        UserError: there are no rows, or one cannot be written as JSON; the message names row and key.
+        UserError: There are no rows, or a row cannot be written as JSON; the message names row and key.
     """
     if isinstance(data, str | Path):
         return str(data)
@@ -40,13 +40,13 @@ def source_of(data: Any, where: str = "data") -> Any:
     if isinstance(data, list | tuple) and data and all(isinstance(item, str | Path) for item in data):
         return [str(item) for item in data]
     if isinstance(data, bytes) or not isinstance(data, Iterable):
-        problem = f"a value of the type {type(data).__name__} is no data"
+        problem = f"a value of the type {type(data).__name__} is not data"
         raise UserError(where, problem, "give rows (a list of dicts or a datasets.Dataset) or a path")
     return str(_write_rows(data, where))
 
 
 def _write_rows(rows: Iterable[Any], where: str) -> Path:
-    """Write the rows as JSON lines, whole or not at all; return the file."""
+    """Write all rows as JSON lines, or nothing; return the path of the file."""
     folder = cache_folder() / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{os.getpid()}-{id(rows)}"
@@ -54,7 +54,14 @@ def _write_rows(rows: Iterable[Any], where: str) -> Path:
     try:
         with temporary.open("wb") as file:
             for number, row in enumerate(rows):
-                line = _as_line(row, f"{where}[{number}]")
+                place = f"{where}[{number}]"
+                if not isinstance(row, Mapping):
+                    raise UserError(place, f"a row of the type {type(row).__name__} is not a dict", _FIX)
+                try:
+                    line = json.dumps(_plain(row, place), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+                except UnicodeEncodeError:
+                    problem = "its text holds half of a surrogate pair, which UTF-8 cannot write"
+                    raise UserError(place, problem, _FIX) from None
                 digest.update(line)
                 size += file.write(line)
         if size == 0:
@@ -68,18 +75,8 @@ def _write_rows(rows: Iterable[Any], where: str) -> Path:
             temporary.unlink()
 
 
-def _as_line(row: Any, where: str) -> bytes:
-    if not isinstance(row, Mapping):
-        raise UserError(where, f"a row of the type {type(row).__name__} is no dict", _FIX)
-    plain = _plain(row, where)
-    try:
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        raise UserError(where, "its text holds half of a surrogate pair, which UTF-8 cannot write", _FIX) from None
-
-
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Return `value` with the types of JSON alone; refuse what would be lost or changed on the way."""
+    """Return `value` with the types of JSON alone; refuse values that JSON would lose or change."""
     if depth > _MOST_DEPTH:
         raise UserError(where, f"it is nested more than {_MOST_DEPTH} levels deep", _FIX)
     if isinstance(value, Mapping):
@@ -90,7 +87,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{number}]", depth + 1) for number, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(where, f"{value} is no number that JSON has", _FIX)
+        raise UserError(where, f"{value} is not a number that JSON has", _FIX)
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise UserError(where, f"a value of the type {type(value).__name__} cannot be written as JSON", _FIX)

@@ -1,4 +1,4 @@
-"""What the model will learn from: tokens coloured by supervised or not, in the terminal or as one HTML page."""
+"""Show prepared rows: tokens coloured by whether they are supervised, in the terminal or as one HTML page."""
 
 import contextlib
 import json
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 WORST = ("length", "cut", "share")
+ROWS = 3  # rows of the preview
+TOKENS = 600  # tokens of a row of the preview
 PAGE = Path(__file__).with_name("inspect.html")
 # Two shades each, in turn, so that the boundaries between tokens show.
 _SUPERVISED = ("black on green3", "black on spring_green2")
@@ -33,7 +35,7 @@ _CONTEXT = ("default on grey15", "default on grey23")
 
 @dataclass(frozen=True)
 class Token:
-    """One token: its id, its text, whether it is learned, whether it is a special token."""
+    """One token: its id, its text, whether it is supervised, whether it is a special token."""
 
     id: int
     text: str
@@ -47,12 +49,12 @@ class InspectedRow:
 
     Args:
         split: train or test.
-        row: its number there.
-        id: the conversation's id.
-        location: where it stands in the source.
-        rendered: tokens of its full rendering, of which the row may keep fewer.
-        findings: what was found about it.
-        tokens: its tokens in order.
+        row: Number of the row in its split.
+        id: Id of the conversation.
+        location: Place of the row in the source, such as "file:line".
+        rendered: Number of tokens of the full rendering, of which the row may keep fewer.
+        findings: Names of what the template or the tokenizer changed.
+        tokens: The tokens in order.
     """
 
     split: str
@@ -65,12 +67,12 @@ class InspectedRow:
 
     @property
     def title(self) -> str:
-        learned = sum(token.supervised for token in self.tokens)
-        found = f"; {', '.join(self.findings)}" if self.findings else ""
+        supervised = sum(token.supervised for token in self.tokens)
+        findings = f"; {', '.join(self.findings)}" if self.findings else ""
         cut = f" of {self.rendered:,}" if self.rendered > len(self.tokens) else ""
         return (
             f"{self.split} row {self.row}, id {self.id}, {self.location}: {len(self.tokens):,}{cut} tokens, "
-            f"{learned:,} supervised{found}"
+            f"{supervised:,} supervised{findings}"
         )
 
 
@@ -85,20 +87,21 @@ def inspect(
     count: int = 3,
     html: Path | None = None,
 ) -> list[InspectedRow]:
-    """Prepare the recipe's data where that is not done, and show rows of it; loads no model weights.
+    """Show rows of the recipe's data, which are prepared where they are not yet; model weights are not loaded.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
         split: train or test.
-        rows: show these rows by number, or
-        ids: these conversations by id, or
-        worst: the rows with the greatest length, most tokens cut or smallest supervised share, else the first.
-        only_findings: leave rows out of which nothing was found.
-        count: how many, where neither rows nor ids are given.
-        html: write one self-contained page there instead of printing.
+        rows: Numbers of the rows to show.
+        ids: Ids of the conversations to show, where no rows are given.
+        worst: One of WORST: show first the rows with the greatest length, the most tokens cut or the smallest
+            supervised share. None shows the first rows.
+        only_findings: Leave out rows without findings.
+        count: The number of rows, where neither rows nor ids are given.
+        html: Path of one self-contained page to write instead of printing.
 
     Raises:
-        UserError: there is no such row or id, or the page cannot be written.
+        UserError: There is no such row or id, or the page cannot be written.
     """
     if html is not None:
         _require_page(html)
@@ -112,38 +115,34 @@ def inspect(
         for row in shown:
             console.print(as_text(row))
     else:
-        with _explain_missing_row(html):
+        with _name_the_page(html):
             write_atomically(html, as_html(shown))
         say(f"{len(shown)} rows are in {html}")
     return shown
 
 
 def _require_page(path: Path) -> None:
-    """Refuse to write a page over anything but an earlier page, before any work is done for it.
+    """Refuse to replace anything but an earlier page, before the rows are prepared.
 
     Raises:
-        UserError: there is a folder, or another file.
+        UserError: The path is a folder, or another file.
     """
-    with _explain_missing_row(path):
-        is_folder, is_other = path.is_dir(), path.exists() and not _is_page(path)
+    start = PAGE.read_bytes().partition(b"<style>")[0]
+    with _name_the_page(path):
+        is_folder, is_other = path.is_dir(), path.exists()
+        if path.is_file():
+            with path.open("rb") as file:
+                is_other = file.read(len(start)) != start
     if is_folder:
         raise UserError(path, "this is a folder, and the page is a file", f"name a file, such as {path / 'rows.html'}")
     if is_other:
-        problem = "this file is no page that inspect wrote, so it is not replaced"
+        problem = "this file is not a page that inspect wrote, so it is not replaced"
         raise UserError(path, problem, "name a new file, such as rows.html")
 
 
-def _is_page(path: Path) -> bool:
-    start = PAGE.read_bytes().partition(b"<style>")[0]
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(start)) == start
-
-
 @contextlib.contextmanager
-def _explain_missing_row(path: Path) -> Iterator[None]:
-    """Say of what the file system refuses that it is the page: no permission, too long a name, a path below a file."""
+def _name_the_page(path: Path) -> Iterator[None]:
+    """Name the page in errors of the file system, such as no permission, too long a name, or a path below a file."""
     try:
         yield
     except OSError as error:
@@ -159,44 +158,43 @@ def choose_rows(
     only_findings: bool = False,
     count: int = 3,
 ) -> list[int]:
-    """Row numbers of a prepared side, as `inspect` takes them."""
+    """Return the numbers of the rows of a split that `inspect` shows; the arguments are those of `inspect`.
+
+    Raises:
+        UserError: There is no such row, id or measure.
+    """
     for row in rows:
         if not 0 <= row < len(data):
             raise UserError("row", f"there is no row {row}", f"give a number from 0 to {len(data) - 1}")
     if rows:
         return list(rows)
     if ids:
-        return [_find_id(data, name) for name in ids]
-    order = list(range(len(data))) if worst is None else _worst(data, worst)
+        known = data["id"][:]
+        for name in ids:
+            if name not in known:
+                fix = f"give an id such as {known[0] if known else '?'}"
+                raise UserError("id", f"there is no conversation {name!r}", fix)
+        return [int(known.index(name)) for name in ids]
+    order = list(range(len(data)))
+    if worst is not None:
+        if worst not in WORST:
+            raise UserError("worst", f"{worst!r} is not a measure", f"choose among {', '.join(WORST)}")
+        lengths = np.array([len(row_ids) for row_ids in data["input_ids"]])
+        measure = lengths
+        if worst == "cut":
+            measure = np.array(data["rendered"][:]) - lengths
+        elif worst == "share":
+            supervised = np.array([sum(label >= 0 for label in labels) for labels in data["labels"]])
+            measure = -supervised / np.maximum(lengths, 1)
+        order = [int(row) for row in np.argsort(-measure, kind="stable")]
     if only_findings:
         findings = data["findings"][:]
         order = [row for row in order if findings[row]]
     return order[:count]
 
 
-def _find_id(data: Any, name: str) -> int:
-    known = data["id"][:]
-    if name not in known:
-        raise UserError("id", f"there is no conversation {name!r}", f"give an id such as {known[0] if known else '?'}")
-    return int(known.index(name))
-
-
-def _worst(data: Any, by: str) -> list[int]:
-    if by not in WORST:
-        raise UserError("worst", f"{by!r} is no measure", f"choose among {', '.join(WORST)}")
-    lengths = np.array([len(ids) for ids in data["input_ids"]])
-    if by == "length":
-        measure = lengths
-    elif by == "cut":
-        measure = np.array(data["rendered"][:]) - lengths
-    else:
-        learned = np.array([sum(label >= 0 for label in labels) for labels in data["labels"]])
-        measure = -learned / np.maximum(lengths, 1)
-    return [int(row) for row in np.argsort(-measure, kind="stable")]
-
-
 def read_row(data: Any, split: str, number: int, tokenizer: "PreTrainedTokenizerFast") -> InspectedRow:
-    """One row of a prepared side with the texts of its tokens."""
+    """Return one row of a split with the texts of its tokens."""
     row = data[number]
     special = set(tokenizer.all_special_ids) | {
         id for id, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -211,7 +209,7 @@ def read_row(data: Any, split: str, number: int, tokenizer: "PreTrainedTokenizer
 
 
 def token_texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-    """The text of each token; a piece of a character is spelled by its bytes' names."""
+    """Return the text of each token; a part of a character is shown as the token's piece in the vocabulary."""
     backend = tokenizer.backend_tokenizer
     texts = []
     for id in ids:
@@ -224,7 +222,7 @@ def token_texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> lis
 
 
 def as_text(row: InspectedRow) -> "Text":
-    """A row for the terminal."""
+    """Return a row with colours for the terminal."""
     from rich.text import Text
 
     text = Text(printable(row.title) + "\n", style="bold")
@@ -237,7 +235,7 @@ def as_text(row: InspectedRow) -> "Text":
 
 
 def as_html(rows: Sequence[InspectedRow]) -> str:
-    """One page that needs nothing else: search, next and previous, and only the rows with a finding."""
+    """Return one self-contained page with search, next and previous, and a filter for rows with findings."""
     listed = [
         {**asdict(row), "tokens": [[t.id, t.text, int(t.supervised), int(t.special)] for t in row.tokens]}
         for row in rows
@@ -246,20 +244,19 @@ def as_html(rows: Sequence[InspectedRow]) -> str:
     return PAGE.read_text(encoding="utf-8").replace("/*ROWS*/[]", data)
 
 
-ROWS = 3
-TOKENS = 600  # of a row
-
-
 def write_preview(output: Path, model_folder: Path, trust_remote_code: bool = False) -> Path:
-    """Write `<output>/dataset/preview.json` where it is not yet there: the first train rows, the beginning of each.
+    """Write `<output>/dataset/preview.json` unless it exists: the beginnings of the first train rows.
 
     The file is {"rows": [{"title", "tokens": [[text, 1 if supervised else 0], ...], "left_out"}]}; `left_out` counts
-    the tokens past the beginning.
+    the tokens after the beginning.
 
     Args:
-        output: a run folder whose data is prepared.
-        model_folder: with the tokenizer that it was prepared with.
-        trust_remote_code: let code from that folder run.
+        output: A run folder with prepared data.
+        model_folder: Folder of the model, with the tokenizer of the prepared data.
+        trust_remote_code: Whether code from that folder may run.
+
+    Returns:
+        Path of the file.
     """
     path = output / "dataset" / "preview.json"
     if path.exists():  # new data comes in a new folder

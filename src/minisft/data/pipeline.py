@@ -1,12 +1,11 @@
-"""One chunk of source rows: parse, encode, truncate, verify; in this process or in several."""
+"""Chunks of source rows through all steps: parse, render, encode, truncate, verify; in one process or in several."""
 
-import contextlib
 import gc
 import multiprocessing
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minisft.data.conversation import Conversation, Message, calls_to_text
-from minisft.data.encoder import AnswerSpan, Encoded, EncodedBatch, Encoder
+from minisft.data.encoder import Encoded, EncodedBatch, Encoder
 from minisft.data.formats import (
     REPAIRS,
     RowError,
@@ -40,13 +39,19 @@ if TYPE_CHECKING:
 
 
 MESSAGE_FIELDS = ("role", "content", "supervised", "tool_calls", "name", "reasoning", "call_id")
-SKIP_REASONS = "left_out_by_weight"
+LEFT_OUT_BY_WEIGHT = "left_out_by_weight"  # the ledger's name for rows that a source's weight below 1 leaves out
 _CHARACTERS = ("nul_character", "lone_surrogate")
 
 
 @dataclass(frozen=True)
 class ChunkTask:
-    """How rows are to be prepared."""
+    """The settings by which the rows of a chunk are prepared.
+
+    Args:
+        data: The data part of the recipe.
+        formats: The format of each source, by its index.
+        seed: The seed of the split.
+    """
 
     data: DataRecipe
     formats: tuple[str, ...]
@@ -54,24 +59,15 @@ class ChunkTask:
 
 
 @dataclass
-class EncodedRow:
-    """A row that is kept, and how many tokens its full rendering has."""
-
-    conversation: Conversation
-    encoded: Encoded
-    rendered: int
-
-
-@dataclass
 class ChunkResult:
-    """What became of a chunk.
+    """The prepared rows of a chunk.
 
     Args:
-        table: an Arrow record batch with the kept rows, serialised.
-        keys: a split key for each.
-        identities: a hash of the whole conversation for each.
-        lengths: tokens of each.
-        stats: the counts.
+        table: An Arrow record batch with the kept rows, serialised.
+        keys: The split key of each kept row, uint64.
+        identities: A hash of the complete conversation of each kept row, uint64.
+        lengths: The number of tokens of each kept row, int32.
+        stats: The counts.
     """
 
     table: bytes
@@ -82,40 +78,31 @@ class ChunkResult:
 
 
 def process_chunk(chunk: Chunk, encoder: Encoder, task: ChunkTask) -> ChunkResult:
-    """Parse, check, render, encode, fit and verify the rows of a chunk."""
-    with _no_garbage_collection():
-        return _process_chunk(chunk, encoder, task)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Rows hold no cycles, and looking for some among so many objects costs a tenth of the time."""
+    """Parse, check, render, encode, truncate and verify the rows of a chunk."""
+    stats = DatasetStats()
     was_on = gc.isenabled()
-    gc.disable()
+    gc.disable()  # rows hold no cycles, and the search for cycles among so many objects takes a tenth of the time
     try:
-        yield
+        # 1. Rows to conversations, and these to segments.
+        conversations, rendered = _render_rows(chunk, encoder, task, stats)
+        # 2. Segments to ids and labels.
+        batch = encoder.encode_rendered(rendered, conversations)
+        # 3. Truncate the rows that are too long.
+        full_lengths = np.diff(batch.offsets)
+        if (full_lengths > task.data.max_length).any():
+            conversations, batch, full_lengths = _truncate_rows(conversations, batch, encoder, task, stats)
+        # 4. Verify the rows as they are written.
+        if task.data.verify and conversations:
+            verify(encoder, conversations, batch)
+        # 5. Make the table, and the keys for the split and for the count of duplicates.
+        _count_kept(conversations, batch, stats)
+        table, lengths = _flat_table(conversations, batch, full_lengths), np.diff(batch.offsets)
+        keys = np.fromiter((prompt_key(c, task.seed) for c in conversations), np.uint64, len(conversations))
+        identities = np.fromiter(map(identity_key, conversations), np.uint64, len(conversations))
+        return ChunkResult(table.serialize().to_pybytes(), keys, identities, lengths.astype(np.int32), stats)
     finally:
         if was_on:
             gc.enable()
-
-
-def _process_chunk(chunk: Chunk, encoder: Encoder, task: ChunkTask) -> ChunkResult:
-    stats = DatasetStats()
-    conversations, rendered = _render_rows(chunk, encoder, task, stats)
-    batch = encoder.encode_rendered(rendered, conversations)
-    if not (np.diff(batch.offsets) > task.data.max_length).any():
-        rendered_lengths = np.diff(batch.offsets)
-    else:
-        kept = _truncate_rows(conversations, batch, encoder, task, stats)
-        conversations = [row.conversation for row in kept]
-        batch = _as_batch(kept)
-        rendered_lengths = np.fromiter((row.rendered for row in kept), np.int64, len(kept))
-    if task.data.verify and conversations:
-        verify(encoder, conversations, batch)  # the rows as they are written
-    table, lengths = _flat_table(conversations, batch, rendered_lengths, stats), np.diff(batch.offsets)
-    keys = np.fromiter((prompt_key(c, task.seed) for c in conversations), np.uint64, len(conversations))
-    identities = np.fromiter(map(identity_key, conversations), np.uint64, len(conversations))
-    return ChunkResult(table.serialize().to_pybytes(), keys, identities, lengths.astype(np.int32), stats)
 
 
 # --- rows to renderings -----------------------------------------------------------------------------------
@@ -124,45 +111,50 @@ def _process_chunk(chunk: Chunk, encoder: Encoder, task: ChunkTask) -> ChunkResu
 def _render_rows(
     chunk: Chunk, encoder: Encoder, task: ChunkTask, stats: DatasetStats
 ) -> tuple[list[Conversation], list[Rendered]]:
+    """Return the conversations of the rows with their renderings. Rows that cannot be used are counted in `stats`."""
     conversations, rendered = [], []
+    format = task.formats[chunk.source]
     stats.add("rows", "read", len(chunk) + chunk.left_out)
     if chunk.left_out:
-        stats.add("skipped", SKIP_REASONS, chunk.left_out)
+        stats.add("skipped", LEFT_OUT_BY_WEIGHT, chunk.left_out)
     for location, row in chunk.parsed():
+        repairs: tuple[str, ...] = ()
         try:
-            conversation, repairs = _read_row(row, location, task, chunk.source)
+            if task.data.invalid == "repair":
+                conversation, repairs = _repaired(row, location, format)
+            else:
+                conversation = to_conversation(row, location, format)
+                check_order(conversation.messages)
+            if sum(len(message.content) for message in conversation.messages) > LARGEST_ROW:
+                raise row_too_large_error()
+            conversation = conversation.supervise(task.data.train_on)
             rendering = encoder.render(conversation)
             rendering.findings.extend(repairs)
         except RowError as error:
-            stats.skip(_problem(row, location, error, task, chunk.source))
+            repairable = True
+            try:
+                _repaired(row, location, format)
+            except (RowError, RecursionError):
+                repairable = False
+            stats.skip(RowProblem(location, error.reason, error.problem, error.fix, repairable))
         except RecursionError:
-            stats.skip(
-                RowProblem(location, "nested_too_deeply", "its values are nested too deeply", "write plain texts")
-            )
+            problem = "its values are nested too deeply"
+            stats.skip(RowProblem(location, "nested_too_deeply", problem, "write plain texts"))
         except RefusedError as error:
             stats.skip(_refused(location, error))
         else:
             conversations.append(conversation)
             rendered.append(rendering)
-            stats.add_ignored(ignored_columns(row, task.formats[chunk.source]))
+            stats.add_ignored(ignored_columns(row, format))
     return conversations, rendered
 
 
-def _read_row(row: Any, location: str, task: ChunkTask, source: int) -> tuple[Conversation, tuple[str, ...]]:
-    """The row's conversation in order, and how it was repaired where the recipe says so."""
-    format = task.formats[source]
-    repairs: tuple[str, ...] = ()
-    if task.data.invalid == "repair":
-        conversation, repairs = _repaired(row, location, format)
-    else:
-        conversation = to_conversation(row, location, format)
-        check_order(conversation.messages)
-    if sum(len(message.content) for message in conversation.messages) > LARGEST_ROW:
-        raise row_too_large_error()
-    return conversation.supervise(task.data.train_on), repairs
-
-
 def _repaired(row: Any, location: str, format: str) -> tuple[Conversation, tuple[str, ...]]:
+    """Return the row's conversation in order, and the names of the repairs.
+
+    Raises:
+        RowError: The row cannot be repaired.
+    """
     done: tuple[str, ...] = ()
     try:
         conversation = to_conversation(row, location, format)
@@ -187,77 +179,57 @@ def _refused(location: str, error: RefusedError) -> RowProblem:
     return RowProblem(location, error.reason, error.problem, fix)
 
 
-def _problem(row: Any, location: str, error: RowError, task: ChunkTask, source: int) -> RowProblem:
-    return RowProblem(location, error.reason, error.problem, error.fix, _is_repairable(row, location, task, source))
-
-
-def _is_repairable(row: Any, location: str, task: ChunkTask, source: int) -> bool:
-    try:
-        _repaired(row, location, task.formats[source])
-    except (RowError, RecursionError):
-        return False
-    return True
-
-
-# --- too long ---------------------------------------------------------------------------------------------
+# --- rows that are too long -------------------------------------------------------------------------------
 
 
 def _truncate_rows(
     conversations: Sequence[Conversation], batch: EncodedBatch, encoder: Encoder, task: ChunkTask, stats: DatasetStats
-) -> list[EncodedRow]:
+) -> tuple[list[Conversation], EncodedBatch, np.ndarray]:
+    """Truncate the rows above `max_length`, and leave out those that cannot be truncated.
+
+    Returns:
+        The conversations that are kept, their tokens, and the number of tokens of each before truncation.
+    """
     limit, overflow = task.data.max_length, task.data.overflow
-    kept = []
+    kept: list[tuple[Conversation, Encoded, int]] = []
     for row, conversation in enumerate(conversations):
         encoded = batch[row]
         full = len(encoded.input_ids)
         if full > limit:
             try:
                 truncated = truncate(conversation, encoded, encoder.encode, limit, overflow)
-            except RefusedError as error:  # the template takes the whole conversation, but not a shorter one
+            except RefusedError as error:  # the template takes the complete conversation, but not a shorter one
                 stats.skip(_refused(conversation.location, error))
                 continue
             if truncated.encoded is None:
-                stats.skip(_too_long(conversation, truncated.reason, full, limit))
+                problem = f"no supervised answer begins within the first {limit:,} of {full:,} tokens"
+                if truncated.reason == "too_long":
+                    problem = f"{full:,} tokens, more than data.max_length {limit:,}"
+                fix = "raise data.max_length, or choose another data.overflow"
+                stats.skip(RowProblem(conversation.location, truncated.reason, problem, fix))
                 continue
-            stats.add("overflow", truncated.kind or "trailing")
+            cut = truncated.kind or "trailing"
+            stats.add("overflow", cut)
             stats.add("tokens", "cut", full - len(truncated.encoded.input_ids))
             stats.add("turns", "dropped", len(conversation.messages) - len(truncated.conversation.messages))
-            conversation, repairs = truncated.conversation, encoded.findings
-            findings = tuple(
-                dict.fromkeys([*truncated.encoded.findings, *repairs, f"cut_{truncated.kind or 'trailing'}"])
-            )
-            encoded = replace(truncated.encoded, findings=findings)
-        kept.append(EncodedRow(conversation, encoded, full))
-    return kept
-
-
-def _too_long(conversation: Conversation, reason: str, length: int, limit: int) -> RowProblem:
-    if reason == "too_long":
-        problem = f"{length:,} tokens, more than data.max_length {limit:,}"
-    else:
-        problem = f"no supervised answer begins within the first {limit:,} of {length:,} tokens"
-    return RowProblem(conversation.location, reason, problem, "raise data.max_length, or choose another data.overflow")
-
-
-def _as_batch(kept: Sequence[EncodedRow]) -> EncodedBatch:
-    sizes = np.fromiter((len(row.encoded.input_ids) for row in kept), np.int64, len(kept))
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    ids = np.fromiter((i for row in kept for i in row.encoded.input_ids), np.int32, int(offsets[-1]))
-    labels = np.fromiter((i for row in kept for i in row.encoded.labels), np.int32, int(offsets[-1]))
-    answers: list[tuple[AnswerSpan, ...]] = [row.encoded.answers for row in kept]
-    return EncodedBatch(ids, labels, offsets, answers, [row.encoded.findings for row in kept])
+            findings = tuple(dict.fromkeys([*truncated.encoded.findings, *encoded.findings, f"cut_{cut}"]))
+            conversation, encoded = truncated.conversation, replace(truncated.encoded, findings=findings)
+        kept.append((conversation, encoded, full))
+    rows = [encoded for _, encoded, _ in kept]
+    offsets = np.concatenate([[0], np.cumsum([len(row.input_ids) for row in rows], dtype=np.int64)])
+    ids = np.fromiter((i for row in rows for i in row.input_ids), np.int32, int(offsets[-1]))
+    labels = np.fromiter((i for row in rows for i in row.labels), np.int32, int(offsets[-1]))
+    kept_batch = EncodedBatch(ids, labels, offsets, [row.answers for row in rows], [row.findings for row in rows])
+    return [row[0] for row in kept], kept_batch, np.array([full for _, _, full in kept], dtype=np.int64)
 
 
 # --- the table --------------------------------------------------------------------------------------------
 
 
-def _flat_table(
-    conversations: Sequence[Conversation], batch: EncodedBatch, rendered: np.ndarray, stats: DatasetStats
-) -> "pa.RecordBatch":
-    """The rows as an Arrow record batch, and their tokens and turns in the tally."""
+def _flat_table(conversations: Sequence[Conversation], batch: EncodedBatch, rendered: np.ndarray) -> "pa.RecordBatch":
+    """Return the rows as an Arrow record batch; `rendered` is the number of tokens of each before truncation."""
     import pyarrow as pa
 
-    _count(conversations, batch, stats)
     offsets = pa.array(batch.offsets.astype(np.int32))
     return pa.RecordBatch.from_arrays(
         [
@@ -275,7 +247,7 @@ def _flat_table(
 
 
 def schema() -> "pa.Schema":
-    """The columns of a prepared data set; train rows go without the last two."""
+    """Return the columns of a prepared data set; train rows do not have the last two."""
     import pyarrow as pa
 
     kinds = {"supervised": pa.bool_()}
@@ -295,6 +267,7 @@ def schema() -> "pa.Schema":
 
 
 def _messages_array(rows: Sequence[Sequence[Message]]) -> "pa.ListArray":
+    """Return the messages of each row as one Arrow array, built column by column."""
     import pyarrow as pa
 
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
@@ -318,7 +291,8 @@ def _messages_array(rows: Sequence[Sequence[Message]]) -> "pa.ListArray":
     return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(arrays, fields=list(kind)))
 
 
-def _count(conversations: Sequence[Conversation], batch: EncodedBatch, stats: DatasetStats) -> None:
+def _count_kept(conversations: Sequence[Conversation], batch: EncodedBatch, stats: DatasetStats) -> None:
+    """Add the tokens, turns and findings of kept rows to the counts."""
     kept = len(batch.ids)
     stats.add("tokens", "kept", kept)
     stats.add("tokens", "rendered", kept + stats.count("tokens", "cut"))
@@ -332,28 +306,26 @@ def _count(conversations: Sequence[Conversation], batch: EncodedBatch, stats: Da
                 stats.add("repaired" if name in REPAIRS else "findings", name)
 
 
-_POOL_FROM = 3  # chunks; fewer are done sooner than processes start
+_POOL_FROM = 3  # chunks; fewer are processed sooner than processes start
 _shared: tuple[Encoder, ChunkTask] | None = None  # what forked workers inherit
 
 
 def process_chunks(chunks: Iterator[Chunk], encoder: Encoder, task: ChunkTask) -> Iterator[ChunkResult]:
-    """Results in the order of the chunks, by several processes where there are enough of them."""
+    """Yield results in the order of the chunks, from several processes where there are enough chunks."""
+    global _shared
+    # 1. A few chunks are processed here, sooner than processes start.
     first = [chunk for _, chunk in zip(range(_POOL_FROM), chunks, strict=False)]
     workers = task.data.processes or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     if len(first) < _POOL_FROM or workers == 1:
         yield from (process_chunk(chunk, encoder, task) for chunk in chain(first, chunks))
         return
-    yield from _in_pool(chain(first, chunks), encoder, task, workers)
-
-
-def _in_pool(chunks: Iterable[Chunk], encoder: Encoder, task: ChunkTask, workers: int) -> Iterator[ChunkResult]:
-    global _shared
+    # 2. Forked workers inherit the encoder, and get the chunks.
     _shared = (encoder, task)
     waiting: deque[Future[ChunkResult]] = deque()
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         try:
-            for chunk in chunks:
+            for chunk in chain(first, chunks):
                 waiting.append(pool.submit(_work, chunk))
                 if len(waiting) > 2 * workers:  # enough to keep all busy, few enough for memory to stay flat
                     yield waiting.popleft().result()
@@ -367,7 +339,7 @@ def _in_pool(chunks: Iterable[Chunk], encoder: Encoder, task: ChunkTask, workers
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    # A worker whose parent was killed would wait for ever: its siblings hold the pipe open. The kernel ends it.
+    # A worker whose parent was killed would wait forever: its siblings hold the pipe open. The kernel ends it.
     exit_with_parent()
 
 

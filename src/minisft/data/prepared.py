@@ -2,30 +2,27 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minisft.errors import UserError
 from minisft.text import first_line
 
-if TYPE_CHECKING:
-    pass
-
 
 def load_train(output: Path | str) -> Any:
-    """The `datasets.Dataset` of train rows of a run."""
+    """Return the train rows of a run as a `datasets.Dataset`."""
     return load_split(output, "train")
 
 
 def load_test(output: Path | str) -> list[dict[str, Any]]:
-    """The test rows of a run, each with its `messages` and `tools`."""
+    """Return the test rows of a run, each with its `messages` and `tools`."""
     return list(load_split(output, "test"))
 
 
 def load_split(output: Path | str, split: str) -> Any:
-    """One side of a run's prepared data, "train" or "test", as a `datasets.Dataset`.
+    """Return one split of a run's prepared data, "train" or "test", as a `datasets.Dataset`.
 
     Raises:
-        UserError: it is not prepared, or its files are damaged.
+        UserError: The data are not prepared, or their files are damaged.
     """
     import datasets
 
@@ -48,10 +45,10 @@ def _damaged(folder: Path, reason: str) -> UserError:
 
 
 def read_ledger(folder: Path) -> dict[str, Any] | None:
-    """The ledger of a whole data set, or None where there is none (or one of unknown origin)."""
+    """Return the ledger of a complete data set; None where there is no such data set, or its origin is unknown."""
     try:
         ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = (folder / "train").is_dir() and (folder / "test").is_dir()
-    return ledger if whole and isinstance(ledger, dict) and "made_from" in ledger else None
+    complete = (folder / "train").is_dir() and (folder / "test").is_dir()
+    return ledger if complete and isinstance(ledger, dict) and "made_from" in ledger else None

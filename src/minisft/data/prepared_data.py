@@ -1,4 +1,4 @@
-"""Prepared data as a program reads it: rows with ids, labels and text, coloured in a notebook."""
+"""Prepared data for programs: rows with ids, labels and text, coloured in a notebook."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,11 +29,11 @@ class PreparedRow:
     """One prepared conversation.
 
     Args:
-        id: the conversation's id.
-        ids: token ids.
-        labels: as many: the token's own id where it is supervised, else -100; not shifted.
-        text: all tokens decoded, special ones too.
-        messages: of a test row the {"role", "content", ...} dicts, else None.
+        id: Id of the conversation.
+        ids: Token ids.
+        labels: A label per token: its id where it is supervised, else -100; not shifted.
+        text: All tokens decoded, special tokens included.
+        messages: The {"role", "content", ...} dicts of a test row; None for a train row.
     """
 
     id: str
@@ -49,16 +49,17 @@ class PreparedRow:
             text = escape(token.text).replace("\n", "⏎\n")
             parts.append(f'<span style="{_STYLES[token.supervised, number % 2]}">{text}</span>')
         left_out = len(row.tokens) - _SHOWN
-        more = f" ... and {left_out:,} tokens more" if left_out > 0 else ""
+        more = f" ... and {left_out:,} more tokens" if left_out > 0 else ""
         return (
-            f"<div><p><b>{escape(row.title)}</b><br>Green and underlined is learned, the rest is context.</p>"
+            f"<div><p><b>{escape(row.title)}</b><br>"
+            "Green and underlined tokens are trained on, the rest is context.</p>"
             '<pre style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6">'
             f"{''.join(parts)}{more}</pre></div>"
         )
 
 
 class PreparedRows(Sequence[PreparedRow]):
-    """The rows of one split; each is read and decoded when it is asked for."""
+    """The rows of one split; each is read and decoded on access."""
 
     def __init__(self, data: Any, split: str, tokenizer: "PreTrainedTokenizerFast") -> None:
         self._data, self._split, self._tokenizer = data, split, tokenizer
@@ -100,8 +101,8 @@ class PreparedData:
     """The prepared data of a run folder.
 
     Args:
-        folder: the run folder.
-        trust_remote_code: let code that comes with the model run, which the tokenizer may need.
+        folder: The run folder.
+        trust_remote_code: Whether code of the model folder may run, which the tokenizer may need.
     """
 
     folder: Path
@@ -109,7 +110,7 @@ class PreparedData:
 
     @property
     def train(self) -> PreparedRows:
-        """The rows to learn from. Raises UserError where nothing is prepared."""
+        """The rows to train on. Raises UserError where nothing is prepared."""
         return self._rows("train")
 
     @property
@@ -119,7 +120,7 @@ class PreparedData:
 
     @property
     def ledger(self) -> dict[str, Any]:
-        """What became of every row and token that was read: the content of dataset/ledger.json."""
+        """Counts of every row and token that was read: the content of dataset/ledger.json."""
         from minisft.files import read_json
 
         path = self.folder / "dataset" / "ledger.json"
@@ -143,5 +144,5 @@ class PreparedData:
 
     def _repr_html_(self) -> str:
         rows = self.ledger["rows"]
-        told = ", ".join(f"{escape(str(name))} {escape(str(count))}" for name, count in rows.items())
-        return f"<p><b>{escape(str(self.folder))}</b>: rows: {told}</p>"
+        counts = ", ".join(f"{escape(str(name))} {escape(str(count))}" for name, count in rows.items())
+        return f"<p><b>{escape(str(self.folder))}</b>: rows: {counts}</p>"

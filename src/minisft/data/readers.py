@@ -22,7 +22,7 @@ DUPLICATE = "\0duplicate key"  # under this key a parsed object names a key that
 LARGEST_ROW = 1 << 23  # bytes: the longest conversations of published data sets have about a megabyte
 _READ = 1 << 20
 _LARGEST_ELEMENT = 1 << 28  # characters of one element of a JSON array
-# What the first bytes of a file say that its name should say too, and how to name it or what to do.
+# The first bytes of a kind of file, the kind, and what to do where the name of the file does not say so.
 _CONTENTS = (
     (re.compile(rb"\x1f\x8b"), "gzip", "rename it to {name}.gz"),
     (re.compile(rb"\x28\xb5\x2f\xfd"), "zstd", "rename it to {name}.zst"),
@@ -39,7 +39,7 @@ _TURNS_OR_TEXT = ("prompt", "completion")  # a list of turns, or a text that onl
 
 
 class CellsError(ValueError):
-    """A CSV row with more cells than its header has columns, in place of the row."""
+    """A CSV row has more cells than its header has columns. The error takes the place of the row."""
 
     def __init__(self, cells: int, columns: int) -> None:
         self.cells, self.columns = cells, columns
@@ -55,14 +55,14 @@ class RowTooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a source in order, light enough to hand to another process.
+    """Some rows of a source in order, small enough to send to another process.
 
     Args:
-        source: the index of its source.
-        lines: undecoded JSON lines with their line numbers, or
-        rows: parsed rows with their locations (a ValueError in place of a row that could not be parsed).
-        name: what the locations of lines begin with.
-        left_out: how many rows the source's weight left out.
+        source: The index of the source.
+        lines: Undecoded JSON lines with their line numbers; a chunk has either lines or rows.
+        rows: Parsed rows with their locations (a ValueError in place of a row that could not be parsed).
+        name: The beginning of the locations of lines.
+        left_out: The number of rows that the source's weight left out.
     """
 
     source: int
@@ -78,13 +78,30 @@ class Chunk:
         return replace(self, lines=self.lines[:count], rows=self.rows[:count])
 
     def parsed(self) -> Iterator[tuple[str, Any]]:
-        """(location, row) of every row; the row is a ValueError where it is no JSON."""
+        """Yield (location, row) for every row; the row is a ValueError where it is not JSON."""
         yield from self.rows
         for number, line in self.lines:
             yield f"{self.name}:{number}", parse_json(line)
 
 
+def limit_rows(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
+    """Yield chunks until they hold `limit` rows; None is no limit."""
+    left = limit
+    for chunk in chunks:
+        if left is not None:
+            chunk = chunk.head(left)
+            left -= len(chunk)
+        yield chunk
+        if left == 0:
+            return
+
+
 def file_type(path: Path) -> str:
+    """Return the file's type, one of FILE_TYPES, by its name without the suffix of a compression.
+
+    Raises:
+        UserError: The name has none of these types.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -96,10 +113,10 @@ def file_type(path: Path) -> str:
 
 
 def read_files(files: Sequence[tuple[str, Path]], index: int) -> Iterator[Chunk]:
-    """The rows of files, (name, path) each, as chunks of the source `index`.
+    """Yield the rows of files, (name, path) each, as chunks of the source `index`.
 
     Raises:
-        UserError: a file is unreadable, empty, truncated or not what its name says.
+        UserError: A file is unreadable, empty, truncated or not what its name says.
     """
     for name, path in files:
         empty = True
@@ -108,7 +125,8 @@ def read_files(files: Sequence[tuple[str, Path]], index: int) -> Iterator[Chunk]
                 empty = False
                 yield chunk
         except UnicodeDecodeError as error:
-            raise _encoding_error(path, error) from None
+            problem = f"not UTF-8 at byte {error.start} ({error.reason})"
+            raise UserError(path, problem, "save the file as UTF-8") from None
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(path, f"the compressed file is damaged ({error})", "download or pack it again") from None
         except OSError as error:
@@ -117,13 +135,19 @@ def read_files(files: Sequence[tuple[str, Path]], index: int) -> Iterator[Chunk]
             raise UserError(path, "the file holds no rows", "give a file with one conversation or more")
 
 
-def _encoding_error(path: Path, error: UnicodeDecodeError) -> UserError:
-    return UserError(path, f"not UTF-8 at byte {error.start} ({error.reason})", "save the file as UTF-8")
-
-
 def _read_file(name: str, path: Path, index: int) -> Iterator[Chunk]:
-    kind = file_type(path)
-    _refuse_other_content(path, kind)
+    # 1. Refuse a file whose first bytes show a compression or a table that its name does not name.
+    kind, suffix = file_type(path), path.suffix.lower()
+    with path.open("rb") as opened:
+        start = opened.read(16)
+    content, fix = next(((name, fix) for magic, name, fix in _CONTENTS if magic.match(start)), ("", ""))
+    if content and content != _CONTENT_OF.get(suffix):
+        if kind in (".parquet", ".arrow") and content not in ("Parquet", "Arrow"):
+            fix = "unpack it: files of this kind are read unpacked"
+        bare = path.name[: -len(suffix)] if suffix in COMPRESSIONS else path.name
+        fix = fix.format(name=bare, stem=bare.rpartition(".")[0])
+        raise UserError(path, f"its content is {content}, and its name says {path.suffix}", fix)
+    # 2. Read it by its type.
     if kind in (".parquet", ".arrow"):
         yield from _read_table(name, path, index, kind)
         return
@@ -134,21 +158,6 @@ def _read_file(name: str, path: Path, index: int) -> Iterator[Chunk]:
             yield from row_chunks(_json_rows(name, path, file), name, index)
         else:
             yield from _line_chunks(file, path, name, index)
-
-
-def _refuse_other_content(path: Path, kind: str) -> None:
-    """Refuse a file whose first bytes say that it is packed or a table, where its name says otherwise."""
-    with path.open("rb") as file:
-        start = file.read(16)
-    suffix = path.suffix.lower()
-    content, fix = next(((name, fix) for magic, name, fix in _CONTENTS if magic.match(start)), ("", ""))
-    if not content or content == _CONTENT_OF.get(suffix):
-        return
-    if kind in (".parquet", ".arrow") and content not in ("Parquet", "Arrow"):
-        fix = "unpack it: files of this kind are read unpacked"
-    bare = path.name[: -len(suffix)] if suffix in COMPRESSIONS else path.name
-    fix = fix.format(name=bare, stem=bare.rpartition(".")[0])
-    raise UserError(path, f"its content is {content}, and its name says {path.suffix}", fix)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -162,6 +171,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def row_chunks(rows: Iterable[tuple[str, Any]], name: str, index: int) -> Iterator[Chunk]:
+    """Yield (location, row) pairs as chunks of at most CHUNK_ROWS rows."""
     held: list[tuple[str, Any]] = []
     for row in rows:
         held.append(row)
@@ -176,25 +186,25 @@ def row_chunks(rows: Iterable[tuple[str, Any]], name: str, index: int) -> Iterat
 
 
 def _line_chunks(file: IO[bytes], path: Path, name: str, index: int) -> Iterator[Chunk]:
-    number = 0
-    while lines := _read_lines(file):
-        if number == 0:
-            lines[0] = _without_bom(lines[0], path)
-        numbered = [(number + i, line) for i, line in enumerate(lines, 1) if line.strip()]
-        number += len(lines)
-        if numbered:
-            yield Chunk(index, name, lines=tuple(numbered))
-
-
-def _read_lines(file: IO[bytes]) -> list[bytes]:
-    """Some lines; of one that is longer than a row may be, its beginning alone, which is too long as well."""
-    lines, size = [], 0
-    while size < CHUNK_BYTES and (line := file.readline(LARGEST_ROW + 1)):
-        lines.append(line)
-        size += len(line)
-        while len(line) > LARGEST_ROW and not line.endswith(b"\n"):
-            line = file.readline(LARGEST_ROW + 1)
-    return lines
+    """Yield the lines of a file undecoded, in chunks of about CHUNK_BYTES; blank lines are left out."""
+    number, ended = 0, False
+    while not ended:
+        lines: list[tuple[int, bytes]] = []
+        size = 0
+        while size < CHUNK_BYTES:
+            part = file.readline(LARGEST_ROW + 1)
+            ended = not part
+            if ended:
+                break
+            size += len(part)
+            number += 1
+            line = part if number > 1 else _without_bom(part, path)
+            if line.strip():
+                lines.append((number, line))
+            while len(part) > LARGEST_ROW and not part.endswith(b"\n"):  # only the beginning of such a row is kept
+                part = file.readline(LARGEST_ROW + 1)
+        if lines:
+            yield Chunk(index, name, lines=tuple(lines))
 
 
 def _without_bom(first: bytes, path: Path) -> bytes:
@@ -204,7 +214,7 @@ def _without_bom(first: bytes, path: Path) -> bytes:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; where a key stands in it twice, it says so under DUPLICATE."""
+    """Return the pairs as a dict; DUPLICATE names a key that they hold twice."""
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()
@@ -216,7 +226,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
 
 
 def parse_json(line: bytes) -> Any:
-    """The value of one JSON line, or a ValueError (not raised) that says why there is none."""
+    """Return the value of one JSON line, or a ValueError (not raised) that names the fault."""
     if len(line) > LARGEST_ROW:
         return RowTooLargeError()
     try:
@@ -231,7 +241,7 @@ def parse_json(line: bytes) -> Any:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Whether a .json file holds one object a line: its first line is a whole object and another follows."""
+    """Return whether a .json file holds one object per line: its first line is one object, and another follows."""
     with _open(path) as file:
         first = file.readline(_READ).removeprefix(codecs.BOM_UTF8)
         rest = file.read(4096).strip()
@@ -241,7 +251,7 @@ def _is_json_lines(path: Path) -> bool:
 
 
 class _Text:
-    """A file's text, read as far as needed, with the line number of what was taken from it."""
+    """Text of a file, read as far as needed, with the line number of the next character."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self._file, self._path = file, path
@@ -262,7 +272,7 @@ class _Text:
         self.text = self.text[count:]
 
     def skip_space(self) -> str:
-        """Drop white space; the next character, or "" at the end."""
+        """Drop white space. Return the next character, or "" at the end."""
         while True:
             stripped = self.text.lstrip(" \t\r\n")
             self.drop(len(self.text) - len(stripped))
@@ -272,13 +282,13 @@ class _Text:
 
     def error(self, problem: str, offset: int = 0) -> UserError:
         line = self.line + self.text.count("\n", 0, offset)
-        return UserError(f"{self._path}:{line}", problem, "fix the file there; a JSON checker shows the place")
+        return UserError(f"{self._path}:{line}", problem, "fix the file there; a JSON checker shows the position")
 
     def value(self) -> Any:
-        """The JSON value that comes next.
+        """Return the next JSON value, and drop it from the text.
 
         Raises:
-            UserError: there is none.
+            UserError: The text is not JSON.
         """
         while True:
             try:
@@ -290,7 +300,7 @@ class _Text:
             except ValueError as error:
                 raise self.error(f"not JSON: {error}") from None
             except RecursionError:
-                raise self.error("not JSON that can be read: nested too deeply") from None
+                raise self.error("this JSON cannot be read: it is nested too deeply") from None
             else:
                 if self.ended or end < len(self.text):
                     self.drop(end)
@@ -300,16 +310,25 @@ class _Text:
 
 
 def _json_rows(name: str, path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """Yield (location, row) of a file that holds a JSON list of rows, or one object."""
     text = _Text(file, path)
+    # 1. One object, which may wrap the list of rows.
     opening = text.skip_space()
     if opening == "":
         raise UserError(path, "the file is empty", "give a file with one conversation or more")
     if opening != "[":
-        line = text.line
-        yield from _rows_of_value(name, line, text.value())
+        line, value = text.line, text.value()
+        for key in ("data", "train", "rows", "examples", "items") if isinstance(value, dict) else ():
+            wrapped = value.get(key)
+            if isinstance(wrapped, list) and wrapped and all(isinstance(row, dict) for row in wrapped):
+                yield from ((f"{name}:{key}[{i}]", row) for i, row in enumerate(wrapped))
+                break
+        else:
+            yield f"{name}:{line}", value
         if text.skip_space():
             raise text.error("not JSON: more text after the end of the value")
         return
+    # 2. A list, which is read one element at a time.
     text.drop(1)
     if text.skip_space() == "]":
         return
@@ -330,17 +349,6 @@ def _json_rows(name: str, path: Path, file: IO[bytes]) -> Iterator[tuple[str, An
         if separator != ",":
             raise text.error("not JSON: expected ',' or ']' (is the file cut off?)")
         text.drop(1)
-
-
-def _rows_of_value(name: str, line: int, value: Any) -> Iterator[tuple[str, Any]]:
-    """Rows of a file that is one object: the object itself, or the list of objects that it wraps."""
-    if isinstance(value, dict):
-        for key in ("data", "train", "rows", "examples", "items"):
-            wrapped = value.get(key)
-            if isinstance(wrapped, list) and wrapped and all(isinstance(row, dict) for row in wrapped):
-                yield from ((f"{name}:{key}[{i}]", row) for i, row in enumerate(wrapped))
-                return
-    yield f"{name}:{line}", value
 
 
 # --- tables -------------------------------------------------------------------------------------------
@@ -374,23 +382,21 @@ def _bounded_lines(name: str, text: IO[str]) -> Iterator[str]:
 
 
 def parse_list_columns(row: Any) -> Any:
-    """A row of a table in which a conversation or history that is written as JSON text is the list that it spells."""
-    if isinstance(row, dict):
-        for column in (*_LIST_COLUMNS, *_TURNS_OR_TEXT):
-            value = row.get(column)
-            if isinstance(value, str) and value.lstrip()[:1] == "[":
-                row[column] = _list_of(value, only_turns=column in _TURNS_OR_TEXT)
+    """Replace conversations and histories that a row of a table spells as JSON text by the lists, in place."""
+    if not isinstance(row, dict):
+        return row
+    for column in (*_LIST_COLUMNS, *_TURNS_OR_TEXT):
+        text = row.get(column)
+        if not isinstance(text, str) or text.lstrip()[:1] != "[":
+            continue
+        try:
+            value = _DECODER.decode(text)
+        except (ValueError, RecursionError):
+            continue
+        is_turns = isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+        if is_turns or (isinstance(value, list) and column not in _TURNS_OR_TEXT):
+            row[column] = value
     return row
-
-
-def _list_of(text: str, only_turns: bool) -> Any:
-    """The JSON list that a text spells, where it spells one (of objects); otherwise the text."""
-    try:
-        value = _DECODER.decode(text)
-    except (ValueError, RecursionError):
-        return text
-    is_turns = isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
-    return value if is_turns or (isinstance(value, list) and not only_turns) else text
 
 
 def _read_table(name: str, path: Path, index: int, kind: str) -> Iterator[Chunk]:
@@ -403,7 +409,7 @@ def _read_table(name: str, path: Path, index: int, kind: str) -> Iterator[Chunk]
             yield Chunk(index, name, rows=tuple((f"{name}:{start + i}", row) for i, row in enumerate(rows)))
             start += len(rows)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(path, f"not a whole {kind} file ({error})", "write or download it again") from None
+        raise UserError(path, f"not a complete {kind} file ({error})", "write or download it again") from None
 
 
 def _table_batches(path: Path, kind: str) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""The Rust tokenizer on segments of plain text, and back."""
+"""Segments of plain text to ids with the Rust tokenizer, and back."""
 
 import json
 import os
@@ -12,32 +12,54 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-_AT_ONCE = 64  # texts for one core
+_AT_ONCE = 64  # texts per core in one call
 _GUARDS = ("\n", "☺", ":", "a")
+_PROBES = ("a", "Hello", " b", "1", ".")  # beginnings of texts, to see what a tokenizer does before them
 
 
 class SegmentEncoder:
-    """The Rust tokenizer on plain text: no special tokens, no truncation, no control token out of content.
+    """The Rust tokenizer on plain text: no special tokens, no truncation, no control token from content.
 
-    Tokenizers of the SentencePiece family put a space before a text that starts. Where a run stands in the middle
-    of a text it is encoded behind a guard, whose tokens are then taken away.
+    Tokenizers of the SentencePiece family put a space before a text that starts. A segment in the middle of a text is
+    therefore encoded after a guard, a short text whose tokens are then removed.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        markers: Tokens of the template that are ordinary text in content, although the tokenizer knows them.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", markers: Iterable[str] = ()) -> None:
-        self.plain = _plain_copy(tokenizer, set(markers))
-        self.answers = _plain_copy(tokenizer, set()) if _has_ordinary(tokenizer, markers) else self.plain
+        # 1. Copies of the tokenizer. An answer may hold markers that are ordinary tokens.
+        marked = set(markers)
+        self.plain = self.answers = _plain_copy(tokenizer, marked)
+        added = tokenizer.added_tokens_decoder.values()
+        if any(not token.special and token.content in marked for token in added):
+            self.answers = _plain_copy(tokenizer, set())
+        # 2. Where the tokenizer adds a space to a text that starts: a guard that no text merges with.
         self.guards = {START: "", AFTER_CONTROL: "", CONTINUE: ""}
-        if self.adds_space():
-            guard, self._guard_ids = self._find_guard()
-            self.guards[CONTINUE] = guard
-            if not self._adds_space_after_control(tokenizer):
-                self.guards[AFTER_CONTROL] = guard
-        else:
-            self._guard_ids = []
+        self._guard_ids: list[int] = []
+        adds_space = self.adds_space()
+        for guard in _GUARDS if adds_space else ():
+            ids = self.ids(guard)
+            joined = [self.ids(guard + probe) for probe in _PROBES]
+            if all(row[: len(ids)] == ids for row in joined) and self.plain.decode(ids).endswith(guard):
+                self._guard_ids, self.guards[CONTINUE] = ids, self.plain.decode(ids)
+                break
+        # 3. Whether the tokenizer also adds that space after a control token.
+        backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
+        if adds_space:
+            self.guards[AFTER_CONTROL] = self.guards[CONTINUE]
+        if adds_space and eos is not None:
+            saved, backend.encode_special_tokens = backend.encode_special_tokens, False
+            after_control = backend.encode(f"{eos}Hello", add_special_tokens=False).ids[1:]
+            backend.encode_special_tokens = saved
+            if after_control == self.ids("Hello"):
+                self.guards[AFTER_CONTROL] = ""
+        # 4. For decoding.
         self._table = _byte_table(tokenizer, self.plain)
 
     def adds_space(self) -> bool:
-        """Whether a text that starts gets a space that one in the middle does not get."""
+        """Return whether a text that starts gets a space that a text in the middle does not get."""
         return any(
             self.ids(f"\n{probe}")[len(self.ids("\n")) :] != self.ids(probe) for probe in ("a", "Hello", "1", ".")
         )
@@ -46,7 +68,7 @@ class SegmentEncoder:
         return list(self.plain.encode(text, add_special_tokens=False).ids)
 
     def encode(self, segments: Sequence[tuple[str, int, bool]]) -> list[list[int]]:
-        """Ids of many runs, each (text, context, whether it is an answer), in one call."""
+        """Return the ids of many segments, each (text, context, whether it is an answer), in one call."""
         if self.answers is self.plain:
             return self._encode(self.plain, segments)
         results: list[list[int]] = [[]] * len(segments)
@@ -57,7 +79,7 @@ class SegmentEncoder:
         return results
 
     def decode(self, ids: Sequence[int], context: int) -> str:
-        """Text of the ids of one run (control tokens in it are spelled out)."""
+        """Return the text of the ids of one segment; control tokens in it are spelled out."""
         return self.decode_many([ids], context)[0]
 
     def decode_many(self, rows: Sequence[Sequence[int]], context: int) -> list[str]:
@@ -81,36 +103,20 @@ class SegmentEncoder:
         return results
 
     def _without_guard(self, backend: "Tokenizer", ids: list[int], text: str) -> list[int]:
+        """Return the ids of a text that was encoded after the guard, without those of the guard."""
         size = len(self._guard_ids)
         if ids[:size] == self._guard_ids:
             return ids[size:]
-        for guard in _GUARDS:  # the guard grew into the text: another will not
+        for guard in _GUARDS:  # the guard merged with the text: another guard may not
             guard_ids = self.ids(guard)
             ids = backend.encode(guard + text, add_special_tokens=False).ids
             if ids[: len(guard_ids)] == guard_ids:
                 return ids[len(guard_ids) :]
         return backend.encode(text, add_special_tokens=False).ids
 
-    def _find_guard(self) -> tuple[str, list[int]]:
-        for guard in _GUARDS:
-            ids = self.ids(guard)
-            joined = [self.ids(guard + probe) for probe in ("a", "Hello", " b", "1", ".")]
-            if all(row[: len(ids)] == ids for row in joined) and self.plain.decode(ids).endswith(guard):
-                return self.plain.decode(ids), ids
-        return "", []
-
-    def _adds_space_after_control(self, tokenizer: "PreTrainedTokenizerFast") -> bool:
-        backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
-        if eos is None:
-            return False
-        saved, backend.encode_special_tokens = backend.encode_special_tokens, False
-        ids = backend.encode(f"{eos}Hello", add_special_tokens=False).ids
-        backend.encode_special_tokens = saved
-        return ids[1:] == self.ids("Hello")
-
 
 def _encode_texts(backend: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts, some at a time: what the tokenizer makes beside the ids would else crowd the processor's cache."""
+    """Return the ids of texts, encoded some at a time, so that the tokenizer's results fit the processor's cache."""
     size = _AT_ONCE * (1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count() or 1)
     return [
         encoding.ids
@@ -120,47 +126,46 @@ def _encode_texts(backend: "Tokenizer", texts: Sequence[str]) -> list[list[int]]
 
 
 def _plain_copy(tokenizer: "PreTrainedTokenizerFast", markers: set[str]) -> "Tokenizer":
-    """A copy of the Rust tokenizer for which special tokens, and `markers`, are ordinary text."""
-    copy = _sharing_copy(tokenizer, markers) or _whole_copy(tokenizer, markers)
+    """Return a copy of the Rust tokenizer for which special tokens, and `markers`, are ordinary text."""
+    from tokenizers import Tokenizer
+
+    # 1. A copy that shares the vocabulary.
+    backend = tokenizer.backend_tokenizer
+    copy = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (component := getattr(backend, part)) is not None:
+            setattr(copy, part, component)
+    added = backend.get_added_tokens_decoder()
+    for _, token in sorted(added.items()):
+        add = copy.add_special_tokens if token.special or token.content in markers else copy.add_tokens
+        add([token])
+    # 2. Added tokens may get other ids in it: then a copy with a vocabulary of its own.
+    ids = {id: token.content for id, token in copy.get_added_tokens_decoder().items()}
+    if ids != {id: token.content for id, token in added.items()}:
+        state = json.loads(backend.to_str())
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in markers
+        copy = Tokenizer.from_str(json.dumps(state))
+    # 3. No limits, and no special tokens.
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = True
     return copy
 
 
-def _sharing_copy(tokenizer: "PreTrainedTokenizerFast", markers: set[str]) -> "Tokenizer | None":
-    """A copy that shares the vocabulary; None where the added tokens would get other ids in it."""
-    from tokenizers import Tokenizer
-
-    backend = tokenizer.backend_tokenizer
-    copy = Tokenizer(backend.model)
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        if (found := getattr(backend, part)) is not None:
-            setattr(copy, part, found)
-    added = backend.get_added_tokens_decoder()
-    for _, token in sorted(added.items()):
-        add = copy.add_special_tokens if token.special or token.content in markers else copy.add_tokens
-        add([token])
-    ids = {id: token.content for id, token in copy.get_added_tokens_decoder().items()}
-    return copy if ids == {id: token.content for id, token in added.items()} else None
-
-
-def _whole_copy(tokenizer: "PreTrainedTokenizerFast", markers: set[str]) -> "Tokenizer":
-    from tokenizers import Tokenizer
-
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in state["added_tokens"]:
-        token["special"] = token["special"] or token["content"] in markers
-    return Tokenizer.from_str(json.dumps(state))
-
-
 def _byte_table(tokenizer: "PreTrainedTokenizerFast", backend: "Tokenizer") -> list[bytes] | None:
-    """The bytes of every token of a byte-level tokenizer, else None: decoding is then joining them."""
+    """Return the bytes of each token of a byte-level tokenizer, else None. Decoding joins these bytes.
+
+    Such a tokenizer spells each byte as one letter (GPT-2's `bytes_to_unicode`).
+    """
     from tokenizers import decoders
 
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return None
-    letters = _byte_letters()
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = dict.fromkeys(others, 0x100)  # letters that spell no byte, and that latin-1 cannot encode
+    letters |= {byte: byte for byte in plain} | {256 + place: byte for place, byte in enumerate(others)}
     added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
     vocabulary = backend.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values()) + 1)
@@ -170,17 +175,3 @@ def _byte_table(tokenizer: "PreTrainedTokenizerFast", backend: "Tokenizer") -> l
     except UnicodeEncodeError:  # a piece that spells no bytes
         return None
     return table
-
-
-def _byte_letters() -> dict[int, int]:
-    """Letters to bytes as byte-level tokenizers write them (GPT-2's `bytes_to_unicode`); those of none to no byte."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    no_byte = dict.fromkeys(others, 0x100)
-    return no_byte | {byte: byte for byte in plain} | {256 + place: byte for place, byte in enumerate(others)}
-
-
-def _has_ordinary(tokenizer: "PreTrainedTokenizerFast", markers: Iterable[str]) -> bool:
-    marked = set(markers)
-    added = tokenizer.added_tokens_decoder.values()
-    return any(not token.special and token.content in marked for token in added)

@@ -13,7 +13,7 @@ import numpy as np
 from minisft.data.encoder import Encoder
 from minisft.data.formats import FORMATS, detect_format, not_json_error
 from minisft.data.pipeline import ChunkTask, process_chunks, schema
-from minisft.data.readers import CellsError, Chunk
+from minisft.data.readers import CellsError, Chunk, limit_rows
 from minisft.data.sources import Source, read_source
 from minisft.data.stats import DatasetStats, SplitPart
 from minisft.errors import UserError
@@ -29,7 +29,15 @@ _DETECTED_IN = 4  # chunks of a source, at most
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """Encoded rows in an Arrow file, and for each its split key, identity and length."""
+    """Encoded rows in an Arrow file, with the split key, the identity and the length of each row.
+
+    Args:
+        path: Path of the Arrow file.
+        keys: Split keys, uint64, one per row.
+        identities: Hashes of the complete conversations, uint64, one per row.
+        lengths: Tokens, int32, one per row.
+        formats: The format of each source, by its path.
+    """
 
     path: Path
     keys: np.ndarray
@@ -49,31 +57,31 @@ def encode_sources(
     """Encode all rows of the sources into one Arrow file, in their order.
 
     Args:
-        path: of the Arrow file.
-        sources: whose rows are read, one after the other.
-        recipe: how.
-        encoder: in the recipe's template.
-        stats: takes the counts.
-        progress: called with the number of rows read so far.
+        path: Path of the Arrow file to write.
+        sources: The sources, whose rows are read one after the other.
+        recipe: The recipe, for its data part and its seed.
+        encoder: The encoder, in the recipe's template.
+        stats: The counts, to which this function adds.
+        progress: Called with the number of rows read so far.
 
     Raises:
-        UserError: a source cannot be read, or its format is unknown.
+        UserError: A source cannot be read, or its format is unknown.
     """
     import pyarrow as pa
 
-    streams = [read_source(one, index, recipe.seed) for index, one in enumerate(sources)]
+    streams = [read_source(source, index, recipe.seed) for index, source in enumerate(sources)]
     chunks, detected = _with_formats(streams, sources, recipe.data)
     task = ChunkTask(recipe.data, tuple(detected), recipe.seed)
     columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in (np.uint64, np.uint64, np.int32)]
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema()) as writer:
-        for result in process_chunks(_limited(chunks, recipe.data.limit), encoder, task):
+        for result in process_chunks(limit_rows(chunks, recipe.data.limit), encoder, task):
             writer.write_batch(pa.ipc.read_record_batch(pa.py_buffer(result.table), schema()))
             for column, part in zip(columns, (result.keys, result.identities, result.lengths), strict=True):
                 column.append(part)
             stats.merge(result.stats)
             if progress is not None:
                 progress(stats.count("rows", "read"))
-    formats = {one.path: name for one, name in zip(sources, detected, strict=True)}
+    formats = {source.path: name for source, name in zip(sources, detected, strict=True)}
     keys, identities, lengths = (np.concatenate(column) for column in columns)
     return EncodedShard(path, keys, identities, lengths, formats)
 
@@ -81,7 +89,7 @@ def encode_sources(
 def _with_formats(
     streams: Sequence[Iterator[Chunk]], sources: Sequence[Source], data: DataRecipe
 ) -> tuple[Iterator[Chunk], list[str]]:
-    """All chunks in order, and each source's format, stated or detected from its first rows."""
+    """Return all chunks in order, and the format of each source, stated or detected from its first rows."""
     formats: list[str] = []
     opened: list[Iterable[Chunk]] = []
     for stream, source in zip(streams, sources, strict=True):
@@ -93,7 +101,7 @@ def _with_formats(
         name, looked_at = None, 0
         for chunk in stream:
             read.append(chunk)
-            name = next((found for _, row in chunk.parsed() if (found := detect_format(row))), None)
+            name = next(filter(None, (detect_format(row) for _, row in chunk.parsed())), None)
             looked_at += len(chunk) > 0  # a small weight may leave out all rows of a chunk
             if name is not None or looked_at == _DETECTED_IN:
                 break
@@ -113,7 +121,7 @@ def _unknown_format(source: Source, read: Sequence[Chunk]) -> str:
         fix = "give UTF-8 text with one JSON object a line, or a JSON list"
         raise UserError(location, error.problem, error.fix if isinstance(row, CellsError) else fix)
     keys = f"its first row has the keys {', '.join(map(str, list(row)[:8]))}" if isinstance(row, dict) else (
-        "its first row is no object"
+        "its first row is not an object"
     )  # fmt: skip
     raise UserError(
         location,
@@ -123,23 +131,12 @@ def _unknown_format(source: Source, read: Sequence[Chunk]) -> str:
     )
 
 
-def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
-    left = limit
-    for chunk in chunks:
-        if left is not None:
-            chunk = chunk.head(left)
-            left -= len(chunk)
-        yield chunk
-        if left == 0:
-            return
-
-
 TRAIN_COLUMNS = ("input_ids", "labels", "id", "location", "rendered", "findings")
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a staging file that go to one side."""
+    """The rows of an encoded shard that belong to one split."""
 
     shard: EncodedShard
     mask: np.ndarray
@@ -149,7 +146,7 @@ class Split:
         return self.shard.lengths[self.mask]
 
     def batches(self, names: Sequence[str]) -> Iterator["pa.RecordBatch"]:
-        """The named columns of the side's rows, batch by batch."""
+        """Yield the named columns of the split's rows, batch by batch."""
         import pyarrow as pa
 
         start = 0
@@ -162,7 +159,7 @@ class Split:
                     yield columns if chosen.all() else columns.filter(pa.array(chosen))
 
     def parts(self) -> Iterator[SplitPart]:
-        """(ids, labels, offsets) of the side's rows, batch by batch."""
+        """Yield (ids, labels, offsets) of the split's rows, batch by batch."""
         for batch in self.batches(("input_ids", "labels")):
             ids, labels = batch.column("input_ids"), batch.column("labels")
             offsets = ids.offsets.to_numpy()
@@ -170,35 +167,32 @@ class Split:
 
 
 def write_split(folder: Path, split: Split, names: Sequence[str]) -> None:
-    """Write a side as a `datasets` folder, batch by batch.
+    """Write the named columns of a split as a `datasets` folder, batch by batch.
 
-    `datasets` writes the folder for no rows, and its data file is then written anew: it would map all rows into
+    `datasets` writes a folder without rows, whose data file is then replaced: `datasets` would map all rows into
     memory to copy them.
     """
+    import datasets
     import pyarrow as pa
 
-    kept = pa.schema([schema().field(name) for name in names])
-    data = _write_empty(folder, kept)
-    with pa.OSFile(str(data), "wb") as file, pa.ipc.new_stream(file, kept) as writer:
-        writer.write_batch(pa.RecordBatch.from_pylist([], kept))  # a file without any batch is not loaded
-        for batch in split.batches(names):
-            writer.write_batch(batch)
-
-
-def _write_empty(folder: Path, kept: "pa.Schema") -> Path:
-    """Write a `datasets` folder without rows; the path of its data file."""
-    import datasets
-
+    # 1. A folder without rows.
+    columns = pa.schema([schema().field(name) for name in names])
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        features = datasets.Features.from_arrow_schema(kept)
-        empty = datasets.Dataset.from_dict({name: [] for name in kept.names}, features=features)
+        features = datasets.Features.from_arrow_schema(columns)
+        empty = datasets.Dataset.from_dict({name: [] for name in names}, features=features)
         empty.save_to_disk(str(folder), num_shards=1)
     finally:
         if bars:
             datasets.enable_progress_bars()
+    # 2. A fingerprint of its own: that of no rows would be the same for all data, and `datasets` caches by it.
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    state["_fingerprint"] = secrets.token_hex(8)  # that of no rows would be the same for all data
+    state["_fingerprint"] = secrets.token_hex(8)
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    return folder / str(state["_data_files"][0]["filename"])
+    # 3. The rows.
+    data = folder / str(state["_data_files"][0]["filename"])
+    with pa.OSFile(str(data), "wb") as file, pa.ipc.new_stream(file, columns) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist([], columns))  # a file without any batch is not loaded
+        for batch in split.batches(names):
+            writer.write_batch(batch)

@@ -1,4 +1,4 @@
-"""Sources as the recipe names them: files, folders, data sets of the hub, each with its limit and weight."""
+"""Sources as the recipe names them: files, folders, hub data sets, each with its limit and weight."""
 
 import hashlib
 import re
@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minisft.data.readers import COMPRESSIONS, FILE_TYPES, Chunk, file_type, parse_list_columns, read_files, row_chunks
+from minisft.data.readers import (
+    COMPRESSIONS,
+    FILE_TYPES,
+    Chunk,
+    file_type,
+    limit_rows,
+    parse_list_columns,
+    read_files,
+    row_chunks,
+)
 from minisft.errors import UserError
 from minisft.files import expand_pattern, expand_user_path, is_pattern
 from minisft.recipe import DataRecipe
@@ -16,6 +25,8 @@ from minisft.yaml_tree import quoted
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+$")
 _HUB_KEYS = ("split", "subset", "revision")
+_TIMEOUT = 5.0  # seconds
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SOURCE_KEYS = ("path", *_HUB_KEYS, "weight", "limit")
 
 
@@ -24,12 +35,12 @@ class Source:
     """One source as the recipe names it.
 
     Args:
-        path: a file, a folder, a pattern of files such as data/*.jsonl, or a hub id.
-        split: of a hub data set.
-        subset: of a hub data set.
-        revision: of a hub data set: a branch, a tag or a commit; None is the newest.
-        weight: how often each row counts: 0.5 takes a seeded half, 2 takes each row twice.
-        limit: at most so many rows.
+        path: A file, a folder, a pattern of files such as data/*.jsonl, or a hub id.
+        split: Split of a hub data set.
+        subset: Subset of a hub data set.
+        revision: Branch, tag or commit of a hub data set; None is the newest commit.
+        weight: How often each row counts: 0.5 takes a seeded half, 2 takes each row twice.
+        limit: The largest number of rows to read; None is no limit.
     """
 
     path: str
@@ -41,10 +52,10 @@ class Source:
 
 
 def parse_sources(source: Any, key: str = "data.source") -> list[Source]:
-    """The sources of a recipe's `data.source` or `data.test`.
+    """Return the sources of a recipe's `data.source` or `data.test`.
 
     Raises:
-        UserError: an entry has an unknown key or a wrong type.
+        UserError: An entry has an unknown key or a value of a wrong type.
     """
     entries = source if isinstance(source, list) else [source]
     if not entries:
@@ -56,7 +67,7 @@ def _parse_source(entry: Any, key: str) -> Source:
     if isinstance(entry, str):
         return Source(entry)
     if not isinstance(entry, dict):
-        raise UserError(key, f"{quoted(entry)} is no source", "give a path, a hub id, or a mapping with `path`")
+        raise UserError(key, f"{quoted(entry)} is not a source", "give a path, a hub id, or a mapping with `path`")
     unknown = [name for name in entry if name not in _SOURCE_KEYS]
     if unknown or "path" not in entry:
         problem = f"unknown key {quoted(unknown[0])}" if unknown else "a source without `path`"
@@ -64,50 +75,48 @@ def _parse_source(entry: Any, key: str) -> Source:
     for name in {"path", *_HUB_KEYS} & set(entry):
         may_be_null = name in ("subset", "revision")
         if not isinstance(entry[name], str) and not (may_be_null and entry[name] is None):
-            raise UserError(f"{key}.{name}", f"{quoted(entry[name])} is no text", "give a text, or leave it out")
+            raise UserError(f"{key}.{name}", f"{quoted(entry[name])} is not text", "give a text, or leave it out")
     parsed = Source(**entry)
-    if not _is_number(parsed.weight) or not 0 < parsed.weight <= 1000:
+    is_number = isinstance(parsed.weight, int | float) and not isinstance(parsed.weight, bool)
+    if not is_number or not 0 < parsed.weight <= 1000:
         problem = f"must be a number above 0 and at most 1000, and is {quoted(parsed.weight)}"
         raise UserError(f"{key}.weight", problem, "give how often each row counts, such as 0.5 or 2")
-    if parsed.limit is not None and not _is_whole(parsed.limit):
+    is_integer = isinstance(parsed.limit, int) and not isinstance(parsed.limit, bool)
+    if parsed.limit is not None and not (is_integer and parsed.limit > 0):
         problem = f"must be a whole number above 0, and is {quoted(parsed.limit)}"
         raise UserError(f"{key}.limit", problem, "give how many rows to read, or leave it out")
-    _refuse_hub_keys(parsed, entry, key)
+    given = [name for name in _HUB_KEYS if entry.get(name) is not None]
+    if given and source_files(parsed):  # files have no splits, and such a key would be ignored
+        problem = f"{parsed.path} is local, and only data sets of the hub have a {given[0]}"
+        raise UserError(f"{key}.{given[0]}", problem, "leave it out; name the files of that split as `path`")
     return parsed
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _refuse_hub_keys(source: Source, entry: Mapping[str, Any], key: str) -> None:
-    """Refuse what only a hub data set has, such as `split`, on files: nobody reads it there."""
-    given = [name for name in _HUB_KEYS if entry.get(name) is not None]
-    if given and source_files(source):
-        problem = f"{source.path} is local, and only data sets of the hub have a {given[0]}"
-        raise UserError(f"{key}.{given[0]}", problem, "leave it out; name the files of that split as `path`")
-
-
 def source_files(source: Source) -> list[tuple[str, Path]]:
-    """The files of a source with the names that locations use; none for a hub id.
+    """Return the files of a source with the names that locations use; none for a hub id.
 
     Raises:
-        UserError: there is no such file, or a folder holds no data.
+        UserError: There is no such file, or a folder holds no data.
     """
     try:
         path = expand_user_path(source.path)
         if path.is_dir():
-            return _folder_files(path)
+            inside = [file for file in sorted(path.rglob("*")) if _is_data(file)]
+            if not inside:
+                raise UserError(path, "this folder holds no data", f"give files of type {', '.join(FILE_TYPES)}")
+            return [(file.relative_to(path).as_posix(), file) for file in inside]
         if path.is_file():
             file_type(path)
             return [(path.name, path)]
         exists = path.exists()
         if not exists and not path.is_symlink() and is_pattern(path):
-            return _pattern_files(path)
+            matches = expand_pattern(path)
+            if not matches:
+                fix = "give a pattern of existing files, such as data/*.jsonl"
+                raise UserError(path, "no file matches this pattern", fix)
+            for _, file in matches:
+                file_type(file)
+            return matches
     except OSError as error:  # a loop of links, a name too long
         reason = getattr(error, "strerror", None) or error
         raise UserError(source.path, f"cannot be opened ({reason})", "give a file or a folder") from None
@@ -120,10 +129,10 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
 
 
 def require_sources(data: DataRecipe) -> None:
-    """Find out whether the files that a recipe names are there, before anything is deleted or written.
+    """Check that the files that a recipe names exist, before anything is deleted or written.
 
     Raises:
-        UserError: one is not, an entry makes no sense, or a file is to be trained on and to be held out.
+        UserError: A file does not exist, an entry cannot be parsed, or a file is both trained on and held out.
     """
     given = {"data.source": data.source} | ({} if data.test is None else {"data.test": data.test})
     sources = {key: parse_sources(value, key) for key, value in given.items()}
@@ -136,55 +145,37 @@ def refuse_shared(sources: Mapping[str, Sequence[Source]]) -> None:
     """Refuse a file or a hub data set that is in `data.source` and in `data.test`, by whatever name.
 
     Args:
-        sources: the sources of "data.source", and of "data.test" where it is given.
+        sources: The sources of "data.source", and of "data.test" where it is given.
 
     Raises:
-        UserError: naming it.
+        UserError: There is one; the message names it.
     """
-    train = {identity: name for one in sources["data.source"] for identity, name in _identities(one)}
-    for one in sources.get("data.test", ()):
-        for identity, name in _identities(one):
+    train = {identity: name for source in sources["data.source"] for identity, name in _identities(source)}
+    for source in sources.get("data.test", ()):
+        for identity, name in _identities(source):
             if identity in train:
-                other = "" if train[identity] == name else f", there called {train[identity]}"
-                problem = f"{name} is a training source too (data.source{other})"
+                other_name = "" if train[identity] == name else f", there called {train[identity]}"
+                problem = f"{name} is a training source too (data.source{other_name})"
                 raise UserError("data.test", problem, "name files that are not trained on, or use data.test_fraction")
 
 
 def _identities(source: Source) -> Iterator[tuple[Any, str]]:
-    """What tells a source's files apart from others, whatever links lead to them, with their names."""
+    """Yield a key that identifies each file of a source, whatever links lead to it, and the file's name."""
     files = source_files(source)
     for _, path in files:
-        found = path.stat()
-        yield (found.st_dev, found.st_ino), str(path)
+        status = path.stat()
+        yield (status.st_dev, status.st_ino), str(path)
     if not files:
         yield (source.path, source.split, source.subset, source.revision), source.path
 
 
-def _folder_files(folder: Path) -> list[tuple[str, Path]]:
-    files = [path for path in sorted(folder.rglob("*")) if _is_data(path)]
-    if not files:
-        raise UserError(folder, "this folder holds no data", f"give files of type {', '.join(FILE_TYPES)}")
-    return [(path.relative_to(folder).as_posix(), path) for path in files]
-
-
 def ignored_files(source: Source) -> list[str]:
-    """The files in a source's folder that are not read, since their names are not those of data; none elsewhere."""
+    """Return the files in a source's folder that are not read, since their names are not those of data files."""
     folder = expand_user_path(source.path)
     if not folder.is_dir():
         return []
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
     return [str(path) for path in files if not _is_data(path)]
-
-
-def _pattern_files(pattern: Path) -> list[tuple[str, Path]]:
-    files = expand_pattern(pattern)
-    if not files:
-        raise UserError(
-            pattern, "no file matches this pattern", "give a pattern of existing files, such as data/*.jsonl"
-        )
-    for _, path in files:
-        file_type(path)
-    return files
 
 
 def _is_data(path: Path) -> bool:
@@ -196,50 +187,49 @@ def _is_data(path: Path) -> bool:
 
 
 def read_source(source: Source, index: int, seed: int = 0) -> Iterator[Chunk]:
-    """The rows of a source as chunks, with its limit and its weight.
+    """Yield the rows of a source as chunks, with its limit and its weight.
+
+    Args:
+        source: The source.
+        index: The index of the source, which its chunks carry.
+        seed: The seed by which a weight below 1 chooses rows.
 
     Raises:
-        UserError: the file is unreadable, empty, truncated or not what its name says.
+        UserError: A file is unreadable, empty, truncated or not what its name says.
     """
-    left = source.limit
-    for chunk in _chunks(source, index):
-        if left is not None:
-            chunk = chunk.head(left)
-            left -= len(chunk)
-        yield chunk if source.weight == 1 else _weighted(chunk, source.weight, seed)
-        if left == 0:
-            return
-
-
-def _chunks(source: Source, index: int) -> Iterator[Chunk]:
-    files = source_files(source)
-    if files:
-        return read_files(files, index)
-    return read_hub(source.path, source.split, source.subset, source.revision, index)
-
-
-def _weighted(chunk: Chunk, weight: float, seed: int) -> Chunk:
-    """Each row as often as the weight says; the share of a fraction is chosen by the row's own bytes."""
-    copies = [_copies(line, weight, seed) for _, line in chunk.lines]
-    copies += [_copies(repr(row).encode("utf-8", "surrogatepass"), weight, seed) for _, row in chunk.rows]
-    lines = [line for line, count in zip(chunk.lines, copies, strict=False) for _ in range(count)]
-    rows = [row for row, count in zip(chunk.rows, copies[len(chunk.lines) :], strict=True) for _ in range(count)]
-    return replace(chunk, lines=tuple(lines), rows=tuple(rows), left_out=copies.count(0))
+    if files := source_files(source):
+        chunks = read_files(files, index)
+    else:
+        chunks = read_hub(source.path, source.split, source.subset, source.revision, index)
+    for chunk in limit_rows(chunks, source.limit):
+        if source.weight == 1:
+            yield chunk
+            continue
+        # A weight repeats each row; a hash of the row's bytes decides its fraction.
+        line_copies = [_copies(line, source.weight, seed) for _, line in chunk.lines]
+        row_copies = [_copies(repr(r).encode("utf-8", "surrogatepass"), source.weight, seed) for _, r in chunk.rows]
+        yield replace(
+            chunk,
+            lines=tuple(line for line, n in zip(chunk.lines, line_copies, strict=True) for _ in range(n)),
+            rows=tuple(row for row, n in zip(chunk.rows, row_copies, strict=True) for _ in range(n)),
+            left_out=line_copies.count(0) + row_copies.count(0),
+        )
 
 
 def _copies(row: bytes, weight: float, seed: int) -> int:
+    """Return how often a row counts: the integer part of the weight, plus 1 for a seeded share of the rows."""
     digest = hashlib.blake2b(row.strip(), digest_size=8, key=str(seed).encode()[:64]).digest()
     chance = int.from_bytes(digest, "little") / 2**64
     return int(weight) + (chance < weight - int(weight))
 
 
 def at_revision(source: Source, known: str | None, keep: bool) -> Source:
-    """A source with the revision that it is read at; files have none.
+    """Return the source with the revision at which it is read; files have none.
 
     Args:
-        source: the source as the recipe names it.
-        known: the revision of an earlier preparation, "" or None for none.
-        keep: take that one though the hub may have a newer one.
+        source: The source as the recipe names it.
+        known: The revision of an earlier preparation, "" or None for none.
+        keep: Whether to keep that revision although the hub may have a newer one.
     """
     if source_files(source):
         return source
@@ -247,12 +237,8 @@ def at_revision(source: Source, known: str | None, keep: bool) -> Source:
     return replace(source, revision=newest or known or source.revision)
 
 
-_TIMEOUT = 5.0  # seconds
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
 def newest_revision(path: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag (None: the main one) of a data set stands at; None where the hub says nothing."""
+    """Return the commit of a data set's branch or tag (None: the main branch); None where the hub does not answer."""
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
@@ -262,15 +248,15 @@ def newest_revision(path: str, revision: str | None) -> str | None:
         return None
     try:
         return HfApi().dataset_info(path, revision=revision, timeout=_TIMEOUT).sha
-    except Exception:  # no answer, whatever its kind: reading the data set says why
+    except Exception:  # no answer, for whatever reason: reading the data set reports it
         return None
 
 
 def read_hub(path: str, split: str, subset: str | None, revision: str | None, index: int) -> Iterator[Chunk]:
-    """The rows of a data set of the hub, streamed, as chunks of the source `index`.
+    """Yield the rows of a hub data set, streamed, as chunks of the source `index`.
 
     Raises:
-        UserError: the hub does not give it.
+        UserError: The hub does not serve the data set.
     """
     import datasets
 

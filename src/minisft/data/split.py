@@ -1,4 +1,4 @@
-"""The seeded split: by first prompt, so that no question stands on both sides, whatever the order of the rows."""
+"""The seeded split: by first prompt, so that no question is in both splits, whatever the order of the rows."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,15 +17,22 @@ def prompt_key(conversation: Conversation, seed: int) -> int:
 
 
 def identity_key(conversation: Conversation) -> int:
-    """A 64-bit hash of the whole conversation, by which duplicates are counted."""
+    """Return a 64-bit hash of the complete conversation, by which duplicates are counted."""
     text = "\0".join([f"{message.role}\0{message.text}" for message in conversation.messages])
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
 def choose_test(keys: Sequence[int] | np.ndarray, fraction: float) -> np.ndarray:
-    """Which rows are test rows: whole groups of equal keys in the keys' order, up to `fraction` of the rows.
+    """Choose the test rows: complete groups of equal keys in the keys' order, up to `fraction` of the rows.
 
-    At least one group where there are two and the fraction is above 0; always one group is left to train on.
+    At least one group is chosen where there are two and the fraction is above 0; at least one is left to train on.
+
+    Args:
+        keys: The split key of each row, uint64.
+        fraction: The share of test rows, from 0 to 1.
+
+    Returns:
+        A bool for each row: whether it is a test row.
     """
     rows = np.asarray(keys, dtype=np.uint64)
     groups, member, sizes = np.unique(rows, return_inverse=True, return_counts=True)

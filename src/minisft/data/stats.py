@@ -1,4 +1,4 @@
-"""Statistics of a data set: what became of every row and token, and how far test answers overlap train answers."""
+"""Statistics of a data set: counts of every row and token, and how far test answers overlap train answers."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -9,15 +9,22 @@ import numpy as np
 
 SHOWN = 20  # problems shown with their place; all are counted
 ENOUGH_TEST_ROWS = 20  # below it, evaluation claims no interval and no significance
-_MOST_COLUMNS = 100  # named; data may have other keys in every row
+_MOST_COLUMNS = 100  # columns with a name of their own; data may have other keys in every row
 _IGNORED_SHOWN = 8
 OTHER_COLUMNS = "(other columns)"
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+NGRAM = 13  # tokens, as in the contamination report of the GPT-3 paper (appendix C)
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_TO_2ND, _TO_4TH = (np.uint64(pow(int(_MULTIPLIER), power, 1 << 64)) for power in (2, 4))
+_MOST = 200_000  # n-grams of test rows to look for; from more, a share is chosen by the hashes
+_TABLE_BITS = 22  # size of a table by the hashes' last bits, which excludes most n-grams that are not wanted
+
+SplitPart = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, offsets of some rows
 
 
 @dataclass(frozen=True)
 class RowProblem:
-    """A row that is not kept, and why."""
+    """A row that is not kept, and the reason."""
 
     location: str
     reason: str
@@ -31,13 +38,13 @@ class RowProblem:
 
 @dataclass
 class DatasetStats:
-    """Counts of some rows, to be added up.
+    """Counts of some rows, which can be added up.
 
     Attributes:
         counts: under "rows", "skipped", "repaired", "roles", "findings", "overflow", "tokens", "turns",
             "ignored_columns", a counter each.
-        problems: the first SHOWN, in order.
-        repairable: how many rows with problems `invalid: repair` would keep.
+        problems: The first SHOWN problems, in order.
+        repairable: The number of rows with problems that `invalid: repair` would keep.
     """
 
     counts: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -54,7 +61,7 @@ class DatasetStats:
             self.problems.append(problem)
 
     def add_ignored(self, columns: Iterable[str]) -> None:
-        """Count what a row holds in columns that nobody reads; past _MOST_COLUMNS names, under one name."""
+        """Count the columns of a row that are not read; after _MOST_COLUMNS names, under one name."""
         counter = self.counts["ignored_columns"]
         for column in columns:
             name = column if len(column) <= 60 else f"{column[:57]}..."
@@ -83,12 +90,12 @@ class DatasetStats:
 
 
 def make_ledger(stats: DatasetStats, lengths: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The ledger of a preparation.
+    """Return the ledger of a preparation.
 
     Args:
-        stats: the counts over all rows.
-        lengths: tokens per row of "train" and "test".
-        facts: what else is to be recorded.
+        stats: The counts over all rows.
+        lengths: Tokens per row of "train" and "test".
+        facts: Other fields to record.
     """
     train, test = len(lengths["train"]), len(lengths["test"])
     rows = {
@@ -101,7 +108,19 @@ def make_ledger(stats: DatasetStats, lengths: Mapping[str, np.ndarray], facts: M
     tokens = {name: stats.count("tokens", name) for name in ("rendered", "kept", "cut", "supervised")}
     assert rows["read"] == rows["kept"] + rows["skipped"], "every row read is kept or skipped"
     assert tokens["rendered"] == tokens["kept"] + tokens["cut"], "every token rendered is kept or cut"
+    # The lengths of all rows; a batch of eight takes rows in reading order, and is padded to its longest row.
     both = np.concatenate([lengths["train"], lengths["test"]])
+    summary: dict[str, Any] = {}
+    if len(both):
+        points = np.percentile(both, PERCENTILES, method="nearest").astype(int).tolist()
+        edges = [0, *(2**power for power in range(4, int(both.max()).bit_length() + 1))]
+        counts, _ = np.histogram(both, bins=[*edges, np.inf]) if len(edges) > 1 else ([len(both)], None)
+        padded = sum(int(both[i : i + 8].max()) * len(both[i : i + 8]) for i in range(0, len(both), 8))
+        summary = {
+            "percentiles": {str(name): point for name, point in zip(PERCENTILES, points, strict=True)},
+            "histogram": {str(edge): int(count) for edge, count in zip(edges, counts, strict=False) if count},
+            "padding_share": round(1 - float(both.sum()) / padded, 4) if padded else 0.0,
+        }
     return {
         "rows": rows,
         "skipped": stats.section("skipped"),
@@ -111,32 +130,13 @@ def make_ledger(stats: DatasetStats, lengths: Mapping[str, np.ndarray], facts: M
         "overflow": stats.section("overflow"),
         "findings": stats.section("findings"),
         "ignored_columns": stats.section("ignored_columns"),
-        "lengths": _lengths(both),
+        "lengths": summary,
         **facts,
     }
 
 
-def _lengths(lengths: np.ndarray) -> dict[str, Any]:
-    if not len(lengths):
-        return {}
-    points = np.percentile(lengths, PERCENTILES, method="nearest").astype(int).tolist()
-    edges = [0, *(2**power for power in range(4, int(lengths.max()).bit_length() + 1))]
-    counts, _ = np.histogram(lengths, bins=[*edges, np.inf]) if len(edges) > 1 else ([len(lengths)], None)
-    return {
-        "percentiles": {str(name): point for name, point in zip(PERCENTILES, points, strict=True)},
-        "histogram": {str(edge): int(count) for edge, count in zip(edges, counts, strict=False) if count},
-        "padding_share": _padding_share(lengths),
-    }
-
-
-def _padding_share(lengths: np.ndarray, batch: int = 8) -> float:
-    """The share of padding that batches of eight, padded to their longest row in reading order, would have."""
-    padded = sum(int(lengths[i : i + batch].max()) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
-    return round(1 - float(lengths.sum()) / padded, 4) if padded else 0.0
-
-
 def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
-    """The ledger as a short table; `ledger_warnings` has what must not be overlooked."""
+    """Return the ledger as the lines of a short table; see `ledger_warnings` for what needs attention."""
     rows, tokens = ledger["rows"], ledger["tokens"]
     share = tokens["supervised"] / tokens["kept"] if tokens["kept"] else 0.0
     lines = [
@@ -169,8 +169,15 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
                 f"{repeated:,} are train rows"
             )
         lines.append(f"padding    {ledger['lengths']['padding_share']:.0%} of a padded batch of 8 would be padding")
-    if rows["test"] < ENOUGH_TEST_ROWS:
-        lines.append(f"test       {_few_test_rows(rows['test'])}")
+    if rows["test"] == 0:
+        lines.append(
+            "test       no rows are held out: evaluate has nothing to score (see data.test_fraction and data.test)"
+        )
+    elif rows["test"] < ENOUGH_TEST_ROWS:
+        lines.append(
+            f"test       {rows['test']} held-out {'row is' if rows['test'] == 1 else 'rows are'} too few to tell "
+            f"checkpoints apart: hold out {ENOUGH_TEST_ROWS} or more (see data.test_fraction and data.test)"
+        )
     return lines
 
 
@@ -179,17 +186,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_IGNORED_SHOWN]) + more
 
 
-def _few_test_rows(number: int) -> str:
-    if number == 0:
-        return "no rows are held out: evaluate has nothing to score (see data.test_fraction and data.test)"
-    return (
-        f"{number} held-out {'row is' if number == 1 else 'rows are'} too few to tell checkpoints apart: "
-        f"hold out {ENOUGH_TEST_ROWS} or more (see data.test_fraction and data.test)"
-    )
-
-
 def ledger_warnings(ledger: Mapping[str, Any]) -> list[str]:
-    """What a user must know before training on the data: it is trained otherwise than it reads, or tested on itself."""
+    """Return warnings: test rows that are also train rows, and text of the rows that is not trained on."""
     warnings = []
     if repeated := ledger["overlap"].get("test_rows_in_train", 0):
         warnings.append(
@@ -204,27 +202,30 @@ def ledger_warnings(ledger: Mapping[str, Any]) -> list[str]:
     return warnings
 
 
-NGRAM = 13  # tokens, as in the contamination report of the GPT-3 paper (appendix C)
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_TO_2ND, _TO_4TH = (np.uint64(pow(int(_MULTIPLIER), power, 1 << 64)) for power in (2, 4))
-_MOST = 200_000  # n-grams of test rows looked for; of more, a share chosen by their hashes
-_TABLE_BITS = 22  # of a table by the hashes' last bits: a glance at it tells most n-grams that are not wanted
-
-SplitPart = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, offsets of some rows
-
-
 def overlap_report(train: Iterable[SplitPart], test: Iterable[SplitPart], test_tokens: int) -> dict[str, Any]:
-    """How many of the answers' n-grams of the test rows are also in an answer of a train row.
+    """Count the n-grams of the test rows' answers that are also in an answer of a train row.
 
     Args:
-        train: the train rows in parts.
-        test: the test rows in parts.
-        test_tokens: how many tokens the test rows have, for the choice of a sample.
+        train: The train rows in parts.
+        test: The test rows in parts.
+        test_tokens: The number of tokens of the test rows, which decides the size of the sample.
+
+    Returns:
+        The counts, as the ledger records them.
     """
     every = np.uint64(max(1, test_tokens // _MOST))
-    hashes, rows = _test_ngrams(test, every)
+    # 1. A sample of the test rows' n-grams by their hashes, with the number of each one's row.
+    sampled, rows_of, base = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
+    for ids, labels, offsets in test:
+        made, starts = _ngrams(ids, labels)
+        kept = made % every == 0
+        sampled.append(made[kept])
+        rows_of.append(np.searchsorted(offsets, starts[kept], side="right") - 1 + base)
+        base += len(offsets) - 1
+    hashes, rows = np.concatenate(sampled), np.concatenate(rows_of)
+    # 2. Look for them in the train rows, and count them per test row.
     wanted = np.unique(hashes)
-    found = _found(train, wanted, every) if len(wanted) else np.zeros(0, dtype=bool)
+    found = _found_in_train(train, wanted, every) if len(wanted) else np.zeros(0, dtype=bool)
     hit = found[np.searchsorted(wanted, hashes)]
     per_row = np.bincount(rows, minlength=1)
     hits_per_row = np.bincount(rows, weights=hit, minlength=len(per_row))
@@ -237,53 +238,38 @@ def overlap_report(train: Iterable[SplitPart], test: Iterable[SplitPart], test_t
     }
 
 
-def _found(train: Iterable[SplitPart], wanted: np.ndarray, every: np.uint64) -> np.ndarray:
-    """Which of the wanted n-grams (sorted hashes) stand in an answer of the train rows."""
+def _found_in_train(train: Iterable[SplitPart], wanted: np.ndarray, every: np.uint64) -> np.ndarray:
+    """Return for each of the wanted n-grams (sorted hashes) whether an answer of the train rows holds it."""
     mask = np.uint64((1 << _TABLE_BITS) - 1)
     table = np.zeros(1 << _TABLE_BITS, dtype=bool)
     table[wanted & mask] = True
     found = np.zeros(len(wanted), dtype=bool)
     for ids, labels, _ in train:
-        there = _sample(_ngrams(ids, labels)[0], every)
-        there = there[table[there & mask]]
-        places = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)
-        found[places[wanted[places] == there]] = True
+        hashes = _ngrams(ids, labels)[0]
+        if every != 1:
+            hashes = hashes[hashes % every == 0]
+        hashes = hashes[table[hashes & mask]]
+        places = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+        found[places[wanted[places] == hashes]] = True
     return found
 
 
-def _test_ngrams(parts: Iterable[SplitPart], every: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-    hashes, rows, base = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
-    for ids, labels, offsets in parts:
-        made, starts = _ngrams(ids, labels)
-        kept = made % every == 0
-        hashes.append(made[kept])
-        rows.append(np.searchsorted(offsets, starts[kept], side="right") - 1 + base)
-        base += len(offsets) - 1
-    return np.concatenate(hashes), np.concatenate(rows)
-
-
-def _sample(hashes: np.ndarray, every: np.uint64) -> np.ndarray:
-    return hashes if every == 1 else hashes[hashes % every == 0]
-
-
 def _ngrams(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes and places of the n-grams that lie wholly in one answer (between two answers stands a prompt)."""
+    """Return hashes and places of the n-grams within one answer (there is a prompt between two answers).
+
+    A hash begins with a polynomial of 13 tokens, from polynomials of 2, 4, 8 and 12: five passes instead of twelve.
+    """
     count = len(ids) - NGRAM + 1
     if count <= 0:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     supervised = np.concatenate([[0], np.cumsum(labels >= 0)])
     starts = np.flatnonzero(supervised[NGRAM:] - supervised[:-NGRAM] == NGRAM)
-    hashes = _polynomial(ids.astype(np.uint64) + np.uint64(1))
-    hashes = hashes[starts]
-    hashes ^= hashes >> np.uint64(29)  # the low bits alone depend on the last tokens alone
-    return hashes * _MULTIPLIER ^ (hashes >> np.uint64(32)), starts
-
-
-def _polynomial(tokens: np.ndarray) -> np.ndarray:
-    """The polynomial of every 13 tokens in a row, of those of 1, 2, 4 and 8 tokens: five passes instead of twelve."""
     assert NGRAM == 8 + 4 + 1
+    tokens = ids.astype(np.uint64) + np.uint64(1)
     two = tokens[:-1] * _MULTIPLIER + tokens[1:]
     four = two[:-2] * _TO_2ND + two[2:]
     eight = four[:-4] * _TO_4TH + four[4:]
     twelve = eight[:-4] * _TO_4TH + four[8:]
-    return twelve[:-1] * _MULTIPLIER + tokens[12:]
+    hashes = (twelve[:-1] * _MULTIPLIER + tokens[12:])[starts]
+    hashes ^= hashes >> np.uint64(29)  # the low bits depend on the last tokens only
+    return hashes * _MULTIPLIER ^ (hashes >> np.uint64(32)), starts

@@ -1,26 +1,25 @@
-"""Promise 2, asserted on every row that is prepared: the supervised tokens are the answers and their ends."""
+"""Verify every row that is prepared: the supervised tokens are the answers and their terminators (promise 2)."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from minisft.data.conversation import Conversation
-from minisft.data.encoder import AnswerSpan, EncodedBatch, Encoder
+from minisft.data.encoder import EncodedBatch, Encoder
 
 
 class VerificationError(AssertionError):
-    """A row whose tokens are not what they must be: a fault of this program, never of the data."""
+    """The tokens of a row are wrong: a fault of this program, never of the data."""
 
 
 def verify(encoder: Encoder, conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
-    """Check that labels and ids say what the conversations say.
+    """Check the ids and labels of rows against their conversations.
 
     For every row: the supervised tokens are those of the supervised answers and their terminators, these decode to
-    the answers' texts (those of a cut answer, to the beginning of its text), and the system prompt stands in the
-    tokens.
+    the answers' texts (those of a cut answer, to the beginning of its text), and the tokens hold the system prompt.
 
     Raises:
-        VerificationError: they do not.
+        VerificationError: A row fails one of these checks.
     """
     _verify_labels(conversations, batch)
     _verify_answers(encoder, conversations, batch)
@@ -28,6 +27,7 @@ def verify(encoder: Encoder, conversations: Sequence[Conversation], batch: Encod
 
 
 def _verify_labels(conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
+    """Check that exactly the tokens of supervised answers have a label, and that it is their id."""
     supervised = batch.labels != -100
     if not np.array_equal(batch.labels[supervised], batch.ids[supervised]):
         raise VerificationError("a label is not the id at its place")
@@ -44,6 +44,7 @@ def _verify_labels(conversations: Sequence[Conversation], batch: EncodedBatch) -
 
 
 def _verify_answers(encoder: Encoder, conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
+    """Check that supervised answers end with a terminator and decode to their text, cut ones to its beginning."""
     stops = set(encoder.stop_token_ids)
     places, rows = [], []
     for row, answers in enumerate(batch.answers):
@@ -57,28 +58,26 @@ def _verify_answers(encoder: Encoder, conversations: Sequence[Conversation], bat
             places.append((row, answer))
             rows.append(ids)
     for (row, answer), decoded in zip(places, encoder.decode_answers(rows), strict=True):
-        if not _reads(encoder, answer, decoded):
+        if answer.cut:
+            beginning = decoded.rstrip("\ufffd")  # the cut may go through a character
+            agrees = answer.text.startswith(beginning) or encoder.round_trip(answer.text).startswith(beginning)
+        else:
+            agrees = decoded == answer.text or decoded == encoder.round_trip(answer.text)
+        if not agrees:
             where = conversations[row].location
             raise VerificationError(f"{where}: the supervised tokens read {decoded!r}, the answer {answer.text!r}")
 
 
-def _reads(encoder: Encoder, answer: AnswerSpan, decoded: str) -> bool:
-    """Whether the decoded tokens are the answer's text, or a cut answer's beginning of it."""
-    if not answer.cut:
-        return decoded == answer.text or decoded == encoder.round_trip(answer.text)
-    begun = decoded.rstrip("\ufffd")  # a cut may go through a character
-    return answer.text.startswith(begun) or encoder.round_trip(answer.text).startswith(begun)
-
-
 def _verify_system(encoder: Encoder, conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
-    """The system prompt stands before the first answer, or, as mistral-v3 has it, before the last."""
+    """Check that the system prompt is before the first answer, or before the last, where mistral-v3 puts it."""
     wanted = [
         (row, conversation.messages[0].content.strip())
         for row, conversation in enumerate(conversations)
         if conversation.messages[0].role == "system"
     ]
     for answer in (0, -1):
-        rows = [_ids_before(batch, row, answer) for row, _ in wanted]
+        starts = [(int(batch.offsets[row]), batch.answers[row][answer].start) for row, _ in wanted]
+        rows = [batch.ids[start : start + length].tolist() for start, length in starts]
         texts = encoder.decode_answers(rows)
         wanted = [
             (row, system)
@@ -87,8 +86,3 @@ def _verify_system(encoder: Encoder, conversations: Sequence[Conversation], batc
         ]
     if wanted:
         raise VerificationError(f"{conversations[wanted[0][0]].location}: the system prompt is not in the tokens")
-
-
-def _ids_before(batch: EncodedBatch, row: int, answer: int) -> list[int]:
-    base = int(batch.offsets[row])
-    return list(batch.ids[base : base + batch.answers[row][answer].start].tolist())

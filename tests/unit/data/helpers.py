@@ -23,8 +23,8 @@ def write_rows(path: Path, rows) -> Path:
     return path
 
 
-def prepare_source(source, output, tokenizer, begun=False, **data) -> Prepared:
+def prepare_source(source, output, tokenizer, begun=False, encoder=None, **data) -> Prepared:
     data = {"template": "chatml", **data}
     source = str(source) if isinstance(source, Path) else source
     recipe = Recipe(model="toy", output=str(output), data=DataRecipe(source=source, **data))
-    return prepare(recipe, tokenizer, begun=begun)
+    return prepare(recipe, tokenizer, begun=begun, encoder=encoder)

@@ -31,9 +31,9 @@ BAD_ROWS = {
     "not_an_object": ([PAIR], "the row is a list"),
     "nothing_supervised": (
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes", "weight": 0}]},
-        "no answer of it is to be learned",
+        "none of its answers is trained on",
     ),
-    "bad_tools": ({"conversations": PAIR, "tools": "[not json"}, "'tools' is a text that is no JSON"),
+    "bad_tools": ({"conversations": PAIR, "tools": "[not json"}, "'tools' is a text that is not JSON"),
     "bad_tool_call": (
         {"conversations": [PAIR[0], {"from": "gpt", "value": "", "tool_calls": [{"no": 1}]}]},
         "a call without a function's name",
@@ -42,7 +42,7 @@ BAD_ROWS = {
 BAD_LINES = {
     "not_json": (b'{"conversations": [', "not JSON"),
     "wrong_encoding": ('{"conversations": "né"}'.encode("latin-1"), "not UTF-8"),
-    "duplicate_key": (b'{"conversations": [], "conversations": [1]}', "'conversations' stands there twice"),
+    "duplicate_key": (b'{"conversations": [], "conversations": [1]}', "'conversations' is given twice"),
     "nested_too_deeply": (b'{"conversations": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
 }
 
@@ -126,11 +126,11 @@ def bad_files(folder):
     (folder / "nothing").mkdir()
     return {
         "empty.jsonl": "no rows", "empty.json": "empty", "no_rows.json": "no rows", "prose.json": "not JSON",
-        "prose.jsonl": "not JSON", "number.json": "first row is no object", "cut.json": "not JSON",
+        "prose.jsonl": "not JSON", "number.json": "first row is not an object", "cut.json": "not JSON",
         "comma.json": "json:2: not JSON: expected ','", "trailing.json": "more text after the end",
         "utf16.jsonl": "UTF-16", "latin.json": "not UTF-8", "cut.jsonl.gz": "damaged", "false.jsonl.gz": "damaged",
-        "false.jsonl.zst": "cannot be read", "cut.parquet": "not a whole .parquet file",
-        "false.arrow": "not a whole .arrow file", "unknown.jsonl": "keys text, label", "letters.txt": "type is unknown",
+        "false.jsonl.zst": "cannot be read", "cut.parquet": "not a complete .parquet file",
+        "false.arrow": "not a complete .arrow file", "unknown.jsonl": "keys text, label", "letters.txt": "type is unknown",
         "loop.jsonl": "leads nowhere", "nothing": "holds no data", "absent.jsonl": "there is no such file",
     }  # fmt: skip
 
@@ -165,7 +165,7 @@ def test_a_long_turn_and_many_turns_take_bounded_time(tmp_path, chat_bpe):
 def test_a_source_of_a_wrong_kind_is_named(tmp_path, chat_bpe):
     for source, words in (
         ([], "list of sources is empty"),
-        ([5], "5 is no source"),
+        ([5], "5 is not a source"),
         ({"path": "x.jsonl", "wieght": 2}, "unknown key 'wieght'"),
         ({"path": "x.jsonl", "weight": -1}, "must be a number above 0 and at most 1000, and is -1"),
         ({"path": "x.jsonl", "limit": 0}, "must be a whole number above 0, and is 0"),

@@ -211,9 +211,9 @@ def test_templates_that_are_not_there_are_named(plain_bpe, tmp_path):
 @given(text=texts)
 def test_joining_the_bytes_of_tokens_is_what_the_tokenizer_decodes(text):
     encoder = cached_encoder("bpe", "chatml")
-    assert encoder._runs._table is not None
-    ids = encoder._runs.ids(text) + list(encoder.stop_token_ids)
-    assert encoder.decode_answers([ids]) == [encoder._runs.plain.decode(ids, skip_special_tokens=False)]
+    assert encoder._segment_encoder._table is not None
+    ids = encoder._segment_encoder.ids(text) + list(encoder.stop_token_ids)
+    assert encoder.decode_answers([ids]) == [encoder._segment_encoder.plain.decode(ids, skip_special_tokens=False)]
 
 
 def test_a_template_that_writes_nothing_between_two_turns(chat_bpe):

@@ -1,4 +1,4 @@
-"""The pipeline: the identities of the ledger, the split, the cache, and what stands on disk."""
+"""The pipeline: the identities of the ledger, the split, the cache, and the files."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 
-from minisft.data import fingerprint, pipeline, preparation, sources
+from minisft.data import sources
 from minisft.data.conversation import Conversation, messages_from_rows
 from minisft.data.encoder import Encoder
 from minisft.data.formats import to_conversation
@@ -52,7 +52,7 @@ def assert_identities(ledger):
 
 @pytest.mark.parametrize("overflow", ["turns", "cut", "drop"])
 @pytest.mark.parametrize("template", ["chatml", "mistral", "llama3", "zephyr"])
-def test_the_ledger_says_what_stands_on_disk(template, overflow, tmp_path, chat_bpe):
+def test_the_ledger_agrees_with_the_files(template, overflow, tmp_path, chat_bpe):
     path = write_rows(tmp_path / "talks.jsonl", [*odd_rows(60), {"conversations": []}])
     options = {"template": template, "overflow": overflow, "invalid": "skip", "max_length": 150}
     prepared = prepare_source(path, tmp_path / "run", chat_bpe, **options)
@@ -117,7 +117,7 @@ def test_the_split_is_seeded_and_stable_under_reordering(tmp_path, chat_bpe):
     assert len(chosen[0]) == 5
 
 
-def test_rows_with_one_first_prompt_stay_on_one_side(tmp_path, chat_bpe):
+def test_rows_with_one_first_prompt_are_in_one_split(tmp_path, chat_bpe):
     rows = [talk(f"Prompt {i % 10}", f"Answer {i}", "More", f"Answer {i}") for i in range(100)]
     rows += [talk(" prompt  3 ", "Otherwise spelled")]
     prepared = prepare_source(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "run", chat_bpe, test_fraction=0.2)
@@ -160,7 +160,7 @@ def test_duplicates_are_counted(tmp_path, chat_bpe):
 # --- the cache --------------------------------------------------------------------------------------------
 
 
-def test_the_cache_is_found_and_a_changed_byte_makes_it_new(tmp_path, chat_bpe, plain_bpe):
+def test_data_are_cached_until_a_byte_of_the_source_changes(tmp_path, chat_bpe, plain_bpe):
     path = write_rows(tmp_path / "a.jsonl", many(20))
     run = tmp_path / "run"
     assert not prepare_source(path, run, chat_bpe).cached
@@ -176,11 +176,12 @@ def test_the_cache_is_found_and_a_changed_byte_makes_it_new(tmp_path, chat_bpe, 
     assert not prepare_source(path, run, plain_bpe, max_length=99).cached
 
 
-def test_another_program_makes_it_new(tmp_path, chat_bpe, monkeypatch):
-    path = write_rows(tmp_path / "a.jsonl", many(20))
-    assert not prepare_source(path, tmp_path / "run", chat_bpe).cached
-    monkeypatch.setattr(fingerprint, "__version__", "another")
-    assert prepare_source(path, tmp_path / "run", chat_bpe, begun=True).cached  # a run goes on with its data
+def test_data_of_another_version_of_the_program_are_prepared_again_unless_a_run_has_begun(tmp_path, chat_bpe):
+    path, ledger_file = write_rows(tmp_path / "a.jsonl", many(20)), tmp_path / "run" / "dataset" / "ledger.json"
+    ledger = prepare_source(path, tmp_path / "run", chat_bpe).ledger
+    ledger["made_from"]["program"] = "another"
+    ledger_file.write_text(json.dumps(ledger))
+    assert prepare_source(path, tmp_path / "run", chat_bpe, begun=True).cached
     assert not prepare_source(path, tmp_path / "run", chat_bpe).cached
 
 
@@ -230,16 +231,21 @@ def test_a_data_set_of_the_hub_counts_by_its_revision(tmp_path, chat_bpe, monkey
     assert prepare_source(pinned, run, chat_bpe).ledger["made_from"]["sources"] == {"org/name": "a" * 40}
 
 
-def test_what_is_cached_is_found_without_the_tokenizer(tmp_path, chat_bpe, monkeypatch):
+class UnusableTokenizer:
+    """A tokenizer that must not be used."""
+
+    def __getattr__(self, name):
+        pytest.fail(f"the tokenizer's {name} was used")
+
+
+def test_cached_data_are_found_by_the_files_of_the_tokenizer_without_using_it(tmp_path, chat_bpe):
     folder, run = tmp_path / "model", tmp_path / "run"
     chat_bpe.save_pretrained(folder)
     path = write_rows(tmp_path / "a.jsonl", many(20))
     recipe = Recipe(model=str(folder), output=str(run), data=DataRecipe(source=str(path), template="chatml"))
     assert not prepare(recipe).cached
-    monkeypatch.setattr(preparation, "load_tokenizer", lambda *_: pytest.fail("the tokenizer was loaded"))
     assert prepare(recipe).cached
-    assert prepare(recipe, model_folder=folder).cached
-    monkeypatch.undo()
+    assert prepare(recipe, UnusableTokenizer(), model_folder=folder).cached  # type: ignore[arg-type]
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=7))
     assert prepare(recipe).cached  # other bytes, the same tokenizer
@@ -285,12 +291,12 @@ def test_the_own_template_counts_where_it_is_in_use(tmp_path):
         assert prepare_source(path, tmp_path / "run", tokenizer, template="auto").cached is cached
 
 
-def test_what_a_killed_preparation_left_is_removed(tmp_path, chat_bpe):
+def test_files_of_a_killed_preparation_are_removed(tmp_path, chat_bpe):
     path = write_rows(tmp_path / "a.jsonl", many(20))
     for cached in (False, True):
         left = tmp_path / "run" / ".dataset.123"
         left.mkdir(parents=True)
-        (left / "source.arrow").write_bytes(b"staged")
+        (left / "source.arrow").write_bytes(b"unfinished")
         assert prepare_source(path, tmp_path / "run", chat_bpe).cached is cached
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".dataset.lock", "dataset"]
 
@@ -359,33 +365,44 @@ def test_several_processes_give_the_rows_of_one(tmp_path, chat_bpe):
     assert load_train(tmp_path / "one")[:] == load_train(tmp_path / "two")[:]
 
 
-def test_verification_finds_a_wrong_mask(tmp_path, chat_bpe, monkeypatch):
-    whole = Encoder.encode_rendered
+class ShiftedMask(Encoder):
+    """An encoder that supervises each token after a supervised one as well."""
 
-    def shifted(self, rendered, conversations):
-        batch = whole(self, rendered, conversations)
+    def encode_rendered(self, rendered, conversations):
+        batch = super().encode_rendered(rendered, conversations)
         batch.labels[1:] = np.where(batch.labels[:-1] >= 0, batch.ids[1:], batch.labels[1:])
         return batch
 
-    monkeypatch.setattr(Encoder, "encode_rendered", shifted)
-    path = write_rows(tmp_path / "a.jsonl", many(5))
-    with pytest.raises(VerificationError, match="outside the answers"):
-        prepare_source(path, tmp_path / "run", chat_bpe)
 
+class WrongToken(Encoder):
+    """An encoder that replaces the first supervised token of a batch by the one after it."""
 
-def test_verification_finds_an_answer_that_reads_otherwise(tmp_path, chat_bpe, monkeypatch):
-    whole = Encoder.encode_rendered
-
-    def wrong(self, rendered, conversations):
-        batch = whole(self, rendered, conversations)
+    def encode_rendered(self, rendered, conversations):
+        batch = super().encode_rendered(rendered, conversations)
         place = int(np.flatnonzero(batch.labels >= 0)[0])
         batch.ids[place] = batch.labels[place] = batch.ids[place + 1]
         return batch
 
-    monkeypatch.setattr(Encoder, "encode_rendered", wrong)
+
+class WrongWhenCut(Encoder):
+    """An encoder that puts EOS at place 49 of a row that is encoded alone, as rows are that have to be cut."""
+
+    def encode(self, conversation, train_on="assistant"):
+        encoded = super().encode(conversation, train_on)
+        encoded.input_ids[49] = encoded.labels[49] = self.tokenizer.eos_token_id
+        return encoded
+
+
+def test_verification_detects_a_wrong_mask(tmp_path, chat_bpe):
+    path = write_rows(tmp_path / "a.jsonl", many(5))
+    with pytest.raises(VerificationError, match="outside the answers"):
+        prepare_source(path, tmp_path / "run", chat_bpe, encoder=ShiftedMask(chat_bpe, "chatml"))
+
+
+def test_verification_detects_an_answer_that_decodes_to_another_text(tmp_path, chat_bpe):
     path = write_rows(tmp_path / "a.jsonl", many(5))
     with pytest.raises(VerificationError, match="the supervised tokens read"):
-        prepare_source(path, tmp_path / "run", chat_bpe)
+        prepare_source(path, tmp_path / "run", chat_bpe, encoder=WrongToken(chat_bpe, "chatml"))
 
 
 @pytest.mark.parametrize("template", ["chatml", "mistral", "zephyr"])
@@ -400,22 +417,13 @@ def test_cut_rows_are_verified_wherever_the_cut_falls(template, tmp_path, chat_b
             assert ledger["tokens"]["kept"] == limit
 
 
-def test_verification_finds_a_cut_row_that_reads_otherwise(tmp_path, chat_bpe, monkeypatch):
-    whole = pipeline.truncate
-
-    def wrong(*arguments):
-        fitted = whole(*arguments)
-        assert fitted.encoded is not None
-        fitted.encoded.input_ids[-1] = fitted.encoded.labels[-1] = chat_bpe.eos_token_id
-        return fitted
-
-    monkeypatch.setattr(pipeline, "truncate", wrong)
+def test_verification_detects_a_cut_row_that_decodes_to_another_text(tmp_path, chat_bpe):
     path = write_rows(tmp_path / "a.jsonl", [talk("Hi", "word " * 100)] * 3)
     with pytest.raises(VerificationError, match="the supervised tokens read"):
-        prepare_source(path, tmp_path / "run", chat_bpe, max_length=50)
+        prepare_source(path, tmp_path / "run", chat_bpe, encoder=WrongWhenCut(chat_bpe, "chatml"), max_length=50)
 
 
-def test_a_test_side_without_rows_is_a_data_set(tmp_path, chat_bpe):
+def test_a_test_split_without_rows_is_a_data_set(tmp_path, chat_bpe):
     path = write_rows(tmp_path / "a.jsonl", many(5))
     for options in (
         {"test_fraction": 0},

@@ -1,8 +1,8 @@
-"""Conversation to segments of text and control tokens, with the answers marked, and the prompt-only twin.
+"""Conversation to segments of text and control tokens, with the answers marked; and the same for a prompt alone.
 
-The same code renders for training, evaluation and chat. A run is a text that is encoded on its own, or one control
+The same code renders for training, evaluation and chat. A segment is a text that is encoded separately, or one control
 token: content is always text, so nothing that a user types becomes a control token, and an answer always starts a
-new run, so the prompt is an id prefix of the training row.
+new segment, so the prompt is an id prefix of the training row.
 """
 
 import re
@@ -13,14 +13,14 @@ from typing import NamedTuple
 from minisft.data.conversation import Message
 from minisft.data.renderers.templates import TurnTemplate, with_tools
 
-# How a run stands in the whole text. It matters to tokenizers that put a space before a text.
+# The place of a segment in the text. It matters to tokenizers that put a space before a text that starts.
 START, AFTER_CONTROL, CONTINUE = 0, 1, 2
 
 
 class Segment(NamedTuple):
-    """A text to encode on its own, or (where `control` is not -1) one control token.
+    """A text to encode separately, or (where `control` is not -1) one control token.
 
-    `context` is START, AFTER_CONTROL or CONTINUE; `answer` says whether an answer's text or end stands in it.
+    `context` is START, AFTER_CONTROL or CONTINUE; `answer` is true for an answer's text and its terminator.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Where an answer lies: runs[start:end], the terminator being the last; `text` is what they must decode to."""
+    """The place of an answer: segments[start:end], the terminator last; `text` is what they must decode to."""
 
     message: int
     start: int
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
 
 @dataclass(slots=True)
 class Rendered:
-    """A conversation as runs; `findings` names what the template did to it that the user should know."""
+    """A conversation as segments; `findings` names what the template changed, for the ledger."""
 
     segments: list[Segment]
     answers: list[Answer]
@@ -50,7 +50,7 @@ class Rendered:
 
 
 class RefusedError(Exception):
-    """A conversation that the template cannot render faithfully; `reason` is the ledger's name for it."""
+    """The template cannot render a conversation faithfully; `reason` is the name under which the ledger counts it."""
 
     def __init__(self, reason: str, problem: str) -> None:
         self.reason = reason
@@ -60,7 +60,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Control:
-    """A control token as the splitting of a template's text sees it."""
+    """A control token; `lstrip` and `rstrip` say whether it takes the white space before or after it."""
 
     id: int
     lstrip: bool = False
@@ -68,9 +68,9 @@ class Control:
 
 
 class MarkerSplitter:
-    """Splits a template's own text at the control tokens that it spells, as the tokenizer would.
+    """Split a template's own text at the control tokens that it spells, as the tokenizer would.
 
-    Results are remembered, as a template writes few different texts.
+    Results are remembered, since a template writes few different texts.
     """
 
     def __init__(self, controls: Mapping[str, Control]) -> None:
@@ -80,14 +80,14 @@ class MarkerSplitter:
         self._memo: dict[tuple[str, bool, bool], tuple[str, list[Segment], str]] = {}
 
     def split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Segment], str]:
-        """The text before the first control token, the runs from there to the last one, and the text after it."""
+        """Return the text before the first control token, the segments up to the last one, and the text after it."""
         key = (text, supervised, answer)
-        found = self._memo.get(key)
-        if found is None:
-            found = self._split(text, supervised, answer)
+        parts = self._memo.get(key)
+        if parts is None:
+            parts = self._split(text, supervised, answer)
             if len(self._memo) < 4096:
-                self._memo[key] = found
-        return found
+                self._memo[key] = parts
+        return parts
 
     def _split(self, text: str, supervised: bool, answer: bool) -> tuple[str, list[Segment], str]:
         head, position = "", 0
@@ -109,7 +109,7 @@ class MarkerSplitter:
 
 
 class SegmentBuilder:
-    """Collects runs: adjoining texts are joined, and a control token or a boundary ends a run."""
+    """Collect segments: adjacent texts are joined, and a control token or a boundary ends a segment."""
 
     __slots__ = ("_buffer", "_context", "_pending", "_start", "answers", "segments", "splitter")
 
@@ -117,8 +117,8 @@ class SegmentBuilder:
         self.splitter = splitter
         self.segments: list[Segment] = []
         self.answers: list[Answer] = []
-        self._buffer: list[str] = []  # texts of the run under way
-        self._pending = ""  # text of the template that is still to be split
+        self._buffer: list[str] = []  # texts of the current segment
+        self._pending = ""  # text of the template that is not split yet
         self._context = START
         self._start = 0
 
@@ -127,7 +127,7 @@ class SegmentBuilder:
         self._pending += text
 
     def template_in_answer(self, text: str, supervised: bool) -> None:
-        """Add text of the template that stands within an answer."""
+        """Add text of the template within an answer."""
         self._settle()
         self._split(text, supervised, True)
 
@@ -137,23 +137,27 @@ class SegmentBuilder:
         self._buffer.append(text)
 
     def flush(self, supervised: bool = False, answer: bool = False) -> None:
+        """End the segment."""
         self._settle()
         self._end_segment(supervised, answer)
 
-    def apart(self) -> None:
-        """End the run; the next text is encoded as if it stood alone."""
+    def separate(self) -> None:
+        """End the segment; the next text is encoded as if nothing were before it."""
         self.flush()
         self._context = START
 
     def open_answer(self) -> None:
+        """Begin an answer with a new segment."""
         self.flush()
         self._start = len(self.segments)
 
     def close_answer(self, message: int, text: str, supervised: bool, terminated: bool = True) -> None:
+        """End the answer that was opened last; `text` is what its segments must decode to."""
         self.flush(supervised, True)
         self.answers.append(Answer(message, self._start, len(self.segments), text, terminated))
 
     def control(self, token: int, supervised: bool, answer: bool = False) -> None:
+        """Add one control token by its id."""
         self.flush(supervised, answer)
         self.segments.append(Segment("", token, supervised, 0, answer))
         self._context = AFTER_CONTROL
@@ -191,12 +195,12 @@ Renderer = Callable[[Sequence[Message], Sequence[str], bool], Rendered]
 
 @dataclass(frozen=True)
 class TurnRenderer:
-    """Renders a turn template on one tokenizer.
+    """Render a turn template on one tokenizer.
 
     Args:
-        template: the template.
-        splitter: the tokenizer's control tokens.
-        terminator: the id that ends an answer: the template's end, or EOS where that is no token.
+        template: The template.
+        splitter: The tokenizer's control tokens.
+        terminator: The id that ends an answer: the template's end, or EOS where that end is not a token.
     """
 
     template: TurnTemplate
@@ -219,7 +223,12 @@ class TurnRenderer:
                 findings.append("trimmed")
                 text = text.strip()
             if message.is_answer:
-                self._answer(builder, index, text, message.supervised)
+                builder.template(template.open_turn("assistant"))
+                builder.open_answer()
+                builder.content(text)
+                builder.control(self.terminator, message.supervised, True)
+                builder.close_answer(index, text, message.supervised)
+                builder.template(template.after)
             else:
                 self._turn(builder, message.role, with_tools(text, tools if index == 0 else ()))
         if prompt:
@@ -231,11 +240,3 @@ class TurnRenderer:
         builder.template(self.template.open_turn(role))
         builder.content(text)
         builder.template(self.template.end + self.template.after)
-
-    def _answer(self, builder: SegmentBuilder, index: int, text: str, supervised: bool) -> None:
-        builder.template(self.template.open_turn("assistant"))
-        builder.open_answer()
-        builder.content(text)
-        builder.control(self.terminator, supervised, True)
-        builder.close_answer(index, text, supervised)
-        builder.template(self.template.after)

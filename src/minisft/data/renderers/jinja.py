@@ -1,14 +1,15 @@
-"""Answer spans of any Jinja chat template.
+"""Find the answers in the rendering of any Jinja chat template.
 
-A template is rendered once with sentinels in place of the contents: what stands between them is the template's own
-text, and what stands for them is content. The same conversation is then rendered as it is, and both must agree:
-a template that drops, trims or rewrites a content is found out and named.
+A template is rendered once with sentinels in place of the contents: the text between the sentinels is the template's
+own. The conversation is then rendered with its contents, and both renderings must agree: a template that drops, trims
+or rewrites a content is detected, and the message names that content.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 from minisft.data.conversation import Message, message_as_dict
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 # Private-use characters around a slot's number; the next pair where a content uses one itself.
 _SENTINELS = (("\ue000", "\ue001"), ("\ue8a0", "\ue8a1"), ("\U000f0000", "\U000f0001"))
 _CACHE_SIZE = 4096
+_THINKING = re.compile(r"\s*<think>\n?(?P<reasoning>.*?)\n?</think>\n*(?P<content>.*)", re.DOTALL)
 _TRIMS = (str, str.strip, str.rstrip, str.lstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"))
 
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A rendering without its contents: steps to build it with them, and what was found.
+    """A rendering without its contents: the steps that build it with them, and findings about the template.
 
     A step is ("text", the template's own), ("slot", its number), ("open", message) or ("close", message);
     ("unmarked", message) opens an answer that the template's own marks leave out.
@@ -40,7 +42,7 @@ class _Skeleton:
 
     @property
     def literals(self) -> list[str | int]:
-        """Texts and slots in order, adjoining texts joined."""
+        """Return texts and slots in order, with adjacent texts joined."""
         parts: list[str | int] = []
         for kind, value in self.steps:
             if kind == "slot":
@@ -56,13 +58,13 @@ class JinjaRenderer:
     """Renders conversations in a Jinja template.
 
     Args:
-        tokenizer: for its special tokens' names, which templates use.
-        template: the Jinja text.
-        splitter: the control tokens that the template's own text may spell.
-        special: the names among them that can end an answer.
+        tokenizer: The tokenizer, whose special tokens' names templates use.
+        template: The Jinja text.
+        splitter: The control tokens that the template's own text may spell.
+        special: The names of those tokens that can end an answer.
 
     Raises:
-        UserError: the template does not parse, or ends no answer with a token.
+        UserError: The template does not parse, or does not end an answer with a token.
     """
 
     def __init__(
@@ -82,23 +84,75 @@ class JinjaRenderer:
         self._structured_reasoning = "reasoning_content" in template
         self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         self._structured_tools = re.search(r"\btools\b", template) is not None
-        self._stop_name = self._find_stop()
+        # The token that ends an answer is the first special token after it.
+        open_mark, close_mark = _SENTINELS[0]
+        mark = f"{open_mark}2{close_mark}"
+        dicts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": mark}]
+        try:
+            text = self._apply(dicts, (), False)
+        except RefusedError as refusal:
+            raise UserError("data.template", refusal.problem, "use another template") from None
+        match = self._special.search(text, text.find(mark) + len(mark)) if mark in text else None
+        if match is None:
+            raise UserError(
+                "data.template",
+                "the template does not end an answer with a special token of this tokenizer, so a model would not stop",
+                "use data.template: chatml or mistral, which end answers with the EOS token, or fix the template",
+            )
+        self._stop_name = match.group()
         self.stop = splitter.controls[self._stop_name].id
-        self._generation_prompt = self._find_generation_prompt()
+        # The generation prompt is the text that a rendering for inference adds.
+        dicts = [{"role": "user", "content": "Hello"}]
+        without, within = self._apply(dicts, (), False), self._apply(dicts, (), True)
+        self._generation_prompt = within[len(without) :] if within.startswith(without) else ""
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> Rendered:
-        messages, passed, shift = self._with_tools(self._flat(messages), tools)
-        slots = _slots(messages)
-        skeleton = self._skeleton(messages, passed, prompt)
+        # 1. Write calls, reasoning and tools in the form that the template takes.
+        messages, passed, shift = self._adapt(messages, tools)
+        # 2. Render with sentinels in place of the texts. Conversations of one shape share this rendering.
+        marks = _pick_sentinels(messages)
+        shape = tuple((m.role, bool(m.content), bool(m.reasoning), m.tool_calls, m.name, m.call_id) for m in messages)
+        key = (shape, tuple(passed), prompt, marks)
+        skeleton = self._cache.get(key)
+        if skeleton is None:
+            skeleton = self._make_skeleton(messages, passed, prompt, marks)
+            if len(self._cache) < _CACHE_SIZE:
+                self._cache[key] = skeleton
+        # 3. Render with the texts, and compare. Slot 2i is the content of message i, slot 2i + 1 its reasoning.
         text = self._apply([message_as_dict(m) for m in messages], passed, prompt)
+        slots = dict(enumerate(chain.from_iterable((m.content, m.reasoning) for m in messages)))
         filled = _fit(skeleton.literals, slots, text)
         if filled is None:
             raise self._rewritten(messages, passed, prompt)
         trimmed = any(filled[slot] != slots[slot] for slot in filled)
         findings = [*skeleton.findings, "trimmed"] if trimmed else list(skeleton.findings)
+        # 4. Build the segments.
         return self._build(skeleton, filled, messages, findings, shift)
 
-    # --- from skeleton to runs ----------------------------------------------------------------------------
+    def _adapt(self, messages: Sequence[Message], tools: Sequence[str]) -> tuple[Sequence[Message], Sequence[str], int]:
+        """Write calls, reasoning and tools in the form that the template takes.
+
+        Calls become text where the template has no form for them. Reasoning in <think> tags is separated from the
+        content where the template has a key for it. Tools go into the system prompt where the template takes none.
+
+        Returns:
+            The messages, the tools to pass to the template, and by how many places the messages moved.
+        """
+        if not self._structured_calls and any(message.tool_calls for message in messages):
+            messages = [replace(m, content=m.text, tool_calls=()) if m.tool_calls else m for m in messages]
+        if self._structured_reasoning:
+            messages = list(messages)
+            for index, message in enumerate(messages):
+                match = _THINKING.fullmatch(message.content) if message.is_answer else None
+                if match and match["reasoning"] and not message.reasoning:
+                    messages[index] = replace(message, content=match["content"], reasoning=match["reasoning"])
+        if not tools or self._structured_tools:
+            return messages, tools, 0
+        if messages and messages[0].role == "system":
+            return (Message("system", with_tools(messages[0].content, tools)), *messages[1:]), (), 0
+        return (Message("system", with_tools("", tools)), *messages), (), 1
+
+    # --- from skeleton to segments --------------------------------------------------------------------------
 
     def _build(
         self,
@@ -131,52 +185,61 @@ class JinjaRenderer:
 
     # --- the skeleton -------------------------------------------------------------------------------------
 
-    def _skeleton(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> _Skeleton:
-        marks = _pick_sentinels(messages)
-        shape = tuple((m.role, bool(m.content), bool(m.reasoning), m.tool_calls, m.name, m.call_id) for m in messages)
-        key = (shape, tuple(tools), prompt, marks)
-        known = self._cache.get(key)
-        if known is None:
-            known = self._make_skeleton(messages, tools, prompt, marks)
-            if len(self._cache) < _CACHE_SIZE:
-                self._cache[key] = known
-        return known
-
     def _make_skeleton(
         self, messages: Sequence[Message], tools: Sequence[str], prompt: bool, marks: tuple[str, str]
     ) -> _Skeleton:
+        # 1. Render with sentinels, and find each: (slot, start, end).
         dicts = [message_as_dict(_marked(m, i, marks)) for i, m in enumerate(messages)]
         text = self._apply(dicts, tools, prompt)
-        spans = _find_slots(text, marks)
+        sentinels = re.finditer(f"{marks[0]}(\\d+){marks[1]}", text)
+        spans = [(int(match[1]), match.start(), match.end()) for match in sentinels]
         findings = _check_slots(messages, [slot for slot, _, _ in spans])
         cuts: list[tuple[int, int, str, Any]] = [(start, 1, "slot", (slot, end)) for slot, start, end in spans]
-        last = max((i for i, m in enumerate(messages) if m.is_answer), default=-1)
+        answers = [i for i, message in enumerate(messages) if message.is_answer]
         marked = self._marked_spans(dicts, tools) if self._marks_answers and not prompt else None
-        for index in [i for i, message in enumerate(messages) if message.is_answer]:
-            prefix = self._prefix(dicts[:index], tools)
+        for index in answers:
+            # 2. An answer starts where the prompt before it ends.
             own = [(start, end) for slot, start, end in spans if slot // 2 == index]
-            if not text.startswith(prefix) or (own and own[0][0] < len(prefix)):
-                if index == last:
-                    raise RefusedError(
-                        "prompt_not_prefix", "the template's prompt for the last answer does not open its training row"
-                    )
-                findings.append("history_rewritten")
-                start = self._start_after_prompt(text, own, spans)
-            else:
+            try:
+                prefix = self._apply(dicts[:index], tools, True) if index else "\0"
+            except RefusedError:
+                prefix = "\0"  # no rendering begins with it
+            if text.startswith(prefix) and not (own and own[0][0] < len(prefix)):
                 start = len(prefix)
-            end = self._answer_end(text, own[-1][1] if own else start, spans, messages[index])
+            elif index == answers[-1]:
+                problem = "the template's prompt for the last answer does not open its training row"
+                raise RefusedError("prompt_not_prefix", problem)
+            else:
+                # The prompt of an earlier answer is written differently by now: the answer starts after its header.
+                findings.append("history_rewritten")
+                if not own:
+                    problem = "the template removes an earlier answer from the history"
+                    raise RefusedError("history_rewritten", problem)
+                before = max((end for _, _, end in spans if end <= own[0][0]), default=0)
+                header = self._generation_prompt
+                place = text.rfind(header, before, own[0][0]) if header else -1
+                start = place + len(header) if place >= 0 else own[0][0]
+            # 3. It ends with its terminator, before the next text begins.
+            content_end = own[-1][1] if own else start
+            limit = min((begin for _, begin, _ in spans if begin >= content_end), default=len(text))
+            end = text.find(self._stop_name, content_end, limit) + len(self._stop_name)
+            if end < len(self._stop_name):
+                problem = f"the template ends the {messages[index].role}'s message without {self._stop_name}"
+                raise RefusedError("no_terminator", problem)
+            # 4. The template's own marks may leave out the beginning of an answer, or all of it.
+            opening = "open"
             if marked is not None:
                 inside = [span for span in marked if span[0] < end and span[1] > start]
-                if not inside:
+                if inside:
+                    start = max(start, inside[0][0])
+                else:
                     findings.append("answer_not_marked")
-                    cuts += [(start, 0, "unmarked", index), (end, -1, "close", index)]
-                    continue
-                start = max(start, inside[0][0])
-            cuts += [(start, 0, "open", index), (end, -1, "close", index)]
+                    opening = "unmarked"
+            cuts += [(start, 0, opening, index), (end, -1, "close", index)]
         return _Skeleton(tuple(_steps(text, sorted(cuts, key=lambda cut: cut[:2]))), tuple(dict.fromkeys(findings)))
 
     def _marked_spans(self, dicts: list[dict[str, Any]], tools: Sequence[str]) -> list[tuple[int, int]]:
-        """The spans that the template itself marks with {% generation %}."""
+        """Return the spans that the template itself marks with {% generation %}, as (start, end) characters."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render = cast("Callable[..., tuple[list[str], list[list[tuple[int, int]]]]]", render_jinja_template)
@@ -191,29 +254,6 @@ class JinjaRenderer:
         except TemplateLimitError as limit:
             raise _unbounded(limit) from None
         return spans[0]
-
-    def _prefix(self, dicts: list[dict[str, Any]], tools: Sequence[str]) -> str:
-        try:
-            return self._apply(dicts, tools, True) if dicts else "\0"
-        except RefusedError:
-            return "\0"  # no rendering begins so
-
-    def _start_after_prompt(self, text: str, own: list[tuple[int, int]], spans: list[tuple[int, int, int]]) -> int:
-        """Where an earlier answer starts although its prompt reads otherwise by now: after its header."""
-        if not own:
-            raise RefusedError("history_rewritten", "the template removes an earlier answer from the history")
-        before = max((end for _, _, end in spans if end <= own[0][0]), default=0)
-        place = text.rfind(self._generation_prompt, before, own[0][0]) if self._generation_prompt else -1
-        return place + len(self._generation_prompt) if place >= 0 else own[0][0]
-
-    def _answer_end(self, text: str, start: int, spans: list[tuple[int, int, int]], message: Message) -> int:
-        limit = min((begin for _, begin, _ in spans if begin >= start), default=len(text))
-        place = text.find(self._stop_name, start, limit)
-        if place < 0:
-            raise RefusedError(
-                "no_terminator", f"the template ends the {message.role}'s message without {self._stop_name}"
-            )
-        return place + len(self._stop_name)
 
     # --- rendering ----------------------------------------------------------------------------------------
 
@@ -240,75 +280,28 @@ class JinjaRenderer:
             raise self._refusal(dicts, tools, prompt, str(error)) from None
 
     def _refusal(self, dicts: list[dict[str, Any]], tools: Sequence[str], prompt: bool, message: str) -> RefusedError:
-        """Name what a template refuses: the role without which it renders, or its own words."""
+        """Name what a template refuses: the role without which it renders, or the template's own message."""
         for role in ("system", "tool"):
             rest = [entry for entry in dicts if entry["role"] != role]
-            if len(rest) < len(dicts) and self._renders(rest, tools, prompt):
-                return RefusedError(f"{role}_unsupported", f"the template takes no {role} message ({message})")
+            if len(rest) == len(dicts):
+                continue
+            try:
+                self.tokenizer.apply_chat_template(
+                    rest,
+                    tools=[json.loads(tool) for tool in tools] or None,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                )
+            except Exception:  # a template can raise anything: this role is not what it refuses
+                continue
+            return RefusedError(f"{role}_unsupported", f"the template takes no {role} message ({message})")
         return RefusedError("template_refuses", f"the template refuses the conversation ({message})")
 
-    def _renders(self, dicts: list[dict[str, Any]], tools: Sequence[str], prompt: bool) -> bool:
-        try:
-            self.tokenizer.apply_chat_template(
-                dicts,
-                tools=[json.loads(tool) for tool in tools] or None,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
-        except Exception:  # a template can raise anything; here only whether it does matters
-            return False
-        return True
-
-    def _flat(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Calls as text where the template has no form for them, reasoning apart where it has one."""
-        flat = messages
-        if not self._structured_calls and any(message.tool_calls for message in messages):
-            flat = [replace(m, content=m.text, tool_calls=()) if m.tool_calls else m for m in flat]
-        if self._structured_reasoning:
-            flat = [_split_reasoning(m) if m.is_answer and "</think>" in m.content else m for m in flat]
-        return flat
-
-    def _with_tools(
-        self, messages: Sequence[Message], tools: Sequence[str]
-    ) -> tuple[Sequence[Message], Sequence[str], int]:
-        """Hand tools to a template that takes them; otherwise write them into the system prompt.
-
-        Returns the messages, the tools to hand over and by how many places the messages moved.
-        """
-        if not tools or self._structured_tools:
-            return messages, tools, 0
-        if messages and messages[0].role == "system":
-            return (Message("system", with_tools(messages[0].content, tools)), *messages[1:]), (), 0
-        return (Message("system", with_tools("", tools)), *messages), (), 1
-
-    # --- what the template is -----------------------------------------------------------------------------
-
-    def _find_stop(self) -> str:
-        """The token that ends an answer: the first special token after it."""
-        open_mark, close_mark = _SENTINELS[0]
-        mark = f"{open_mark}2{close_mark}"
-        dicts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": mark}]
-        try:
-            text = self._apply(dicts, (), False)
-        except RefusedError as refusal:
-            raise UserError("data.template", refusal.problem, "use another template") from None
-        match = self._special.search(text, text.find(mark) + len(mark)) if mark in text else None
-        if match is None:
-            raise UserError(
-                "data.template",
-                "the template ends an answer with no special token of this tokenizer, so a model would not stop",
-                "use data.template: chatml or mistral, which end answers with the EOS token, or fix the template",
-            )
-        return match.group()
-
-    def _find_generation_prompt(self) -> str:
-        dicts = [{"role": "user", "content": "Hello"}]
-        without, within = self._apply(dicts, (), False), self._apply(dicts, (), True)
-        return within[len(without) :] if within.startswith(without) else ""
+    # --- errors ------------------------------------------------------------------------------------------
 
     def _rewritten(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> RefusedError:
-        """Name the message whose content, standing for itself, makes the two renderings differ."""
+        """Name the message whose content, instead of its sentinel, makes the two renderings differ."""
         marks = _pick_sentinels(messages)
         for index, message in enumerate(messages):
             marked = [m if i == index else _marked(m, i, marks) for i, m in enumerate(messages)]
@@ -326,28 +319,8 @@ def _unbounded(limit: Exception) -> UserError:
     return UserError("data.template", problem, "use another template, and do not trust where this one came from")
 
 
-_THINKING = re.compile(r"\s*<think>\n?(?P<reasoning>.*?)\n?</think>\n*(?P<content>.*)", re.DOTALL)
-
-
-def _split_reasoning(message: Message) -> Message:
-    """Reasoning that a content spells in <think> tags, kept apart."""
-    match = _THINKING.fullmatch(message.content)
-    if match is None or message.reasoning or not match["reasoning"]:
-        return message
-    return replace(message, content=match["content"], reasoning=match["reasoning"])
-
-
-def _slots(messages: Sequence[Message]) -> dict[int, str]:
-    """Slot 2i is message i's content, slot 2i + 1 its reasoning."""
-    slots = {}
-    for index, message in enumerate(messages):
-        slots[2 * index] = message.content
-        slots[2 * index + 1] = message.reasoning
-    return slots
-
-
 def _marked(message: Message, index: int, marks: tuple[str, str]) -> Message:
-    """The message with sentinels in place of its texts; an empty text stays empty, as templates test for it."""
+    """Return the message with sentinels in place of its texts; an empty text stays empty, as templates test for it."""
     content = f"{marks[0]}{2 * index}{marks[1]}" if message.content else ""
     reasoning = f"{marks[0]}{2 * index + 1}{marks[1]}" if message.reasoning else ""
     return replace(message, content=content, reasoning=reasoning)
@@ -360,17 +333,11 @@ def _pick_sentinels(messages: Sequence[Message]) -> tuple[str, str]:
     raise RefusedError("sentinels_spelled", "a content uses all private-use characters that mark contents")
 
 
-def _find_slots(text: str, marks: tuple[str, str]) -> list[tuple[int, int, int]]:
-    """(slot, start, end) of every sentinel in order."""
-    pattern = re.compile(f"{marks[0]}(\\d+){marks[1]}")
-    return [(int(match[1]), match.start(), match.end()) for match in pattern.finditer(text)]
-
-
 def _check_slots(messages: Sequence[Message], found: list[int]) -> list[str]:
-    """Findings about texts that the template leaves out.
+    """Return findings about texts that the template leaves out.
 
     Raises:
-        RefusedError: a content is left out or written twice.
+        RefusedError: A content is left out or written twice.
     """
     findings = []
     for index, message in enumerate(messages):
@@ -384,6 +351,7 @@ def _check_slots(messages: Sequence[Message], found: list[int]) -> list[str]:
 
 
 def _steps(text: str, cuts: list[tuple[int, int, str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the steps of a skeleton: the template's texts, and between them the cuts, sorted by their place."""
     position = 0
     for place, _, kind, value in cuts:
         if place > position:
@@ -399,7 +367,7 @@ def _steps(text: str, cuts: list[tuple[int, int, str, Any]]) -> Iterator[tuple[s
 
 
 def _fit(parts: list[str | int], slots: dict[int, str], text: str) -> dict[int, str] | None:
-    """Lay the real rendering over the skeleton: each slot's text as the template wrote it, or None."""
+    """Align the real rendering with the skeleton. Return each slot's text as the template wrote it, or None."""
     filled: dict[int, str] = {}
     position = 0
     for number, part in enumerate(parts):

@@ -1,9 +1,9 @@
-"""Bounds for Jinja templates, which come with models and are programs: how long one runs, and how much it makes.
+"""Limits of time and memory for Jinja templates, which come with models and are programs.
 
-transformers renders in Jinja's sandbox, which keeps a template from files and Python, not from running for ever. Here
-that sandbox gets limits: each turn of a loop and each call of a macro looks at the clock, and what multiplies, joins
-or pads text is measured before it is made. The address space of the process is bounded beside, for what no measure
-foresees. A rendering that any of these stops raises `TemplateLimitError`.
+transformers renders in Jinja's sandbox, which keeps a template from files and Python, but not from running forever.
+This module adds limits to that sandbox: each iteration of a loop and each call of a macro checks the clock, and the
+size of a value is computed before text is multiplied, joined or padded. The address space of the process is limited
+too, for cases that these checks miss. A rendering that exceeds a limit raises `TemplateLimitError`.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 5.0  # of processor time, for one rendering; real templates take milliseconds
+SECONDS = 5.0  # processor time of one rendering; real templates take milliseconds
 LARGEST = 1 << 26  # characters or elements of one value; a row of a data file has at most a quarter of that
 LONGEST_TEMPLATE = 1 << 20  # characters; the longest of a published model has some 30,000
 _HEAVIEST = 1 << 20  # containers and their elements, each as often as it is reached
@@ -32,11 +32,11 @@ _OPERATORS = ("*", "**", "+", "%", "//", "-")
 
 
 class TemplateLimitError(Exception):
-    """A template ran longer, or made more, than any that renders conversations would."""
+    """A template took more time or memory than a template that renders conversations needs."""
 
 
 def bound_templates() -> None:
-    """Let every template that transformers compiles in this process have the limits."""
+    """Apply the limits to every template that transformers compiles in this process."""
     from transformers.utils import chat_template_utils
 
     utils: Any = chat_template_utils
@@ -44,7 +44,7 @@ def bound_templates() -> None:
 
 
 class _Template(jinja2.Template):
-    """A template whose renderings begin with a new clock."""
+    """A template that starts the clock at each rendering."""
 
     def render(self, *args: Any, **kwargs: Any) -> str:
         with _bounded_memory(), _limits_named():
@@ -67,10 +67,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(*args, **kwargs)
         self._end = float("inf")
         self.filters = _Filters(self.tick, self.filters | {"sum": _sum})
-        self.globals["lipsum"] = _none  # no conversation needs it, and it makes text by the million
+        self.globals["lipsum"] = _none  # no conversation needs it, and it writes unlimited text
 
     def from_string(self, *args: Any, **kwargs: Any) -> jinja2.Template:
-        """Compile a template, which computes its constants already."""
+        """Compile a template; compilation computes constants, so it is limited too."""
         with _bounded_memory(), _limits_named():
             self.begin()
             return super().from_string(*args, **kwargs)
@@ -79,17 +79,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._end = time.thread_time() + SECONDS
 
     def tick(self) -> str:
-        """Look at the clock, that of this thread's own work, which a busy or stopped machine does not move."""
+        """Check the clock of this thread's processor time, which a busy or suspended machine does not advance."""
         if time.thread_time() > self._end:
             raise TemplateLimitError(f"it takes more than {SECONDS:.0f} s")
         return ""
 
     def tilde(self, *parts: Any) -> str:
-        """Join what `~` stands between."""
+        """Join the operands of `~`."""
         return self.concat([str(part) for part in parts])
 
     def made(self, value: Any) -> Any:
-        """Weigh a list, a tuple or a dict that the template writes."""
+        """Check the size of a list, a tuple or a dict that the template writes."""
         _weigh(value)
         return value
 
@@ -99,7 +99,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         if len(source) > LONGEST_TEMPLATE:
-            raise TemplateLimitError(f"it has {len(source):,} characters, and may have {LONGEST_TEMPLATE:,}")
+            raise TemplateLimitError(f"it has {len(source):,} characters, more than {LONGEST_TEMPLATE:,}")
         tree: Any = super()._parse(source, name, filename)
         for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
             node.body.insert(0, nodes.ExprStmt(_call("tick", node), lineno=node.lineno))
@@ -114,14 +114,21 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as the sandbox has it)
         __self.tick()
-        of = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps `format`
-        if isinstance(of, str):
-            _check_text_method(of, getattr(__obj, "__name__", ""), args)
+        text = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps `format`
+        if isinstance(text, str):
+            name = getattr(__obj, "__name__", "")
+            _check_numbers(args, name)
+            if name in ("wrapper", "format", "format_map"):
+                _check_format(text)
+            elif name == "replace" and len(args) > 1:
+                _check_replace(text, args[0], args[1])
+            elif name == "join" and args and isinstance(args[0], (list, tuple)):
+                _check_join(args[0], text)
         return __self.made(super().call(__context, __obj, *args, **kwargs))
 
 
 class _Filters(dict[str, Callable[..., Any]]):
-    """Filters by name, each of which measures what it is given and what it makes."""
+    """Filters by name; each checks the size of its arguments and of its result."""
 
     def __init__(self, tick: Callable[[], object], filters: dict[str, Callable[..., Any]]) -> None:
         super().__init__()
@@ -133,7 +140,15 @@ class _Filters(dict[str, Callable[..., Any]]):
         @wraps(made)  # what Jinja notes on a filter (`pass_context`) stays
         def checked(*args: Any, **options: Any) -> Any:
             self._tick()
-            _check_filter(name, args, options)
+            _check_numbers((*args[1:], *options.values()), f"the filter {name}")
+            texts = [value for value in args if isinstance(value, str)]
+            if name == "format" and texts:
+                _check_format(texts[0])
+            elif name == "replace" and len(texts) > 2:
+                _check_replace(*texts[-3:])
+            elif name == "join":
+                parts = next((value for value in args if isinstance(value, (list, tuple))), ())
+                _check_join(parts, options.get("d", texts[-1] if texts else ""))
             result = made(*args, **options)
             _weigh(result)
             return result
@@ -147,10 +162,10 @@ def _call(name: str, at: nodes.Node, parts: list[nodes.Expr] | None = None) -> n
 
 
 def _wrap_values(node: nodes.Node) -> None:
-    """Let `a ~ b`, lists, tuples and dicts pass through the environment, since the sandbox intercepts none of them."""
+    """Pass `a ~ b`, lists, tuples and dicts through the environment, since the sandbox does not intercept them."""
     for field, value in list(node.iter_fields()):
         if isinstance(value, list):
-            value[:] = [_wrapped(one) for one in value]
+            value[:] = [_wrapped(item) for item in value]
         else:
             setattr(node, field, _wrapped(value))
 
@@ -166,23 +181,23 @@ def _wrapped(value: Any) -> Any:
     return value
 
 
-# --- what is measured -------------------------------------------------------------------------------------
+# --- sizes of values ---------------------------------------------------------------------------------------
 
 
 def _refuse_size(size: float) -> None:
     if size > LARGEST:
-        raise TemplateLimitError(f"it makes a value of {size:,.0f} characters or elements, and {LARGEST:,} may be")
+        raise TemplateLimitError(f"it makes a value of {size:,.0f} characters or elements, more than {LARGEST:,}")
 
 
 def _weigh(value: Any) -> None:
-    """Refuse a value whose containers share so much that writing or comparing it would take for ever."""
+    """Refuse a value whose containers share so many parts that writing or comparing it would take forever."""
     if not isinstance(value, (list, tuple, dict)):
         return
     weight, size, waiting = 0, 0, [value]
     while waiting:
-        one = waiting.pop()
-        weight += len(one)
-        inside = list(one) + list(one.values()) if isinstance(one, dict) else one
+        container = waiting.pop()
+        weight += len(container)
+        inside = list(container) + list(container.values()) if isinstance(container, dict) else container
         for part in inside if weight <= _HEAVIEST else ():
             if isinstance(part, str):
                 size += len(part)
@@ -208,27 +223,14 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
         if bits > _MOST_DIGITS:
             raise TemplateLimitError("it computes with numbers of thousands of digits")
     elif operator == "*":
-        _refuse_size(_length(left) * (right if isinstance(right, int) else _length(right) * _whole(left)))
+        times = right if isinstance(right, int) else _length(right) * (left if isinstance(left, int) else 1)
+        _refuse_size(_length(left) * times)
     elif operator == "+":
         _refuse_size(_length(left) + _length(right))
 
 
 def _length(value: Any) -> int:
     return len(value) if isinstance(value, (str, list, tuple)) else 0 if isinstance(value, (int, float)) else 1
-
-
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) else 1
-
-
-def _check_text_method(text: str, name: str, args: tuple[Any, ...]) -> None:
-    _check_numbers(args, name)
-    if name in ("wrapper", "format", "format_map"):
-        _check_format(text)
-    elif name == "replace" and len(args) > 1:
-        _check_replace(text, args[0], args[1])
-    elif name == "join" and args and isinstance(args[0], (list, tuple)):
-        _check_join(args[0], text)
 
 
 def _check_replace(text: str, old: Any, new: Any) -> None:
@@ -245,31 +247,19 @@ def _check_format(text: str) -> None:
         raise TemplateLimitError("it pads a value to a width of a million and more, or to one that it computes")
 
 
-def _check_numbers(values: Iterable[Any], problem: str) -> None:
+def _check_numbers(values: Iterable[Any], called: str) -> None:
     for value in values:
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise TemplateLimitError(f"it asks {problem} for {value:,}")
-
-
-def _check_filter(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    _check_numbers((*args[1:], *options.values()), f"the filter {name}")
-    texts = [value for value in args if isinstance(value, str)]
-    if name == "format" and texts:
-        _check_format(texts[0])
-    elif name == "replace" and len(texts) > 2:
-        _check_replace(*texts[-3:])
-    elif name == "join":
-        parts = next((value for value in args if isinstance(value, (list, tuple))), ())
-        _check_join(parts, options.get("d", texts[-1] if texts else ""))
+            raise TemplateLimitError(f"it passes {value:,} to {called}")
 
 
 def _sum(iterable: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
-    """Jinja's filter, but for lists and texts, which take the square of their number."""
+    """Sum numbers as Jinja's filter does. Lists and texts are refused: their sum takes quadratic time."""
     total = start
     for value in iterable:
         value = value[attribute] if attribute is not None else value
         if not isinstance(value, (int, float)):
-            raise TemplateLimitError("it sums something else than numbers")
+            raise TemplateLimitError("it sums values that are not numbers")
         _check_operands("+", total, value)
         total += value
     return total
@@ -284,7 +274,7 @@ def _none(*args: Any, **kwargs: Any) -> str:
 
 @contextlib.contextmanager
 def _limits_named() -> Iterator[None]:
-    """Turn what Python and Jinja say where something is too large into this module's error."""
+    """Replace the errors of Python and Jinja about values that are too large by this module's error."""
     try:
         yield
     except (MemoryError, OverflowError, RecursionError) as error:
@@ -293,7 +283,7 @@ def _limits_named() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bounded_memory() -> Iterator[None]:
-    """Bound what the process may add to its address space; elsewhere than on Linux, this does nothing."""
+    """Limit what the process may add to its address space; on other systems than Linux, this does nothing."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,4 +1,4 @@
-"""Which template is in use with a tokenizer, and what becomes of its markers there."""
+"""Find the template that a recipe names, and adapt it to a tokenizer, which may lack some of its markers."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResolvedTemplate:
-    """A template as it stands on one tokenizer.
+    """A template adapted to one tokenizer.
 
     Args:
-        name: the template's; for `mistral` the form that was chosen.
-        chat_template: the Jinja text to save with the model.
-        renderer: conversations to runs.
-        stop_token_ids: the terminators; the first is the main one.
-        markers: the tokens that the template writes, as control tokens.
-        plain_markers: what it writes as text, since the tokenizer has no such token.
-        answer_context: how an answer's text stands after its prompt.
-        joint: whether the tokenizer itself would encode a prompt and its answer in one piece.
+        name: Name of the template; for `mistral` the form that was chosen.
+        chat_template: The Jinja text to save with the model.
+        renderer: Conversations to segments.
+        stop_token_ids: The terminators; the first is the main one.
+        markers: Names of the control tokens that the template writes.
+        plain_markers: Markers that the template writes as text, since the tokenizer has no such token.
+        answer_context: The context of an answer's text, such as CONTINUE.
+        joint: Whether the tokenizer itself would encode a prompt and its answer jointly.
     """
 
     name: str
@@ -51,11 +51,11 @@ class ResolvedTemplate:
 
 
 class TemplateResolver:
-    """Finds the template that a recipe names, and fits it to a tokenizer.
+    """Find the template that a recipe names, and adapt it to a tokenizer.
 
     Args:
-        tokenizer: a fast tokenizer.
-        probe: its texts' encoding, to see where it puts spaces.
+        tokenizer: A fast tokenizer.
+        probe: An encoder of this tokenizer, which shows where the tokenizer puts spaces.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", probe: SegmentEncoder) -> None:
@@ -64,8 +64,20 @@ class TemplateResolver:
         self._added = {token.content: (id, token) for id, token in tokenizer.added_tokens_decoder.items()}
 
     def resolve(self, template: str) -> ResolvedTemplate:
+        """Return the template that `data.template` names: "auto", a native name, a Jinja text, or a file's path.
+
+        Raises:
+            UserError: There is no such template, or the tokenizer lacks what the template needs.
+        """
         if template == "auto":
-            return self._resolve_own()
+            own = own_template(self.tokenizer)
+            if not own:
+                raise UserError(
+                    "data.template",
+                    "the model's tokenizer has no chat template of its own",
+                    f"name one in the recipe, data.template: {' or '.join(NATIVE_TEMPLATES)}, or a .jinja file",
+                )
+            return self._jinja_or_native(own, "auto")
         if template in NATIVE_TEMPLATES:
             return self._native(template)
         if _is_jinja(template):
@@ -76,28 +88,34 @@ class TemplateResolver:
             raise UserError(
                 "data.template", f"there is no template {template!r}", f"use one of {known} or a .jinja file's path"
             )
-        return self._jinja_or_native(_read_template(path), path.name)
-
-    def _resolve_own(self) -> ResolvedTemplate:
-        own = own_template(self.tokenizer)
-        if not own:
-            raise UserError(
-                "data.template",
-                "the model's tokenizer has no chat template of its own",
-                f"name one in the recipe, data.template: {' or '.join(NATIVE_TEMPLATES)}, or a .jinja file",
-            )
-        return self._jinja_or_native(own, "auto")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(path, f"the template cannot be read ({error})", "give a readable UTF-8 file") from None
+        return self._jinja_or_native(text, path.name)
 
     def _jinja_or_native(self, text: str, name: str) -> ResolvedTemplate:
-        """Our own renderer where the text is the twin of one of ours, so that it goes on as it was trained."""
+        """Return our own renderer where the text is the Jinja twin of a native template, else the Jinja renderer.
+
+        A model that was trained with a native template carries its twin, and continues with the same renderer.
+        """
+        # 1. The twin of a native template names it in its first line.
         match = re.match(r"\{# minisft: ([\w-]+) #\}", text)
         if match:
-            named = {"mistral-text": "mistral"}.get(match[1], match[1])
-            if named in NATIVE_TEMPLATES:
-                resolved = self._native(named)
+            native = {"mistral-text": "mistral"}.get(match[1], match[1])
+            if native in NATIVE_TEMPLATES:
+                resolved = self._native(native)
                 if resolved.chat_template == text:
                     return resolved
-        return self._jinja(text, name)
+        # 2. Any other text is split at the tokens that it spells.
+        from minisft.data.renderers.jinja import JinjaRenderer
+
+        spelled = [token for token in self._added if token.strip() and (self._is_special(token) or token in text)]
+        splitter = MarkerSplitter({token: self._control(token) for token in spelled})
+        renderer = JinjaRenderer(self.tokenizer, text, splitter, frozenset(filter(self._is_special, spelled)))
+        return ResolvedTemplate(
+            name, text, renderer, (renderer.stop,), markers=spelled, answer_context=CONTINUE, joint=True
+        )
 
     def _native(self, name: str) -> ResolvedTemplate:
         if name in TURN_TEMPLATES:
@@ -105,6 +123,7 @@ class TemplateResolver:
         return self._mistral(name)
 
     def _turns(self, template: TurnTemplate) -> ResolvedTemplate:
+        """Adapt a turn template: markers that the tokenizer lacks are text, and EOS ends an answer instead."""
         if template.end == EOS:
             self._require_eos(template.name)
             template = replace(template, end=str(self.tokenizer.eos_token))
@@ -128,6 +147,8 @@ class TemplateResolver:
         )
 
     def _mistral(self, name: str) -> ResolvedTemplate:
+        """Choose the Mistral form by the control tokens of the tokenizer."""
+        # 1. The form.
         has_controls = all(map(self._is_special, INSTRUCTION))
         if name == "mistral-v3" and not has_controls:
             raise UserError(
@@ -142,8 +163,13 @@ class TemplateResolver:
                 "use data.template: mistral, which is mistral-v3 here",
             )
         eos = self._require_eos(name)
-        bos = self.tokenizer.bos_token if has_controls or self._adds_bos() else None
-        gap, gap_after_control = self._gaps()
+        # 2. The BOS token: v1 has one where the tokenizer itself puts it before a text.
+        bos_id = self.tokenizer.bos_token_id
+        adds_bos = bos_id is not None and self.tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos_id]
+        bos = self.tokenizer.bos_token if has_controls or adds_bos else None
+        # 3. The spaces that make a joint encoding equal to a separate one: in a text, and after a control token.
+        gap = " " if self._probe.adds_space() else ""
+        gap_after_control = gap if self._probe.guards[AFTER_CONTROL] else ""
         form = "mistral-v3" if has_controls else ("mistral-v1" if name == "mistral-v1" or bos else "mistral-text")
         has_tools = has_controls and all(map(self._is_special, TOOLS))
         written = MistralTemplate(
@@ -161,21 +187,7 @@ class TemplateResolver:
             answer_context=START,
         )
 
-    def _jinja(self, text: str, name: str) -> ResolvedTemplate:
-        from minisft.data.renderers.jinja import JinjaRenderer
-
-        spelled = [name for name in self._added if name.strip() and (self._is_special(name) or name in text)]
-        renderer = JinjaRenderer(
-            self.tokenizer,
-            text,
-            MarkerSplitter({name: self._control(name) for name in spelled}),
-            frozenset(filter(self._is_special, spelled)),
-        )
-        return ResolvedTemplate(
-            name, text, renderer, (renderer.stop,), markers=spelled, answer_context=CONTINUE, joint=True
-        )
-
-    # --- what the tokenizer has ---------------------------------------------------------------------------
+    # --- tokens of the tokenizer ---------------------------------------------------------------------------
 
     def _is_special(self, name: str) -> bool:
         return name in self._added and self._added[name][1].special
@@ -198,27 +210,15 @@ class TemplateResolver:
             )
         return int(self.tokenizer.eos_token_id)
 
-    def _adds_bos(self) -> bool:
-        """Whether the tokenizer itself puts a BOS before a text: its post-processor says so."""
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
-
-    def _gaps(self) -> tuple[str, str]:
-        """The spaces a joint encoding needs to come out as encoding apart: in a text, and after a control token."""
-        if not self._probe.adds_space():
-            return "", ""
-        after = " " if self._probe.guards[AFTER_CONTROL] else ""
-        return " ", after
-
 
 def own_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
-    """The tokenizer's own chat template, of several the default one."""
+    """Return the tokenizer's own chat template; the default one where it has several."""
     own: Any = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
 
 
 def template_file(template: str) -> Path | None:
-    """The file that `data.template` names; None where it is a template's name or a Jinja text, or there is no file."""
+    """Return the file that `data.template` names; None for a template's name, a Jinja text, or a missing file."""
     if template in ("auto", *NATIVE_TEMPLATES) or _is_jinja(template):
         return None
     try:
@@ -230,10 +230,3 @@ def template_file(template: str) -> Path | None:
 
 def _is_jinja(template: str) -> bool:
     return "{{" in template or "{%" in template
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(path, f"the template cannot be read ({error})", "give a readable UTF-8 file") from None

@@ -1,8 +1,9 @@
 """Chat templates by name, and their stop tokens.
 
-Three kinds: turn templates (a header, the text and an end for every turn), the Mistral forms (every message encoded
-on its own, after mistral-common's `tokens/tokenizers/instruct.py`), and Jinja text, a file's or the tokenizer's own.
-Each native template also has a Jinja twin, which is saved with the model so that other tools render the same.
+There are three kinds: turn templates (a header, the text and an end for every turn), the Mistral forms (every message
+is encoded separately, after mistral-common's `tokens/tokenizers/instruct.py`), and Jinja text, from a file or from the
+tokenizer. Each native template also has a Jinja twin, which is saved with the model so that other tools render the
+same text.
 """
 
 import re
@@ -13,7 +14,7 @@ from minisft.data.conversation import JOIN
 
 NATIVE_TEMPLATES = ("mistral", "mistral-v1", "mistral-v3", "chatml", "llama3", "zephyr")
 TOOLS_INTRODUCTION = "You can call these functions:"
-EOS = "{eos}"  # a turn's end that is whatever EOS the tokenizer has
+EOS = "{eos}"  # as the end of a turn: the tokenizer's EOS token
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class TurnTemplate:
     """A template that writes every turn as header, text, end.
 
     Args:
-        name: the recipe's name for it.
-        header: what opens a turn, with `{role}` in place of the role's name.
-        end: what ends every turn; where it is no token of the tokenizer, an answer ends with EOS instead.
-        after: what stands between two turns.
-        begin: what opens the conversation, "" or the BOS token.
-        role_names: roles that are written under another name.
-        trim: whether texts lose their surrounding white space.
+        name: Name of the template in the recipe.
+        header: Text that opens a turn, with `{role}` in place of the role's name.
+        end: Text that ends every turn; where it is not a token of the tokenizer, an answer ends with EOS instead.
+        after: Text between two turns.
+        begin: Text that opens the conversation, "" or the BOS token.
+        role_names: Roles that are written under another name.
+        trim: Whether texts lose their surrounding white space.
     """
 
     name: str
@@ -62,12 +63,12 @@ class MistralTemplate:
 
     Args:
         name: mistral-v1, mistral-v3 or mistral-text (v1's rule on a tokenizer of another family).
-        controls: whether [INST] and [/INST] are control tokens (v3) or text (v1).
-        tools: whether tools, calls and results have control tokens too.
-        bos: the BOS token that the template writes, or "".
-        eos: the token that ends every answer.
-        gap: the space that a joint encoding needs where mistral-common encodes apart, "" or " ".
-        gap_after_control: the same where a control token stands before.
+        controls: Whether [INST] and [/INST] are control tokens (v3) or text (v1).
+        tools: Whether tools, calls and results have control tokens too.
+        bos: The BOS token that the template writes, or "".
+        eos: The token that ends every answer.
+        gap: The space that a joint encoding needs where mistral-common encodes separately, "" or " ".
+        gap_after_control: The same after a control token.
     """
 
     name: str
@@ -80,7 +81,7 @@ class MistralTemplate:
 
 
 def with_tools(system: str, tools: Sequence[str]) -> str:
-    """A system prompt followed by the functions on offer, one JSON object a line."""
+    """Return a system prompt followed by the functions on offer, one JSON object per line."""
     if not tools:
         return system
     section = "\n".join([TOOLS_INTRODUCTION, *tools])
@@ -180,7 +181,7 @@ _MISTRAL = """{# minisft: @NAME #}
 
 
 def turn_jinja(template: TurnTemplate, answer_end: str) -> str:
-    """The Jinja twin of a turn template; `answer_end` is the token that ends an answer."""
+    """Return the Jinja twin of a turn template; `answer_end` is the token that ends an answer."""
     header, closer = template.open_turn("@").split("@")
     names = "".join(f" if role != {_quote(role)} else {_quote(name)}" for role, name in template.role_names.items())
     trim = " | trim" if template.trim else ""
@@ -204,7 +205,7 @@ def turn_jinja(template: TurnTemplate, answer_end: str) -> str:
 
 
 def mistral_jinja(template: MistralTemplate) -> str:
-    """The Jinja twin of a Mistral form: the same ids for texts that encode alike apart and in one piece."""
+    """Return the Jinja twin of a Mistral form: the same ids for texts whose joint and separate encodings are equal."""
     if template.controls:
         opener, closer = "[INST]" + template.gap_after_control, "[/INST]"
         answer_gap, place, strip = template.gap_after_control, "ns.users", ".rstrip(' ')"
@@ -241,6 +242,6 @@ def _fill(text: str, values: Mapping[str, str]) -> str:
 
 
 def _quote(text: str) -> str:
-    """A text as a Jinja string literal."""
+    """Return a text as a Jinja string literal."""
     escaped = re.sub(r"[\\']", lambda match: "\\" + match.group(), text)
     return "'" + escaped.replace("\n", "\\n") + "'"
