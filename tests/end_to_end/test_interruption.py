@@ -40,7 +40,7 @@ def test_a_stopped_run_is_saved_and_resumes_to_the_same_bits(recipe, tmp_path, s
     assert "Traceback" not in said
     [checkpoint] = run.list_checkpoints()
     assert f"{signal.Signals(number).name}: stopping after this step" in said
-    assert f"minisft: stopped as asked; {checkpoint} holds all of it, and --resume goes on" in said
+    assert f"minisft: stopped as asked; {checkpoint} holds the complete state, and --resume continues" in said
     assert not run.is_trained()
     done = minisft("train", recipe, f"output={run.root}", *how, "--resume")
     assert done.returncode == 0, done.stderr

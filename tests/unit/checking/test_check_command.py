@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import threading
-import time
 
 import pytest
 
@@ -90,22 +88,20 @@ def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_check_that_is_stopped_leaves_no_files(recipe_file, capsys, number):
-    run = recipe_file.parent / "run"
-    begun = run / ".check" / "source.arrow"
+def test_checks_that_a_signal_stops_leave_no_scratch_folder(recipe_file, number):
+    seen = []
 
-    def stop():
-        while not begun.exists():
-            time.sleep(0.001)
+    def receive_signal(context):
+        (context.scratch / "left").touch()
+        seen.append(context.scratch)
         os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=stop, daemon=True)
-    thread.start()
-    assert main(["check", str(recipe_file), "--quick"]) == 1
-    thread.join()
-    assert not (run / ".check").exists()
-    assert not (run / "check.json").exists()
-    assert "stopped" in capsys.readouterr().err
+    recipe = load_recipe(recipe_file)
+    with open_run(recipe, prepares_only=True) as run, pytest.raises(KeyboardInterrupt):
+        run_checks.run_checks(
+            CheckContext(recipe, run), quick=True, on_result=print, checks=(Check("a.stopped", "", receive_signal),)
+        )
+    assert not seen[0].exists()
 
 
 def test_a_check_whose_processes_are_stopped_leaves_nothing(recipe_file):
