@@ -247,5 +247,5 @@ def require_same_base_model(run: RunFolder, origin: str, fingerprint: str) -> No
         raise UserError(
             "model",
             f"this run began with {before['origin']}, and the name now leads to {origin}, which is not the same",
-            "give the model's folder as `model`, or pass --force to train anew",
+            "give the model's folder as `model`, or pass --force to train again",
         )

@@ -335,10 +335,10 @@ def _refuse_other_run(run: RunFolder, recipe: Recipe, *, resume: bool, prepares_
         raise UserError(
             run.root,
             "this run is trained already",
-            "evaluate or chat with it, or pass --force to train it anew",
+            "evaluate or chat with it, or pass --force to train it again",
         )
     if not (resume or prepares_only):
-        raise UserError(run.root, "holds an unfinished run", "pass --resume to resume it, or --force to begin anew")
+        raise UserError(run.root, "holds an unfinished run", "pass --resume to resume it, or --force to start over")
     return False
 
 
@@ -367,17 +367,17 @@ def _require_extendable(training: TrainingRecipe) -> None:
     """
     if training.early_stopping is not None:
         problem = "early stopping decides where this run ends, and has already used the loss at its end"
-        raise UserError("training.early_stopping", problem, "train anew with --force, or into another `output`")
+        raise UserError("training.early_stopping", problem, "train again with --force, or into another `output`")
     if training.scheduler not in (*_FREE_OF_LENGTH, *_FREE_AFTER_WARM_UP):
         raise UserError(
             "training.scheduler",
             f"the learning rate of {training.scheduler} depends on the number of steps, so a longer run would have "
             "differed from its first step; --resume makes a run longer only where the rate is constant",
-            "train anew with --force and the larger number, or begin another run with this one's model/ as its `model`",
+            "train again with --force and the larger number, or begin another run with this model/ as its `model`",
         )
     if training.scheduler in _FREE_AFTER_WARM_UP and training.warmup_ratio > 0:
         raise UserError(
             "training.warmup_ratio",
             f"the warm-up is a fraction of all steps, {training.warmup_ratio}, so a longer run has a longer warm-up",
-            "train anew with --force and the larger number; with warmup_ratio 0 a run can be made longer later",
+            "train again with --force and the larger number; with warmup_ratio 0 a run can be made longer later",
         )

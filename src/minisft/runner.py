@@ -214,7 +214,7 @@ def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> P
     checkpoint = latest_resumable(run.checkpoints)
     if checkpoint is None and run.is_trained():
         problem = "this run has ended, and no checkpoint is left with the optimizer state that going on needs"
-        raise UserError(run.checkpoints, problem, "train anew with --force, or into another `output`")
+        raise UserError(run.checkpoints, problem, "train again with --force, or into another `output`")
     if checkpoint is None:
         say("no checkpoint to resume from: from the beginning")
         return None

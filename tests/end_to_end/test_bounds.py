@@ -45,14 +45,14 @@ def test_a_template_that_would_run_for_ever_is_stopped(capsys, quick, recipe_fil
     assert time.monotonic() - begun < 20
 
 
-def test_a_template_that_waits_for_its_row_is_stopped_too(capsys, quick, recipe_file, tmp_path):
+def test_a_template_that_loops_only_on_long_rows_is_stopped(capsys, quick, recipe_file, tmp_path):
     """What a template is probed with when it is loaded is short: the limits hold for each rendering."""
     template = tmp_path / "late.jinja"
     template.write_text(ANSWERS + "{% if messages | length > 4 %}" + BOMBS["loops"] + "{% endif %}")
     assert "was stopped" in refused(capsys, "prepare", recipe_file, f"data.template={template}")
 
 
-def test_a_model_with_such_a_template_cannot_be_talked_to(capsys, quick, tiny_model, tmp_path):
+def test_chat_refuses_a_model_whose_template_does_not_end(capsys, quick, tiny_model, tmp_path):
     import shutil
 
     folder = tmp_path / "model"

@@ -21,7 +21,7 @@ from tests.tiny import heed_ctrl_c, minisft
         pytest.param(["training.processes=2", "training.packing=true"], id="vanilla-packed"),
     ],
 )
-def test_a_sound_recipe_is_ok_under_every_strategy(recipe_file, overrides):
+def test_every_check_passes_under_every_strategy(recipe_file, overrides):
     done = minisft("check", recipe_file, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED " not in done.stdout

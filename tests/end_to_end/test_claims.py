@@ -103,7 +103,7 @@ def all_knowing_base(monkeypatch):
     monkeypatch.setattr(Evaluator, "evaluate_model", knows)
 
 
-def test_a_best_checkpoint_below_the_base_says_so_wherever_it_stands(run_folder, all_knowing_base, capsys):
+def test_a_best_checkpoint_below_the_base_is_marked_in_table_and_report(run_folder, all_knowing_base, capsys):
     status, printed, _ = run(capsys, "evaluate", run_folder)
     assert status == 0
     assert "checkpoint-2 (best, but below base)" in " ".join(printed.split())
@@ -114,7 +114,7 @@ def test_a_best_checkpoint_below_the_base_says_so_wherever_it_stands(run_folder,
     assert page_data(run_folder)["bestLabel"] == "best, but below base"
 
 
-def test_the_demo_says_so_too(run_folder, all_knowing_base, capsys):
+def test_the_demo_marks_a_best_checkpoint_below_the_base(run_folder, all_knowing_base, capsys):
     from minisft.demo import show_demo
 
     assert run(capsys, "evaluate", run_folder)[0] == 0
@@ -122,7 +122,7 @@ def test_the_demo_says_so_too(run_folder, all_knowing_base, capsys):
     assert "base 100.0, tuned (checkpoint-2, below base) 0.0" in capsys.readouterr().out
 
 
-def test_a_comparison_says_so_too_and_claims_no_interval(run_folder, all_knowing_base, capsys):
+def test_a_comparison_of_few_conversations_is_marked_and_has_no_interval(run_folder, all_knowing_base, capsys):
     from minisft.report.comparison import Entry, write_comparison
 
     assert run(capsys, "evaluate", run_folder)[0] == 0

@@ -82,7 +82,7 @@ def test_a_damaged_file_is_named_with_what_to_do(run_folder, capsys, name, verb,
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in READ}))
-def test_a_truncated_file_is_borne_too(run_folder, capsys, name):
+def test_a_truncated_file_is_refused_or_read_without_a_traceback(run_folder, capsys, name):
     path = run_folder / name
     path.write_bytes(DAMAGES["truncated"](path.read_bytes()))
     for verb in sorted({verb for read, verb, _ in READ if read == name}):
@@ -100,7 +100,7 @@ def test_every_file_every_damage_every_verb(scored_run, tmp_path, capsys, verb, 
         shutil.rmtree(run)
 
 
-def test_data_that_are_damaged_are_prepared_again_as_the_message_says(run_folder, capsys):
+def test_damaged_data_are_prepared_again_with_the_command_of_the_message(run_folder, capsys):
     path = run_folder / "dataset/test/data-00000-of-00001.arrow"
     path.write_bytes(DAMAGES["truncated"](path.read_bytes()))
     status, said = holds(capsys, run_folder, "evaluate")

@@ -40,7 +40,7 @@ def talks(count, **extra):
 
 @pytest.mark.parametrize("template", ["mistral", "chatml", "llama3", "zephyr"])
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_that_the_template_does_not_write_is_said(capsys, recipe_file, tmp_path, template, key):
+def test_reasoning_that_the_template_drops_is_reported(capsys, recipe_file, tmp_path, template, key):
     rows = talks(12)
     for row in rows[:5]:
         row["messages"][1][key] = "Let me think."
@@ -229,7 +229,7 @@ def test_patterns_of_files(capsys, recipe_file, folder, pattern, rows):
     assert f"{rows} read" in prepared(capsys, recipe_file, f"data.source={pattern}")[0]
 
 
-def test_a_pattern_is_looked_up_beside_the_recipe_too(capsys, recipe_file, folder, monkeypatch):
+def test_a_pattern_is_resolved_beside_the_recipe(capsys, recipe_file, folder, monkeypatch):
     odd = recipe_file.parent / "odd [folder]"
     odd.mkdir()
     moved = odd / "recipe.yaml"
@@ -316,7 +316,7 @@ def test_train_rows_in_another_test_file_are_a_warning(capsys, recipe_file, two,
         (200, 0.1, ""),
     ],
 )
-def test_a_small_test_side_is_said_at_once(capsys, recipe_file, tmp_path, rows, fraction, words):
+def test_training_warns_of_a_small_test_split(capsys, recipe_file, tmp_path, rows, fraction, words):
     source = write(tmp_path / "a.jsonl", talks(rows))
     out, _, ledger = prepared(capsys, recipe_file, f"data.source={source}", f"data.test_fraction={fraction}")
     assert ledger["rows"]["test"] == round(rows * fraction)

@@ -111,7 +111,7 @@ def test_what_was_computed_is_what_is_written(recipe, tiny_model, tmp_path, stra
     assert abs(bytes_of(run.model) - size.model) < 20_000
 
 
-def test_preparing_says_so_too(recipe, tmp_path):
+def test_preparing_warns_of_a_small_test_split(recipe, tmp_path):
     refused = with_small_files("prepare", recipe, f"output={tmp_path / 'run'}")
     check_refused(refused)
     done = minisft("prepare", recipe, f"output={tmp_path / 'run'}")
@@ -119,7 +119,7 @@ def test_preparing_says_so_too(recipe, tmp_path):
 
 
 @pytest.mark.long
-def test_evaluating_says_so_too(recipe, tmp_path):
+def test_evaluating_warns_of_a_small_test_split(recipe, tmp_path):
     run = RunFolder(tmp_path / "run")
     done = minisft("train", recipe, f"output={run.root}", "training.max_steps=2", "training.save_every=1")
     assert done.returncode == 0, done.stderr

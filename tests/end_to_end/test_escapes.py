@@ -94,7 +94,7 @@ def test_errors_that_quote_data_or_words_are_harmless(capsys, recipe_file, tmp_p
         harmless(capsys.readouterr().err)
 
 
-def test_what_a_library_says_is_harmless(tmp_path):
+def test_output_of_a_library_has_no_control_characters(tmp_path):
     """transformers logs names that it reads in a model's files."""
     code = (
         "import logging, sys, warnings; from minisft.cli import main; main(['--version'])\n"

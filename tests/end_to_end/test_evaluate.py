@@ -89,7 +89,7 @@ def test_scores_and_intervals_are_sacrebleus_for_every_checkpoint(vanilla):
     ],
     ids=["zero3", "lora"],
 )
-def test_scores_are_sacrebleus_under_zero3_and_lora_too(tmp_path, tiny_model, conversations, overrides):
+def test_scores_are_those_of_sacrebleu_under_zero3_and_with_lora(tmp_path, tiny_model, conversations, overrides):
     check_against_sacrebleu(train(tmp_path, tiny_model, conversations, *overrides))
 
 
@@ -111,7 +111,7 @@ def without_times(results):
 
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_in_the_middle_it_goes_on_and_nothing_is_generated_twice(vanilla, undisturbed, tmp_path, processes):
+def test_a_killed_evaluation_resumes_and_generates_nothing_twice(vanilla, undisturbed, tmp_path, processes):
     run = RunFolder(tmp_path / "run")
     shutil.copytree(vanilla.root, run.root, ignore=shutil.ignore_patterns("evaluation"))
     words = [*SLOW, f"evaluation.processes={processes}"]

@@ -40,7 +40,7 @@ def test_a_damaged_checkpoint_ends_with_2_and_all_else_is_scored(run_folder, cap
     assert run(capsys, "evaluate", run_folder)[0] == 0
 
 
-def test_several_damaged_checkpoints_are_all_named_and_their_deletion_mends_it(run_folder, capsys):
+def test_several_damaged_checkpoints_are_all_named_and_deleting_them_fixes_it(run_folder, capsys):
     shutil.rmtree(run_folder / "evaluation")
     for step in (2, 4):
         damage(run_folder, step)
@@ -90,7 +90,7 @@ def run_without_held_out_rows(tmp_path, tiny_model, conversations, capsys):
     return tmp_path / "run"
 
 
-def test_prompts_of_ones_own_need_no_test_set(run_without_held_out_rows, tmp_path, capsys):
+def test_custom_prompts_need_no_test_set(run_without_held_out_rows, tmp_path, capsys):
     prompts = "evaluation.prompts=[One tea please, Two cups]"
     status, printed, said = run(capsys, "evaluate", run_without_held_out_rows, prompts)
     assert status == 0, said

@@ -71,7 +71,7 @@ def test_force_keeps_the_run_where_the_new_one_cannot_start(capsys, recipe, tmp_
     assert not list(tmp_path.glob("run.*"))
 
 
-def test_force_says_what_it_replaces_and_keeps_what_others_wrote(capsys, recipe, tmp_path):
+def test_force_names_what_it_replaces_and_keeps_files_of_others(capsys, recipe, tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     (tmp_path / "run" / "model" / "card.md").write_text("mine too")
     status, out, err = run(capsys, "train", recipe, "--force", "training.max_steps=1")
@@ -85,7 +85,7 @@ def test_force_says_what_it_replaces_and_keeps_what_others_wrote(capsys, recipe,
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-1").is_dir()
 
 
-def test_the_old_run_comes_back_where_training_fails_before_its_first_step(capsys, recipe, tmp_path, tiny_model):
+def test_the_old_run_is_restored_if_training_fails_before_its_first_step(capsys, recipe, tmp_path, tiny_model):
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny_model, damaged)
     weights = (damaged / "model.safetensors").read_bytes()
@@ -211,7 +211,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused(capsys, recipe, tmp_path, 
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_a_strangers_run_with_links_that_lead_out_is_not_written_to(capsys, recipe, tmp_path):
+def test_an_untrusted_run_with_links_that_lead_out_is_not_written_to(capsys, recipe, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "results.json").write_text("theirs")
@@ -227,7 +227,7 @@ def test_a_strangers_run_with_links_that_lead_out_is_not_written_to(capsys, reci
 # --- export -----------------------------------------------------------------------------------------------
 
 
-def test_export_replaces_a_model_that_it_wrote_and_nothing_else(capsys, recipe, tmp_path):
+def test_export_replaces_only_a_model_that_it_wrote(capsys, recipe, tmp_path):
     folder = tmp_path / "exported"
     assert run(capsys, "export", tmp_path / "run", folder)[0] == 0
     (folder / "mine.md").write_text("mine")

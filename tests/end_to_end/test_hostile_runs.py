@@ -100,7 +100,7 @@ def attempt(verb, run, capsys):
     words = [
         word.replace("RUN", str(run.root)).replace("OUT", str(run.root.parent / "exported")) for word in VERBS[verb]
     ]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
     before, begun = resident("VmRSS"), time.monotonic()
     try:
         status = main(words)

@@ -127,7 +127,7 @@ def test_a_killed_worker_is_named_with_the_likely_reason(rank_1):
 
 
 @pytest.mark.long
-def test_what_the_kernel_says_of_memory_is_repeated(rank_1, monkeypatch):
+def test_the_message_of_the_kernel_about_memory_is_printed(rank_1, monkeypatch):
     words = "Out of memory: Killed process 7 (python)"
     monkeypatch.setattr("minisft.training.distributed.OutOfMemoryEvidence.evidence", lambda kills, pid: words)
     status, said = rank_1("os.kill(os.getpid(), signal.SIGKILL)")

@@ -94,7 +94,7 @@ def test_two_hosts_take_the_steps_of_one(tmp_path, tiny_model, conversations):
 
 
 @pytest.mark.long
-def test_what_goes_wrong_on_one_host_is_said_there_and_ends_both(tmp_path, tiny_model, conversations):
+def test_an_error_on_one_host_is_printed_there_and_ends_both(tmp_path, tiny_model, conversations):
     recipe = write_recipe(tmp_path, tiny_model, conversations, SETTINGS)
     with two_hosts() as hosts:
         away = start_on(

@@ -88,7 +88,7 @@ def test_report_of_a_read_only_run_is_written_elsewhere(read_only, tmp_path, cap
 
 
 @pytest.mark.parametrize("verb", ["chat", "export"])
-def test_chat_and_export_only_read_a_run_too(read_only, tmp_path, capsys, verb):
+def test_chat_and_export_only_read_a_run(read_only, tmp_path, capsys, verb):
     options = ("--message", "hi", "--max-new-tokens", "2") if verb == "chat" else (tmp_path / "exported",)
     assert run(capsys, verb, read_only, *options)[0] == 0
 
@@ -193,7 +193,9 @@ def adapters_run(tmp_path_factory, tiny_model, conversations):
 
 @pytest.mark.parametrize("verb", ["prepare", "train", "plan", "evaluate"])
 @pytest.mark.parametrize("part", ["model", "checkpoints/checkpoint-1"])
-def test_adapters_as_a_model_say_how_to_merge_them(adapters_run, tmp_path, conversations, capsys, verb, part):
+def test_adapters_as_a_model_are_refused_with_the_command_that_merges_them(
+    adapters_run, tmp_path, conversations, capsys, verb, part
+):
     recipe = write_recipe(tmp_path, adapters_run / part, conversations, "{max_steps: 1, precision: fp32}")
     words = (recipe,) if verb != "evaluate" else (adapters_run, f"model={adapters_run / part}")
     status, _, said = run(capsys, verb, *words)
@@ -235,7 +237,9 @@ def test_chat_takes_a_template_for_a_model_without_one(run_folder, tiny_model, t
 # --- the table of a comparison ------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_whole_at_80_and_at_120_columns(tmp_path, tiny_model, conversations, capsys, monkeypatch):
+def test_the_table_of_a_comparison_is_complete_at_80_and_120_columns(
+    tmp_path, tiny_model, conversations, capsys, monkeypatch
+):
     def run_verb(words, log, follow):  # without a process of its own, which takes seconds
         with contextlib.redirect_stderr(io.StringIO()) as said:
             return CompletedVerb(main(words), said.getvalue())

@@ -83,7 +83,9 @@ def test_references_in_moderation_are_values(capsys, recipe_file, conversations)
         ("[[{path: PATH, path: PATH}]]", "the key 'path' is given twice"),
     ],
 )
-def test_a_source_that_is_not_what_it_says(capsys, recipe_file, conversations, source, words):
+def test_an_impossible_source_is_refused_on_the_command_line_and_in_the_file(
+    capsys, recipe_file, conversations, source, words
+):
     source, words = source.replace("PATH", str(conversations)), words.replace("PATH", str(conversations))
     assert words in refused(capsys, "prepare", recipe_file, f"data.source={source}")
     recipe_file.write_text(recipe_file.read_text().replace(f"source: {conversations}", f"source: {source}"))

@@ -68,7 +68,7 @@ def files_of(checkpoint):
         pytest.param("vanilla x1", "zero3 x2", [LORA], marks=long),
     ],
 )
-def test_goes_on_along_the_same_trajectory(whole_runs, tmp_path, first, second, more):
+def test_a_resumed_run_follows_the_same_trajectory(whole_runs, tmp_path, first, second, more):
     recipe, whole = whole_runs(*layout(first), *more)
     run = half_of(whole, tmp_path / "run")
     middle = run.checkpoints / "checkpoint-4"

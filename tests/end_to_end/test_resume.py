@@ -116,7 +116,7 @@ LONGER = {
 
 
 @pytest.mark.parametrize("kind", LONGER)
-def test_a_finished_run_goes_on_as_if_it_had_been_longer_from_the_start(capsys, recipe_file, tmp_path, kind):
+def test_a_run_made_longer_equals_one_that_was_longer_from_the_start(capsys, recipe_file, tmp_path, kind):
     """Its weights have the same bits, and its lines the same numbers."""
     short, long = LONGER[kind]
     constant = ["training.scheduler=constant", "training.save_every=3"]
@@ -152,7 +152,7 @@ def lines(folder):
         ),
     ],
 )
-def test_a_run_whose_steps_would_have_been_others_stays_as_it_is(capsys, recipe_file, tmp_path, words, reason):
+def test_a_run_whose_steps_would_differ_is_not_made_longer(capsys, recipe_file, tmp_path, words, reason):
     assert run(capsys, "train", recipe_file, *words)[0] == 0
     before = {
         path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"

@@ -145,7 +145,7 @@ def test_only_the_newest_checkpoint_keeps_its_optimizer_state(vanilla):
         *(pytest.param(*case, marks=pytest.mark.long) for case in [("zero1", 2), ("zero3", 2), ("zero2", 1)]),
     ],
 )
-def test_one_trajectory_and_whole_checkpoints(vanilla, tmp_path, strategy, processes):
+def test_one_trajectory_and_complete_checkpoints(vanilla, tmp_path, strategy, processes):
     recipe, alone = vanilla
     run = train(
         recipe, tmp_path / "run", f"training.strategy={strategy}", f"training.processes={processes}",
@@ -183,7 +183,7 @@ def test_accumulation_changes_nothing(vanilla, tmp_path):
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=2e-4)
 
 
-def test_packing_is_one_trajectory_too(vanilla, tmp_path):
+def test_packing_follows_one_trajectory(vanilla, tmp_path):
     """Two packs a step, however they are dealt; the dataset's 30 conversations need fewer steps than without."""
     recipe, alone = vanilla
     how = ["training.packing=true", "data.max_length=256"]
@@ -224,7 +224,7 @@ def test_a_killed_run_resumes_to_the_same_bits(vanilla, tmp_path, strategy):
 
 
 def test_killed_before_the_first_checkpoint(vanilla, tmp_path):
-    """Then --resume begins anew, and each step is logged once."""
+    """Then --resume starts over, and each step is logged once."""
     recipe, alone = vanilla
     output = tmp_path / "run"
     kill_when(output / "metrics.jsonl", ["train", recipe, f"output={output}", "training.save_every=100"])

@@ -155,7 +155,7 @@ def test_half_precision_begins_with_the_weights_of_the_model_and_not_with_rounde
 
 
 def test_the_recorded_trajectory(tmp_path):
-    """`MINISFT_WRITE_GOLDEN=1 pytest` writes the file anew: a change of it is a change of the trajectory.
+    """`MINISFT_WRITE_GOLDEN=1 pytest` writes the file again: a change of it is a change of the trajectory.
 
     The weights come from numpy, so that they are the same under every version of torch and transformers.
     """

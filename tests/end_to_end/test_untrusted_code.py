@@ -104,7 +104,7 @@ def test_the_user_consents_on_the_command_line(capsys, own_run, canary, tmp_path
         assert main(words) == 0, capsys.readouterr().err
 
 
-def test_a_recipe_of_ones_own_consents(capsys, recipe, canary):
+def test_the_users_own_recipe_consents(capsys, recipe, canary):
     recipe.write_text(recipe.read_text() + "trust_remote_code: true\n")
     assert main(["prepare", str(recipe)]) == 0, capsys.readouterr().err
 
@@ -122,8 +122,8 @@ def test_without_consent_nothing_asks_on_stdin(tmp_path, recipe, canary):
     assert not canary.exists()
 
 
-def test_a_worker_is_told_by_what_started_it(own_run, canary, monkeypatch, capsys):
-    """The recipe in the run folder is what a worker reads; its consent is the starter's."""
+def test_a_worker_takes_no_consent_from_the_run_folder(own_run, canary, monkeypatch, capsys):
+    """A worker reads the recipe in the run folder; the process that starts it passes the consent."""
     from minisft.errors import UserError
     from minisft.training.run_training import train_as_worker
 

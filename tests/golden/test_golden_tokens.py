@@ -1,7 +1,7 @@
 """Ids and labels of ten conversations in every template, as text to be read in review.
 
 A line is a stretch of tokens, `id:piece` each; `+` before it means that it is learned, `-` that it is not.
-`MINISFT_WRITE_GOLDEN=1 pytest tests/golden` writes the files anew: read the difference before it is committed.
+`MINISFT_WRITE_GOLDEN=1 pytest tests/golden` writes the files again: read the difference before it is committed.
 """
 
 import json

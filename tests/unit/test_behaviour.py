@@ -58,7 +58,7 @@ def test_printed_columns_do_not_depend_on_their_width(behaviour, plain):
     assert plain.printed(other, command) != plain.printed(narrow, command)
 
 
-def test_progress_bars_are_left_out_and_help_is_kept_as_it_is(behaviour, plain):
+def test_progress_bars_are_left_out_and_help_is_unchanged(behaviour, plain):
     assert plain.printed("a\r 50%|##  | 1/2\nb", behaviour.Command("train", "train x")) == "a\nb"
     assert plain.printed("  --a     in 3 s", behaviour.Command("help-a", "a --help")) == "  --a     in 3 s"
 
@@ -102,7 +102,7 @@ def test_html_is_a_tag_a_line_without_what_is_measured(plain, tmp_path):
     assert '"text": "a</b",\n "seconds": "<number>"' in found
 
 
-def test_what_a_page_says_of_speed_is_replaced(plain, tmp_path):
+def test_speeds_on_a_page_are_replaced(plain, tmp_path):
     bar = '<rect class="bar" x="0" width="31" height="14"/><text x="37" y="3">0.02</text>'
     (tmp_path / "a.html").write_text(f"<tr><td>tokens a second</td><td>15,656</td></tr><td>epochs</td><td>3</td>{bar}")
     found = plain.file(tmp_path / "a.html", loose=False)

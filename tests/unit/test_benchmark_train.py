@@ -57,7 +57,7 @@ def test_medians_and_shares_are_those_of_all_rounds(train):
     assert found["outside"] == 0.25
 
 
-def test_a_peer_that_fails_is_named_and_the_others_go_on(train, tmp_path):
+def test_a_peer_that_fails_is_named_and_the_others_continue(train, tmp_path):
     (tmp_path / "matrix_product.py").write_text("import sys; open(sys.argv[1], 'w').write('{\"flops\": 1}')")
     python = (sys.executable, "-c")
     sizes = {"seconds": 1.0, "peak_mb": 2.0, "tokens": 4, "steps": 1}

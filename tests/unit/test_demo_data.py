@@ -44,11 +44,11 @@ def test_the_committed_file_is_what_the_generator_makes(generator: ModuleType) -
     assert (RECIPES / "demo.sharegpt.jsonl").read_bytes() == generator.make_file()
 
 
-def test_another_seed_makes_other_talks(generator: ModuleType) -> None:
+def test_another_seed_makes_other_conversations(generator: ModuleType) -> None:
     assert generator.make_dialogues(count=5, seed=1) != generator.make_dialogues(count=5, seed=2)
 
 
-def test_there_are_enough_talks_of_two_to_eight_turns(rows: list[Row]) -> None:
+def test_there_are_enough_conversations_of_two_to_eight_turns(rows: list[Row]) -> None:
     lengths = [len(row["conversations"]) for row in rows]
     assert len(rows) >= 400
     assert min(lengths) == 2
@@ -56,7 +56,7 @@ def test_there_are_enough_talks_of_two_to_eight_turns(rows: list[Row]) -> None:
     assert sum(length > 3 for length in lengths) >= 150
 
 
-def test_some_talks_have_a_system_prompt_and_it_comes_first(rows: list[Row]) -> None:
+def test_some_conversations_begin_with_a_system_prompt(rows: list[Row]) -> None:
     with_note = [row for row in rows if row["conversations"][0]["from"] == "system"]
     assert 50 <= len(with_note) <= len(rows) / 2
     assert all(len(notes) <= 1 for notes, _, _ in talks(rows))
@@ -76,7 +76,7 @@ def test_no_text_is_empty_or_padded(rows: list[Row]) -> None:
             assert turn["value"] == turn["value"].strip() != ""
 
 
-def test_no_talk_and_no_first_message_comes_twice(rows: list[Row]) -> None:
+def test_no_conversation_and_no_first_message_occurs_twice(rows: list[Row]) -> None:
     assert len({row["id"] for row in rows}) == len(rows)
     assert len({json.dumps(row["conversations"]) for row in rows}) == len(rows)
     assert len({words[0].casefold() for _, _, words in talks(rows)}) == len(rows)

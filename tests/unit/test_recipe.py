@@ -92,7 +92,7 @@ def test_overrides_win_and_make_sections(tmp_path):
         (GOOD, ("training.lora={load_in_4bit: true}", "training.strategy=zero3"), r"ZeRO-3 cannot shard 4-bit"),
     ],
 )
-def test_mistakes_are_named_with_line_and_mend(tmp_path, text, overrides, expected):
+def test_mistakes_are_named_with_line_and_fix(tmp_path, text, overrides, expected):
     said = message(tmp_path, text, *overrides)
     assert re.search(expected, said, re.DOTALL), said
     assert "Fix: " in said
@@ -115,7 +115,7 @@ def test_a_source_is_found_from_here_then_beside_the_recipe(tmp_path, monkeypatc
     assert load_recipe(path, ["data.source=org/name"]).data.source == "org/name"
 
 
-def test_a_template_file_is_found_beside_the_recipe_too(tmp_path, monkeypatch):
+def test_a_template_file_is_found_beside_the_recipe(tmp_path, monkeypatch):
     (tmp_path / "own.jinja").touch()
     path = write(tmp_path, GOOD + "  template: own.jinja\n")
     (tmp_path / "elsewhere").mkdir()

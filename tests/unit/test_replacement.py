@@ -207,7 +207,7 @@ def test_foreign_files_stay_and_are_named(recipe, tmp_path, capsys):
     assert content(tmp_path / "run.old-1") == {}
 
 
-def test_the_old_run_comes_back_where_the_new_one_takes_no_step(recipe, tmp_path):
+def test_the_old_run_is_restored_if_the_new_one_takes_no_step(recipe, tmp_path):
     train(recipe, "old")
     before = content(tmp_path / "run")
     with pytest.raises(RuntimeError), start_run(recipe, force=True) as started:  # noqa: PT012
@@ -271,7 +271,7 @@ def test_a_run_that_another_command_works_in_is_not_replaced(recipe, tmp_path, l
     assert content(tmp_path / "run") == before
 
 
-def test_a_marker_that_was_copied_into_another_folder_says_nothing(recipe, tmp_path):
+def test_a_marker_copied_into_another_folder_is_ignored(recipe, tmp_path):
     train(recipe, "old")
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     assert read_marker(tmp_path / "run") is not None

@@ -181,7 +181,7 @@ def test_a_window_counts_files_and_returns_to_them(structure, tmp_path):
     assert (window.returns, len(window.pairs)) == (1, 1)  # values calls number
 
 
-def test_a_name_that_does_not_exist_is_said(structure):
+def test_a_name_that_does_not_exist_is_named(structure):
     with pytest.raises(SystemExit, match=r"pathlib:Path\.nothing does not exist"):
         structure.code_of("pathlib:Path.nothing")
 

@@ -42,7 +42,7 @@ class CompareOptions:
         strategies: Such as "vanilla,zero2"; None means all four, unless something else is varied.
         varied: `key=value1,value2` words; every combination is a variant.
         evaluate: Whether each variant's checkpoints are scored too.
-        force: Whether finished variants run anew.
+        force: whether finished variants run again.
     """
 
     path: Path
@@ -85,7 +85,7 @@ def compare(options: CompareOptions) -> int:
         if any(recipe.training.strategy != "vanilla" and recipe.training.processes == 1 for recipe in recipes):
             say("note: training.processes is 1, so the ZeRO stages have no other process to share with")
 
-        # 3. Run the variants; the files of the comparison are written anew after each.
+        # 3. Run the variants; the files of the comparison are written again after each.
         entries = [Entry(v.name, f"{FOLDER}/{v.name}", v.overrides, trajectory(v)) for v in variants]
         statuses = []
         for index, variant in enumerate(variants):

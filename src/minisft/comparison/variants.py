@@ -162,7 +162,7 @@ def refuse_other_run(variant: Variant) -> None:
             raise UserError(
                 run.root,
                 f"holds a run with {key} {json.dumps(earlier.get(key))}, but this variant has {json.dumps(value)}",
-                "choose another `output`, or pass --force to run all variants anew",
+                "choose another `output`, or pass --force to run all variants again",
             )
 
 

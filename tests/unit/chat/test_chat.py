@@ -108,7 +108,7 @@ def test_the_prompt_is_a_prefix_of_the_training_row(session, capsys):
     assert answer
 
 
-def test_one_message_prints_the_answer_and_nothing_else(model_folder, capsys):
+def test_one_message_prints_only_the_answer(model_folder, capsys):
     chat(model_folder, "hi", max_new_tokens=6)
     captured = capsys.readouterr()
     model: Any
@@ -127,7 +127,7 @@ def test_streamed_pieces_make_up_the_answer(session):
     assert len(pieces) > 3
 
 
-def test_each_command_does_what_the_help_says(model_folder, monkeypatch, capsys, tmp_path):
+def test_each_chat_command_does_what_the_help_describes(model_folder, monkeypatch, capsys, tmp_path):
     saved = tmp_path / "saved.jsonl"
     typed(
         monkeypatch, "/system be kind", "one", "two\\", "lines", "/regen", f"/save {saved}", "/system", "/reset",
@@ -151,7 +151,7 @@ def test_each_command_does_what_the_help_says(model_folder, monkeypatch, capsys,
     assert prompts[3] == encoder.encode_prompt([Message("system", "be kind"), Message("user", "/slash")])
 
 
-def test_a_full_context_drops_the_oldest_exchanges_and_says_so(tmp_path, monkeypatch, capsys):
+def test_a_full_context_drops_the_oldest_exchanges_with_a_message(tmp_path, monkeypatch, capsys):
     folder = save_tiny(tmp_path / "short", context=160)
     typed(monkeypatch, "first " * 6, "second " * 6, "third " * 6, "x" * 200, "/exit")
     prompts = recorded_chat(folder, max_new_tokens=20)
@@ -359,7 +359,7 @@ def test_every_command_through_a_pseudo_terminal(tmp_path, model_folder):
     assert [turn["value"] for turn in second if turn["from"] != "gpt"] == ["be kind", "/slash"]
 
 
-def test_regen_draws_anew_when_sampling(session):
+def test_regen_samples_another_answer(session):
     session.sampling = Sampling(2.0, 1.0, 3)
     answers = []
     for _ in range(3):

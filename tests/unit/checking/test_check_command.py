@@ -30,7 +30,7 @@ def table(printed):
     return pattern.findall(printed)
 
 
-def test_an_intact_recipe_passes_and_the_table_says_what_check_json_says(recipe_file, report, capsys):
+def test_an_intact_recipe_passes_and_the_table_equals_check_json(recipe_file, report, capsys):
     assert main(["check", str(recipe_file), "--quick"]) == 0
     written = report()
     assert written["status"] == "ok"
@@ -66,7 +66,7 @@ def test_a_recipe_can_be_changed_and_checked_again(recipe_file, report):
     assert main(["prepare", str(recipe_file)]) == 0
 
 
-def test_an_error_of_a_library_is_one_failure_and_the_others_go_on(recipe_file):
+def test_an_error_of_a_library_fails_one_check_and_the_others_run(recipe_file):
     def raise_it(context):
         raise ValueError("no such thing")
 

@@ -104,7 +104,7 @@ def test_a_checkpoint_whose_generation_stops_elsewhere(recipe_file):
 
 
 def test_a_resumed_run_that_ends_with_other_weights(recipe_file):
-    """As where the optimizer begins anew: the step's loss and gradient norm are right, and what comes out is not."""
+    """As where the optimizer starts over: the step's loss and gradient norm are right, and what comes out is not."""
     from safetensors.torch import load_file, save_file
 
     def spoil(run):

@@ -39,7 +39,7 @@ def test_the_log_keeps_what_earlier_children_printed(tmp_path):
         (2, "step 1\nminisft: a: b\n  Fix: c\n", "a: b\n  Fix: c"),
     ],
 )
-def test_the_error_says_why_the_command_failed(status, printed, said):
+def test_the_error_gives_the_reason_of_the_failed_command(status, printed, said):
     assert CompletedVerb(status, printed).error == said
 
 

@@ -48,7 +48,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("reason", [*BAD_ROWS, *BAD_LINES])
-def test_a_bad_row_is_named_with_its_line_and_its_mend(reason, tmp_path, chat_bpe):
+def test_a_bad_row_is_named_with_its_line_and_its_fix(reason, tmp_path, chat_bpe):
     line, words = (json.dumps(BAD_ROWS[reason][0]).encode(), BAD_ROWS[reason][1]) if reason in BAD_ROWS else BAD_LINES[reason]  # fmt: skip
     path = tmp_path / "talks.jsonl"
     path.write_bytes(
@@ -76,7 +76,7 @@ def test_skip_counts_the_row_under_its_reason(reason, tmp_path, chat_bpe):
     assert ledger["rows"]["kept"] == 4
 
 
-def test_repair_saves_what_the_message_says_it_saves(tmp_path, chat_bpe):
+def test_repair_saves_the_number_of_rows_in_the_message(tmp_path, chat_bpe):
     bad = [BAD_ROWS[name][0] for name in BAD_ROWS]
     path = write_rows(tmp_path / "talks.jsonl", [*GOOD, *bad])
     with pytest.raises(UserError) as caught:
@@ -177,7 +177,7 @@ def test_a_source_of_a_wrong_kind_is_named(tmp_path, chat_bpe):
             prepare_source(source, tmp_path / "run", chat_bpe)
 
 
-def test_a_test_source_can_be_bad_too(tmp_path, chat_bpe):
+def test_a_bad_row_of_the_test_source_is_named(tmp_path, chat_bpe):
     good = write_rows(tmp_path / "good.jsonl", GOOD)
     bad = write_rows(tmp_path / "bad.jsonl", [*GOOD, {"conversations": []}])
     with pytest.raises(UserError, match="bad.jsonl:5"):

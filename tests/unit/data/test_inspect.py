@@ -30,7 +30,7 @@ def recipe(tmp_path, chat_bpe):
     return Recipe(model=str(tmp_path / "tokenizer"), output=str(tmp_path / "run"), data=data)
 
 
-def test_what_was_prepared_is_shown_and_not_prepared_anew(recipe, tmp_path):
+def test_what_was_prepared_is_shown_and_not_prepared_again(recipe, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     ledger = tmp_path / "run" / "dataset" / "ledger.json"
     assert not prepare(recipe, tokenizer).cached

@@ -88,7 +88,7 @@ def test_mistral_picks_the_version_that_the_tokenizer_is_made_for(version):
 @pytest.mark.parametrize(
     "name", ["oasst/en_all_paths.sharegpt.jsonl", "taskmaster4/tm4_all.sharegpt.jsonl", "bench_mix.sharegpt.jsonl"]
 )
-def test_whole_data_sets_are_encoded_as_mistral_common_does(version, name, test_data):
+def test_complete_data_sets_have_the_ids_of_mistral_common(version, name, test_data):
     compared = 0
     for number, line in enumerate((test_data / name).read_text().splitlines()):
         try:

@@ -112,7 +112,7 @@ def assert_like_reference(encoder, system, exchanges, tools):
 
 @settings(max_examples=120)
 @given(system=st.none() | texts, exchanges=exchanges, tools=st.just([]) | tools)
-def test_tools_are_encoded_as_mistral_common_does(system, exchanges, tools, encoder):
+def test_tools_have_the_ids_of_mistral_common(system, exchanges, tools, encoder):
     assert_like_reference(encoder, system, exchanges, tools)
 
 

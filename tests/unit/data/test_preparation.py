@@ -334,7 +334,7 @@ def _read(path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_two_at_once_and_one_killed_leave_a_whole_data_set(tmp_path, chat_bpe):
+def test_two_processes_of_which_one_is_killed_leave_a_complete_data_set(tmp_path, chat_bpe):
     path = write_rows(tmp_path / "a.jsonl", many(6000))
     run = tmp_path / "run"
     first, second = start(path, run), start(path, run)

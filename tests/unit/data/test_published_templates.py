@@ -60,7 +60,7 @@ def supervised_text(tokenizer, encoded):
 
 
 @pytest.mark.parametrize("name", STUBS)
-def test_answers_and_terminators_are_supervised_and_nothing_else(name):
+def test_only_answers_and_terminators_are_supervised(name):
     tokenizer, encoder = make(name)
     encoded = encoder.encode(Conversation(TALK))
     stop = TERMINATORS.get(name, "<|im_end|>")

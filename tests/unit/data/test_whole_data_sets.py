@@ -35,7 +35,7 @@ def test_every_row_is_verified_and_in_the_ledger(template, name, test_data, tmp_
     assert set(ledger["skipped"]) <= allowed
 
 
-def test_prompts_without_answers_are_no_training_data_and_that_is_said(test_data, tmp_path, chat_bpe):
+def test_prompts_without_answers_are_refused_as_training_data(test_data, tmp_path, chat_bpe):
     data = DataRecipe(source=str(test_data / "mt_bench_question.jsonl"), template="chatml")
     with pytest.raises(
         UserError, match="the format is unknown: its first row has the keys question_id, category, turns"

@@ -20,7 +20,7 @@ def bpe_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE of a few hundred tokens, which cuts texts as Llama-3 and Qwen do.
 
-    It is kept as a file: trained anew, it would differ from process to process.
+    It is kept as a file: trained again, it would differ from process to process.
     """
     core = Tokenizer.from_file(str(Path(__file__).with_name("toy_bpe.json")))
     core.add_special_tokens([AddedToken(name, normalized=False) for name in special])

@@ -175,7 +175,7 @@ def test_what_is_drawn_does_not_depend_on_the_batch(model):
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
-def test_tokens_are_drawn_as_often_as_the_model_says(temperature, top_p):
+def test_tokens_are_sampled_with_the_probabilities_of_the_model(temperature, top_p):
     """Against transformers' own temperature and nucleus, over 20,000 draws."""
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 

@@ -63,7 +63,7 @@ def test_a_run_without_metrics_has_no_figures(tmp_path):
     assert set(figures.values()) <= {None, 0}
 
 
-def test_the_verdict_says_that_curves_coincide_and_which_variant_to_take(tmp_path):
+def test_the_verdict_reports_that_curves_coincide_and_which_variant_to_use(tmp_path):
     make_run(tmp_path / "compare/vanilla", seconds=1.0, memory=4000.0, sent=500.0)
     make_run(tmp_path / "compare/zero1", seconds=1.5, memory=3500.0, sent=750.0, off=1e-6)
     make_run(tmp_path / "compare/zero3", seconds=3.0, memory=3000.0, sent=900.0, off=-1e-5)
@@ -93,7 +93,7 @@ def test_of_equally_fast_variants_the_one_with_least_memory_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "rounded"), [("bf16", True), ("fp32", False)])
-def test_the_verdict_says_why_curves_part_in_half_precision(tmp_path, precision, rounded):
+def test_the_verdict_explains_why_curves_differ_in_half_precision(tmp_path, precision, rounded):
     for name, off in (("vanilla", 0.0), ("zero2", 3e-3)):
         run = make_run(tmp_path / "compare" / name, off=off)
         (run / "environment.json").write_text(json.dumps({"precision": precision}))

@@ -126,7 +126,7 @@ def test_the_verdict_compares_with_base_and_constant_baseline(tmp_path, best, sa
     assert said in verdict(read_run(make_run(tmp_path, best)))
 
 
-def test_a_run_that_is_not_evaluated_has_a_page_too(tmp_path):
+def test_a_run_that_is_not_evaluated_has_a_page(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: tiny\n")
     assert "Not evaluated yet" in write_report(tmp_path).read_text()
 

@@ -61,7 +61,7 @@ def test_rows_keep_to_their_budget(lengths, row_tokens):
 
 @settings(deadline=None, max_examples=60)
 @given(LENGTHS, st.integers(1, 5))
-def test_the_deal_is_even(lengths, processes):
+def test_conversations_are_distributed_evenly(lengths, processes):
     loads = [sum(lengths[position] for position in share) for share in balance_ranks(lengths, processes)]
     assert max(loads) - min(loads) <= max(lengths)
 

@@ -58,7 +58,7 @@ def test_the_newest_stay(run):
     assert names(run) == ["8"]
 
 
-def test_the_best_stay_too(run):
+def test_the_best_checkpoints_are_kept(run):
     score(run, {2: 1.5, 4: 1.2, 6: None}, best=2)
     prune_checkpoints(run, 1)
     assert names(run) == ["2", "4", "8"], "the highest BLEU, the lowest loss, the newest"

@@ -82,7 +82,7 @@ def test_what_is_counted(found, name, expected):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's tcp_info")
 @pytest.mark.parametrize("name", ["all_reduce", "all_gather", "all_gather_single", "broadcast", "ddp"])
-def test_the_sockets_say_the_same(found, name):
+def test_bytes_on_the_sockets_equal_the_count(found, name):
     """Gloo sends over sockets here; its reduce-scatter sends more than it must, and is left out."""
     seen = sum(process[name][1] for process in found)
     if not any(process["all_reduce"][1] for process in found):

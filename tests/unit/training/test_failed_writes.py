@@ -100,7 +100,7 @@ def test_other_errors_stay_what_they_are(tmp_path, error):
 
 
 @pytest.mark.parametrize(("error", "told"), [(OSError(errno.ENOSPC, "full"), False), (ValueError("x"), True)])
-def test_a_threads_refused_write_is_told_by_the_main_one_alone(tmp_path, monkeypatch, error, told):
+def test_a_refused_write_of_a_thread_is_reported_once_by_the_main_thread(tmp_path, monkeypatch, error, told):
     died: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", died.append)
 

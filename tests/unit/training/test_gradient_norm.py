@@ -14,7 +14,7 @@ def test_the_norm_of_a_large_tensor_is_exact():
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_clips_as_torch_does(max_norm):
+def test_gradients_are_clipped_as_by_torch(max_norm):
     torch.manual_seed(0)
     ours = [
         torch.nn.Parameter(torch.zeros(4, 3)),

@@ -20,7 +20,7 @@ from minisft.training.held_out import HeldOutRows, is_due, stops_early
 @pytest.mark.parametrize(
     ("every", "due"), [(None, []), ("epoch", [4, 8, 10]), (3, [3, 6, 9, 10]), (5, [5, 10]), (99, [10])]
 )
-def test_it_is_due_after_the_last_step_too(every, due):
+def test_the_held_out_loss_is_due_after_the_last_step(every, due):
     assert [step for step in range(1, 11) if is_due(step, every=every, epoch_steps=4, last=10)] == due
 
 

@@ -40,7 +40,7 @@ def origin(checkpoint, strategy, processes):
     return checkpoint
 
 
-def test_a_whole_state_is_in_the_order_of_the_optimizer(tmp_path, values):
+def test_unsharded_state_is_in_the_order_of_the_optimizer(tmp_path, values):
     groups = [["b.weight", "a.weight"], ["norm"]]
     weights = {name: torch.nn.Parameter(values["weight"][name].clone()) for name in SHAPES}
     optimizer = torch.optim.AdamW([{"params": [weights[name] for name in group]} for group in groups])
@@ -176,7 +176,7 @@ def test_reading_shards_needs_deepspeed(tmp_path, monkeypatch):
         require_reshardable(origin(tmp_path, "zero3", 2), ASKED, "fp32")
 
 
-def test_auto_goes_on_as_the_checkpoint_was_written(tmp_path):
+def test_auto_resumes_with_the_strategy_of_the_checkpoint(tmp_path):
     auto = replace(ASKED, strategy="auto", optimizer="adafactor", processes=2)
     require_reshardable(origin(tmp_path, "zero3", 2), auto, "fp32")
     with pytest.raises(UserError, match="zero3 on 1 cannot take over"):
