@@ -59,6 +59,15 @@ def test_there_are_blocks_and_commands_to_look_at():
     assert len(list(commands())) >= 40
 
 
+@pytest.mark.parametrize(
+    "page", [*PAGES[:1], ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_every_path_of_a_page_exists(page):
+    text = re.sub(r"https?://\S+", "", page.read_text(encoding="utf-8"))
+    named = re.findall(r"(?<![\w./-])(?:src/minisft|tests|benchmarks|recipes|docs|examples)/[\w./-]*\.\w+", text)
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
 # --- the map of the code ----------------------------------------------------------------------------------
 
 SOURCE = ROOT / "src" / "minisft"
