@@ -70,7 +70,7 @@ def main() -> None:
     elif arguments.report:
         report(read_results(arguments.results))
     else:
-        measure_lengths(arguments.results, arguments.minutes, arguments.only)
+        measure_cases(arguments.results, arguments.minutes, arguments.only)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,7 +90,7 @@ def name_of(case: Case) -> str:
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def measure_lengths(results: Path, minutes: float, only: str) -> None:
+def measure_cases(results: Path, minutes: float, only: str) -> None:
     done, begun = {name_of(case) for case, _ in read_results(results)}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():

@@ -102,7 +102,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
                 contenders[f"TRL, {processes} processes"] = lambda n=processes: run_trl(  # type: ignore[misc]
                     python, messages, model, folder, n
                 )
-        best = measure_lengths(contenders, arguments.rounds)
+        best = measure_contenders(contenders, arguments.rounds)
     report(best, len(conversations))
 
 
@@ -208,7 +208,7 @@ def run_trl(python: Path, source: Path, tokenizer: Path, folder: Path, processes
     return result["tokens"], result["seconds"]
 
 
-def measure_lengths(
+def measure_contenders(
     contenders: dict[str, Callable[[], tuple[int, float]]], rounds: int
 ) -> dict[str, tuple[int, float]]:
     """The best round of each: tokens and seconds."""

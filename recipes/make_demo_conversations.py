@@ -3,7 +3,7 @@
 Run `python recipes/make_demo_conversations.py`; the same bytes come out every time. The customers' words
 vary freely, the desk answers in one house style, and what it answers is decided by the customer's details,
 by the desk's note (the system prompt) and by the shop's price list. So a small model can learn the style in
-a few minutes, and yet no stock phrase scores well on the held-out talks.
+a few minutes, and yet no constant answer scores well on the held-out conversations.
 """
 
 import json

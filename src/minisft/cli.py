@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `minisft VERB ...`; return the exit status: 0 done, 2 the user can fix it, 1 anything else."""
+    """Run `minisft COMMAND ...`; return the exit status: 0 done, 2 the user can fix it, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -58,7 +58,7 @@ def _run(words: list[str]) -> int:
         return 0
     verb = VERBS.get(words[0])
     if verb is None:
-        raise UserError(f"minisft {words[0]}", "there is no such verb", _nearest_verb(words[0]))
+        raise UserError(f"minisft {words[0]}", "there is no such command", _nearest_verb(words[0]))
     os.environ.setdefault("DS_LOG_LEVEL", "error")  # DeepSpeed reads it when peft or accelerate imports it
     arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
     arguments.verb = words[0]
@@ -264,7 +264,7 @@ VERBS = {
     ),
     "plan": Verb(
         plan,
-        "memory, time and the strategy to take, before anything is spent",
+        "memory, time and the strategy to take, before training",
         "RECIPE.yaml",
         options.plan,
         options.trust,
@@ -313,11 +313,11 @@ def _overview() -> str:
         [
             "MiniSFT: supervised fine-tuning with exact tokens, exact loss and every checkpoint scored",
             "",
-            "usage: minisft VERB RECIPE.yaml [key=value ...]",
+            "usage: minisft COMMAND RECIPE.yaml [key=value ...]",
             "",
             *lines,
             "",
-            "`minisft VERB --help` explains each. A first result: `minisft demo`.",
+            "`minisft COMMAND --help` explains each. A first result: `minisft demo`.",
         ]
     )
 

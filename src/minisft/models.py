@@ -84,7 +84,7 @@ def resolve_model(
             _refuse_adapters(path)
         return _resolve_folder(name, path, weights)
     if path.exists():
-        raise UserError(name, "this file is no model", "give a model folder, a .gguf file or a hub id")
+        raise UserError(name, "this file is not a model", "give a model folder, a .gguf file or a hub id")
     return _resolve_hub(name, trust_remote_code, weights)
 
 

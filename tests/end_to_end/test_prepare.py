@@ -3,11 +3,14 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from minisft.run_folder import RunFolder
 from tests.tiny import minisft, write_recipe
+
+PACKAGE = Path(__file__).parents[2] / "src" / "minisft"
 
 
 @pytest.fixture
@@ -44,3 +47,17 @@ def test_a_run_whose_data_changed_is_not_resumed(recipe, tmp_path):
         assert (run.dataset / "ledger.json").read_bytes() == kept
     talks.write_bytes(before)
     assert minisft("prepare", recipe).returncode == 0
+
+
+@pytest.mark.parametrize("changed", ["data/formats.py", "data/renderers/mistral.py"])
+def test_another_version_of_the_data_code_prepares_again(recipe_file, tmp_path, changed):
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source / "minisft", ignore=shutil.ignore_patterns("__pycache__"))
+    words = ("prepare", recipe_file)
+    assert minisft(*words, PYTHONPATH=str(source)).returncode == 0
+    assert "(prepared before)" in minisft(*words, PYTHONPATH=str(source)).stdout
+    with (source / "minisft" / changed).open("a") as file:
+        file.write("# another version\n")
+    done = minisft(*words, PYTHONPATH=str(source))
+    assert done.returncode == 0, done.stderr
+    assert "(prepared before)" not in done.stdout

@@ -109,7 +109,7 @@ def test_files_and_folders_that_are_no_models(tmp_path, tiny_model):
     with pytest.raises(UserError, match="no weights in safetensors"):
         resolve_model(str(tmp_path / "pickled"))
     (tmp_path / "text.txt").touch()
-    with pytest.raises(UserError, match="this file is no model"):
+    with pytest.raises(UserError, match="this file is not a model"):
         resolve_model(str(tmp_path / "text.txt"))
 
 

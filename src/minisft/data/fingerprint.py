@@ -46,7 +46,8 @@ def fingerprint(recipe: Recipe, sources: Mapping[str, Sequence[Source]], templat
     for source in (source for listed in sources.values() for source in listed):
         files = source_files(source)
         hashes[source.path] = _hash_files(files) if files else str(source.revision)
-    code = _hash_files([(path.name, path) for path in sorted(Path(__file__).parent.glob("*.py"))])
+    folder = Path(__file__).parent
+    code = _hash_files([(str(path.relative_to(folder)), path) for path in sorted(folder.rglob("*.py"))])
     settings = {name: value for name, value in vars(recipe.data).items() if name not in _FREE_KEYS}
     return {
         "recipe": _hash_json([settings, recipe.seed]),
