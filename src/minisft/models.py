@@ -215,6 +215,9 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
             _refuse_untrusted_code(folder, error)
             if is_out_of_memory(error):
                 raise
+            if isinstance(error, KeyError) and error.args == (options["attn_implementation"],):
+                problem = "this model only has the attention of its own list, and cannot train without padding"
+                raise UserError(folder, problem, "use another model") from None
             raise UserError(
                 folder,
                 f"the model cannot be loaded ({first_line(error)})",

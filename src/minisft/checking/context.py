@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from minisft.planning.prediction import Prediction
     from minisft.training.batching import PackedRow
+    from minisft.training.probe import ProbeResult
     from minisft.training.trainer import SupervisedTokenTrainer
 
 
@@ -117,6 +118,7 @@ class CheckContext:
         self.scratch = run.scratch
         self.verification_error: VerificationError | None = None  # raised by `prepare` on its own tokens
         self.live: SupervisedTokenTrainer | None = None
+        self.probed: ProbeResult | None = None  # of the live trainer's model
 
     # --- model and tokenizer
 

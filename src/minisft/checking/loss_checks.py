@@ -46,6 +46,7 @@ def live_trainer(context: CheckContext) -> "SupervisedTokenTrainer":
         trainer.args.save_strategy = "no"
         assert trainer.model is not None
         trainer.model.to(trainer.args.device)
+        context.probed = trainer.probe()
     assert context.live is not None
     return context.live
 
@@ -109,6 +110,7 @@ def rows_keep_conversations_apart(context: CheckContext) -> str:
     conversations = _conversations(trainer)
     if len(conversations) < 2:
         raise NotRun("there is only one conversation to train on")
+    _require_rows_of_several(context, trainer, conversations)
     packed = _row_losses(context, [conversations])[0]
     separate = math.fsum(_row_losses(context, [[conversation] for conversation in conversations]))
     if not _close(packed, separate, tolerance(context)):
@@ -116,6 +118,14 @@ def rows_keep_conversations_apart(context: CheckContext) -> str:
         fix = "train with training.row_tokens=1, which gives every conversation a row of its own, or another model"
         raise Failed(problem + _describe_leak(context, trainer, conversations), fix)
     return f"{len(conversations)} conversations in one row: summed loss {packed:.4f}, in separate rows: {separate:.4f}"
+
+
+def _require_rows_of_several(
+    context: CheckContext, trainer: "SupervisedTokenTrainer", conversations: list[Conversation]
+) -> None:
+    if context.probed is not None and context.probed.verdict == "alone":
+        leak = _describe_leak(context, trainer, conversations)
+        raise NotRun(f"{leak}, so training gives each conversation its own row")
 
 
 def _describe_leak(context: CheckContext, trainer: "SupervisedTokenTrainer", conversations: list[Conversation]) -> str:
@@ -139,6 +149,7 @@ def splitting_changes_nothing(context: CheckContext) -> str:
     """Run the trainer's step on a batch as one row and as a row for each conversation, forward and backward."""
     trainer = live_trainer(context)
     conversations = _conversations(trainer)
+    _require_rows_of_several(context, trainer, conversations)
     count = len(conversations)
     one_row, split = (_take_step(trainer, count, row_tokens) for row_tokens in (1 << 40, 1))
     padded = _padded_loss(trainer, conversations) / count_learned(_as_lists(conversations))

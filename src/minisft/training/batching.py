@@ -211,6 +211,10 @@ class StepSampler:
         for step in self._steps_of_epoch():
             yield self.plan(step)
 
+    def forwards_per_epoch(self) -> int:
+        """Return the number of forwards of this process in the current epoch."""
+        return sum(len(self.plan(step)) for step in self._steps_of_epoch())
+
     def _steps_of_epoch(self) -> list[np.ndarray]:
         return steps_of_epoch(
             self.sizes.tokens,

@@ -24,12 +24,17 @@ class HeldOutRows:
 
     def __init__(self, dataset: Any, *, row_tokens: int, processes: int, rank: int) -> None:
         sizes = measure_lengths(dataset)
-        sampler = StepSampler(
+        self._sampler = StepSampler(
             sizes, global_batch=len(sizes), row_tokens=row_tokens, processes=processes, rank=rank, seed=0
         )
-        self._plans = sampler.plan(np.arange(len(sizes)))
+        self._plans = self._sampler.plan(np.arange(len(sizes)))
         self._rows = RowDataset(dataset)
         self.supervised = int(sizes.supervised.sum())  # of all processes
+
+    def separate_rows(self) -> None:
+        """Give each conversation its own row, for a model that is wrong for rows of several."""
+        self._sampler.row_tokens = 1
+        self._plans = self._sampler.plan(np.arange(len(self._sampler.sizes)))
 
     @torch.no_grad()
     def sum_of_losses(self, model: Any, loss_of: Callable[[Any, PackedRow], torch.Tensor]) -> torch.Tensor:

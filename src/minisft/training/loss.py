@@ -41,17 +41,18 @@ def row_loss(model: Any, row: PackedRow) -> torch.Tensor:
     if layer is None or matmul_dtype(layer.weight) == torch.float16 or not _can_fuse(model, layer, row):
         return _loss_of_all_logits(model, row)
     with fused_loss_head(layer, row.targets):
-        return _forward(model, row)[0, 0]
+        return forward_row(model, row)[0, 0]
 
 
 def _loss_of_all_logits(model: Any, row: PackedRow) -> torch.Tensor:
-    logits = _forward(model, row)[0]
+    logits = forward_row(model, row)[0]
     if len(row.targets) == 0:  # a row without conversations: its forward takes part in the collectives
         return logits.sum().float() * 0.0
     return cross_entropy(logits.float(), row.targets, reduction="sum")
 
 
-def _forward(model: Any, row: PackedRow) -> Any:
+def forward_row(model: Any, row: PackedRow) -> Any:
+    """Return the logits of the positions of a row that predict a supervised token, (1, supervised, vocabulary)."""
     return model(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
@@ -68,7 +69,7 @@ def _can_fuse(model: Any, layer: nn.Linear, row: PackedRow) -> bool:
         probe = PackedRow(token, torch.zeros_like(token), (1,), torch.zeros_like(token[0]), token[0], ())
         model.eval()
         with torch.no_grad():
-            _fusable[layer] = returns_raw_logits(layer, lambda: _forward(model, probe))
+            _fusable[layer] = returns_raw_logits(layer, lambda: forward_row(model, probe))
         model.train(learned)
     return _fusable[layer]
 

@@ -227,7 +227,8 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         truncate_metrics(run.metrics, _start_step(resume_from))
         arguments = trainer.args
         precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-        write_environment(run, describe_environment(precision))
+        environment = describe_environment(precision)
+        trainer.on_probed = lambda result: write_environment(run, environment | {"probe": result.as_dict()})
     try:
         with explain_failed_writes(run.root), listen_for_stop() as trainer.stop:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

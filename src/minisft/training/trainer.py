@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCall
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from minisft.console import say
 from minisft.errors import UserError
 from minisft.files import apply_umask
 from minisft.training.batching import RowDataset, StepBatch, StepSampler, collate
@@ -36,8 +37,9 @@ from minisft.training.checkpoints import (
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows, eval_losses, is_due, stops_early
 from minisft.training.integrity import explain_damage, forbid_pickled_code
 from minisft.training.lora import has_adapters, save_adapters
-from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss
+from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss, unwrapped
 from minisft.training.optimization import clip_gradients
+from minisft.training.probe import ProbeResult, probe_model, refuse_wrong_model
 from minisft.training.resharding import reshard_state, restore_fp32_weights, same_layout
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
 from minisft.training.zero import plain_zero_state, zero_writes_through
@@ -72,6 +74,7 @@ class SupervisedTokenTrainer(Trainer):
         self.describe_rows = describe_rows
         self.on_saved = on_saved
         self.base_model_folder = base_model_folder
+        self.on_probed: Callable[[ProbeResult], None] = lambda result: None
         self.held_out = held_out
         self._staging: str | None = None
         self._writing = WriteErrors()
@@ -97,7 +100,35 @@ class SupervisedTokenTrainer(Trainer):
             UserError: The checkpoint is damaged, or holds objects other than plain state, which could run code.
         """
         with explain_damage(resume_from_checkpoint):
-            return self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
+            ready = self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
+        forwards = self.sampler.forwards_per_epoch()
+        if self.probe().verdict == "alone" and self.is_world_process_zero():
+            name = type(unwrapped(self._model())).__name__
+            say(
+                f"note: {name} computes a conversation differently after another one in the same row, so each has its "
+                f"own row: {self.sampler.forwards_per_epoch()} forwards an epoch in place of {forwards}"
+            )
+        return ready
+
+    def probe(self) -> ProbeResult:
+        """Compare the model, as it will train, with transformers' own; give each conversation its own row if needed.
+
+        Raises:
+            UserError: The model is wrong for every row, or cannot be called as training calls it.
+        """
+        half = self.args.bf16 or self.args.fp16
+        arithmetic = self.compute_loss_context_manager
+        name = type(unwrapped(self._model())).__name__
+        result = probe_model(
+            self.model_wrapped, self.args.device, arithmetic, half=half, max_length=int(self.sampler.sizes.tokens.max())
+        )
+        self.on_probed(result)
+        refuse_wrong_model(name, result)
+        if result.verdict == "alone":
+            self.sampler.row_tokens = 1
+            if self.held_out is not None:
+                self.held_out.separate_rows()
+        return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with explain_damage(resume_from_checkpoint), forbid_pickled_code(Path(resume_from_checkpoint)):

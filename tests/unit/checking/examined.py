@@ -26,6 +26,7 @@ def examined(recipe_file, *overrides, quick=False, only=None, context=CheckConte
     recipe = load_recipe(recipe_file, overrides)
     wanted = {check.name for check in CHECKS} if only is None else {only, *needed_by(only), *depending_on(only)}
     checks = [replace(check, run=runs.get(check.name, check.run)) for check in CHECKS if check.name in wanted]
+    checks = [check for check in checks if {*check.needs} <= wanted]
     with open_run(recipe, prepares_only=True) as run:
         results = run_checks(context(recipe, run), quick=quick, on_result=lambda result: None, checks=checks)
     return {result.name: result for result in results}
