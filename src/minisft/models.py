@@ -2,8 +2,8 @@
 
 A folder may also hold peft adapters; it is loaded with the base model that it names, or with a given one.
 
-Nothing here trusts a model repository: weights come from safetensors, and its code runs only where the
-user says so: `trust_remote_code: true` in a recipe of his own, or `--trust-remote-code`.
+No model repository is trusted: weights come from safetensors, and its code runs only with the consent of the user:
+`trust_remote_code: true` in the user's own recipe, or `--trust-remote-code`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _HUB_TIMEOUT = 5.0  # seconds
 _TOKENIZER_FIX = "give a model folder with a tokenizer.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 _FOLDER_FILES = ("config.json", _ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json")  # one of them at least
-# Bytes that a model's small files have at most; the largest tokenizers have some 40 MB.
+# Maximum sizes of a model's small files in bytes; the largest tokenizers have about 40 MB.
 _LARGEST = {"*config.json": 16 << 20, "*.index.json": 64 << 20, "tokenizer.json": 128 << 20, "*.jinja": 1 << 20}
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -53,7 +53,7 @@ class ResolvedModel:
 
     @property
     def loads_as(self) -> str:
-        """Under what name plain `from_pretrained` finds exactly these weights: the hub's id, else the folder."""
+        """The name under which plain `from_pretrained` finds exactly these weights: the hub id, else the folder."""
         return self.hub_id or str(self.folder)
 
     def __str__(self) -> str:
@@ -66,13 +66,13 @@ def resolve_model(
     """Find the model `name` and return its local folder.
 
     Args:
-        name: a built-in name, a .gguf file, a folder or a hub id.
-        trust_remote_code: also fetch the code files of a hub repository.
-        weights: False fetches the tokenizer and the configuration of a hub model only.
-        adapters: a folder that holds adapters alone will do, too.
+        name: Built-in name, .gguf file, folder or hub id.
+        trust_remote_code: Also fetch the code files of a hub repository.
+        weights: False fetches only the tokenizer and the configuration of a hub model.
+        adapters: Accept a folder that holds only adapters.
 
     Raises:
-        UserError: there is no such model, it cannot be reached, or it is adapters.
+        UserError: There is no such model, it cannot be reached, or it consists of adapters.
     """
     path = Path(name).expanduser()
     if name in BUILT_IN_MODELS:
@@ -92,7 +92,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     """Load the fast tokenizer of a model folder.
 
     Raises:
-        UserError: the folder holds no tokenizer, or only a slow one, which has no exact offsets.
+        UserError: The folder holds no tokenizer, or only a slow one, which has no exact offsets.
     """
     refuse_huge_files(folder, _LARGEST)
     with _quiet():
@@ -100,7 +100,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except Exception as error:  # a damaged file shows as anything: the tokenizers library raises a bare Exception
+        except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
             _refuse_untrusted_code(folder, error)
             problem = f"the tokenizer cannot be loaded ({first_line(error)})"
             raise UserError(folder, problem, _TOKENIZER_FIX) from None
@@ -113,7 +113,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Load the configuration of a model folder, as transformers' object.
 
     Raises:
-        UserError: it needs code of the model's own, to which nobody consented, or it cannot be read.
+        UserError: It needs code that comes with the model, without consent, or it cannot be read.
     """
     refuse_huge_files(folder, _LARGEST)
     with _quiet():
@@ -121,23 +121,23 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except Exception as error:  # an unfit file shows as anything, from KeyError to a validation error
+        except Exception as error:  # an invalid file raises any exception, from KeyError to a validation error
             _refuse_untrusted_code(folder, error)
             problem = f"the configuration cannot be read ({first_line(error)})"
             raise UserError(folder / "config.json", problem, "give a model folder that save_pretrained wrote") from None
 
 
 def build_on_meta_device(config: Any, trust_remote_code: bool | None = None, **options: Any) -> "PreTrainedModel":
-    """Make a model of a configuration, with random weights, on the device that torch makes tensors on.
+    """Make a model from a configuration, with random weights, on the current default device of torch.
 
     Args:
-        config: as `load_config` gives it.
-        trust_remote_code: let code of the model's own run; None: where the configuration is of the model's own class,
-            which it can be with consent only.
-        **options: what else `from_config` takes.
+        config: Configuration from `load_config`.
+        trust_remote_code: Run code that comes with the model; None: if the configuration is of the model's own class,
+            which needs consent.
+        **options: Further arguments of `from_config`.
 
     Raises:
-        UserError: it needs code of the model's own, to which nobody consented, or transformers does not know it.
+        UserError: It needs code that comes with the model, without consent, or transformers does not know it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -147,15 +147,15 @@ def build_on_meta_device(config: Any, trust_remote_code: bool | None = None, **o
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
     except ValueError as error:
         _refuse_untrusted_code(config.name_or_path, error)
-        problem = f"the model cannot be laid out ({first_line(error)})"
+        problem = f"the model cannot be built ({first_line(error)})"
         raise UserError(config.name_or_path, problem, "give a causal language model") from None
 
 
 def _refuse_untrusted_code(where: object, error: BaseException) -> None:
-    """Raise a user's error where transformers refused to run code of the model's own; it names its option then.
+    """Raise a UserError if transformers refused to run code that comes with the model; its message names its option.
 
     Raises:
-        UserError: saying who may consent, and how.
+        UserError: The message says who may consent, and how.
     """
     if "trust_remote_code" in str(error):
         raise UserError(
@@ -179,19 +179,19 @@ def load_model(
 ) -> "PreTrainedModel":
     """Load a causal language model from safetensors, in `dtype`.
 
-    A folder of adapters gives its base model with the adapters, in fp32, beside the matrices, or merged into them.
+    For a folder of adapters, its base model is loaded with the adapters in fp32, unmerged or merged.
 
     Args:
-        folder: of a model or of adapters.
-        dtype: of the weights.
-        attention: transformers' `attn_implementation`.
-        trust_remote_code: let code from the folder run.
-        base: the folder of an adapter's base model; None: the one that the adapter names.
-        merge: add adapters to the matrices that they stand beside.
-        **options: what else `from_pretrained` takes.
+        folder: Folder of a model or of adapters.
+        dtype: Number format of the weights.
+        attention: Value of transformers' `attn_implementation`.
+        trust_remote_code: Run code from the folder.
+        base: Folder of an adapter's base model; None: the one that the adapter names.
+        merge: Merge the adapters into the weights.
+        **options: Further arguments of `from_pretrained`.
 
     Raises:
-        UserError: the folder holds no causal language model that transformers knows, or adapters without their base.
+        UserError: The folder holds no causal language model that transformers knows, or adapters without their base.
     """
     options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
     if not is_adapter(folder):
@@ -200,7 +200,7 @@ def load_model(
 
 
 def is_adapter(folder: Path) -> bool:
-    """Say whether a folder holds peft adapters, which need a base model."""
+    """Return whether a folder holds peft adapters, which need a base model."""
     return (folder / _ADAPTER_CONFIG).is_file()
 
 
@@ -211,7 +211,7 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
 
         try:
             return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-        except Exception as error:  # a damaged file shows as anything, from a RuntimeError to safetensors' own
+        except Exception as error:  # a damaged file raises any exception, from a RuntimeError to those of safetensors
             _refuse_untrusted_code(folder, error)
             if is_out_of_memory(error):
                 raise
@@ -242,7 +242,7 @@ def _base_of(adapter: Path, trust_remote_code: bool) -> Path:
 
 
 def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreTrainedModel":
-    """Put the adapters of a folder beside the matrices of their base model, or into them."""
+    """Add the adapters of a folder to their base model, unmerged or merged."""
     if not (folder / _ADAPTER_WEIGHTS).is_file():
         raise UserError(folder, f"there is no {_ADAPTER_WEIGHTS}", "give a folder that peft's save_pretrained wrote")
     with _quiet():
@@ -279,14 +279,14 @@ def _quiet() -> Iterator[None]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what peft reads of the model
+            warnings.simplefilter("ignore", FutureWarning)  # warnings about the model that peft reads
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether the machine failed, and not the file; torch has no class of its own for that on a CPU."""
+    """Return whether memory ran out, and not the file is at fault; torch has no class for that error on a CPU."""
     import torch
 
     out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -297,12 +297,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _refuse_adapters(path: Path) -> None:
-    """Refuse adapters where a whole model is wanted, such as the `model` of a recipe."""
+    """Refuse adapters where a complete model is needed, such as the `model` of a recipe."""
     if not is_adapter(path):
         return
     run = next((str(folder) for folder in path.resolve().parents[:2] if (folder / "recipe.yaml").is_file()), "RUN")
-    fix = f"merge them into a whole model with `minisft export {run} FOLDER`, and give that FOLDER"
-    raise UserError(path, "this folder holds LoRA adapters, and not the whole model that is needed here", fix)
+    fix = f"merge them into a complete model with `minisft export {run} FOLDER`, and give that FOLDER"
+    raise UserError(path, "this folder holds LoRA adapters, and not the complete model that is needed here", fix)
 
 
 def _resolve_folder(name: str, path: Path, weights: bool) -> ResolvedModel:
@@ -351,7 +351,7 @@ def _hub_snapshot(name: str, trust_remote_code: bool, weights: bool) -> Path | s
         try:
             HfApi().model_info(name, timeout=_HUB_TIMEOUT)
             return Path(snapshot_download(name, allow_patterns=patterns))
-        except Exception as error:  # the hub client raises its own, httpx's and OSError: each means "no"
+        except Exception as error:  # the hub client raises its own errors, those of httpx and OSError
             reason = first_line(error)
     try:
         cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
@@ -388,7 +388,7 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
             raise UserError(name, "this is not a GGUF file", "give a file that llama.cpp or a hub wrote as GGUF")
     folder = cache_folder() / "models" / f"{path.stem}-{hash_files([path])[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold_lock(folder.with_suffix(".lock"), patience=math.inf):  # the first converts, the others find it done
+    with hold_lock(folder.with_suffix(".lock"), patience=math.inf):  # the first process converts
         if not folder.exists():
             with write_folder_atomically(folder) as temporary:
                 _convert_gguf(path, temporary)
@@ -405,12 +405,12 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        except Exception as error:  # a bad file shows as anything, from struct.error to a bare Exception
+        except Exception as error:  # an invalid file raises any exception, from struct.error to a bare Exception
             raise UserError(
                 path, f"transformers cannot load it ({first_line(error)})", "give a model folder instead"
             ) from None
         config = type(loaded.config).from_dict(_remove_quantisation_config(loaded.config.to_dict()))
-        # A model that was loaded quantised refuses to be saved: its weights move to one that was not.
+        # A model that was loaded quantised cannot be saved: its weights are moved to one that was not.
         with torch.device("meta"):
             plain = type(loaded)(config)
         plain.load_state_dict(loaded.state_dict(), assign=True)
@@ -424,11 +424,11 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _hide_gguf_progress() -> Iterator[None]:
-    """Keep the bar of transformers' GGUF reader off the terminal, which has no setting for it."""
+    """Hide the progress bar of transformers' GGUF reader, which has no setting for it."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     bar = getattr(reader, "tqdm", None)
-    if bar is None:  # another version
+    if bar is None:  # another version of transformers
         yield
         return
     reader.tqdm = functools.partial(bar, disable=True)
@@ -443,7 +443,7 @@ def _remove_quantisation_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove_paths(config_file: Path) -> None:
-    """A saved tokenizer remembers the folder it came from; a model folder should name none."""
+    """Remove the path of the original folder, which a saved tokenizer contains."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if not _is_path(value)}
     config_file.write_text(json.dumps(kept, indent=2, ensure_ascii=False), encoding="utf-8")

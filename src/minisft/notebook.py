@@ -16,7 +16,7 @@ def run_as_html(root: Path) -> str:
     """Return a run as HTML for a notebook's output cell.
 
     Raises:
-        UserError: a file of the run is damaged, or the folder is no run.
+        UserError: A file of the run is damaged, or the folder is not a run.
     """
     run = read_run(root)
     with tempfile.TemporaryDirectory(prefix="minisft-") as folder:
