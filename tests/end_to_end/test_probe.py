@@ -94,6 +94,23 @@ def test_a_right_model_is_recorded_as_such(recipe_file, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["probe"]["verdict"] == "right"
 
 
+@pytest.mark.parametrize("words", [(), ("training.processes=2", "training.batch_size=4")], ids=["one", "two"])
+def test_a_right_model_is_right_in_half_precision_too(recipe_file, tmp_path, capfd, words):
+    status, _, err = run(capfd, "train", recipe_file, "training.max_steps=1", "training.precision=bf16", *words)
+    assert status == 0, err
+    found = json.loads((tmp_path / "run" / "environment.json").read_text())["probe"]
+    assert found["verdict"] == "right"
+    assert found["exactness"] > 0  # half precision was seen
+
+
+def test_a_small_leak_is_found_in_half_precision(recipe_of, tmp_path, capsys):
+    recipe = recipe_of(LEAK.replace("0.2", "0.01"))
+    assert run(capsys, "train", recipe, "--trust-remote-code", "training.precision=bf16")[0] == 0
+    found = json.loads((tmp_path / "run" / "environment.json").read_text())["probe"]
+    assert found["verdict"] == "alone"
+    assert found["isolation"] < 0.3
+
+
 @pytest.mark.parametrize("kind", ["gptj", "falcon"])
 def test_a_model_that_knows_no_other_attention_is_refused_by_name(recipe_file, tmp_path, capsys, kind):
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -84,7 +84,7 @@ def probe_model(
     """
     results = [_compare(model, device, arithmetic, HALF_TOLERANCE if half else FP32_TOLERANCE, max_length)]
     if half and next(unwrapped(model).parameters()).dtype == torch.float32:
-        without_autocast = partial(torch.autocast, device.type, enabled=False)
+        without_autocast = partial(_without_autocast, unwrapped(model), device)
         results.append(_compare(model, device, without_autocast, FP32_TOLERANCE, max_length))
     return max(results, key=lambda result: ("right", "alone", "refused").index(result.verdict))
 
@@ -132,6 +132,20 @@ def _compare(
     finally:
         model.train(training)
     return ProbeResult(tolerance, isolation, exactness, causality, window)
+
+
+@contextlib.contextmanager
+def _without_autocast(model: Any, device: torch.device) -> Iterator[None]:
+    # accelerate puts autocast into the forward of a prepared model, and keeps the forward without it.
+    prepared, original = vars(model).get("forward"), getattr(model, "_original_forward", None)
+    if prepared is not None and original is not None:
+        model.forward = original
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if prepared is not None:
+            model.forward = prepared
 
 
 @contextlib.contextmanager
