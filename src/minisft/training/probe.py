@@ -9,6 +9,7 @@ transformers' own attention on a few tokens: without a gradient and without a ra
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -53,9 +54,13 @@ class ProbeResult:
     @property
     def verdict(self) -> Verdict:
         """right: rows of several conversations; alone: rows of one conversation; refused: no row is right."""
-        if not max(self.exactness, self.causality, self.window or 0.0) <= self.tolerance:  # NaN is refused too
+        if max(self.exactness, self.causality, self.window or 0.0) > self.tolerance:
             return "refused"
         return "right" if self.isolation <= self.tolerance else "alone"
+
+    def differences(self) -> list[float]:
+        """Return the differences that were measured."""
+        return [self.isolation, self.exactness, self.causality, *([] if self.window is None else [self.window])]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the entry `probe` of environment.json."""
@@ -65,7 +70,7 @@ class ProbeResult:
 
 def probe_model(
     model: Any, device: torch.device, arithmetic: Callable[[], Any], *, half: bool, max_length: int
-) -> ProbeResult:
+) -> ProbeResult | None:
     """Compare the logits of the model with one another and with transformers' own attention; return the worse result.
 
     They are computed in the precision of the training and, if that is half precision and the weights are fp32, in fp32
@@ -79,6 +84,9 @@ def probe_model(
         half: Whether products are computed in half precision.
         max_length: Maximum number of tokens of a conversation; longer windows need no proof.
 
+    Returns:
+        The result; None if logits are not finite, which shows in the loss of the first step.
+
     Raises:
         UserError: The model cannot be called as training calls it, or not with transformers' own attention.
     """
@@ -86,6 +94,8 @@ def probe_model(
     if half and next(unwrapped(model).parameters()).dtype == torch.float32:
         without_autocast = partial(_without_autocast, unwrapped(model), device)
         results.append(_compare(model, device, without_autocast, FP32_TOLERANCE, max_length))
+    if not all(math.isfinite(size) for result in results for size in result.differences()):
+        return None
     return max(results, key=lambda result: ("right", "alone", "refused").index(result.verdict))
 
 
@@ -180,7 +190,7 @@ def refuse_wrong_model(name: str, result: ProbeResult) -> None:
     problem, size = next(
         (text, size)
         for text, size in differences.items()
-        if not size <= result.tolerance  # the first is the cause
+        if size > result.tolerance  # the first is the cause
     )
     problem = f"{problem} (relative difference {size:.2g}): MiniSFT would train it wrongly"
     raise UserError(f"the model {name}", problem, "use another model, or report this one")

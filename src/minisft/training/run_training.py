@@ -228,6 +228,7 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         arguments = trainer.args
         precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
         environment = describe_environment(precision)
+        write_environment(run, environment)
         trainer.on_probed = lambda result: write_environment(run, environment | {"probe": result.as_dict()})
     try:
         with explain_failed_writes(run.root), listen_for_stop() as trainer.stop:

@@ -102,7 +102,8 @@ class SupervisedTokenTrainer(Trainer):
         with explain_damage(resume_from_checkpoint):
             ready = self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
         forwards = self.sampler.forwards_per_epoch()
-        if self.probe().verdict == "alone" and self.is_world_process_zero():
+        result = self.probe()
+        if result is not None and result.verdict == "alone" and self.is_world_process_zero():
             name = type(unwrapped(self._model())).__name__
             say(
                 f"note: {name} computes a conversation differently after another one in the same row, so each has its "
@@ -110,7 +111,7 @@ class SupervisedTokenTrainer(Trainer):
             )
         return ready
 
-    def probe(self) -> ProbeResult:
+    def probe(self) -> ProbeResult | None:
         """Compare the model, as it will train, with transformers' own; give each conversation its own row if needed.
 
         Raises:
@@ -122,6 +123,8 @@ class SupervisedTokenTrainer(Trainer):
         result = probe_model(
             self.model_wrapped, self.args.device, arithmetic, half=half, max_length=int(self.sampler.sizes.tokens.max())
         )
+        if result is None:
+            return None
         self.on_probed(result)
         refuse_wrong_model(name, result)
         if result.verdict == "alone":

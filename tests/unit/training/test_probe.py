@@ -121,6 +121,13 @@ def test_a_model_that_cannot_be_called_is_refused_with_its_own_error():
         probe(model)
 
 
+def test_logits_that_are_not_finite_are_left_to_the_loss_of_the_first_step():
+    model = make("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    assert probe(model) is None
+
+
 def test_in_half_precision_a_right_model_is_right_and_a_leak_is_found():
     arithmetic = {"arithmetic": lambda: torch.autocast("cpu", torch.bfloat16)}
     for kind, options, verdict in (
@@ -128,4 +135,5 @@ def test_in_half_precision_a_right_model_is_right_and_a_leak_is_found():
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "alone"),
     ):
         found = probe_model(make(kind, **options), torch.device("cpu"), half=True, max_length=256, **arithmetic)
+        assert found is not None
         assert found.verdict == verdict
