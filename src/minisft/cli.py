@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0
     from minisft.files import WRITE_ERRNOS
-    from minisft.library_output import escape_library_output
+    from minisft.output_filters import escape_library_output
     from minisft.text import printable
 
     escape_library_output()

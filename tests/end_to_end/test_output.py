@@ -157,7 +157,7 @@ def test_what_is_not_known_is_not_held_back(capsys):
     import logging
     import warnings
 
-    from minisft.library_output import drop_lines, suppress_known_warnings
+    from minisft.output_filters import drop_lines, suppress_known_warnings
 
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -20,7 +20,7 @@ LEAVES = {
     "results",
     "models",
     "console",
-    "library_output",
+    "output_filters",
     "version",
 }
 MAY_IMPORT = {
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "recipe": {"errors", "text", "files", "yaml_tree"},
     "options": {"errors"},
     "console": {"text"},
-    "library_output": {"text"},
+    "output_filters": {"text"},
     "models": {"errors", "text", "recipe", "files", "console"},
     "run_folder": {"errors", "recipe", "manifest", "files", "replacement", "console"},
     "run_start": {"errors", "recipe", "manifest", "files", "replacement", "console", "run_folder"},
@@ -54,10 +54,10 @@ MAY_IMPORT = {
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},
     "notebook": {"errors", "report"},
     # The command line parses words and prints errors; all else is the API's. It takes the recipe for a type only.
-    "cli": {"", "version", "api", "options", "console", "errors", "text", "files", "library_output", "recipe"},
+    "cli": {"", "version", "api", "options", "console", "errors", "text", "files", "output_filters", "recipe"},
 }
 # The API may import everything but the command line.
-MAY_IMPORT["api"] = {*MAY_IMPORT, "console", "library_output"} - {"cli", "options"}
+MAY_IMPORT["api"] = {*MAY_IMPORT, "console", "output_filters"} - {"cli", "options"}
 LIGHT = (
     "cli",
     "api",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minisft.errors import StoppedError, UserError, WorkerError
-from minisft.library_output import escape_library_output
+from minisft.output_filters import escape_library_output
 from minisft.processes import exit_with_parent, handle_stop_signals, hard_exit
 from minisft.text import printable
 from minisft.training.callbacks import STOP_FILE, StopRequest

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from minisft.console import say
 from minisft.data.encoder import Encoder
 from minisft.errors import StoppedError, UserError
-from minisft.library_output import suppress_known_warnings
 from minisft.manifest import record_files, refuse_foreign_files
 from minisft.models import ResolvedModel, load_model, load_tokenizer, resolve_model
+from minisft.output_filters import suppress_known_warnings
 from minisft.recipe import Recipe, TrainingRecipe
 from minisft.run_folder import (
     RunFolder,

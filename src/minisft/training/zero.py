@@ -28,7 +28,7 @@ import torch
 from minisft.console import warn
 from minisft.errors import StoppedError, UserError
 from minisft.files import cache_folder
-from minisft.library_output import drop_lines
+from minisft.output_filters import drop_lines
 from minisft.processes import exit_with_parent, handle_stop_signals
 
 _SAYS_BUILT = "built successfully"  # DeepSpeed prints that of an op that it loads
