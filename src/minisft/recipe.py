@@ -39,6 +39,8 @@ class DataRecipe:
     source: str | list[Any] | dict[str, Any]
     format: Literal["auto", "sharegpt", "messages", "alpaca", "prompt_completion"] = "auto"
     template: str = "auto"
+    template_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    unroll: Literal["auto", "always", "never"] = "auto"
     train_on: Literal["assistant", "last"] = "assistant"
     max_length: int = 2048
     overflow: Literal["turns", "cut", "drop", "error"] = "turns"

@@ -136,7 +136,8 @@ class Session:
         )
         text = self.encoder.decode_answer(generated.ids)
         on_text(text[len(shown) :])
-        self.turns.append(Message("assistant", text))
+        reasoning, content = self.encoder.split_answer(generated.ids)
+        self.turns.append(Message("assistant", content, reasoning=reasoning))
         return generated
 
 

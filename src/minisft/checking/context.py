@@ -2,7 +2,7 @@
 
 import gc
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,12 +83,14 @@ class Example:
     """A conversation of the source with its row of the training data.
 
     Args:
-        conversation: The conversation; a truncated row has only a part of it.
+        conversation: The conversation; a row that is truncated, or that teaches one answer, has only a part of it.
         row: Its row of `<output>/dataset`.
+        answer: Number of the one answer that the row teaches; None for a conversation in one row.
     """
 
     conversation: Conversation
     row: TokenRow
+    answer: int | None = None
 
     @property
     def learned(self) -> tuple[Message, ...]:
@@ -129,7 +131,7 @@ class CheckContext:
     @cached_property
     def encoder(self) -> Encoder:
         tokenizer = load_tokenizer(self.model.folder, self.recipe.trust_remote_code)
-        return Encoder(tokenizer, self.recipe.data.template)
+        return Encoder(tokenizer, self.recipe.data.template, self.recipe.data.template_options)
 
     @cached_property
     def width(self) -> int:
@@ -199,15 +201,35 @@ class CheckContext:
     @cached_property
     def examples(self) -> list[Example]:
         """Conversations of the source with their rows of the prepared data."""
-        columns = ["location", "input_ids", "labels", "findings"]
-        rows: dict[str, TokenRow] = {}
+        rows: dict[tuple[str, int | None], TokenRow] = {}
         locations = {row["location"] for row in self.source.rows}
         for data in self.splits.values():
-            for row in data.select_columns(columns):
+            wanted = ("location", "input_ids", "labels", "findings", "answer")
+            for row in data.select_columns([name for name in wanted if name in data.column_names]):
                 if row["location"] in locations:
-                    rows[row["location"]] = as_token_row(row)
-        paired = ((as_conversation(row), rows.get(row["location"])) for row in self.source.rows)
-        return [Example(conversation, row) for conversation, row in paired if row is not None]
+                    rows[row["location"], row.get("answer")] = as_token_row(row)
+        paired = ((example, rows.get(_key(example))) for example in self.examples_of(self.source.rows))
+        return [replace(example, row=row) for example, row in paired if row is not None]
+
+    def examples_of(self, rows: Iterable[dict[str, Any]]) -> Iterator[Example]:
+        """Yield the rows of a data set as examples; the last row of each conversation must have its messages."""
+        unrolled = self.prepared.ledger.get("unrolled", {})
+        waiting: list[dict[str, Any]] = []
+        for row in rows:
+            waiting.append(row)
+            if row["messages"] is None:
+                continue
+            conversation = as_conversation(row)
+            for part in waiting:
+                beginning = conversation
+                if part.get("answer") is not None:
+                    place = [i for i, m in enumerate(conversation.messages) if m.is_answer][part["answer"] - 1]
+                    messages = conversation.messages[: place + 1]
+                    beginning = replace(conversation, messages=messages).supervise("last")
+                elif unrolled.get("answers_left_out"):
+                    beginning = conversation.without_loss(self.encoder.render(conversation).left_out)
+                yield Example(beginning, as_token_row(part), part.get("answer"))
+            waiting.clear()
 
     def sample(self, count: int) -> list[Example]:
         """Return about `count` of the examples, at even distances."""
@@ -298,6 +320,10 @@ class CheckContext:
         """Delete what the checks wrote."""
         self.free_model()
         delete_scratch_folder(self.scratch)
+
+
+def _key(example: Example) -> tuple[str, int | None]:
+    return example.conversation.location, example.answer
 
 
 def as_token_row(row: dict[str, Any]) -> TokenRow:

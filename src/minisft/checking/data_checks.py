@@ -51,7 +51,7 @@ def system_prompts_survive(context: CheckContext) -> str:
         counted = ", ".join(f"{reason} {number:,}" for reason, number in lost.items())
         raise Failed(f"the template loses system prompts, and their rows with them ({counted})", _TEMPLATE)
     # 2. The tokens before the last learned token of every other row that has a system prompt.
-    rows = [row for row in context.source.rows if row["messages"][0]["role"] == "system"]
+    rows = [row for row in context.source.rows if row["messages"] and row["messages"][0]["role"] == "system"]
     prompts = []
     for row in rows:
         learned = np.flatnonzero(np.asarray(row["labels"]) >= 0)

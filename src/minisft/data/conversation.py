@@ -96,10 +96,14 @@ class Conversation:
         """Return the conversation; where `train_on` is "last", with only its last answer supervised."""
         if train_on != "last":
             return self
-        last = max((i for i, message in enumerate(self.messages) if message.is_answer), default=-1)
+        answers = [i for i, message in enumerate(self.messages) if message.is_answer]
+        return self.without_loss(answers[:-1])
+
+    def without_loss(self, places: Sequence[int]) -> "Conversation":
+        """Return the conversation with the messages at some places not supervised."""
         messages = tuple(
-            replace(message, supervised=False) if message.is_answer and i != last else message
-            for i, message in enumerate(self.messages)
+            replace(message, supervised=False) if place in places else message
+            for place, message in enumerate(self.messages)
         )
         return replace(self, messages=messages)
 

@@ -7,7 +7,7 @@ tokens are placed by id. Labels are the ids where a segment is supervised and -1
 import json
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +16,9 @@ import numpy as np
 
 from minisft.data.conversation import Conversation, Message
 from minisft.data.renderers.base import CONTINUE, START, Rendered, Renderer, Segment
+from minisft.data.renderers.reasoning import separate_reasoning
 from minisft.data.renderers.resolve import TemplateResolver
+from minisft.data.renderers.template_options import Option
 from minisft.data.segment_encoder import SegmentEncoder
 from minisft.errors import UserError
 
@@ -50,12 +52,15 @@ class Encoded:
         labels: The same ids where a token is supervised, -100 elsewhere; unshifted.
         answers: The answers in order.
         findings: Names of what the template or the tokenizer changed; the ledger counts them.
+        left_out: Number of supervised answers that are written otherwise here than they are served, and so have no
+            label.
     """
 
     input_ids: list[int]
     labels: list[int]
     answers: tuple[AnswerSpan, ...] = ()
     findings: tuple[str, ...] = ()
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         if len(self.input_ids) != len(self.labels):
@@ -72,6 +77,7 @@ class EncodedBatch:
         offsets: int64 [rows + 1]; row i is ids[offsets[i]:offsets[i + 1]].
         answers: The answers of each row.
         findings: The findings of each row.
+        left_out: Number of answers of each row that are left out; see `Encoded`.
     """
 
     ids: np.ndarray
@@ -79,13 +85,15 @@ class EncodedBatch:
     offsets: np.ndarray
     answers: list[tuple[AnswerSpan, ...]] = field(default_factory=list)
     findings: list[tuple[str, ...]] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> Encoded:
         span = slice(self.offsets[row], self.offsets[row + 1])
-        return Encoded(self.ids[span].tolist(), self.labels[span].tolist(), self.answers[row], self.findings[row])
+        ids, labels = self.ids[span].tolist(), self.labels[span].tolist()
+        return Encoded(ids, labels, self.answers[row], self.findings[row], self.left_out[row])
 
 
 class Encoder:
@@ -95,6 +103,7 @@ class Encoder:
         tokenizer: A fast tokenizer.
         template: The template as in the recipe: a native template's name, "auto" (the tokenizer's own), the path of a
             Jinja file, or a Jinja text.
+        options: Values for variables that a Jinja template reads.
 
     Attributes:
         template_name: The template in use; for `mistral` the form that was chosen.
@@ -102,20 +111,27 @@ class Encoder:
         stop_token_ids: The trained terminators, at which generation stops; the first is the main one.
 
     Raises:
-        UserError: The template does not exist, or the tokenizer lacks what the template needs.
+        UserError: The template does not exist, the tokenizer lacks what the template needs, or the template does not
+            read one of the variables.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", template: str = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        template: str = "auto",
+        options: Mapping[str, Option] | None = None,
+    ) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise UserError("model", "its tokenizer has no fast (Rust) form", "use a model with a tokenizer.json")
         self.tokenizer = tokenizer
         self._added = {token.content: (id, token) for id, token in tokenizer.added_tokens_decoder.items()}
         self._probe = SegmentEncoder(tokenizer)
-        resolved = TemplateResolver(tokenizer, self._probe).resolve(template)
+        resolved = TemplateResolver(tokenizer, self._probe).resolve(template, options)
         self.template_name = resolved.name
         self.chat_template = resolved.chat_template
         self._render: Renderer = resolved.renderer
         self.stop_token_ids = resolved.stop_token_ids
+        self._reads_reasoning, self._form = resolved.reads_reasoning, resolved.form
         special = {name for name, (_, token) in self._added.items() if token.special}
         ordinary = [m for m in resolved.markers if m in self._added and not self._added[m][1].special]
         self._segment_encoder = SegmentEncoder(tokenizer, ordinary) if ordinary else self._probe
@@ -168,6 +184,7 @@ class Encoder:
                 supervised = segments[first].supervised if first < len(segments) else False
                 spans.append(AnswerSpan(message, places[first], places[last], text, supervised, terminated))
             batch.answers.append(tuple(spans))
+            batch.left_out.append(len(row.left_out))
         # 3. The findings. Mostly no text spells a marker, which one search through all texts shows.
         texts = "\0".join([message.text for conversation in conversations for message in conversation.messages])
         some_spell = any(name in texts for name in self._spellings)
@@ -200,6 +217,31 @@ class Encoder:
         return self._segment_encoder.decode(
             [token for token in ids[:end] if token not in special], self._answer_context
         )
+
+    def split_answer(self, ids: Sequence[int]) -> tuple[str, str]:
+        """Return the reasoning and the final answer of generated ids, with or without their terminator.
+
+        The reasoning is "" for a template that writes none. Where the ids end within the reasoning, the answer is "".
+        """
+        if self._form is None:
+            return "", self.decode_answer(ids)
+        stops = set(self.stop_token_ids)
+        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        parts = self._form.split(self._segment_encoder.decode(list(ids[:end]), self._answer_context))
+        names = sorted((name for name, (_, token) in self._added.items() if token.special), key=len, reverse=True)
+        special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        reasoning, answer = (special.sub("", part) for part in parts)
+        return reasoning, answer
+
+    def final_texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the final answers of many answers' ids; the caller leaves out their terminators."""
+        if self._form is None:
+            return self.decode_answers(rows) if rows else []
+        return [self.split_answer(ids)[1] for ids in rows]
+
+    def final_answer(self, message: Message) -> str:
+        """Return an answer's text without its reasoning, which may stand in <think> tags in the text."""
+        return (separate_reasoning(message) if self._reads_reasoning else message).text
 
     def decode_answers(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the texts of many answers' ids; the caller leaves out their terminators."""

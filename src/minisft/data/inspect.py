@@ -55,6 +55,7 @@ class InspectedRow:
         rendered: Number of tokens of the full rendering, of which the row may keep fewer.
         findings: Names of what the template or the tokenizer changed.
         tokens: The tokens in order.
+        answer: Number of the one answer that the row teaches; None where the row is a complete conversation.
     """
 
     split: str
@@ -64,14 +65,16 @@ class InspectedRow:
     rendered: int
     findings: tuple[str, ...]
     tokens: tuple[Token, ...]
+    answer: int | None = None
 
     @property
     def title(self) -> str:
         supervised = sum(token.supervised for token in self.tokens)
         findings = f"; {', '.join(self.findings)}" if self.findings else ""
         cut = f" of {self.rendered:,}" if self.rendered > len(self.tokens) else ""
+        answer = f", answer {self.answer}" if self.answer is not None else ""
         return (
-            f"{self.split} row {self.row}, id {self.id}, {self.location}: {len(self.tokens):,}{cut} tokens, "
+            f"{self.split} row {self.row}, id {self.id}{answer}, {self.location}: {len(self.tokens):,}{cut} tokens, "
             f"{supervised:,} supervised{findings}"
         )
 
@@ -174,7 +177,7 @@ def choose_rows(
             if name not in known:
                 fix = f"give an id such as {known[0] if known else '?'}"
                 raise UserError("id", f"there is no conversation {name!r}", fix)
-        return [int(known.index(name)) for name in ids]
+        return [place for name in ids for place, other in enumerate(known) if other == name]
     order = list(range(len(data)))
     if worst is not None:
         if worst not in WORST:
@@ -205,7 +208,8 @@ def read_row(data: Any, split: str, number: int, tokenizer: "PreTrainedTokenizer
         for id, text, label in zip(row["input_ids"], texts, row["labels"], strict=True)
     )
     findings = tuple(name for name in row["findings"].split(",") if name)
-    return InspectedRow(split, number, row["id"], row["location"], row["rendered"], findings, tokens)
+    answer = row.get("answer")
+    return InspectedRow(split, number, row["id"], row["location"], row["rendered"], findings, tokens, answer)
 
 
 def token_texts(ids: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> list[str]:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +26,11 @@ from minisft.data.formats import (
     to_conversation,
 )
 from minisft.data.readers import LARGEST_ROW, Chunk
-from minisft.data.renderers.base import RefusedError, Rendered
+from minisft.data.renderers.base import RefusedError
 from minisft.data.split import identity_key, prompt_key
 from minisft.data.stats import DatasetStats, RowProblem
 from minisft.data.truncation import truncate
+from minisft.data.unrolling import RenderedRow, unroll
 from minisft.data.verification import verify
 from minisft.processes import exit_with_parent
 from minisft.recipe import DataRecipe
@@ -64,8 +65,9 @@ class ChunkResult:
 
     Args:
         table: An Arrow record batch with the kept rows, serialised.
-        keys: The split key of each kept row, uint64.
-        identities: A hash of the complete conversation of each kept row, uint64.
+        keys: The split key of each kept conversation, uint64.
+        identities: A hash of each kept conversation, uint64.
+        rows: The number of rows of each kept conversation, int32.
         lengths: The number of tokens of each kept row, int32.
         stats: The counts.
     """
@@ -73,8 +75,24 @@ class ChunkResult:
     table: bytes
     keys: np.ndarray
     identities: np.ndarray
+    rows: np.ndarray
     lengths: np.ndarray
     stats: DatasetStats = field(default_factory=DatasetStats)
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """A row of the data set.
+
+    Args:
+        number: Number of its conversation among those of the chunk that were rendered.
+        answer: Number of its answer in the conversation, from 1; None where the row is the complete conversation.
+        conversation: The conversation as far as the row holds it.
+    """
+
+    number: int
+    answer: int | None
+    conversation: Conversation
 
 
 def process_chunk(chunk: Chunk, encoder: Encoder, task: ChunkTask) -> ChunkResult:
@@ -83,23 +101,30 @@ def process_chunk(chunk: Chunk, encoder: Encoder, task: ChunkTask) -> ChunkResul
     was_on = gc.isenabled()
     gc.disable()  # rows hold no cycles, and the search for cycles among so many objects takes a tenth of the time
     try:
-        # 1. Rows to conversations, and these to segments.
-        conversations, rendered = _render_rows(chunk, encoder, task, stats)
+        # 1. Rows to conversations, and these to segments: one row each, or one row per answer.
+        read = _render_rows(chunk, encoder, task, stats)
+        rows = [(number, row) for number, (_, parts) in enumerate(read) for row in parts]
         # 2. Segments to ids and labels.
-        batch = encoder.encode_rendered(rendered, conversations)
+        batch = encoder.encode_rendered([row.rendered for _, row in rows], [row.conversation for _, row in rows])
         # 3. Truncate the rows that are too long.
+        kept = [KeptRow(number, row.answer, row.conversation) for number, row in rows]
         full_lengths = np.diff(batch.offsets)
         if (full_lengths > task.data.max_length).any():
-            conversations, batch, full_lengths = _truncate_rows(conversations, batch, encoder, task, stats)
+            kept, batch, full_lengths = _truncate_rows(kept, batch, encoder, task, stats)
         # 4. Verify the rows as they are written.
-        if task.data.verify and conversations:
-            verify(encoder, conversations, batch)
+        if task.data.verify and kept:
+            verify(encoder, [row.conversation for row in kept], batch)
         # 5. Make the table, and the keys for the split and for the count of duplicates.
-        _count_kept(conversations, batch, stats)
-        table, lengths = _flat_table(conversations, batch, full_lengths), np.diff(batch.offsets)
+        groups = [list(group) for _, group in groupby(range(len(kept)), key=lambda place: kept[place].number)]
+        conversations = [_as_read(kept[group[-1]], read) for group in groups]
+        _count_kept(conversations, groups, kept, batch, stats)
+        _count_unrolled(groups, kept, read, encoder, full_lengths, stats)
+        table = _flat_table(kept, conversations, groups, batch, full_lengths)
         keys = np.fromiter((prompt_key(c, task.seed) for c in conversations), np.uint64, len(conversations))
         identities = np.fromiter(map(identity_key, conversations), np.uint64, len(conversations))
-        return ChunkResult(table.serialize().to_pybytes(), keys, identities, lengths.astype(np.int32), stats)
+        counts = np.fromiter(map(len, groups), np.int32, len(groups))
+        lengths = np.diff(batch.offsets).astype(np.int32)
+        return ChunkResult(table.serialize().to_pybytes(), keys, identities, counts, lengths, stats)
     finally:
         if was_on:
             gc.enable()
@@ -110,9 +135,9 @@ def process_chunk(chunk: Chunk, encoder: Encoder, task: ChunkTask) -> ChunkResul
 
 def _render_rows(
     chunk: Chunk, encoder: Encoder, task: ChunkTask, stats: DatasetStats
-) -> tuple[list[Conversation], list[Rendered]]:
-    """Return the conversations of the rows with their renderings. Rows that cannot be used are counted in `stats`."""
-    conversations, rendered = [], []
+) -> list[tuple[Conversation, list[RenderedRow]]]:
+    """Return the conversations of the chunk with their rows. Those that cannot be used are counted in `stats`."""
+    read: list[tuple[Conversation, list[RenderedRow]]] = []
     format = task.formats[chunk.source]
     stats.add("rows", "read", len(chunk) + chunk.left_out)
     if chunk.left_out:
@@ -128,8 +153,7 @@ def _render_rows(
             if sum(len(message.content) for message in conversation.messages) > LARGEST_ROW:
                 raise row_too_large_error()
             conversation = conversation.supervise(task.data.train_on)
-            rendering = encoder.render(conversation)
-            rendering.findings.extend(repairs)
+            rows = unroll(conversation, encoder.render(conversation), encoder.render, task.data.unroll)
         except RowError as error:
             repairable = True
             try:
@@ -143,10 +167,13 @@ def _render_rows(
         except RefusedError as error:
             stats.skip(_refused(location, error))
         else:
-            conversations.append(conversation)
-            rendered.append(rendering)
+            for unrolled in rows:
+                unrolled.rendered.findings.extend(repairs)
+                if unrolled.rendered.prompt_differs:
+                    unrolled.rendered.findings.append("prompt_differs")
+            read.append((conversation, rows))
             stats.add_ignored(ignored_columns(row, format))
-    return conversations, rendered
+    return read
 
 
 def _repaired(row: Any, location: str, format: str) -> tuple[Conversation, tuple[str, ...]]:
@@ -183,71 +210,120 @@ def _refused(location: str, error: RefusedError) -> RowProblem:
 
 
 def _truncate_rows(
-    conversations: Sequence[Conversation], batch: EncodedBatch, encoder: Encoder, task: ChunkTask, stats: DatasetStats
-) -> tuple[list[Conversation], EncodedBatch, np.ndarray]:
+    rows: Sequence[KeptRow], batch: EncodedBatch, encoder: Encoder, task: ChunkTask, stats: DatasetStats
+) -> tuple[list[KeptRow], EncodedBatch, np.ndarray]:
     """Truncate the rows above `max_length`, and leave out those that cannot be truncated.
 
     Returns:
-        The conversations that are kept, their tokens, and the number of tokens of each before truncation.
+        The rows that are kept, their tokens, and the number of tokens of each before truncation.
     """
     limit, overflow = task.data.max_length, task.data.overflow
-    kept: list[tuple[Conversation, Encoded, int]] = []
-    for row, conversation in enumerate(conversations):
-        encoded = batch[row]
+    kept: list[tuple[KeptRow, Encoded, int]] = []
+    lost: dict[int, RowProblem] = {}  # by the conversation's number: the reason why its first lost row is lost
+    for place, row in enumerate(rows):
+        conversation, encoded = row.conversation, batch[place]
         full = len(encoded.input_ids)
         if full > limit:
             try:
                 truncated = truncate(conversation, encoded, encoder.encode, limit, overflow)
             except RefusedError as error:  # the template takes the complete conversation, but not a shorter one
-                stats.skip(_refused(conversation.location, error))
+                lost.setdefault(row.number, _refused(conversation.location, error))
                 continue
             if truncated.encoded is None:
                 problem = f"no supervised answer begins within the first {limit:,} of {full:,} tokens"
                 if truncated.reason == "too_long":
                     problem = f"{full:,} tokens, more than data.max_length {limit:,}"
                 fix = "raise data.max_length, or choose another data.overflow"
-                stats.skip(RowProblem(conversation.location, truncated.reason, problem, fix))
+                lost.setdefault(row.number, RowProblem(conversation.location, truncated.reason, problem, fix))
                 continue
             cut = truncated.kind or "trailing"
             stats.add("overflow", cut)
             stats.add("tokens", "cut", full - len(truncated.encoded.input_ids))
             stats.add("turns", "dropped", len(conversation.messages) - len(truncated.conversation.messages))
             findings = tuple(dict.fromkeys([*truncated.encoded.findings, *encoded.findings, f"cut_{cut}"]))
-            conversation, encoded = truncated.conversation, replace(truncated.encoded, findings=findings)
-        kept.append((conversation, encoded, full))
-    rows = [encoded for _, encoded, _ in kept]
-    offsets = np.concatenate([[0], np.cumsum([len(row.input_ids) for row in rows], dtype=np.int64)])
-    ids = np.fromiter((i for row in rows for i in row.input_ids), np.int32, int(offsets[-1]))
-    labels = np.fromiter((i for row in rows for i in row.labels), np.int32, int(offsets[-1]))
-    kept_batch = EncodedBatch(ids, labels, offsets, [row.answers for row in rows], [row.findings for row in rows])
-    return [row[0] for row in kept], kept_batch, np.array([full for _, _, full in kept], dtype=np.int64)
+            row = replace(row, conversation=truncated.conversation)
+            encoded = replace(truncated.encoded, findings=findings)
+        kept.append((row, encoded, full))
+    # A conversation is kept if any of its rows is.
+    complete = {row.number: row for row in rows}
+    left = {row.number: row for row, _, _ in kept}
+    for number, reason in lost.items():
+        if number not in left or overflow == "error":
+            stats.skip(reason)
+            continue
+        stats.add("overflow", "turns")
+        before, after = complete[number].conversation.messages, left[number].conversation.messages
+        stats.add("turns", "dropped", len(before) - len(after))
+    encoded_rows = [encoded for _, encoded, _ in kept]
+    offsets = np.concatenate([[0], np.cumsum([len(row.input_ids) for row in encoded_rows], dtype=np.int64)])
+    ids = np.fromiter((i for row in encoded_rows for i in row.input_ids), np.int32, int(offsets[-1]))
+    labels = np.fromiter((i for row in encoded_rows for i in row.labels), np.int32, int(offsets[-1]))
+    kept_batch = EncodedBatch(
+        ids,
+        labels,
+        offsets,
+        [row.answers for row in encoded_rows],
+        [row.findings for row in encoded_rows],
+        [row.left_out for row in encoded_rows],
+    )
+    return [row for row, _, _ in kept], kept_batch, np.array([full for _, _, full in kept], dtype=np.int64)
+
+
+def _as_read(row: KeptRow, read: Sequence[tuple[Conversation, list[RenderedRow]]]) -> Conversation:
+    """Return the conversation up to the end of its last row, with all its supervised answers."""
+    if row.answer is None:
+        return row.conversation
+    conversation = read[row.number][0]
+    return replace(conversation, messages=conversation.messages[: len(row.conversation.messages)])
 
 
 # --- the table --------------------------------------------------------------------------------------------
 
 
-def _flat_table(conversations: Sequence[Conversation], batch: EncodedBatch, rendered: np.ndarray) -> "pa.RecordBatch":
-    """Return the rows as an Arrow record batch; `rendered` is the number of tokens of each before truncation."""
+def _flat_table(
+    rows: Sequence[KeptRow],
+    conversations: Sequence[Conversation],
+    groups: Sequence[Sequence[int]],
+    batch: EncodedBatch,
+    rendered: np.ndarray,
+) -> "pa.RecordBatch":
+    """Return the rows as an Arrow record batch.
+
+    Args:
+        rows: The rows.
+        conversations: The conversations that they belong to.
+        groups: The places of the rows of each conversation.
+        batch: The rows' tokens.
+        rendered: The number of tokens of each row before truncation.
+    """
     import pyarrow as pa
 
     offsets = pa.array(batch.offsets.astype(np.int32))
+    numbers = np.repeat(np.arange(len(groups), dtype=np.int32), list(map(len, groups)))
+    messages = {group[-1]: c.messages for group, c in zip(groups, conversations, strict=True)}
     return pa.RecordBatch.from_arrays(
         [
             pa.ListArray.from_arrays(offsets, pa.array(batch.ids)),
             pa.ListArray.from_arrays(offsets, pa.array(batch.labels)),
-            pa.array([c.id for c in conversations], pa.string()),
-            pa.array([c.location for c in conversations], pa.string()),
+            pa.array([row.conversation.id for row in rows], pa.string()),
+            pa.array([row.conversation.location for row in rows], pa.string()),
             pa.array(rendered.astype(np.int32)),
             pa.array([",".join(findings) for findings in batch.findings], pa.string()),
-            _messages_array([c.messages for c in conversations]),
-            pa.array([c.tools for c in conversations], pa.string()),
+            pa.array(numbers),
+            pa.array([row.answer for row in rows], pa.int32()),
+            _messages_array([messages.get(place) for place in range(len(rows))]),
+            pa.array([row.conversation.tools for row in rows], pa.string()),
         ],
         schema=schema(),
     )
 
 
 def schema() -> "pa.Schema":
-    """Return the columns of a prepared data set; train rows do not have the last two."""
+    """Return the columns of prepared rows.
+
+    Train rows do not have the last two. `conversation` and `answer` are written where a conversation has several rows:
+    the number of the conversation, and that of the one answer that the row teaches.
+    """
     import pyarrow as pa
 
     kinds = {"supervised": pa.bool_()}
@@ -260,18 +336,20 @@ def schema() -> "pa.Schema":
             ("location", pa.string()),
             ("rendered", pa.int32()),
             ("findings", pa.string()),
+            ("conversation", pa.int32()),
+            ("answer", pa.int32()),
             ("messages", pa.list_(message)),
             ("tools", pa.string()),
         ]
     )
 
 
-def _messages_array(rows: Sequence[Sequence[Message]]) -> "pa.ListArray":
-    """Return the messages of each row as one Arrow array, built column by column."""
+def _messages_array(rows: Sequence[Sequence[Message] | None]) -> "pa.ListArray":
+    """Return the messages of each row, or null, as one Arrow array, built column by column."""
     import pyarrow as pa
 
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
-    flat = [message for row in rows for message in row]
+    offsets = np.concatenate([[0], np.cumsum([len(row or ()) for row in rows])]).astype(np.int32)
+    flat = [message for row in rows for message in row or ()]
     columns: dict[str, Any] = {
         "role": [m.role for m in flat],
         "content": [m.content for m in flat],
@@ -288,22 +366,53 @@ def _messages_array(rows: Sequence[Sequence[Message]]) -> "pa.ListArray":
         columns |= dict.fromkeys(MESSAGE_FIELDS[3:], pa.repeat(pa.scalar(""), len(flat)))
     kind = schema().field("messages").type.value_type
     arrays = [pa.array(columns[name], kind.field(name).type) for name in MESSAGE_FIELDS]
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(arrays, fields=list(kind)))
+    values = pa.StructArray.from_arrays(arrays, fields=list(kind))
+    missing = np.array([row is None for row in rows], dtype=bool)
+    # In pyarrow, a list is null where its offset is.
+    marked = pa.array(offsets, mask=np.append(missing, False)) if missing.any() else pa.array(offsets)
+    return pa.ListArray.from_arrays(marked, values)
 
 
-def _count_kept(conversations: Sequence[Conversation], batch: EncodedBatch, stats: DatasetStats) -> None:
-    """Add the tokens, turns and findings of kept rows to the counts."""
+def _count_kept(
+    conversations: Sequence[Conversation],
+    groups: Sequence[Sequence[int]],
+    rows: Sequence[KeptRow],
+    batch: EncodedBatch,
+    stats: DatasetStats,
+) -> None:
+    """Add the tokens of kept rows, and the turns and findings of their conversations, to the counts."""
     kept = len(batch.ids)
     stats.add("tokens", "kept", kept)
     stats.add("tokens", "rendered", kept + stats.count("tokens", "cut"))
     stats.add("tokens", "supervised", int((batch.labels >= 0).sum()))
-    flat = [message for conversation in conversations for message in conversation.messages]
-    stats.counts["turns"].update([message.role for message in flat])
-    stats.add("turns", "supervised", sum(message.is_answer and message.supervised for message in flat))
-    for findings in batch.findings:
-        for name in findings:
+    for conversation, group in zip(conversations, groups, strict=True):
+        stats.counts["turns"].update([message.role for message in conversation.messages])
+        supervised = sum(message.supervised for message in conversation.answers)
+        left_out = batch.left_out[group[0]] if rows[group[0]].answer is None else supervised - len(group)
+        stats.add("turns", "supervised", supervised - left_out)
+        stats.add("unrolled", "answers_left_out", left_out)
+        for name in dict.fromkeys(chain.from_iterable(batch.findings[place] for place in group)):
             if not name.startswith("cut_"):  # counted as overflow already
                 stats.add("repaired" if name in REPAIRS else "findings", name)
+
+
+def _count_unrolled(
+    groups: Sequence[Sequence[int]],
+    rows: Sequence[KeptRow],
+    read: Sequence[tuple[Conversation, list[RenderedRow]]],
+    encoder: Encoder,
+    full_lengths: np.ndarray,
+    stats: DatasetStats,
+) -> None:
+    """Count the conversations that have one row per answer, and their tokens in one row and in these rows."""
+    unrolled = [group for group in groups if rows[group[0]].answer is not None]
+    if not unrolled:
+        return
+    whole = [read[rows[group[0]].number][0] for group in unrolled]
+    in_one_row = encoder.encode_rendered([encoder.render(conversation) for conversation in whole], whole)
+    stats.add("unrolled", "conversations", len(unrolled))
+    stats.add("unrolled", "tokens_before", len(in_one_row.ids))
+    stats.add("unrolled", "tokens_after", int(sum(full_lengths[place] for group in unrolled for place in group)))
 
 
 _POOL_FROM = 3  # chunks; fewer are processed sooner than processes start

@@ -12,10 +12,10 @@ import numpy as np
 from minisft.console import warn
 from minisft.data.encoder import Encoder
 from minisft.data.fingerprint import changes, fingerprint, locked, tokenizer_files_hash, tokenizer_hash
-from minisft.data.pipeline import LEFT_OUT_BY_WEIGHT, schema
+from minisft.data.pipeline import LEFT_OUT_BY_WEIGHT
 from minisft.data.prepared import read_ledger
 from minisft.data.renderers.resolve import own_template, template_file
-from minisft.data.shards import TRAIN_COLUMNS, Progress, Split, encode_sources, write_split
+from minisft.data.shards import Progress, Split, column_names, encode_sources, write_split
 from minisft.data.sources import Source, at_revision, ignored_files, parse_sources, refuse_shared
 from minisft.data.split import choose_test
 from minisft.data.stats import SHOWN, DatasetStats, ledger_warnings, make_ledger, overlap_report
@@ -36,8 +36,8 @@ class Prepared:
 
     Args:
         folder: Path of `<output>/dataset`.
-        train_rows: Number of rows in `train`.
-        test_rows: Number of rows in `test`.
+        train_rows: Number of conversations in `train`.
+        test_rows: Number of conversations in `test`.
         ledger: The counts that account for every row and token.
         cached: Whether the data set existed already.
     """
@@ -98,7 +98,7 @@ def prepare(
         # 3. Prepare it.
         if encoder is None:
             assert lookup.tokenizer is not None
-            encoder = Encoder(lookup.tokenizer, recipe.data.template)
+            encoder = Encoder(lookup.tokenizer, recipe.data.template, recipe.data.template_options)
         with write_folder_atomically(folder) as temporary:
             ledger = _prepare_into(temporary, recipe, lookup.sources, encoder, progress)
             ledger["made_from"] = lookup.origin
@@ -195,8 +195,8 @@ def _prepare_into(
     # 4. Write both splits, and look for test answers among the train answers.
     with ThreadPoolExecutor(1) as thread:
         overlap = thread.submit(overlap_report, train.parts(), test.parts(), int(test.lengths.sum()))
-        write_split(folder / "train", train, TRAIN_COLUMNS)
-        write_split(folder / "test", test, schema().names)
+        for split, rows in (("train", train), ("test", test)):
+            write_split(folder / split, rows, column_names(split, stats.count("unrolled", "conversations") > 0))
     for path in {train.shard.path, test.shard.path}:
         path.unlink()
     # 5. Count duplicates and shared prompts, and make the ledger.
@@ -213,7 +213,8 @@ def _prepare_into(
             **overlap.result(),
         },
     }
-    return make_ledger(stats, {"train": train.lengths, "test": test.lengths}, facts)
+    conversations = {"train": train.conversations, "test": test.conversations}
+    return make_ledger(stats, conversations, {"train": train.lengths, "test": test.lengths}, facts)
 
 
 def _raise_problems(stats: DatasetStats, data: DataRecipe) -> None:

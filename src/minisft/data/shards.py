@@ -4,6 +4,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +30,13 @@ _DETECTED_IN = 4  # chunks of a source, at most
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """Encoded rows in an Arrow file, with the split key, the identity and the length of each row.
+    """Encoded rows in an Arrow file, with the split key and the identity of each conversation.
 
     Args:
         path: Path of the Arrow file.
-        keys: Split keys, uint64, one per row.
-        identities: Hashes of the complete conversations, uint64, one per row.
+        keys: Split keys, uint64, one per conversation.
+        identities: Hashes of the conversations, uint64, one per conversation.
+        rows: Numbers of rows, int32, one per conversation.
         lengths: Tokens, int32, one per row.
         formats: The format of each source, by its path.
     """
@@ -42,6 +44,7 @@ class EncodedShard:
     path: Path
     keys: np.ndarray
     identities: np.ndarray
+    rows: np.ndarray
     lengths: np.ndarray
     formats: dict[str, str]
 
@@ -72,18 +75,24 @@ def encode_sources(
     streams = [read_source(source, index, recipe.seed) for index, source in enumerate(sources)]
     chunks, detected = _with_formats(streams, sources, recipe.data)
     task = ChunkTask(recipe.data, tuple(detected), recipe.seed)
-    columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in (np.uint64, np.uint64, np.int32)]
+    kinds = (np.uint64, np.uint64, np.int32, np.int32)
+    columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in kinds]
+    place, conversations = schema().get_field_index("conversation"), 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema()) as writer:
         for result in process_chunks(limit_rows(chunks, recipe.data.limit), encoder, task):
-            writer.write_batch(pa.ipc.read_record_batch(pa.py_buffer(result.table), schema()))
-            for column, part in zip(columns, (result.keys, result.identities, result.lengths), strict=True):
+            batch = pa.ipc.read_record_batch(pa.py_buffer(result.table), schema())
+            numbers = pa.array(batch.column(place).to_numpy() + np.int32(conversations))  # the chunk counts from 0
+            writer.write_batch(batch.set_column(place, schema().field(place), numbers))
+            conversations += len(result.keys)
+            parts = (result.keys, result.identities, result.rows, result.lengths)
+            for column, part in zip(columns, parts, strict=True):
                 column.append(part)
             stats.merge(result.stats)
             if progress is not None:
                 progress(stats.count("rows", "read"))
     formats = {source.path: name for source, name in zip(sources, detected, strict=True)}
-    keys, identities, lengths = (np.concatenate(column) for column in columns)
-    return EncodedShard(path, keys, identities, lengths, formats)
+    keys, identities, rows, lengths = (np.concatenate(column) for column in columns)
+    return EncodedShard(path, keys, identities, rows, lengths, formats)
 
 
 def _with_formats(
@@ -131,19 +140,40 @@ def _unknown_format(source: Source, read: Sequence[Chunk]) -> str:
     )
 
 
-TRAIN_COLUMNS = ("input_ids", "labels", "id", "location", "rendered", "findings")
+_TEST_COLUMNS = ("messages", "tools")
+_UNROLLED_COLUMNS = ("conversation", "answer")
+
+
+def column_names(split: str, unrolled: bool) -> list[str]:
+    """Return the columns of a split; see `schema`. `unrolled`: whether a conversation has several rows."""
+    left_out = {*(_TEST_COLUMNS if split == "train" else ()), *(() if unrolled else _UNROLLED_COLUMNS)}
+    return [name for name in schema().names if name not in left_out]
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of an encoded shard that belong to one split."""
+    """The rows of an encoded shard that belong to one split.
+
+    Args:
+        shard: The shard.
+        mask: For each conversation, whether it belongs to the split; all its rows do.
+    """
 
     shard: EncodedShard
     mask: np.ndarray
 
+    @cached_property
+    def row_mask(self) -> np.ndarray:
+        return np.repeat(self.mask, self.shard.rows)
+
     @property
     def lengths(self) -> np.ndarray:
-        return self.shard.lengths[self.mask]
+        """Tokens of each row of the split."""
+        return self.shard.lengths[self.row_mask]
+
+    @property
+    def conversations(self) -> int:
+        return int(self.mask.sum())
 
     def batches(self, names: Sequence[str]) -> Iterator["pa.RecordBatch"]:
         """Yield the named columns of the split's rows, batch by batch."""
@@ -152,7 +182,7 @@ class Split:
         start = 0
         with pa.OSFile(str(self.shard.path)) as file:  # mapped, its pages would count as this process's memory
             for batch in pa.ipc.open_stream(file):
-                chosen = self.mask[start : start + batch.num_rows]
+                chosen = self.row_mask[start : start + batch.num_rows]
                 start += batch.num_rows
                 if chosen.any():
                     columns = batch.select(names)

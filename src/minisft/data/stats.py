@@ -42,7 +42,7 @@ class DatasetStats:
 
     Attributes:
         counts: under "rows", "skipped", "repaired", "roles", "findings", "overflow", "tokens", "turns",
-            "ignored_columns", a counter each.
+            "ignored_columns", "unrolled", a counter each.
         problems: The first SHOWN problems, in order.
         repairable: The number of rows with problems that `invalid: repair` would keep.
     """
@@ -89,15 +89,18 @@ class DatasetStats:
         return sum(self.counts["skipped"].values())
 
 
-def make_ledger(stats: DatasetStats, lengths: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
+def make_ledger(
+    stats: DatasetStats, conversations: Mapping[str, int], lengths: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the ledger of a preparation.
 
     Args:
         stats: The counts over all rows.
+        conversations: Number of conversations of "train" and "test".
         lengths: Tokens per row of "train" and "test".
         facts: Other fields to record.
     """
-    train, test = len(lengths["train"]), len(lengths["test"])
+    train, test = conversations["train"], conversations["test"]
     rows = {
         "read": stats.count("rows", "read"),
         "kept": train + test,
@@ -131,8 +134,19 @@ def make_ledger(stats: DatasetStats, lengths: Mapping[str, np.ndarray], facts: M
         "findings": stats.section("findings"),
         "ignored_columns": stats.section("ignored_columns"),
         "lengths": summary,
+        **_unrolled(stats, lengths),
         **facts,
     }
+
+
+def _unrolled(stats: DatasetStats, lengths: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the ledger's key `unrolled`, where an answer has a row of its own or is left out."""
+    names = ("conversations", "tokens_before", "tokens_after", "answers_left_out")
+    counts = {name: stats.count("unrolled", name) for name in names}
+    if not (counts["conversations"] or counts["answers_left_out"]):
+        return {}
+    rows = {split: len(lengths[split]) for split in ("train", "test")}
+    return {"unrolled": {"conversations": counts.pop("conversations"), "rows": rows, **counts}}
 
 
 def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
@@ -145,6 +159,8 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
         f"tokens     {tokens['rendered']:,} rendered = {tokens['kept']:,} kept + {tokens['cut']:,} cut; "
         f"{tokens['supervised']:,} supervised ({share:.0%})",
     ]
+    if unrolled := ledger.get("unrolled"):
+        lines.append(_unrolled_line(unrolled))
     for title in ("skipped", "repaired", "turns", "overflow", "findings"):
         if ledger.get(title):
             listed = ", ".join(f"{name} {number:,}" for name, number in ledger[title].items())
@@ -179,6 +195,20 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
             f"checkpoints apart: hold out {ENOUGH_TEST_ROWS} or more (see data.test_fraction and data.test)"
         )
     return lines
+
+
+def _unrolled_line(unrolled: Mapping[str, Any]) -> str:
+    made, parts = unrolled["rows"], []
+    if number := unrolled["conversations"]:
+        share = unrolled["tokens_after"] / max(1, unrolled["tokens_before"])
+        parts.append(
+            f"{number:,} conversations have one row per answer, since the template writes earlier answers otherwise: "
+            f"{made['train']:,} train + {made['test']:,} test rows; {unrolled['tokens_after']:,} tokens in place of "
+            f"{unrolled['tokens_before']:,} ({share:.2g} times)"
+        )
+    if left_out := unrolled["answers_left_out"]:
+        parts.append(f"{left_out:,} answers are left out: they are not written as they are served, or do not fit")
+    return f"unrolled   {'; '.join(parts)}"
 
 
 def _some(names: list[str]) -> str:

@@ -129,13 +129,15 @@ class Evaluator:
     def _write(self, name: str, cache: ResultCache) -> ScoredModel:
         examples, folder = self.held_out.examples, self.folder / name
         answers = [cache.answer(example.prompt_ids) for example in examples]
-        outputs = [self.encoder.decode_answer(answer.ids) for answer in answers]
+        split = [self.encoder.split_answer(answer.ids) for answer in answers]
+        reasoning, outputs = [thought for thought, _ in split], [output for _, output in split]
         scores = self._score(outputs)
-        write_outputs(folder, examples, answers, outputs, scores)
-        write_examples(folder, examples[: self.settings.examples], outputs)
+        write_outputs(folder, examples, answers, outputs, reasoning, scores)
+        write_examples(folder, examples[: self.settings.examples], outputs, reasoning)
         prompted = [cache.answer(example.prompt_ids) for example in self.prompts]
-        replies = [self.encoder.decode_answer(answer.ids) for answer in prompted]
-        write_prompts(folder, self.prompts, prompted, replies)
+        split_replies = [self.encoder.split_answer(answer.ids) for answer in prompted]
+        replies = [reply for _, reply in split_replies]
+        write_prompts(folder, self.prompts, prompted, replies, [thought for thought, _ in split_replies])
         # the model's entry of results.json
         rows = self.held_out.rows_fingerprint
         prompts = [example.prompt_ids for example in (*examples, *self.prompts)]

@@ -45,7 +45,7 @@ class HeldOutSet:
     Args:
         examples: The answers to generate.
         rows: (input ids, labels) of every row, for the loss.
-        conversations: Number of rows that have an example; `turns: all` gives several examples per row.
+        conversations: Number of conversations that have an example; `turns: all` gives several examples of each.
     """
 
     examples: list[EvalExample]
@@ -81,7 +81,7 @@ def load_held_out(
     counts = read_json(ledger, fix, rows=dict)["rows"]
     if not isinstance(counts.get("test"), int):
         raise UserError(ledger, "this file is damaged (it does not say how many rows are held out)", fix)
-    rows = load_test(output)[:limit] if counts["test"] else []
+    rows = _first_conversations(load_test(output), limit) if counts["test"] else []
     if required and not rows:
         raise UserError(
             output / "dataset" / "test",
@@ -153,17 +153,28 @@ def _read_prompts(path: Path) -> list[tuple[str, list[Message]]]:
     return conversations
 
 
+def _first_conversations(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    """Return the rows of the first `limit` conversations; the messages are in the last row of each."""
+    ends = [place + 1 for place, row in enumerate(rows) if row["messages"] is not None]
+    return rows if limit is None or limit >= len(ends) else rows[: ends[limit - 1]]
+
+
 def train_answers(output: Path, encoder: Encoder, turns: str) -> list[str]:
     """Return the supervised answers of `<output>/dataset/train` as text: the last or all of each conversation."""
-    answers: list[list[int]] = []
+    data = load_train(output)
     stops = set(encoder.stop_token_ids)
-    for labels in load_train(output)["labels"]:
-        runs = list(_supervised_runs(labels, stops))
-        answers += runs[-1:] if turns == "last" else runs
-    return encoder.decode_answers(answers) if answers else []
+    # The answers of a conversation that has one row per answer are in the rows of the same number.
+    answers: dict[int, list[list[int]]] = {}
+    numbers = data["conversation"] if "conversation" in data.column_names else range(len(data))
+    for number, labels in zip(numbers, data["labels"], strict=True):
+        answers.setdefault(number, []).extend(_supervised_runs(labels, stops))
+    wanted = [run for runs in answers.values() for run in (runs[-1:] if turns == "last" else runs)]
+    return encoder.final_texts(wanted)
 
 
 def _examples_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[EvalExample]:
+    if row["messages"] is None:
+        return
     messages = [message_from_row(fields) for fields in row["messages"]]
     answers = [place for place, message in enumerate(messages) if message.is_answer]
     wanted = [place for place in answers if messages[place].supervised]
@@ -174,7 +185,9 @@ def _examples_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[
             where, fix = f"held-out row {row['id']}", "use another data.template, or remove the row from the data"
             raise UserError(where, refusal.problem, fix) from None
         text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
-        yield EvalExample(str(row["id"]), answers.index(place) + 1, ids, str(text), messages[place].text)
+        yield EvalExample(
+            str(row["id"]), answers.index(place) + 1, ids, str(text), encoder.final_answer(messages[place])
+        )
 
 
 def _supervised_runs(labels: Sequence[int], stops: set[int]) -> Iterable[list[int]]:

@@ -123,9 +123,13 @@ def write_outputs(
     examples: Sequence[EvalExample],
     answers: Sequence[Generated],
     outputs: Sequence[str],
+    reasoning: Sequence[str],
     scores: Mapping[str, CorpusScore],
 ) -> None:
-    """Write `outputs.jsonl`: one line per answer, with its own scores and why it ended."""
+    """Write `outputs.jsonl`: one line per answer, with its own scores and why it ended.
+
+    `output` is the final answer, which is scored; a line of a model that reasons has its `reasoning` too.
+    """
     own = {metric: score.rows() for metric, score in scores.items()}
     lines = []
     for place, (example, answer, output) in enumerate(zip(examples, answers, outputs, strict=True)):
@@ -135,6 +139,7 @@ def write_outputs(
             "prompt": example.prompt,
             "reference": example.reference,
             "output": output,
+            **({"reasoning": reasoning[place]} if reasoning[place] else {}),
             "finish": answer.finish,
             "tokens": len(answer.ids),
         }
@@ -143,18 +148,25 @@ def write_outputs(
     write_atomically(folder / "outputs.jsonl", "".join(lines))
 
 
-def write_examples(folder: Path, examples: Sequence[EvalExample], outputs: Sequence[str]) -> None:
+def write_examples(
+    folder: Path, examples: Sequence[EvalExample], outputs: Sequence[str], reasoning: Sequence[str]
+) -> None:
     """Write `examples.txt`: the given examples, for people to read."""
     parts = []
-    for number, (example, output) in enumerate(zip(examples, outputs, strict=False), 1):
+    for number, (example, output, thought) in enumerate(zip(examples, outputs, reasoning, strict=False), 1):
         heading = f"===== example {number} of {len(examples)}: {example.id}, answer {example.turn} ====="
-        sections = {"prompt": example.prompt, "reference": example.reference, "output": output}
+        sections = {"prompt": example.prompt, "reference": example.reference}
+        sections |= {"reasoning": thought, "output": output} if thought else {"output": output}
         parts.append("\n".join([heading, *(f"--- {name} ---\n{text}" for name, text in sections.items())]))
     write_atomically(folder / "examples.txt", printable("\n\n".join(parts) + "\n"))
 
 
 def write_prompts(
-    folder: Path, prompts: Sequence[EvalExample], answers: Sequence[Generated], outputs: Sequence[str]
+    folder: Path,
+    prompts: Sequence[EvalExample],
+    answers: Sequence[Generated],
+    outputs: Sequence[str],
+    reasoning: Sequence[str],
 ) -> None:
     """Write `prompts.jsonl`: one line for each of the user's own prompts; without prompts, delete the file."""
     path = folder / "prompts.jsonl"
@@ -162,8 +174,15 @@ def write_prompts(
         path.unlink(missing_ok=True)
         return
     lines = [
-        {"id": p.id, "prompt": p.prompt, "output": output, "finish": answer.finish, "tokens": len(answer.ids)}
-        for p, answer, output in zip(prompts, answers, outputs, strict=True)
+        {
+            "id": prompt.id,
+            "prompt": prompt.prompt,
+            "output": output,
+            **({"reasoning": thought} if thought else {}),
+            "finish": answer.finish,
+            "tokens": len(answer.ids),
+        }
+        for prompt, answer, output, thought in zip(prompts, answers, outputs, reasoning, strict=True)
     ]
     write_atomically(path, "".join(_one_line(line) + "\n" for line in lines))
 

@@ -122,7 +122,9 @@ def _load_examples(
 ) -> tuple[Evaluator, ScoredModel]:
     """Return the evaluator, which has the same examples for every model, and the scored constant baseline."""
     settings = recipe.evaluation
-    encoder = Encoder(load_tokenizer(base, recipe.trust_remote_code), recipe.data.template)
+    encoder = Encoder(
+        load_tokenizer(base, recipe.trust_remote_code), recipe.data.template, recipe.data.template_options
+    )
     prompts = load_prompts(settings.prompts, encoder)
     evaluator = Evaluator(
         settings,

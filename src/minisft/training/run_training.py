@@ -208,7 +208,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     arguments = _arguments(recipe, run)
     resolved = resolve_model(recipe.model, recipe.trust_remote_code)
     tokenizer = load_tokenizer(resolved.folder, recipe.trust_remote_code)
-    encoder = Encoder(tokenizer, recipe.data.template)
+    encoder = Encoder(tokenizer, recipe.data.template, recipe.data.template_options)
     model = _load_for_training(recipe, resolved, arguments.device)
     tokenizer.chat_template = encoder.chat_template
     return _trainer(recipe, run, model, encoder, arguments, _start_step(resume_from), resolved.folder)

@@ -62,15 +62,13 @@ def supervised_text(tokenizer, encoded):
 @pytest.mark.parametrize("name", STUBS)
 def test_only_answers_and_terminators_are_supervised(name):
     tokenizer, encoder = make(name)
-    encoded = encoder.encode(Conversation(TALK))
+    encoded = encoder.encode(Conversation(TALK if name != "qwen3" else (*TALK[:1], *TALK[3:])))
     stop = TERMINATORS.get(name, "<|im_end|>")
     # Two templates write more before the answer, which the prompt lacks and the model must write itself.
     opening = {"qwen3": "<think>\n\n</think>\n\n", "mistral_v03": " "}.get(name, "")
     first = " " if name == "mistral_v03" else ""
-    assert supervised_text(tokenizer, encoded) == [
-        f"{first}How can I help you?{stop}",
-        f"{opening}The answer is 42.{stop}",
-    ]
+    last = f"{opening}The answer is 42.{stop}"
+    assert supervised_text(tokenizer, encoded) == [last] if name == "qwen3" else [f"{first}How can I help you?{stop}", last]
     inside = {i for answer in encoded.answers for i in range(answer.start, answer.end)}
     assert [label >= 0 for label in encoded.labels] == [i in inside for i in range(len(encoded.labels))]
     assert encoder.stop_token_ids == (tokenizer.convert_tokens_to_ids(stop),)
@@ -108,15 +106,18 @@ def test_a_system_prompt_is_rendered_or_refused_by_name(name):
         assert "Be brief & kind." in tokenizer.decode(encoder.encode(conversation).input_ids)
 
 
-def test_reasoning_stays_in_the_last_answer_and_its_loss_from_the_history_is_named():
+def test_an_earlier_answer_that_loses_its_reasoning_is_not_supervised_in_the_history():
     tokenizer, encoder = make("qwen3")
     thinking = "<think>\nSix times seven.\n</think>\n\nThe answer is 42."
     last = encoder.encode(Conversation((*TALK[:3], Message("assistant", thinking))))
     assert supervised_text(tokenizer, last)[1] == f"{thinking}<|im_end|>"
+    assert [answer.supervised for answer in last.answers] == [False, True]  # the first lacks its empty <think> block
+    assert last.left_out == 1
     assert not last.findings
     earlier = encoder.encode(Conversation((TALK[0], Message("assistant", thinking), *TALK[2:])))
     assert supervised_text(tokenizer, earlier)[0] == "The answer is 42.<|im_end|>"
-    assert "reasoning_dropped" in earlier.findings
+    assert [answer.supervised for answer in earlier.answers] == [False, True]
+    assert earlier.left_out == 1
 
 
 def test_calls_are_supervised_and_tool_results_are_not():

@@ -42,11 +42,22 @@ class Answer(NamedTuple):
 
 @dataclass(slots=True)
 class Rendered:
-    """A conversation as segments; `findings` names what the template changed, for the ledger."""
+    """A conversation as segments.
+
+    Attributes:
+        segments: The segments in order.
+        answers: The answers that the rendering shows, in order.
+        findings: Names of what the template changed, for the ledger.
+        left_out: The messages whose answers are supervised in the conversation but not here, since the template writes
+            them otherwise in the history than as the last message, which is how they are served.
+        prompt_differs: Whether a supervised answer follows another prompt here than the one that serving sends.
+    """
 
     segments: list[Segment]
     answers: list[Answer]
     findings: list[str]
+    left_out: tuple[int, ...] = ()
+    prompt_differs: bool = False
 
 
 class RefusedError(Exception):

@@ -55,6 +55,9 @@ class MistralRenderer:
         places, turns = _turns(messages)
         users = [i for i, m in enumerate(turns) if m.role == "user"]
         system_at = users[-1] if self.template.controls else users[0]
+        # An earlier answer is served with the system prompt and the tools before it.
+        moves = self.template.controls and (system or (tools and self.template.tools))
+        differs = bool(moves) and any(turn.is_answer and turn.supervised for turn in turns[:system_at])
         # 3. The turns.
         for index, (place, message) in enumerate(zip(places, turns, strict=True)):
             if index == system_at and tools and self.template.tools:
@@ -73,7 +76,7 @@ class MistralRenderer:
                     builder.separate()
                     builder.content(f"[INST] {text} [/INST]")
         builder.flush()
-        return Rendered(builder.segments, builder.answers, findings)
+        return Rendered(builder.segments, builder.answers, findings, prompt_differs=differs)
 
     def _between(self, builder: SegmentBuilder, name: str, text: str) -> None:
         builder.control(self.controls[f"[{name}]"], False)

@@ -1,6 +1,7 @@
 """Find the template that a recipe names, and adapt it to a tokenizer, which may lack some of its markers."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from minisft.data.conversation import ROLES
 from minisft.data.renderers.base import AFTER_CONTROL, CONTINUE, START, Control, MarkerSplitter, Renderer, TurnRenderer
 from minisft.data.renderers.mistral import INSTRUCTION, TOOLS, MistralRenderer
+from minisft.data.renderers.reasoning import AnswerForm
+from minisft.data.renderers.template_options import Option, with_options
 from minisft.data.renderers.templates import (
     EOS,
     NATIVE_TEMPLATES,
@@ -38,6 +41,8 @@ class ResolvedTemplate:
         plain_markers: Markers that the template writes as text, since the tokenizer has no such token.
         answer_context: The context of an answer's text, such as CONTINUE.
         joint: Whether the tokenizer itself would encode a prompt and its answer jointly.
+        reads_reasoning: Whether the template has a key for the reasoning of an answer.
+        form: What the template writes around the reasoning of an answer; None if it writes none there.
     """
 
     name: str
@@ -48,6 +53,8 @@ class ResolvedTemplate:
     plain_markers: list[str] = field(default_factory=list)
     answer_context: int = START
     joint: bool = False
+    reads_reasoning: bool = False
+    form: AnswerForm | None = None
 
 
 class TemplateResolver:
@@ -63,11 +70,16 @@ class TemplateResolver:
         self._probe = probe
         self._added = {token.content: (id, token) for id, token in tokenizer.added_tokens_decoder.items()}
 
-    def resolve(self, template: str) -> ResolvedTemplate:
-        """Return the template that `data.template` names: "auto", a native name, a Jinja text, or a file's path.
+    def resolve(self, template: str, options: Mapping[str, Option] | None = None) -> ResolvedTemplate:
+        """Return a template, adapted to the tokenizer.
+
+        Args:
+            template: What `data.template` names: "auto", a native name, a Jinja text, or a file's path.
+            options: Values for variables that a Jinja template reads, `data.template_options`.
 
         Raises:
-            UserError: There is no such template, or the tokenizer lacks what the template needs.
+            UserError: There is no such template, the tokenizer lacks what the template needs, or the template does not
+                read one of the variables.
         """
         if template == "auto":
             own = own_template(self.tokenizer)
@@ -77,11 +89,12 @@ class TemplateResolver:
                     "the model's tokenizer has no chat template of its own",
                     f"name one in the recipe, data.template: {' or '.join(NATIVE_TEMPLATES)}, or a .jinja file",
                 )
-            return self._jinja_or_native(own, "auto")
+            return self._jinja_or_native(own, "auto", options or {})
         if template in NATIVE_TEMPLATES:
+            _refuse_options(template, options)
             return self._native(template)
         if _is_jinja(template):
-            return self._jinja_or_native(template, "jinja")
+            return self._jinja_or_native(template, "jinja", options or {})
         path = template_file(template)
         if path is None:
             known = ", ".join((*NATIVE_TEMPLATES, "auto"))
@@ -92,9 +105,9 @@ class TemplateResolver:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(path, f"the template cannot be read ({error})", "give a readable UTF-8 file") from None
-        return self._jinja_or_native(text, path.name)
+        return self._jinja_or_native(text, path.name, options or {})
 
-    def _jinja_or_native(self, text: str, name: str) -> ResolvedTemplate:
+    def _jinja_or_native(self, text: str, name: str, options: Mapping[str, Option]) -> ResolvedTemplate:
         """Return our own renderer where the text is the Jinja twin of a native template, else the Jinja renderer.
 
         A model that was trained with a native template carries its twin, and continues with the same renderer.
@@ -106,15 +119,25 @@ class TemplateResolver:
             if native in NATIVE_TEMPLATES:
                 resolved = self._native(native)
                 if resolved.chat_template == text:
+                    _refuse_options(resolved.name, options)
                     return resolved
         # 2. Any other text is split at the tokens that it spells.
         from minisft.data.renderers.jinja import JinjaRenderer
 
+        text = with_options(text, options) if options else text
         spelled = [token for token in self._added if token.strip() and (self._is_special(token) or token in text)]
         splitter = MarkerSplitter({token: self._control(token) for token in spelled})
         renderer = JinjaRenderer(self.tokenizer, text, splitter, frozenset(filter(self._is_special, spelled)))
         return ResolvedTemplate(
-            name, text, renderer, (renderer.stop,), markers=spelled, answer_context=CONTINUE, joint=True
+            name,
+            text,
+            renderer,
+            renderer.stops,
+            markers=spelled,
+            answer_context=CONTINUE,
+            joint=True,
+            reads_reasoning=renderer.reads_reasoning,
+            form=renderer.form,
         )
 
     def _native(self, name: str) -> ResolvedTemplate:
@@ -209,6 +232,12 @@ class TemplateResolver:
                 "model", f"its tokenizer has no EOS token, with which {template} ends an answer", "set eos_token"
             )
         return int(self.tokenizer.eos_token_id)
+
+
+def _refuse_options(name: str, options: Mapping[str, Option] | None) -> None:
+    if options:
+        fix = "leave data.template_options out, or use a Jinja template that reads these variables"
+        raise UserError("data.template_options", f"the template {name} reads no variables", fix)
 
 
 def own_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
