@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from minisft.chat.terminal import Session
-from minisft.checking.context import CheckContext, Example, as_conversation, as_token_row
+from minisft.checking.context import CheckContext, Example
 from minisft.checking.result import Failed, NotRun
 from minisft.data.conversation import Conversation, Message, message_as_dict
 from minisft.data.renderers.templates import NATIVE_TEMPLATES

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Private-use characters around a slot's number; the next pair where a content uses one itself.
 _SENTINELS = (("\ue000", "\ue001"), ("\ue8a0", "\ue8a1"), ("\U000f0000", "\U000f0001"))
 _CACHE_SIZE = 4096
+_AFTER_ANSWER = 64  # characters that a template may write after an answer's terminator
 _A_TOOL = '{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}'
 _TRIMS = (str, str.strip, str.rstrip, str.lstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"))
 
@@ -37,13 +38,15 @@ class _Skeleton:
     A step is ("text", the template's own), ("slot", its number), ("open", message) or ("close", message);
     ("unmarked", message) opens an answer that the template's own marks leave out. `rewritten` are the messages whose
     answers the template writes otherwise as the last message, and `moved` those behind another prompt than that of
-    inference.
+    inference. Where `spliced` is true, the rendering does not begin with the prompt for its last answer, and the row is
+    that prompt and the answer.
     """
 
     steps: tuple[tuple[str, Any], ...]
     findings: tuple[str, ...]
     rewritten: frozenset[int]
     moved: frozenset[int]
+    spliced: bool
 
     @property
     def literals(self) -> list[str | int]:
@@ -90,27 +93,18 @@ class JinjaRenderer:
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         bound_templates()
         self._cache: dict[Any, _Skeleton] = {}
-        self._served: dict[Any, str | None] = {}
+        self._served: dict[Any, str] = {}
         self._structured_calls = "tool_calls" in template
         self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         self._structured_tools = re.search(r"\btools\b", template) is not None
-        # 1. The token that ends an answer is the first special token after it.
         self._reasoning_as = REASONING_KEYS[0]
-        open_mark, close_mark = _SENTINELS[0]
-        mark = f"{open_mark}2{close_mark}"
         question = Message("user", "Hello")
+        # 1. The tokens that end an answer.
         try:
-            text = self._render([question, Message("assistant", mark)], (), False)
+            stop = self._find_stop(question)
+            self._stop_names = [stop, *self._end_of_calls(question, stop)]
         except RefusedError as refusal:
             raise UserError("data.template", refusal.problem, "use another template") from None
-        match = self._special.search(text, text.find(mark) + len(mark)) if mark in text else None
-        if match is None:
-            raise UserError(
-                "data.template",
-                "the template does not end an answer with a special token of this tokenizer, so a model would not stop",
-                "use data.template: chatml or mistral, which end answers with the EOS token, or fix the template",
-            )
-        self._stop_names = [match.group(), *self._end_of_calls(question, match.group())]
         self.stops = tuple(splitter.controls[name].id for name in self._stop_names)
         # 2. The generation prompt is the text that a rendering for inference adds.
         without, within = self._render([question], (), False), self._render([question], (), True)
@@ -118,6 +112,30 @@ class JinjaRenderer:
         # 3. The form of the reasoning.
         self.reads_reasoning = "reasoning_content" in template
         self.form = self._find_form(question, within)
+
+    def _find_stop(self, question: Message) -> str:
+        """Return the special token that ends an answer.
+
+        It is the last one that follows an answer both at the end of a conversation and before another question; or,
+        where these differ (a template may end a conversation otherwise), the first one at the end of a conversation.
+        """
+        mark = f"{_SENTINELS[0][0]}2{_SENTINELS[0][1]}"
+        answer = Message("assistant", mark)
+        end = self._render([question, answer], (), False).partition(mark)[2]
+        try:
+            more = self._render([question, answer, question, answer], (), False).partition(mark)[2]
+        except RefusedError:
+            more = ""
+        shared = _common_length(end, more)
+        found = [match for match in self._special.finditer(end) if match.end() <= shared]
+        match = found[-1] if found else self._special.search(end)
+        if match is None:
+            raise UserError(
+                "data.template",
+                "the template does not end an answer with a special token of this tokenizer, so a model would not stop",
+                "use data.template: chatml or mistral, which end answers with the EOS token, or fix the template",
+            )
+        return match.group()
 
     def _end_of_calls(self, question: Message, stop: str) -> list[str]:
         """Return the special token that ends an answer with calls, where it is another than `stop`."""
@@ -143,7 +161,8 @@ class JinjaRenderer:
                 plain = self._render([question, Message("assistant", content)], (), False)
             except RefusedError:
                 continue
-            if not 0 <= text.find(reasoning) < text.find(content) or "'type': 'thinking'" in text:
+            dumped = re.search("['\"]thinking['\"]", text)  # the list of parts, written as a list
+            if not 0 <= text.find(reasoning) < text.find(content) or dumped:
                 continue
             self.reads_reasoning = True
             if not text.startswith(prompt) or not plain.startswith(prompt):
@@ -157,31 +176,42 @@ class JinjaRenderer:
     def __call__(self, messages: Sequence[Message], tools: Sequence[str], prompt: bool) -> Rendered:
         # 1. Write calls, reasoning and tools in the form that the template takes.
         messages, passed, shift = self._adapt(messages, tools)
-        # 2. Render with sentinels in place of the texts. Conversations of one shape share this rendering.
-        marks = _pick_sentinels(messages)
-        key = (_shape(messages), tuple(passed), prompt, marks)
-        skeleton = self._cache.get(key)
-        if skeleton is None:
-            skeleton = self._make_skeleton(messages, passed, prompt, marks)
-            if len(self._cache) < _CACHE_SIZE:
-                self._cache[key] = skeleton
-        # 3. Render with the texts, and compare. Slot 2i is the content of message i, slot 2i + 1 its reasoning.
-        text = self._render(messages, passed, prompt)
-        slots = dict(enumerate(chain.from_iterable((m.content, m.reasoning) for m in messages)))
-        filled = _fit(skeleton.literals, slots, text)
-        if filled is None:
-            raise self._rewritten(messages, passed, prompt)
-        trimmed = any(filled[slot] != slots[slot] for slot in filled)
-        findings = [*skeleton.findings, "trimmed"] if trimmed else list(skeleton.findings)
-        # 4. Build the segments.
-        rewritten = skeleton.rewritten
-        if not prompt:
-            rewritten |= self._trimmed_otherwise(skeleton, filled, messages, passed)
-        rendered = self._build(skeleton, filled, messages, rewritten, shift)
+        # 2. Render with sentinels in place of the texts, and with the texts, and compare.
+        skeleton, filled = self._fitted(messages, passed, prompt)
+        steps, rewritten, moved = skeleton.steps, skeleton.rewritten, skeleton.moved
+        findings = list(skeleton.findings)
+        if skeleton.spliced:
+            before, earlier = self._fitted(messages[:-1], passed, True)
+            filled = filled | earlier
+            answer = [step[0] in ("open", "unmarked") and step[1] == len(messages) - 1 for step in steps].index(True)
+            steps, rewritten, moved = before.steps + steps[answer:], before.rewritten, before.moved
+            findings.append("spliced")
+        slots = _slots(messages)
+        if any(text != slots[slot] for slot, text in filled.items()):
+            findings.append("trimmed")
+        # 3. Build the segments.
+        rewritten |= self._trimmed_otherwise(steps, filled, messages, passed)
+        rendered = self._build(steps, filled, messages, rewritten, shift)
         rendered.findings = findings
         rendered.left_out = tuple(index - shift for index in sorted(rewritten) if messages[index].supervised)
-        rendered.prompt_differs = any(messages[index].supervised for index in skeleton.moved - rewritten)
+        rendered.prompt_differs = any(messages[index].supervised for index in moved - rewritten)
         return rendered
+
+    def _fitted(
+        self, messages: Sequence[Message], tools: Sequence[str], prompt: bool
+    ) -> tuple[_Skeleton, dict[int, str]]:
+        """Return the skeleton of messages, which those of one shape share, and each slot's text as it is rendered."""
+        marks = _pick_sentinels(messages)
+        key = (_shape(messages), tuple(tools), prompt, marks)
+        skeleton = self._cache.get(key)
+        if skeleton is None:
+            skeleton = self._make_skeleton(messages, tools, prompt, marks)
+            if len(self._cache) < _CACHE_SIZE:
+                self._cache[key] = skeleton
+        filled = _fit(skeleton.literals, _slots(messages), self._render(messages, tools, prompt))
+        if filled is None:
+            raise self._rewritten(messages, tools, prompt)
+        return skeleton, filled
 
     def _adapt(self, messages: Sequence[Message], tools: Sequence[str]) -> tuple[Sequence[Message], Sequence[str], int]:
         """Write calls, reasoning and tools in the form that the template takes.
@@ -206,14 +236,14 @@ class JinjaRenderer:
 
     def _build(
         self,
-        skeleton: _Skeleton,
+        steps: Sequence[tuple[str, Any]],
         filled: dict[int, str],
         messages: Sequence[Message],
         rewritten: frozenset[int],
         shift: int,
     ) -> Rendered:
         builder, open_message, written, unmarked = SegmentBuilder(self.splitter), -1, "", False
-        for kind, value in skeleton.steps:
+        for kind, value in steps:
             supervised = (
                 open_message >= 0
                 and messages[open_message].supervised
@@ -241,22 +271,25 @@ class JinjaRenderer:
         return Rendered(builder.segments, builder.answers, [])
 
     def _trimmed_otherwise(
-        self, skeleton: _Skeleton, filled: dict[int, str], messages: Sequence[Message], tools: Sequence[str]
+        self,
+        steps: Sequence[tuple[str, Any]],
+        filled: dict[int, str],
+        messages: Sequence[Message],
+        tools: Sequence[str],
     ) -> frozenset[int]:
         """Return the earlier answers whose outer white space the template treats otherwise in the last message."""
         found, answer = set(), ""
-        for kind, value in skeleton.steps:
+        for kind, value in steps:
             if kind in ("open", "unmarked"):
                 answer = ""
             elif kind != "close":
                 answer += filled[value] if kind == "slot" else value
             elif value < len(messages) - 1 and _has_outer_space(messages[value]):
                 try:
-                    prompt = self._render(messages[:value], tools, True)
                     served = self._render(messages[: value + 1], tools, False)
                 except RefusedError:
-                    served, prompt = "", "\0"
-                if not (served.startswith(prompt) and served.startswith(answer, len(prompt))):
+                    served = ""
+                if answer not in served[-len(answer) - _AFTER_ANSWER :]:
                     found.add(value)
         return frozenset(found)
 
@@ -267,31 +300,36 @@ class JinjaRenderer:
     ) -> _Skeleton:
         # 1. Render with sentinels, and find each: (slot, start, end).
         last = -1 if prompt else len(messages) - 1
-        marked_messages = [_marked(m, i, marks) for i, m in enumerate(messages)]
-        text = self._render(marked_messages, tools, prompt)
+        given = [_marked(m, i, marks) for i, m in enumerate(messages)]
+        text = self._render(given, tools, prompt)
         spans = _slot_spans(text, marks)
-        _check_slots(messages, [slot for slot, _, _ in spans], last)
+        sent = self._prompt_for(given[:last], tools) if last >= 0 and messages[last].is_answer else ""
+        spliced = sent is not None and bool(self._generation_prompt) and not text.startswith(sent)
+        _check_slots(messages, [slot for slot, _, _ in spans], last, only_last=spliced)
         findings, rewritten, moved = [], set(), set()
         cuts: list[tuple[int, int, str, Any]] = [(start, 1, "slot", (slot, end)) for slot, start, end in spans]
-        dicts = [message_with_key(message, self._reasoning_as) for message in marked_messages]
+        dicts = [message_with_key(message, self._reasoning_as) for message in given]
         marked = self._marked_spans(dicts, tools) if self._marks_answers and not prompt else None
         for index, message in enumerate(messages):
             if not message.is_answer:
                 continue
-            # 2. The answer's place. An earlier answer must read as it does in the last message, as it is served.
-            sent = self._prompt_before(marked_messages, index, tools)
-            start, end = self._place(text, spans, index, sent, index == last)
-            reasoning = f"{marks[0]}{2 * index + 1}{marks[1]}"
-            served: str | None = text[start:end]
-            if not prompt and index != last:
-                served = self._served_answer(marked_messages[: index + 1], tools, marks, sent)
-                if start < 0 or served != text[start:end]:
-                    rewritten.add(index)
-                if start >= 0 and not (text.startswith(sent) and start == len(sent)):
-                    moved.add(index)
-            if message.reasoning and served is not None and reasoning not in served:
+            # 2. The answer as it is served: behind its prompt, as the last message. An earlier one must read so too.
+            served: str | None = None
+            try:
+                served = self._served_answer(given[: index + 1], tools, marks)
+            except RefusedError:
+                if index == last:
+                    raise
+            start = self._start_of_answer(text, spans, index, self._prompt_for(given[:index], tools))
+            end = start + len(served) if served is not None and text.startswith(served, start) else -1
+            if start < 0 or end < 0:
+                rewritten.add(index)
+                end = self._end_of_answer(text, start, spans, index)
+            elif not text.startswith(self._prompt_for(given[:index], tools) or "\0"):
+                moved.add(index)
+            if message.reasoning and served is not None and f"{marks[0]}{2 * index + 1}{marks[1]}" not in served:
                 findings.append("reasoning_dropped")
-            if start < 0:
+            if start < 0 or end < 0:
                 continue
             # 3. The template's own marks may leave out the beginning of an answer, or all of it.
             opening = "open"
@@ -304,68 +342,81 @@ class JinjaRenderer:
                     opening = "unmarked"
             cuts += [(start, 0, opening, index), (end, -1, "close", index)]
         steps = tuple(_steps(text, sorted(cuts, key=lambda cut: cut[:2])))
-        return _Skeleton(steps, tuple(dict.fromkeys(findings)), frozenset(rewritten), frozenset(moved))
+        found = tuple(dict.fromkeys(findings))
+        return _Skeleton(steps, found, frozenset(rewritten), frozenset(moved - {last}), spliced)
 
-    def _prompt_before(self, messages: Sequence[Message], index: int, tools: Sequence[str]) -> str:
-        """Return the prompt for the answer at `index`; where there is none, a text with which no rendering begins."""
+    def _prompt_for(self, messages: Sequence[Message], tools: Sequence[str]) -> str | None:
+        """Return the prompt for the answer that follows these messages; None if the template refuses it."""
         try:
-            return self._render(messages[:index], tools, True) if index else "\0"
+            return self._render(messages, tools, True) if messages else None
         except RefusedError:
-            return "\0"
+            return None
 
-    def _place(
-        self, text: str, spans: Sequence[tuple[int, int, int]], index: int, sent: str, is_last: bool
-    ) -> tuple[int, int]:
-        """Return where an answer starts and ends in a rendering; (-1, -1) if an earlier answer is not found in it.
+    def _start_of_answer(self, text: str, spans: Sequence[tuple[int, int, int]], index: int, sent: str | None) -> int:
+        """Return where an answer starts in a rendering: where its prompt ends, or else after the text that opens it.
 
-        Raises:
-            RefusedError: The last answer does not follow its prompt, or does not end with a terminator.
+        -1: The rendering does not show it.
         """
-        # 1. An answer starts where the prompt before it ends, or else after the text that opens an answer.
-        own = [(start, end) for slot, start, end in spans if slot // 2 == index]
-        if text.startswith(sent) and not (own and own[0][0] < len(sent)):
-            start = len(sent)
-        elif is_last:
-            problem = (
-                "the template's prompt for the last answer is not the beginning of the conversation with the answer"
-            )
-            raise RefusedError("prompt_not_prefix", problem)
-        elif not own:
-            return -1, -1
-        else:
-            before = max((end for _, _, end in spans if end <= own[0][0]), default=0)
-            header = self._generation_prompt
-            place = text.rfind(header, before, own[0][0]) if header else -1
-            start = place + len(header) if place >= 0 else own[0][0]
-        # 2. It ends with its terminator, before the next text begins.
-        end = self._end_of_answer(text, own[-1][1] if own else start, spans)
-        if end < 0 and is_last:
-            problem = f"the template ends the assistant's message without {self._stop_names[0]}"
-            raise RefusedError("no_terminator", problem)
-        return (start, end) if end >= 0 else (-1, -1)
+        own = [start for slot, start, _ in spans if slot // 2 == index]
+        if sent is not None and text.startswith(sent) and not (own and own[0] < len(sent)):
+            return len(sent)
+        header = self._generation_prompt
+        before = max((end for slot, _, end in spans if slot // 2 < index), default=0)
+        if not header:
+            return own[0] if own else -1
+        shared = _common_length(sent or "", text)
+        if sent is not None and before <= shared <= min(own, default=-1) and self._is_closed_block(sent[shared:]):
+            return shared
+        after = min((begin for slot, begin, _ in spans if slot // 2 > index), default=len(text))
+        place = text.rfind(header, before, own[0]) if own else text.find(header, before, after)
+        return place + len(header) if place >= 0 else -1
 
-    def _end_of_answer(self, text: str, content_end: int, spans: Sequence[tuple[int, int, int]]) -> int:
+    def _is_closed_block(self, text: str) -> bool:
+        """Return whether a text is an empty block of reasoning between two tokens, which only the prompt has.
+
+        A template whose thinking is switched off may end the prompt with it and leave it out before the answer.
+        """
+        tokens = re.findall("|".join(map(re.escape, self.splitter.controls)), text)
+        return len(tokens) == 2 and tokens[0] != tokens[1] and text.strip().startswith(tokens[0])
+
+    def _end_of_answer(self, text: str, start: int, spans: Sequence[tuple[int, int, int]], index: int) -> int:
+        """Return where an answer ends: after its first terminator. -1: it has none before the next text."""
+        if start < 0:
+            return -1
+        content_end = max((end for slot, _, end in spans if slot // 2 == index), default=start)
         limit = min((begin for _, begin, _ in spans if begin >= content_end), default=len(text))
         found = [(text.find(name, content_end, limit), len(name)) for name in self._stop_names]
         return min((place + length for place, length in found if place >= 0), default=-1)
 
-    def _served_answer(
-        self, messages: Sequence[Message], tools: Sequence[str], marks: tuple[str, str], sent: str
-    ) -> str | None:
-        """Return the text of the last message's answer behind the prompt `sent`; None if it does not follow that."""
-        key = (_shape(messages), tuple(tools), marks, messages[-1].is_answer)
+    def _served_answer(self, messages: Sequence[Message], tools: Sequence[str], marks: tuple[str, str]) -> str:
+        """Return the answer of the last message as it is served: the text behind its prompt, to its terminator.
+
+        Raises:
+            RefusedError: It does not follow its prompt, does not end with a terminator, or has one inside.
+        """
+        key = (_shape(messages), tuple(tools), marks)
         if key in self._served:
             return self._served[key]
-        try:
-            text = self._render(messages, tools, False)
-            spans = _slot_spans(text, marks)
-            start, end = self._place(text, spans, len(messages) - 1, sent, True)
-            served: str | None = text[start:end]
-        except RefusedError:
-            served = None
+        sent, text = self._prompt_for(messages[:-1], tools), self._render(messages, tools, False)
+        spans = _slot_spans(text, marks)
+        start = self._start_of_answer(text, spans, len(messages) - 1, sent)
+        follows = sent is not None and (text.startswith(sent) or bool(self._generation_prompt))
+        if start < 0 or not (follows or len(messages) == 1):
+            shown = _after_common(sent or "", text)
+            problem = f"the template's prompt for the last answer is not the beginning of its rendering with it{shown}"
+            raise RefusedError("prompt_not_prefix", problem)
+        end = self._end_of_answer(text, start, spans, len(messages) - 1)
+        if end < 0:
+            problem = f"the template ends the assistant's message without {self._stop_names[0]}"
+            raise RefusedError("no_terminator", problem)
+        answer = text[start:end]
+        goes_on = self._special.sub("", text[end:]).strip()
+        if goes_on or sum(answer.count(name) for name in self._stop_names) > 1:
+            problem = f"the template goes on with an answer after {self._stop_names[0]}, at which generation stops"
+            raise RefusedError("stop_inside_answer", problem)
         if len(self._served) < _CACHE_SIZE:
-            self._served[key] = served
-        return served
+            self._served[key] = answer
+        return answer
 
     def _marked_spans(self, dicts: list[dict[str, Any]], tools: Sequence[str]) -> list[tuple[int, int]]:
         """Return the spans that the template itself marks with {% generation %}, as (start, end) characters."""
@@ -480,7 +531,7 @@ def _slot_spans(text: str, marks: tuple[str, str]) -> list[tuple[int, int, int]]
     return [(int(match[1]), match.start(), match.end()) for match in sentinels]
 
 
-def _check_slots(messages: Sequence[Message], found: list[int], last: int) -> None:
+def _check_slots(messages: Sequence[Message], found: list[int], last: int, only_last: bool) -> None:
     """Make sure that every content is written once; the template may leave out an answer that is not the last message.
 
     Raises:
@@ -488,11 +539,30 @@ def _check_slots(messages: Sequence[Message], found: list[int], last: int) -> No
     """
     for index, message in enumerate(messages):
         times = found.count(2 * index)
-        if not message.content or times == 1 or (times == 0 and message.is_answer and index != last):
+        if not message.content or times == 1 or (only_last and index != last):
+            continue
+        if times == 0 and message.is_answer and index != last:
             continue
         verb = "drops" if times == 0 else "repeats"
         reason = f"{message.role}_{'dropped' if times == 0 else 'repeated'}"
         raise RefusedError(reason, f"the template {verb} the content of message {index + 1} ({message.role})")
+
+
+def _slots(messages: Sequence[Message]) -> dict[int, str]:
+    """Return the text of each slot: 2i is the content of message i, 2i + 1 its reasoning."""
+    return dict(enumerate(chain.from_iterable((m.content, m.reasoning) for m in messages)))
+
+
+def _common_length(first: str, second: str) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _after_common(prompt: str, text: str) -> str:
+    """Return how a prompt and a rendering go on where they first differ, for a message."""
+    place = _common_length(prompt, text)
+    sides = [repr(side[max(0, place - 20) : place + 20]) for side in (prompt, text)]
+    return f" (it reads {sides[0]}, and the rendering {sides[1]})" if prompt else ""
 
 
 def _steps(text: str, cuts: list[tuple[int, int, str, Any]]) -> Iterator[tuple[str, Any]]:
