@@ -68,7 +68,11 @@ def test_only_answers_and_terminators_are_supervised(name):
     opening = {"qwen3": "<think>\n\n</think>\n\n", "mistral_v03": " "}.get(name, "")
     first = " " if name == "mistral_v03" else ""
     last = f"{opening}The answer is 42.{stop}"
-    assert supervised_text(tokenizer, encoded) == [last] if name == "qwen3" else [f"{first}How can I help you?{stop}", last]
+    assert (
+        supervised_text(tokenizer, encoded) == [last]
+        if name == "qwen3"
+        else [f"{first}How can I help you?{stop}", last]
+    )
     inside = {i for answer in encoded.answers for i in range(answer.start, answer.end)}
     assert [label >= 0 for label in encoded.labels] == [i in inside for i in range(len(encoded.labels))]
     assert encoder.stop_token_ids == (tokenizer.convert_tokens_to_ids(stop),)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Private-use characters around a slot's number; the next pair where a content uses one itself.
 _SENTINELS = (("\ue000", "\ue001"), ("\ue8a0", "\ue8a1"), ("\U000f0000", "\U000f0001"))
+_SENTINEL = re.compile("[\ue000\ue8a0\U000f0000]\\d*[\ue001\ue8a1\U000f0001]?")  # also one that is cut
 _CACHE_SIZE = 4096
 _AFTER_ANSWER = 64  # characters that a template may write after an answer's terminator
 _A_TOOL = '{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}'
@@ -313,7 +314,8 @@ class JinjaRenderer:
         for index, message in enumerate(messages):
             if not message.is_answer:
                 continue
-            # 2. The answer as it is served: behind its prompt, as the last message. An earlier one must read so too.
+            # 2. The answer as it is served: behind its prompt, as the last message. An earlier one must read so too, and
+            # follow the text that opens an answer.
             served: str | None = None
             try:
                 served = self._served_answer(given[: index + 1], tools, marks)
@@ -322,9 +324,10 @@ class JinjaRenderer:
                     raise
             start = self._start_of_answer(text, spans, index, self._prompt_for(given[:index], tools))
             end = start + len(served) if served is not None and text.startswith(served, start) else -1
-            if start < 0 or end < 0:
+            opened = text.endswith(self._generation_prompt, 0, max(start, 0)) or index == last
+            if start < 0 or end < 0 or not opened:
                 rewritten.add(index)
-                end = self._end_of_answer(text, start, spans, index)
+                end = end if end >= 0 else self._end_of_answer(text, start, spans, index)
             elif not text.startswith(self._prompt_for(given[:index], tools) or "\0"):
                 moved.add(index)
             if message.reasoning and served is not None and f"{marks[0]}{2 * index + 1}{marks[1]}" not in served:
@@ -361,7 +364,8 @@ class JinjaRenderer:
         if sent is not None and text.startswith(sent) and not (own and own[0] < len(sent)):
             return len(sent)
         header = self._generation_prompt
-        before = max((end for slot, _, end in spans if slot // 2 < index), default=0)
+        earlier = [end for slot, _, end in spans if (end <= own[0] if own else slot // 2 < index)]
+        before = max(earlier, default=0)
         if not header:
             return own[0] if own else -1
         shared = _common_length(sent or "", text)
@@ -561,7 +565,7 @@ def _common_length(first: str, second: str) -> int:
 def _after_common(prompt: str, text: str) -> str:
     """Return how a prompt and a rendering go on where they first differ, for a message."""
     place = _common_length(prompt, text)
-    sides = [repr(side[max(0, place - 20) : place + 20]) for side in (prompt, text)]
+    sides = [repr(_SENTINEL.sub("…", side[max(0, place - 20) : place + 20])) for side in (prompt, text)]
     return f" (it reads {sides[0]}, and the rendering {sides[1]})" if prompt else ""
 
 
