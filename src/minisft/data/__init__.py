@@ -8,7 +8,8 @@ The files in reading order, which is the order in which a row passes through the
 - in_memory: rows that a program passes become a file, which is read as every other file
 - sources, readers: the files and hub data sets of the recipe to chunks of raw rows, each with its file and line
 - formats, conversation: a raw row to a `Conversation`, or an error that names the fault of the row
-- renderers/: a conversation to segments of text and control tokens, with the answers marked
+- renderers/, unrolling: a conversation to segments of text and control tokens, with the answers marked; one row, or one
+  per answer where the template writes earlier answers otherwise
 - encoder, segment_encoder: segments to input_ids and labels
 - truncation: rows above `max_length` lose complete exchanges, or the end of an answer
 - verification: the supervised tokens of a row are its answers and their terminators

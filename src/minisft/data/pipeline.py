@@ -202,7 +202,7 @@ def _repaired(row: Any, location: str, format: str) -> tuple[Conversation, tuple
 
 
 def _refused(location: str, error: RefusedError) -> RowProblem:
-    fix = "choose another data.template, or let `invalid: skip` leave the row out"
+    fix = "choose another data.template or data.template_options, or let `invalid: skip` leave the row out"
     return RowProblem(location, error.reason, error.problem, fix)
 
 

@@ -58,7 +58,7 @@ def test_all_rows_of_a_conversation_stand_on_one_side_and_the_last_test_row_has_
     train, test = (load_split(run, split) for split in ("train", "test"))
     assert not set(train["conversation"]) & set(test["conversation"])
     assert len(set(test["conversation"])) == prepared.ledger["rows"]["test"]
-    by_conversation = {}
+    by_conversation: dict[int, list] = {}
     for row in test:
         by_conversation.setdefault(row["conversation"], []).append(row)
     for rows in by_conversation.values():
@@ -93,7 +93,7 @@ def test_evaluation_asks_each_answer_once_behind_the_prompt_of_its_row(prepared)
 
 
 def groups(rows):
-    found = {}
+    found: dict[int, list] = {}
     for row in rows:
         found.setdefault(row["conversation"], []).append(row)
     return found

@@ -7,6 +7,8 @@ control token) with the answers and their terminators marked as supervised, and 
 - base: `Segment`, `SegmentBuilder`, and the renderer of the turn templates (ChatML, Llama 3, Zephyr)
 - mistral: the Mistral templates, as mistral-common renders them
 - jinja: any other Jinja template; answers are found by rendering the conversation with placeholders in their places
+- reasoning: the keys under which templates read reasoning, and the text that they write around it
+- template_options: values for the variables of a Jinja template
 - jinja_limits: limits of time and memory for a template, since it is a program that came with a model
 - resolve: finds the template that a recipe names, and adapts it to a tokenizer, which may lack some markers
 

@@ -314,7 +314,7 @@ class JinjaRenderer:
         for index, message in enumerate(messages):
             if not message.is_answer:
                 continue
-            # 2. The answer as it is served: behind its prompt, as the last message. An earlier one must read so too, and
+            # 2. The answer as it is served: behind its prompt, as the last message. An earlier one must read so, and
             # follow the text that opens an answer.
             served: str | None = None
             try:

@@ -1,0 +1,91 @@
+"""A model whose template removes reasoning from the history, through the command line."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from minisft.data.prepared import load_split
+from tests.command import refused, run
+from tests.unit.data.test_published_templates import FOLDER, STUBS
+from tests.unit.data.test_unrolled_data import talk
+from tests.unit.data.toys import bpe_tokenizer
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    tokenizer = bpe_tokenizer(**STUBS["qwen3"])
+    tokenizer.chat_template = (FOLDER / "qwen3.jinja").read_text()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [talk(number, 1 + number % 3) for number in range(24)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {tmp_path / 'model'}\noutput: {tmp_path / 'run'}\n"
+        f"data: {{source: {tmp_path / 'talks.jsonl'}, test_fraction: 0.2}}\n"
+        "training: {epochs: 1, batch_size: 8, precision: fp32}\nevaluation: {max_new_tokens: 8, turns: all}\n"
+    )
+    return path
+
+
+def test_training_and_evaluation_of_unrolled_conversations(recipe, tmp_path, capsys):
+    status, out, err = run(capsys, "train", recipe)
+    assert status == 0, err
+    folder = tmp_path / "run"
+    ledger = json.loads((folder / "dataset" / "ledger.json").read_text())
+    assert "conversations have one row per answer" in out
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = sum(step["supervised_tokens"] for step in steps if "supervised_tokens" in step)
+    train = load_split(folder, "train")
+    assert trained == sum(label >= 0 for labels in train["labels"] for label in labels)
+    assert len([step for step in steps if "loss" in step]) == -(-len(train) // 8)  # a batch counts rows
+
+    status, _, err = run(capsys, "evaluate", recipe)
+    assert status == 0, err
+    lines = (folder / "evaluation" / "base" / "outputs.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert len(answers) == ledger["unrolled"]["rows"]["test"]
+    assert len({(answer["id"], answer["turn"]) for answer in answers}) == len(answers)
+    assert all(answer["reference"].startswith("It is") for answer in answers)
+    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert results["constant"]["text"].startswith("It is")
+
+
+def test_check_passes_on_unrolled_conversations(recipe, capsys):
+    status, out, err = run(capsys, "check", recipe)
+    assert status == 0, out + err
+
+
+def test_options_reach_the_saved_model(recipe, tmp_path, capsys):
+    rows = [talk(number, 2, reasoning_content=None) for number in range(12)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    status, _, err = run(capsys, "train", recipe, "data.template_options={enable_thinking: false}")
+    assert status == 0, err
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    question = [{"role": "user", "content": "1 + 1?"}]
+    prompt = saved.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    status, _, err = run(capsys, "chat", tmp_path / "run", "--message", "1 + 1?", "--max-new-tokens", "4")
+    assert status == 0, err
+
+
+def test_options_that_the_template_does_not_read_are_refused(recipe, capsys):
+    err = refused(capsys, "prepare", recipe, "data.template_options={enable_thinkin: false}")
+    assert "does not read the variable 'enable_thinkin'" in err
+    assert "enable_thinking" in err.partition("Fix:")[2]
+    assert "reads no variables" in refused(
+        capsys, "prepare", recipe, "data.template=chatml", "data.template_options={enable_thinking: false}"
+    )
+    assert "data.unroll" in refused(capsys, "prepare", recipe, "data.unroll=sometimes")
