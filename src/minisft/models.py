@@ -9,6 +9,7 @@ No model repository is trusted: weights come from safetensors, and its code runs
 import contextlib
 import functools
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -171,7 +172,7 @@ def load_model(
     folder: Path,
     *,
     dtype: "torch.dtype",
-    attention: str = "sdpa",
+    attention: str | None = None,
     trust_remote_code: bool = False,
     base: Path | None = None,
     merge: bool = False,
@@ -184,7 +185,8 @@ def load_model(
     Args:
         folder: Folder of a model or of adapters.
         dtype: Number format of the weights.
-        attention: Value of transformers' `attn_implementation`.
+        attention: Name of a registered attention; None is transformers' own choice, which is also what a class gets
+            that does not take registered attention.
         trust_remote_code: Run code from the folder.
         base: Folder of an adapter's base model; None: the one that the adapter names.
         merge: Merge the adapters into the weights.
@@ -209,20 +211,55 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
     with _quiet():
         from transformers import AutoModelForCausalLM
 
+        attention = options["attn_implementation"]
         try:
+            try:
+                model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+                if attention is None or model._can_set_attn_implementation():
+                    return model
+                del model  # its layers ignore the registered attention
+            except KeyError as error:
+                if attention is None or error.args != (attention,):
+                    raise  # not the look-up of the attention in the class's own list
+            options = options | {"attn_implementation": None}
             return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
         except Exception as error:  # a damaged file raises any exception, from a RuntimeError to those of safetensors
             _refuse_untrusted_code(folder, error)
             if is_out_of_memory(error):
                 raise
-            if isinstance(error, KeyError) and error.args == (options["attn_implementation"],):
-                problem = "this model only has the attention of its own list, and cannot train without padding"
-                raise UserError(folder, problem, "use another model") from None
             raise UserError(
                 folder,
                 f"the model cannot be loaded ({first_line(error)})",
                 "give a causal language model with its weights in safetensors",
             ) from None
+
+
+def forward_arguments(model: Any) -> set[str]:
+    """Return the names of the arguments of a model's forward, below adapters; no two architectures take the same."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(type(inner).forward).parameters)
+
+
+def use_transformers_attention(model: Any) -> None:
+    """Give a model transformers' own attention: `sdpa`, or `eager` if its class has no other."""
+    if not model._can_set_attn_implementation():
+        return  # it never had another
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        model.set_attn_implementation("eager")
+
+
+@contextlib.contextmanager
+def transformers_attention(model: Any) -> Iterator[None]:
+    """Give a model transformers' own attention within the context."""
+    before = model.config._attn_implementation
+    use_transformers_attention(model)
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
 
 
 def _base_of(adapter: Path, trust_remote_code: bool) -> Path:

@@ -83,10 +83,14 @@ def test_a_model_without_a_causal_mask_is_refused(recipe_of, capsys):
     assert "the model OwnModel: a token changes the predictions of tokens before it" in err
 
 
-def test_a_model_whose_window_is_ignored_is_refused(recipe_of, capsys):
+def test_a_model_whose_window_is_ignored_trains_with_the_attention_of_transformers(recipe_of, tmp_path, capsys):
     recipe = recipe_of(NO_WINDOW, base="Mistral", sliding_window=32)
-    err = refused(capsys, "train", recipe, "--trust-remote-code")
-    assert "a conversation longer than the model's window has other logits" in err
+    status, out, err = run(capsys, "train", recipe, "--trust-remote-code")
+    assert status == 0, err
+    assert "OwnModel is wrong with MiniSFT's attention: a conversation longer than the model's window has other" in out
+    assert "each conversation has its own row" in out
+    probe = json.loads((tmp_path / "run" / "environment.json").read_text())["probe"]
+    assert (probe["verdict"], probe["attention"], probe["isolation"]) == ("alone", "sdpa", None)
 
 
 def test_a_right_model_is_recorded_as_such(recipe_file, tmp_path, capsys):
@@ -109,20 +113,3 @@ def test_a_small_leak_is_found_in_half_precision(recipe_of, tmp_path, capsys):
     found = json.loads((tmp_path / "run" / "environment.json").read_text())["probe"]
     assert found["verdict"] == "alone"
     assert found["isolation"] < 0.3
-
-
-@pytest.mark.parametrize("kind", ["gptj", "falcon"])
-def test_a_model_that_knows_no_other_attention_is_refused_by_name(recipe_file, tmp_path, capsys, kind):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tests.tiny import byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4} if kind == "gptj" else {"hidden_size": 32}
-    more = {"num_hidden_layers": 2, "num_attention_heads": 4} if kind == "falcon" else {}
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **sizes, **more)
-    folder = tmp_path / kind
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    err = refused(capsys, "train", recipe_file, f"model={folder}")
-    assert "only has the attention of its own list" in err

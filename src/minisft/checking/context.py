@@ -298,7 +298,7 @@ class CheckContext:
         assert self.live.model is not None
         self.live.model.eval()
         with torch.no_grad():
-            return float(row_loss(self.live.model, row.to(self.live.args.device)))
+            return float(row_loss(self.live.model, row.to(self.live.args.device), self.live.call))
 
     def train_in_scratch(self, recipe: Recipe) -> "SupervisedTokenTrainer":
         """Create a trainer of a scratch recipe in this process, after the memory of the previous one is freed."""

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from minisft.checking.context import CheckContext
-from minisft.checking.reference import count_learned, padded_loss, plain_attention
+from minisft.checking.reference import count_learned, padded_loss
 from minisft.checking.result import Failed, NotRun
 from minisft.checking.scratch import switch_off_dropout
+from minisft.models import transformers_attention
 from minisft.training.batching import (
     IGNORED,
     PackedRow,
@@ -199,7 +200,7 @@ def _padded_loss(trainer: "SupervisedTokenTrainer", conversations: list[Conversa
     """Return the summed loss of a padded batch in transformers' own attention."""
     assert trainer.model is not None
     trainer.model.eval()
-    with plain_attention(trainer.model):
+    with transformers_attention(trainer.model):
         return float(padded_loss(trainer.model, _as_lists(conversations)))
 
 

@@ -6,10 +6,11 @@ import torch
 from transformers import TrainerCallback
 
 from minisft.checking.context import CheckContext, TokenRow
-from minisft.checking.reference import Conversations, count_learned, padded_loss, plain_attention
+from minisft.checking.reference import Conversations, count_learned, padded_loss
 from minisft.checking.result import Failed
 from minisft.checking.scratch import Steps, make_scratch_run, short_rows, step_recipe, switch_off_dropout
 from minisft.evaluation.generation import generate
+from minisft.models import transformers_attention
 from minisft.training.batching import measure_lengths
 
 ROWS, CANDIDATES = 3, 24  # rows that are learned, and rows among which they are chosen
@@ -80,7 +81,7 @@ class _StopWhenLearned(TrainerCallback):
         self.first = logs["loss"] if self.steps == 0 else self.first
         self.loss, self.steps = logs["loss"], state.global_step
         if self.loss <= NEAR_ZERO:
-            with torch.no_grad(), plain_attention(model):
+            with torch.no_grad(), transformers_attention(model):
                 summed = float(padded_loss(model, self.rows))
             self.loss = summed / count_learned(self.rows)
             self.is_learned = self.loss <= NEAR_ZERO and summed <= CONFIDENT
@@ -96,7 +97,7 @@ def _compare_generated(context: CheckContext, model: Any, rows: list[TokenRow]) 
     pairs = [(row.ids[:start], row.ids[start:end]) for row in rows for start, end in row.answers() if start > 0]
     stops = context.encoder.stop_token_ids
     model.eval()
-    with plain_attention(model), torch.inference_mode():
+    with transformers_attention(model), torch.inference_mode():
         answers = generate(
             model,
             [prompt for prompt, _ in pairs],

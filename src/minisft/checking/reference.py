@@ -1,7 +1,6 @@
 """A reference implementation: padded batches, all logits, torch's AdamW, and no code of MiniSFT's training."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,17 +8,6 @@ from torch.nn.functional import cross_entropy
 
 Conversations = Sequence[tuple[Sequence[int], Sequence[int]]]  # (input ids, labels) of each
 IGNORED = -100
-
-
-@contextlib.contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
-    """Give the model transformers' own attention within the context."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def padded_loss(model: Any, conversations: Conversations) -> torch.Tensor:

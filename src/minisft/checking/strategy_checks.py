@@ -7,11 +7,11 @@ import torch
 
 from minisft.checking.context import CheckContext
 from minisft.checking.loss_checks import live_trainer, tolerance
-from minisft.checking.reference import count_learned, padded_loss, plain_attention, plain_steps
+from minisft.checking.reference import count_learned, padded_loss, plain_steps
 from minisft.checking.result import Failed
 from minisft.checking.scratch import RESUME_AT, STEPS, resumed_run
 from minisft.data.encoder import Encoder
-from minisft.models import load_model, load_tokenizer
+from minisft.models import load_model, load_tokenizer, transformers_attention
 from minisft.planning.plan_table import duration
 from minisft.run_folder import RunFolder, read_metrics
 from minisft.training.batching import StepSampler, measure_lengths
@@ -72,7 +72,7 @@ def _plain_loop(context: CheckContext, learning_rates: list[float]) -> TakenStep
     """Take the steps in this process, without the Trainer."""
     trainer = live_trainer(context)
     model: Any = trainer.model
-    with plain_attention(model):
+    with transformers_attention(model):
         return plain_steps(
             model,
             [_conversations_of(trainer.train_dataset, step) for step in _batches(context, trainer.train_dataset)],

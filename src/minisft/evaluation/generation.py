@@ -5,7 +5,6 @@ answers do not cost as much as a full batch. Decoding is greedy unless a `Sampli
 """
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from minisft.evaluation.kv_cache import PreallocatedLayer, PromptCache, common_prefix, merged, new_cache, repeated
+from minisft.models import forward_arguments
 
 # Logits divided by a smaller temperature overflow in fp32. At this one the likeliest token already has probability 1.
 _LOWEST_TEMPERATURE = 1e-30
@@ -294,8 +294,3 @@ def _forward(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Dynami
         extra["logits_to_keep"] = 1
     output = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
     return output.logits[:, -1]
-
-
-def forward_arguments(model: PreTrainedModel) -> set[str]:
-    """Return the names of the forward's arguments; not every architecture has `position_ids` or `logits_to_keep`."""
-    return set(inspect.signature(model.forward).parameters)

@@ -17,7 +17,7 @@ from sacrebleu.metrics.helpers import extract_all_word_ngrams
 from transformers import PreTrainedModel
 
 from minisft.data.encoder import IGNORED
-from minisft.evaluation.generation import forward_arguments
+from minisft.models import forward_arguments
 
 # sacrebleu's defaults: its `--confidence` draws the same resamples.
 RESAMPLES = 1000

@@ -43,6 +43,8 @@ def padding_free_attention(
     scaling: float | None = None,
     conversation_lengths: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each conversation of a row.
@@ -57,6 +59,8 @@ def padding_free_attention(
         scaling: Factor on the scores; None is 1 / sqrt(head size).
         conversation_lengths: Number of tokens of each conversation; an argument of the model's forward.
         sliding_window: Number of tokens that a token attends to, itself included.
+        softcap: Bound of the scores, which become softcap * tanh(scores / softcap).
+        s_aux: (heads,) Attention sinks: a further score of each head, which takes probability and has no value.
         **kwargs: Further arguments of the model to its attention.
 
     Returns:
@@ -68,11 +72,11 @@ def padding_free_attention(
     _refuse(module, attention_mask, conversation_lengths, kwargs)
     lengths = tuple(conversation_lengths or ())
     window = sliding_window if sliding_window is not None and max(lengths) > sliding_window else None
-    shape = Shape(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device, scaling, window)
+    shape = Shape(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device, scaling, window, softcap)
     rows = [one[0].transpose(0, 1) for one in (query, key, value)]  # (tokens, heads, head size)
-    kernel = select_kernel(shape, dropout) if value.shape == key.shape else None
+    kernel = select_kernel(shape, dropout) if value.shape == key.shape and s_aux is None else None
     if kernel is None:
-        return per_conversation_attention(rows[0], rows[1], rows[2], lengths, shape, dropout)[None], None
+        return per_conversation_attention(rows[0], rows[1], rows[2], lengths, shape, dropout, s_aux)[None], None
     return kernel(rows[0], rows[1], rows[2], lengths, shape)[None], None
 
 
@@ -88,13 +92,8 @@ def _refuse(
         raise UserError(name, "this model does not pass the lengths of a row to its attention", fix)
     if mask is not None:
         raise UserError(name, "this model makes an attention mask of its own", fix)
-    for option, meaning in (
-        ("softcap", "a soft cap on"),
-        ("s_aux", "a sink in"),
-        ("position_bias", "a bias on"),
-    ):
-        if kwargs.get(option) is not None:
-            raise UserError(name, f"this model needs {meaning} its attention scores", fix)
+    if kwargs.get("position_bias") is not None:
+        raise UserError(name, "this model needs a bias on its attention scores", fix)
 
 
 _PROBED_LENGTHS, _PROBED_WINDOW = (37, 1, 150, 20), 64
@@ -112,6 +111,7 @@ class Shape:
         device: Their device.
         scaling: Factor on the scores; None is 1 / sqrt(head_size).
         window: Number of tokens that a token attends to, itself included; None for all.
+        soft_cap: Bound of the scores; None for none.
     """
 
     heads: int
@@ -121,6 +121,7 @@ class Shape:
     device: torch.device
     scaling: float | None
     window: int | None
+    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         assert self.heads % self.key_heads == 0
@@ -181,8 +182,9 @@ def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def select_kernel(shape: Shape, dropout: float) -> Kernel | None:
-    """Return the kernel for this attention; None if there is none, and on a CPU, in fp32 and with dropout."""
-    if shape.device.type != "cuda" or shape.dtype not in (torch.float16, torch.bfloat16) or dropout > 0:
+    """Return the kernel for this attention; None if there is none, on a CPU, in fp32, with dropout or a soft cap."""
+    half = shape.dtype in (torch.float16, torch.bfloat16)
+    if shape.device.type != "cuda" or not half or dropout > 0 or shape.soft_cap is not None:
         return None
     return _verified_kernel(shape)
 
@@ -239,25 +241,58 @@ def per_conversation_attention(
     lengths: tuple[int, ...],
     shape: Shape,
     dropout: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend within each conversation by torch's scaled-dot-product attention, on any device and in any format.
+
+    Soft caps and sinks, which that function does not have, are computed with all scores of a conversation in memory.
 
     In half precision on a CPU it is computed in fp32: as fast for long conversations, and with many short ones a step
     took 0.86 of the time.
     """
     if q.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or v.dtype in (torch.bfloat16, torch.float16)):
         with torch.autocast("cpu", enabled=False):
-            return per_conversation_attention(q.float(), k.float(), v.float(), lengths, shape, dropout).to(v.dtype)
+            return per_conversation_attention(
+                q.float(), k.float(), v.float(), lengths, shape, dropout, None if sinks is None else sinks.float()
+            ).to(v.dtype)
     grouped, outputs = shape.heads != shape.key_heads, []
     parts = [one.transpose(0, 1)[None].split(list(lengths), 2) for one in (q, k, v)]
     for query, key, value in zip(*parts, strict=True):
+        if shape.soft_cap is not None or sinks is not None:
+            outputs.append(_attention_by_scores(query, key, value, shape, dropout, sinks))
+            continue
         mask = _window_mask(query, shape.window)
         outputs.append(
             scaled_dot_product_attention(
                 query, key, value, mask, dropout, mask is None, scale=shape.scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, 2)[0].transpose(0, 1)
+    # Contiguous in this order, as some models need it.
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1)[0]
+
+
+def _attention_by_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shape: Shape,
+    dropout: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend within one conversation, (1, heads, tokens, head size), with soft caps (Gemma 2) and sinks (GPT-OSS)."""
+    tokens, groups = query.shape[2], shape.heads // shape.key_heads
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (shape.head_size**-0.5 if shape.scaling is None else shape.scaling)
+    if shape.soft_cap is not None:
+        scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+    mask = _window_mask(query, shape.window)
+    if mask is None:
+        mask = torch.ones((tokens, tokens), dtype=torch.bool, device=query.device).tril()
+    scores = scores.float().masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().reshape(1, -1, 1, 1).expand(1, -1, tokens, 1)], 3)
+    weights = scores.softmax(3)[..., :tokens].to(value.dtype)
+    return torch.nn.functional.dropout(weights, dropout) @ value
 
 
 def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:

@@ -24,52 +24,48 @@ from torch import nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
 from minisft.training.batching import PackedRow
+from minisft.training.model_call import PADDING_FREE_CALL, ModelCall
 
 # By output layer: whether its model returns the logits of the layer unchanged.
 _fusable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def row_loss(model: Any, row: PackedRow) -> torch.Tensor:
+def row_loss(model: Any, row: PackedRow, call: ModelCall = PADDING_FREE_CALL) -> torch.Tensor:
     """Return the sum of the cross-entropies of a row's supervised tokens, () in fp32.
 
     `logits_to_keep` selects the positions that predict a supervised token; their logits are computed a chunk at a time,
     in shape (chunk, vocabulary). All logits (supervised, vocabulary) are computed at once for models that change their
-    logits afterwards (a scale, a soft cap), and in fp16, whose gradients of probabilities would underflow before they
-    are multiplied by the loss scale.
+    logits afterwards (a scale, a soft cap), in fp16, whose gradients of probabilities would underflow before they are
+    multiplied by the loss scale, and for models that cannot select positions.
     """
     layer = output_layer(model)
-    if layer is None or matmul_dtype(layer.weight) == torch.float16 or not _can_fuse(model, layer, row):
-        return _loss_of_all_logits(model, row)
+    if layer is None or matmul_dtype(layer.weight) == torch.float16 or not _can_fuse(model, layer, row, call):
+        return _loss_of_all_logits(model, row, call)
     with fused_loss_head(layer, row.targets):
-        return forward_row(model, row)[0, 0]
+        return forward_row(model, row, call)[0, 0]
 
 
-def _loss_of_all_logits(model: Any, row: PackedRow) -> torch.Tensor:
-    logits = forward_row(model, row)[0]
+def _loss_of_all_logits(model: Any, row: PackedRow, call: ModelCall = PADDING_FREE_CALL) -> torch.Tensor:
+    logits = forward_row(model, row, call)[0]
     if len(row.targets) == 0:  # a row without conversations: its forward takes part in the collectives
         return logits.sum().float() * 0.0
     return cross_entropy(logits.float(), row.targets, reduction="sum")
 
 
-def forward_row(model: Any, row: PackedRow) -> Any:
+def forward_row(model: Any, row: PackedRow, call: ModelCall = PADDING_FREE_CALL) -> Any:
     """Return the logits of the positions of a row that predict a supervised token, (1, supervised, vocabulary)."""
-    return model(
-        input_ids=row.input_ids,
-        position_ids=row.position_ids,
-        logits_to_keep=row.predict_at,
-        conversation_lengths=row.lengths,
-        use_cache=False,
-    ).logits
+    logits = model(**call.arguments(row)).logits
+    return logits if call.selects_logits else logits[:, row.predict_at]
 
 
-def _can_fuse(model: Any, layer: nn.Linear, row: PackedRow) -> bool:
+def _can_fuse(model: Any, layer: nn.Linear, row: PackedRow, call: ModelCall) -> bool:
     """Return whether the model returns raw logits; tested once for each model on one token, in eval mode."""
     if layer not in _fusable:
         token, learned = row.input_ids[:, :1], model.training
         probe = PackedRow(token, torch.zeros_like(token), (1,), torch.zeros_like(token[0]), token[0], ())
         model.eval()
         with torch.no_grad():
-            _fusable[layer] = returns_raw_logits(layer, lambda: forward_row(model, probe))
+            _fusable[layer] = returns_raw_logits(layer, lambda: forward_row(model, probe, call))
         model.train(learned)
     return _fusable[layer]
 

@@ -38,8 +38,9 @@ from minisft.training.held_out import EVAL_LOSS, HeldOutRows, eval_losses, is_du
 from minisft.training.integrity import explain_damage, forbid_pickled_code
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss, unwrapped
+from minisft.training.model_call import PADDING_FREE_CALL, ModelCall
 from minisft.training.optimization import clip_gradients
-from minisft.training.probe import ProbeResult, probe_model, refuse_wrong_model
+from minisft.training.probe import Probe, ProbeResult, refuse_wrong_model
 from minisft.training.resharding import reshard_state, restore_fp32_weights, same_layout
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
 from minisft.training.zero import plain_zero_state, zero_writes_through
@@ -76,6 +77,7 @@ class SupervisedTokenTrainer(Trainer):
         self.base_model_folder = base_model_folder
         self.on_probed: Callable[[ProbeResult], None] = lambda result: None
         self.held_out = held_out
+        self.call = PADDING_FREE_CALL
         self._staging: str | None = None
         self._writing = WriteErrors()
         super().__init__(*args, **kwargs)
@@ -106,13 +108,13 @@ class SupervisedTokenTrainer(Trainer):
         if result is not None and result.verdict == "alone" and self.is_world_process_zero():
             name = type(unwrapped(self._model())).__name__
             say(
-                f"note: {name} computes a conversation differently after another one in the same row, so each has its "
-                f"own row: {self.sampler.forwards_per_epoch()} forwards an epoch in place of {forwards}"
+                f"note: {name} {result.reason}, so each conversation has its own row: "
+                f"{self.sampler.forwards_per_epoch()} forwards an epoch in place of {forwards}"
             )
         return ready
 
     def probe(self) -> ProbeResult | None:
-        """Compare the model, as it will train, with transformers' own; give each conversation its own row if needed.
+        """Find how the model, as it will train, is right: its attention, its call, and the conversations of a row.
 
         Raises:
             UserError: The model is wrong for every row, or cannot be called as training calls it.
@@ -120,13 +122,14 @@ class SupervisedTokenTrainer(Trainer):
         half = self.args.bf16 or self.args.fp16
         arithmetic = self.compute_loss_context_manager
         name = type(unwrapped(self._model())).__name__
-        result = probe_model(
-            self.model_wrapped, self.args.device, arithmetic, half=half, max_length=int(self.sampler.sizes.tokens.max())
-        )
+        longest = int(self.sampler.sizes.tokens.max())
+        result = Probe(self.model_wrapped, self.args.device, arithmetic, half, longest).run()
         if result is None:
+            self.call = ModelCall.of(unwrapped(self._model()))
             return None
         self.on_probed(result)
         refuse_wrong_model(name, result)
+        self.call = result.call
         if result.verdict == "alone":
             self.sampler.row_tokens = 1
             if self.held_out is not None:
@@ -198,7 +201,7 @@ class SupervisedTokenTrainer(Trainer):
                 lookups.last = last = number == len(batch.rows)
                 with self._reduction(model, last):
                     with self.compute_loss_context_manager():
-                        loss = row_loss(model, row.to(self.args.device))
+                        loss = row_loss(model, row.to(self.args.device), self.call)
                     loss = loss * (self.args.world_size / batch.step_supervised)
                     total += loss.detach()
                     if last:  # DeepSpeed steps inside the last backward
@@ -245,7 +248,7 @@ class SupervisedTokenTrainer(Trainer):
         started = time.perf_counter()
         with self.compute_loss_context_manager():
             share = self.held_out.sum_of_losses(
-                self.model_wrapped, lambda model, row: row_loss(model, row.to(self.args.device))
+                self.model_wrapped, lambda model, row: row_loss(model, row.to(self.args.device), self.call)
             )
         total = float(self.accelerator.gather(share.reshape(1).to(self.args.device)).sum())
         logs = {EVAL_LOSS: total / self.held_out.supervised, "eval_seconds": time.perf_counter() - started}

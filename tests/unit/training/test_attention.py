@@ -12,7 +12,7 @@ LENGTHS = (5, 1, 9, 3)
 
 
 def models():
-    from transformers import GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
+    from transformers import Gemma2Config, GPTNeoXConfig, GptOssConfig, LlamaConfig, MistralConfig, Qwen2Config
 
     common: Any = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     grouped: Any = dict(num_key_value_heads=2)
@@ -21,6 +21,8 @@ def models():
         "qwen2": Qwen2Config(**common, **grouped),
         "mistral with a window of 4": MistralConfig(**common, **grouped, sliding_window=4),
         "gpt-neox (pythia)": GPTNeoXConfig(**common),
+        "gemma 2 with a soft cap": Gemma2Config(**common, **grouped, head_dim=8, attn_logit_softcapping=0.5),
+        "gpt-oss with sinks": GptOssConfig(**common, **grouped, head_dim=8, num_local_experts=4, sliding_window=4),
     }
 
 
@@ -32,6 +34,9 @@ def test_a_row_gives_the_logits_of_its_conversations(name):
     torch.manual_seed(0)
     reference = AutoModelForCausalLM.from_config(models()[name], attn_implementation="eager").eval()
     ours = AutoModelForCausalLM.from_config(models()[name], attn_implementation=PADDING_FREE).eval()
+    with torch.no_grad():
+        for weight in reference.parameters():  # large enough for a soft cap and a sink to show
+            weight.normal_(0, 0.2)
     ours.load_state_dict(reference.state_dict())
     ids = torch.randint(0, 60, (1, sum(LENGTHS)))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
@@ -42,7 +47,7 @@ def test_a_row_gives_the_logits_of_its_conversations(name):
 
 @pytest.mark.parametrize(
     ("options", "meaning"),
-    [({"softcap": 30.0}, "soft cap"), ({"s_aux": torch.zeros(1)}, "sink"), ({"conversation_lengths": None}, "lengths")],
+    [({"position_bias": torch.zeros(1)}, "a bias"), ({"conversation_lengths": None}, "lengths")],
 )
 def test_what_it_does_not_do_is_refused_by_name(options, meaning):
     heads = torch.zeros(1, 2, 4, 8)

@@ -1,14 +1,20 @@
 """The probe finds models that are wrong for packed rows, for every row, or beyond a window; and names no right one."""
 
 import contextlib
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from minisft.errors import UserError
+from minisft.models import load_model
 from minisft.training import attention
-from minisft.training.probe import probe_model, refuse_wrong_model
+from minisft.training.batching import pack_sequences
+from minisft.training.loss import row_loss
+from minisft.training.probe import Probe, refuse_wrong_model
 
 SMALL = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -22,11 +28,16 @@ LINEAR = {
 
 
 def make(kind, **options):
-    """Return a tiny random model; its weights are large enough for a leak to show."""
+    """Return a tiny random model as training loads it; its weights are large enough for a leak to show."""
+    model = with_large_weights(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | options)))
     attention.register()
-    config = AutoConfig.for_model(kind, **SMALL | options)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_model(Path(folder), dtype=torch.float32, attention=attention.PADDING_FREE)
+
+
+def with_large_weights(model):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.PADDING_FREE)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -36,7 +47,7 @@ def make(kind, **options):
 
 def probe(model, **options):
     options = {"half": False, "max_length": 256} | options
-    return probe_model(model, torch.device("cpu"), contextlib.nullcontext, **options)
+    return Probe(model, torch.device("cpu"), contextlib.nullcontext, **options).run()
 
 
 @pytest.mark.parametrize(
@@ -48,6 +59,10 @@ def probe(model, **options):
         ("mistral", {"sliding_window": 16}),
         ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}),
         ("gpt_neox", {}),
+        ("gemma2", {"head_dim": 8, "sliding_window": 16}),
+        ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "sliding_window": 16}),
+        ("granite_swa", {"sliding_window": 16}),
+        ("jetmoe", {"kv_channels": 8, "num_local_experts": 4}),
     ],
 )
 def test_models_of_attention_alone_are_right(kind, options):
@@ -75,23 +90,81 @@ def test_models_that_run_across_the_row_are_right_with_one_conversation_in_a_row
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "words"),
+    ("kind", "options", "found", "words"),
     [
-        ("bloom", {"n_head": 4, "n_layer": 2}, "a token changes the predictions of tokens before it"),
-        ("codegen", {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "a token changes the predictions"),
-        ("phimoe", {"sliding_window": 64, "num_local_experts": 4}, "longer than the model's window"),
+        ("bloom", {"n_head": 4, "n_layer": 2}, "eager", "no other attention"),
+        ("codegen", {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "eager", "no other attention"),
+        ("gptj", {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "eager", "no other attention"),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_heads": 4}, "eager", "no other attention"),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "eager", "no other attention"),
+        ("falcon", {"alibi": True}, "sdpa", "no other attention"),
+        ("xglm", {"d_model": 32, "attention_heads": 4, "ffn_dim": 64, "num_layers": 2}, "eager", "no other attention"),
+        ("openai-gpt", {"n_embd": 32, "n_head": 4, "n_layer": 2}, "eager", "no other attention"),
+        ("stablelm", {}, "sdpa", "does not pass the lengths of a row to its attention"),
+        ("nemotron", {}, "sdpa", "does not pass the lengths of a row to its attention"),
+        ("doge", {}, "sdpa", "makes an attention mask of its own"),
+        ("phimoe", {"sliding_window": 64, "num_local_experts": 4}, "sdpa", "longer than the model's window"),
         (
             "llama4_text",
             {"attention_chunk_size": 64, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64},
+            "sdpa",
             "longer than the model's window",
         ),
     ],
 )
-def test_models_without_a_causal_mask_or_a_window_are_refused(kind, options, words):
-    result = probe(make(kind, **options))
+def test_other_models_are_right_with_the_attention_of_transformers(kind, options, found, words):
+    model = make(kind, **options)
+    result = probe(model)
+    assert (result.verdict, result.attention, model.config._attn_implementation) == ("alone", found, found)
+    assert result.isolation is None
+    assert words in result.reason
+    refuse_wrong_model(kind, result)
+    # The loss of the training is that of a plain call.
+    ids = np.arange(30) % 17 + 3
+    model.eval()
+    loss = row_loss(model, pack_sequences([(ids, ids)]), result.call)
+    logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_a_model_whose_attention_is_not_causal_is_refused():
+    result = probe(make("bert", is_decoder=False))
     assert result.verdict == "refused"
-    with pytest.raises(UserError, match=words):
-        refuse_wrong_model(kind, result)
+    with pytest.raises(UserError, match="a token changes the predictions of tokens before it"):
+        refuse_wrong_model("bert", result)
+
+
+class TakesBoundaries(LlamaForCausalLM):
+    """A convolution over the row, which a kernel resets where the number of the conversation changes."""
+
+    has_kernel = True
+
+    def forward(self, input_ids=None, seq_idx=None, **options):
+        states = self.model.embed_tokens(input_ids)
+        if seq_idx is not None and not self.has_kernel:
+            raise ValueError("no packed sequences without a kernel")
+        before = torch.nn.functional.pad(states, (0, 0, 1, 0))[:, :-1]
+        if seq_idx is not None:
+            before = before * (seq_idx == seq_idx.roll(1, 1))[..., None]
+        return super().forward(inputs_embeds=states + before, **options)
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_boundaries_are_passed_to_layers_that_run_across_the_row_if_their_kernels_take_them(has_kernel):
+    attention.register()
+    config = AutoConfig.for_model("llama", **SMALL)
+    model = TakesBoundaries._from_config(config, attn_implementation=attention.PADDING_FREE)
+    with_large_weights(model).has_kernel = has_kernel
+    result = probe(model)
+    assert (result.verdict, result.call.boundaries) == (("right", True) if has_kernel else ("alone", False))
+    assert result.attention == attention.PADDING_FREE
+    # A row of several conversations, or each alone, as the verdict says.
+    parts = [(ids, ids) for ids in (np.arange(3, 20), np.arange(7, 18))]
+    model.eval()
+    alone = torch.stack([row_loss(model, pack_sequences([part]), result.call) for part in parts]).sum()
+    together = row_loss(model, pack_sequences(parts), result.call)
+    assert torch.isclose(alone, together, rtol=1e-4) == has_kernel
 
 
 def test_a_window_that_no_conversation_reaches_needs_no_proof():
@@ -134,6 +207,6 @@ def test_in_half_precision_a_right_model_is_right_and_a_leak_is_found():
         ("llama", {}, "right"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "alone"),
     ):
-        found = probe_model(make(kind, **options), torch.device("cpu"), half=True, max_length=256, **arithmetic)
+        found = Probe(make(kind, **options), torch.device("cpu"), half=True, max_length=256, **arithmetic).run()
         assert found is not None
         assert found.verdict == verdict
