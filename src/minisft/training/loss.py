@@ -30,18 +30,26 @@ from minisft.training.model_call import PADDING_FREE_CALL, ModelCall
 _fusable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def row_loss(model: Any, row: PackedRow, call: ModelCall = PADDING_FREE_CALL) -> torch.Tensor:
+def row_loss(
+    model: Any, row: PackedRow, call: ModelCall = PADDING_FREE_CALL, *, backward_factor: float = 1.0
+) -> torch.Tensor:
     """Return the sum of the cross-entropies of a row's supervised tokens, () in fp32.
 
     `logits_to_keep` selects the positions that predict a supervised token; their logits are computed a chunk at a time,
     in shape (chunk, vocabulary). All logits (supervised, vocabulary) are computed at once for models that change their
-    logits afterwards (a scale, a soft cap), in fp16, whose gradients of probabilities would underflow before they are
-    multiplied by the loss scale, and for models that cannot select positions.
+    logits afterwards (a scale, a soft cap), and for models that cannot select positions.
+
+    Args:
+        model: The model, or the wrapper of DDP or DeepSpeed around it.
+        row: The row, on the device of the model.
+        call: How the model is called.
+        backward_factor: The factor by which the loss will be multiplied before its backward, the loss scale included.
+            Only fp16 needs it, and only for precision: the gradients of this function are those of the plain sum.
     """
     layer = output_layer(model)
-    if layer is None or matmul_dtype(layer.weight) == torch.float16 or not _can_fuse(model, layer, row, call):
+    if layer is None or not _can_fuse(model, layer, row, call):
         return _loss_of_all_logits(model, row, call)
-    with fused_loss_head(layer, row.targets):
+    with fused_loss_head(layer, row.targets, backward_factor):
         return forward_row(model, row, call)[0, 0]
 
 
@@ -93,14 +101,19 @@ def chunk_length(vocabulary: int, on_cpu: bool) -> int:
 
 
 @contextlib.contextmanager
-def fused_loss_head(layer: nn.Linear, targets: torch.Tensor) -> Iterator[None]:
+def fused_loss_head(layer: nn.Linear, targets: torch.Tensor, backward_factor: float = 1.0) -> Iterator[None]:
     """Let an output layer return the sum of the cross-entropies of `targets`, (1, 1), in place of logits.
 
     Args:
         layer: Output layer; its input are hidden states of shape (1, supervised, hidden size).
         targets: (supervised,) token ids.
+        backward_factor: As for `row_loss`.
     """
-    with _replace_forward(layer, lambda hidden: fused_loss(hidden[0], layer.weight, targets).reshape(1, 1)):
+
+    def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+        return fused_loss(hidden[0], layer.weight, targets, backward_factor).reshape(1, 1)
+
+    with _replace_forward(layer, loss_of):
         yield
 
 
@@ -134,21 +147,34 @@ def _replace_forward(layer: nn.Linear, forward: Callable[[torch.Tensor], torch.T
         del layer.forward
 
 
-def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def fused_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, backward_factor: float = 1.0
+) -> torch.Tensor:
     """Return the sum of the cross-entropies, () in fp32, of the logits `hidden @ weight.T`, computed in chunks.
+
+    The forward computes the gradients too. In fp16 a probability below 6e-8 would become zero there, so the gradient of
+    the logits is multiplied by `backward_factor` while it is in fp32, as a backward after the loss scale would do; the
+    backward then multiplies only by what the incoming gradient has beyond it (Micikevicius et al. 2018,
+    "Mixed Precision Training", arXiv 1710.03740, section 3.2).
 
     Args:
         hidden: (positions, hidden size).
         weight: (vocabulary, hidden size).
         targets: (positions,) token ids.
+        backward_factor: As for `row_loss`.
     """
+    products = matmul_dtype(weight)
+    factor = backward_factor if products == torch.float16 else 1.0
     return _SumOfLosses.apply(  # type: ignore[no-any-return]
-        hidden, weight, targets, matmul_dtype(weight), torch.is_grad_enabled()
+        hidden, weight, targets, products, factor, torch.is_grad_enabled()
     )
 
 
 def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Return the number format in which a product with `weight` is computed; autocast may set it."""
+    """Return the number format in which a product with `weight` is computed; autocast may set it.
+
+    accelerate puts autocast into the forward of a model, so the answer holds only inside that forward.
+    """
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -157,7 +183,9 @@ class _SumOfLosses(torch.autograd.Function):
     """The sum of cross-entropies, whose forward computes the gradients too: d loss / d logits = softmax - onehot."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, products: torch.dtype, learning: bool) -> Any:
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, targets: Any, products: torch.dtype, applied: float, learning: bool
+    ) -> Any:
         needs_hidden, needs_weight = (learning and needed for needed in ctx.needs_input_grad[:2])
         by_hidden = torch.zeros_like(hidden) if needs_hidden else None
         by_weight: torch.Tensor | None = None
@@ -168,7 +196,7 @@ class _SumOfLosses(torch.autograd.Function):
             for start in range(0, len(targets), length):
                 part = slice(start, start + length)
                 losses[part], gradient = _losses_and_gradient(linear(states[part], factors).float(), targets[part])
-                gradient = gradient.to(products)
+                gradient = (gradient if applied == 1.0 else gradient.mul_(applied)).to(products)
                 if by_hidden is not None:
                     by_hidden[part] = gradient @ factors
                 if needs_weight:
@@ -176,17 +204,18 @@ class _SumOfLosses(torch.autograd.Function):
         if needs_weight and by_weight is None:  # no supervised position
             by_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(by_hidden, by_weight)
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.applied = weight.dtype, applied
         return losses.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> Any:
         by_hidden, by_weight = ctx.saved_tensors
+        factor = factor / ctx.applied
         return (
             None if by_hidden is None else by_hidden.mul_(factor.to(by_hidden.dtype)),
             None if by_weight is None else by_weight.mul_(factor).to(ctx.dtype),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 

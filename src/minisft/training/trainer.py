@@ -43,7 +43,7 @@ from minisft.training.optimization import clip_gradients
 from minisft.training.probe import Probe, ProbeResult, refuse_wrong_model
 from minisft.training.resharding import reshard_state, restore_fp32_weights, same_layout
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
-from minisft.training.zero import plain_zero_state, zero_writes_through
+from minisft.training.zero import plain_zero_state, zero_loss_scale, zero_writes_through
 
 _NEW_RUN = "that makes another run, which needs --force or another `output`"
 
@@ -196,13 +196,16 @@ class SupervisedTokenTrainer(Trainer):
         deepspeed = self.is_deepspeed_enabled
         lookup = contextlib.nullcontext(EmbeddingLookups()) if deepspeed else accumulate_embedding_gradient(model)
         options = {"scale_wrt_gas": False} if deepspeed else {}  # accelerate must not scale the loss a second time
+        mean = self.args.world_size / batch.step_supervised
+        backward_factor = self.loss_scale() * mean
         with lookup as lookups:
             for number, row in enumerate(batch.rows, 1):
                 lookups.last = last = number == len(batch.rows)
                 with self._reduction(model, last):
                     with self.compute_loss_context_manager():
-                        loss = row_loss(model, row.to(self.args.device), self.call)
-                    loss = loss * (self.args.world_size / batch.step_supervised)
+                        on_device = row.to(self.args.device)
+                        loss = row_loss(model, on_device, self.call, backward_factor=backward_factor)
+                    loss = loss * mean
                     total += loss.detach()
                     if last:  # DeepSpeed steps inside the last backward
                         self._synchronise_step(total, batch)
@@ -210,6 +213,14 @@ class SupervisedTokenTrainer(Trainer):
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
         self._step_loss = total
         return total
+
+    def loss_scale(self) -> float:
+        """Return the factor by which the next backward multiplies the loss: in fp16 the loss scale, otherwise 1."""
+        if not self.args.fp16:
+            return 1.0
+        if self.is_deepspeed_enabled:
+            return zero_loss_scale(self.model_wrapped)
+        return float(self.accelerator.scaler.get_scale())
 
     def _synchronise_step(self, share: torch.Tensor, batch: StepBatch) -> None:
         """Agree over all processes whether one was asked to stop, and whether the loss of the step is finite.

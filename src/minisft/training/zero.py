@@ -193,6 +193,11 @@ def zero_writes_through(engine: Any, attempt: Callable[..., Any]) -> Iterator[No
         del engine.save_checkpoint
 
 
+def zero_loss_scale(engine: Any) -> float:
+    """Return the loss scale of an fp16 engine of stage 1, 2 or 3."""
+    return float(engine.optimizer.loss_scale)
+
+
 def fill_zero_engine(
     engine: Any,
     parameters: dict[str, Any],
