@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall, Tool
 from mistral_common.protocol.instruct.tool_calls import ToolCall as ReferenceCall
 
-from minisft.data.conversation import Conversation, Message, ToolCall
+from minisft.data.conversation import Conversation, Message, ToolCall, message_as_dict
 from minisft.data.encoder import Encoder
 from minisft.data.verification import verify
 from tests.unit.data.mistral import fast_tokenizer, prompt_reference, reference
@@ -160,3 +161,48 @@ def test_ids_labels_and_prompts_are_those_of_mistral_common(version, exchanges, 
 @given(exchanges=exchanges, offered=offers)
 def test_ids_are_those_of_mistral_common_in_400_of_400_conversations(version, exchanges, offered):
     assert_like_reference(version, exchanges, offered)
+
+
+def plain_exchanges(random):
+    """Exchanges of texts whose joint and separate encodings are equal."""
+
+    def words():
+        return " ".join(random.choices(["tea", "milk", "two", "Ça va ☕", "{x}", "'so'", "\n"], k=random.randint(1, 4)))
+
+    def call():
+        result = random.choice(["two", '["tea"]', "12", "null", "tea {x}", "", "Ça va"])
+        return random.choice(["menu", "get-x"]), {"size": words(), "n": random.randint(0, 9)}, result
+
+    for _ in range(random.randint(1, 3)):
+        rounds = [
+            (random.choice(["", words()]), [call() for _ in range(random.randint(1, 3))], random)
+            for _ in range(random.randint(0, 2))
+        ]
+        yield random.choice([None, words()]), [words()], rounds, [words()]
+
+
+@pytest.mark.parametrize("version", TOKENIZERS)
+@pytest.mark.parametrize("offered", [[], [{"name": "menu", "description": "Ça", "parameters": {"type": "object"}}]])
+def test_the_saved_jinja_text_renders_the_same_ids(version, offered):
+    encoder, random = encoder_of(version), Random(0)
+    tools = [{"type": "function", "function": function} for function in offered]
+    for _ in range(30):
+        ours, _ = both(version, plain_exchanges(random))
+        conversation = Conversation(ours, tools=json.dumps(tools) if tools else "").supervise("last")
+        for messages, ids in (
+            (ours, encoder.encode(conversation).input_ids),
+            (ours[:-1], encoder.encode_prompt(ours[:-1], conversation.tools)),
+        ):
+            rendered = encoder.tokenizer.apply_chat_template(
+                [message_as_dict(message) for message in messages],
+                tools=tools or None,
+                chat_template=encoder.chat_template,
+                add_generation_prompt=len(messages) < len(ours),
+            )
+            assert rendered["input_ids"] == ids, encoder.tokenizer.decode(rendered["input_ids"])
+
+
+@pytest.mark.parametrize("version", TOKENIZERS)
+def test_the_saved_jinja_text_is_read_as_the_form_that_it_is_of(version):
+    encoder = encoder_of(version)
+    assert Encoder(encoder.tokenizer, encoder.chat_template).template_name == TOKENIZERS[version]

@@ -14,8 +14,8 @@ from minisft.data.conversation import JOIN
 
 _MISTRAL_FORMS = ("mistral-v1", "mistral-v2", "mistral-v3", "mistral-v7", "mistral-v11", "mistral-v13")
 NATIVE_TEMPLATES = ("mistral", *_MISTRAL_FORMS, "chatml", "llama3", "zephyr")
-# The forms that write the system prompt, or the functions on offer, before the last turn of the user. A later turn moves
-# them, so that only the last answer of a conversation has the prompt of inference.
+# The forms that write the system prompt, or the functions on offer, before the last turn of the user. A later turn
+# moves them, so that only the last answer of a conversation has the prompt of inference.
 MOVING_SYSTEM = frozenset({"mistral-v2", "mistral-v3"})
 MOVING_TOOLS = MOVING_SYSTEM | {"mistral-v7", "mistral-v11"}
 TOOLS_INTRODUCTION = "You can call these functions:"
