@@ -176,6 +176,11 @@ def wrong_pattern(folder):
     return tokenizer
 
 
+def test_the_saved_text_of_another_form_is_a_jinja_text_like_others():
+    v3 = Encoder(fast_tokenizer("v3"), "mistral-v3").chat_template
+    assert Encoder(fast_tokenizer("v7"), v3).template_name == "jinja"
+
+
 def test_a_tokenizer_json_that_splits_otherwise_gives_way_to_tekken_json(tekken_folder, capsys):
     folder = tekken_folder("v7")
     right = load_tokenizer(folder).encode("12 tea's")

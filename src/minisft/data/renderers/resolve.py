@@ -1,5 +1,6 @@
 """Find the template that a recipe names, and adapt it to a tokenizer, which may lack some of its markers."""
 
+import contextlib
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,9 +118,10 @@ class TemplateResolver:
         if match:
             native = {"mistral-text": "mistral"}.get(match[1], match[1])
             if native in NATIVE_TEMPLATES:
-                resolved = self._native(native)
-                if resolved.chat_template == text:
-                    return resolved
+                with contextlib.suppress(UserError):  # the form is not of this tokenizer: then it is any Jinja text
+                    resolved = self._native(native)
+                    if resolved.chat_template == text:
+                        return resolved
         # 2. Any other text is split at the tokens that it spells.
         from minisft.data.renderers.jinja import JinjaRenderer
 
