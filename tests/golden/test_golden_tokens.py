@@ -41,14 +41,18 @@ TEMPLATES = {
     "zephyr": ("toy", "zephyr"),
     "mistral-plain-text": ("toy", "mistral"),
     "mistral-v1": ("v1", "mistral-v1"),
+    "mistral-v2": ("v2", "mistral-v2"),
     "mistral-v3": ("v3", "mistral-v3"),
+    "mistral-v7": ("v7", "mistral-v7"),
+    "mistral-v11": ("tekken-v11", "mistral-v11"),
+    "mistral-v13": ("tekken-v13", "mistral-v13"),
     "jinja-smollm2": ("toy", str(PUBLISHED / "smollm2.jinja")),
     "jinja-qwen25": ("toy", str(PUBLISHED / "qwen25.jinja")),
 }
 
 
 def load(kind):
-    if kind in ("v1", "v3"):
+    if not kind.startswith("toy"):
         return fast_tokenizer(kind)
     eos = "<|im_end|>" if kind == "toy" else "<|endoftext|>"
     core = json.loads((HERE / "toy_tokenizer.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from minisft.chat.terminal import Session
 from minisft.checking.context import CheckContext, Example
 from minisft.checking.result import Failed, NotRun
 from minisft.data.conversation import Conversation, Message, message_as_dict
-from minisft.data.renderers.templates import NATIVE_TEMPLATES
+from minisft.data.renderers.templates import MOVING_SYSTEM, MOVING_TOOLS, NATIVE_TEMPLATES
 from minisft.evaluation.examples import load_held_out
 
 SAMPLE = 64  # conversations
@@ -81,9 +81,11 @@ def _trained_prompts(context: CheckContext, example: Example) -> list[tuple[int,
     """
     indexes, spans = _learned_indexes(example.conversation), example.row.answers()
     prompts = [(index, example.row.ids[:start]) for index, (start, _) in zip(indexes, spans, strict=True)]
-    has_system = example.conversation.messages[0].role == "system" or bool(example.conversation.tools)
-    moves_system = context.encoder.template_name == "mistral-v3" and has_system  # into the last user message
-    return prompts[-1:] if moves_system or "prompt_differs" in example.row.findings else prompts
+    name, has_tools = context.encoder.template_name, bool(example.conversation.tools)
+    has_system = any(message.role == "system" for message in example.conversation.messages)
+    moves = (name in MOVING_SYSTEM and has_system) or (name in MOVING_TOOLS and has_tools)
+    rewritten = {"prompt_differs", "earlier_calls_left_out"} & set(example.row.findings)
+    return prompts[-1:] if moves or rewritten else prompts
 
 
 def _compare(where: str, sender: str, sent: Sequence[int], trained: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.data.sources import Source, source_files
 from minisft.errors import UserError
 from minisft.files import hash_files, hold_lock, remove_leftovers
+from minisft.models import MISTRAL_VERSION
 from minisft.recipe import Recipe
 from minisft.version import __version__
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Fingerprint = Mapping[str, Any]  # a hash for each thing that a data set depends on, by the thing's name
 _FREE_KEYS = ("processes", "verify")  # keys of the data recipe that do not change the rows
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.py")
 _NAMES = {
     "recipe": "the recipe's data keys",
     "template": "the template",
@@ -65,6 +66,8 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast", chat_template: str | No
     state = tokenizer.backend_tokenizer.to_str()
     lasting = state[max(state.find('"added_tokens":'), 0) :]  # before it are truncation and padding
     parts = [hashlib.sha256(lasting.encode()).hexdigest(), chat_template, tokenizer.special_tokens_map]
+    if MISTRAL_VERSION in tokenizer.init_kwargs:  # `data.template: mistral` goes by it
+        parts.append(tokenizer.init_kwargs[MISTRAL_VERSION])
     return _hash_json(parts)
 
 

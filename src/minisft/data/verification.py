@@ -69,7 +69,7 @@ def _verify_answers(encoder: Encoder, conversations: Sequence[Conversation], bat
 
 
 def _verify_system(encoder: Encoder, conversations: Sequence[Conversation], batch: EncodedBatch) -> None:
-    """Check that the system prompt is before the first answer, or before the last, where mistral-v3 puts it."""
+    """Check that the system prompt is before the first answer, or before the last, where mistral-v3 and v2 put it."""
     wanted = [
         (row, conversation.messages[0].content.strip())
         for row, conversation in enumerate(conversations)

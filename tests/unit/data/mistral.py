@@ -1,5 +1,10 @@
-"""mistral-common's SentencePiece tokenizers as fast ones, and its own encoding to compare with."""
+"""mistral-common's tokenizers as fast ones, and its own encoding to compare with.
 
+v1, v2, v3, v7 and v7m1 are its SentencePiece models, tekken-v3 to tekken-v15 are its tekken vocabulary.
+"""
+
+import json
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -9,19 +14,46 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
 FILES = {
     "v1": "tokenizer.model.v1",
     "v2": "mistral_instruct_tokenizer_240216.model.v2",
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
+    "v7m1": "mistral_instruct_tokenizer_241114.model.v7m1",
+    "tekken-v3": "tekken_240718.json",
 }
+FOLDER = Path(mistral_common.__file__).parent / "data"
 MESSAGES = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
 
 
 def model_file(version: str) -> Path:
-    return Path(mistral_common.__file__).parent / "data" / FILES[version]
+    return FOLDER / FILES[version] if version in FILES else tekken_file(version.removeprefix("tekken-"))
+
+
+@cache
+def tekken_file(version: str, tokens: int = 3000) -> Path:
+    """The beginning of mistral-common's tekken vocabulary as a file of another version, which the wheel does not hold.
+
+    Versions above v7 list their control tokens themselves.
+    """
+    content = json.loads((FOLDER / "tekken_240911.json").read_text(encoding="utf-8"))
+    names = [str(token["token_str"]) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    names += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"] if version in ("v11", "v13", "v15") else []
+    names += ["[MODEL_SETTINGS]", "[/MODEL_SETTINGS]"] if version == "v15" else []
+    special = [{"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)]
+    content["config"] |= {
+        "version": version, "default_num_special_tokens": 40, "default_vocab_size": 40 + tokens, "num_vocab_tokens": tokens
+    }  # fmt: skip
+    content |= {"vocab": content["vocab"][:tokens], "special_tokens": special}
+    del content["image"]
+    path = Path(tempfile.mkdtemp()) / "tekken.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
 
 
 @cache
@@ -36,6 +68,9 @@ def prompt_reference(version: str) -> MistralTokenizer:
 
 @cache
 def fast_tokenizer(version: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer that states no version, as one from tokenizer.json does."""
+    if version.startswith("tekken"):
+        return convert_tekken_tokenizer(str(model_file(version)), chat_template="")
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file(version)))
     size = pieces.get_piece_size()
     vocabulary = {pieces.id_to_piece(i): i for i in range(size)}

@@ -79,6 +79,12 @@ def test_same_role_runs_are_joined_as_mistral_common_joins_them(version, roles, 
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_questions_with_a_system_prompt_between_them_are_turns_of_their_own(version):
+    messages = [("user", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")]
+    assert encoder_of(version).encode(as_conversation(messages)).input_ids == reference_ids(version, messages)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_mistral_picks_the_version_that_the_tokenizer_is_made_for(version):
     assert Encoder(fast_tokenizer(version), "mistral").template_name == f"mistral-{version}"
 

@@ -1,5 +1,6 @@
 """Find the template that a recipe names, and adapt it to a tokenizer, which may lack some of its markers."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from minisft.data.conversation import ROLES
 from minisft.data.renderers.base import AFTER_CONTROL, CONTINUE, START, Control, MarkerSplitter, Renderer, TurnRenderer
-from minisft.data.renderers.mistral import INSTRUCTION, TOOLS, MistralRenderer
+from minisft.data.renderers.mistral import MistralRenderer
+from minisft.data.renderers.mistral_jinja import mistral_jinja
+from minisft.data.renderers.mistral_versions import (
+    INSTRUCTION,
+    REQUIRED,
+    TOOLS,
+    V2_OR_V3,
+    choose_version,
+    possible_versions,
+)
 from minisft.data.renderers.reasoning import AnswerForm
 from minisft.data.renderers.template_options import Option, with_options
 from minisft.data.renderers.templates import (
@@ -17,12 +27,12 @@ from minisft.data.renderers.templates import (
     TURN_TEMPLATES,
     MistralTemplate,
     TurnTemplate,
-    mistral_jinja,
     turn_jinja,
 )
 from minisft.data.segment_encoder import SegmentEncoder
 from minisft.errors import UserError
 from minisft.files import expand_user_path
+from minisft.models import MISTRAL_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,12 +87,16 @@ class TemplateResolver:
             template: What `data.template` names: "auto", a native name, a Jinja text, or a file's path.
             options: Values for variables that a Jinja template reads, `data.template_options`.
 
+        "auto" is the tokenizer's own template. One of Mistral whose file states its version needs none.
+
         Raises:
             UserError: There is no such template, the tokenizer lacks what the template needs, or the template does not
                 read one of the variables.
         """
         if template == "auto":
             own = own_template(self.tokenizer)
+            if not own and MISTRAL_VERSION in self.tokenizer.init_kwargs:
+                return self._native("mistral")
             if not own:
                 raise UserError(
                     "data.template",
@@ -117,8 +131,10 @@ class TemplateResolver:
         if match:
             native = {"mistral-text": "mistral"}.get(match[1], match[1])
             if native in NATIVE_TEMPLATES:
-                resolved = self._native(native)
-                if resolved.chat_template == text:
+                resolved = None
+                with contextlib.suppress(UserError):  # the form is not of this tokenizer: then it is any Jinja text
+                    resolved = self._native(native)
+                if resolved is not None and resolved.chat_template == text:
                     _refuse_options(resolved.name, options)
                     return resolved
         # 2. Any other text is split at the tokens that it spells.
@@ -170,43 +186,35 @@ class TemplateResolver:
         )
 
     def _mistral(self, name: str) -> ResolvedTemplate:
-        """Choose the Mistral form by the control tokens of the tokenizer."""
+        """Choose the Mistral form by the version of the tokenizer, and adapt it."""
         # 1. The form.
-        has_controls = all(map(self._is_special, INSTRUCTION))
-        if name == "mistral-v3" and not has_controls:
-            raise UserError(
-                "data.template",
-                "mistral-v3 needs a tokenizer with the control tokens [INST] and [/INST], and this one has none",
-                "use data.template: mistral, which writes the same form as plain text",
-            )
-        if name == "mistral-v1" and has_controls:
-            raise UserError(
-                "data.template",
-                "mistral-v1 writes [INST] as text, and for this tokenizer it is a control token",
-                "use data.template: mistral, which is mistral-v3 here",
-            )
+        special = set(filter(self._is_special, self._added))
+        stated, adds_space = self.tokenizer.init_kwargs.get(MISTRAL_VERSION), self._probe.adds_space()
+        version = choose_version(name, special, stated, adds_space)
         eos = self._require_eos(name)
         # 2. The BOS token: v1 has one where the tokenizer itself puts it before a text.
         bos_id = self.tokenizer.bos_token_id
         adds_bos = bos_id is not None and self.tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos_id]
-        bos = self.tokenizer.bos_token if has_controls or adds_bos else None
+        bos = self.tokenizer.bos_token if version > 1 or adds_bos else None
+        form = f"mistral-v{version}" if version > 1 or name == "mistral-v1" or bos else "mistral-text"
         # 3. The spaces that make a joint encoding equal to a separate one: in a text, and after a control token.
-        gap = " " if self._probe.adds_space() else ""
+        gap = " " if adds_space else ""
         gap_after_control = gap if self._probe.guards[AFTER_CONTROL] else ""
-        form = "mistral-v3" if has_controls else ("mistral-v1" if name == "mistral-v1" or bos else "mistral-text")
-        has_tools = has_controls and all(map(self._is_special, TOOLS))
+        has_tools = version > 1 and special.issuperset(TOOLS)
         written = MistralTemplate(
-            form, has_controls, has_tools, bos or "", str(self.tokenizer.eos_token), gap, gap_after_control
+            form, version, has_tools, bos or "", str(self.tokenizer.eos_token), gap, gap_after_control
         )
-        controls = (*(INSTRUCTION if has_controls else ()), *(TOOLS if has_tools else ()))
+        controls = dict.fromkeys((*REQUIRED[version], *(TOOLS if has_tools else ())))
         ids = {control: self._id(control) for control in controls}
+        # 4. Where tools are written in one of two ways, and the recipe does not say in which, their rows are counted.
+        assumed = name == "mistral" and possible_versions(special, stated, adds_space) == V2_OR_V3
         return ResolvedTemplate(
             form,
             mistral_jinja(written),
-            MistralRenderer(written, self._id(bos) if bos else None, eos, ids),
+            MistralRenderer(written, self._id(bos) if bos else None, eos, ids, assumed),
             (eos,),
             markers=list(controls),
-            plain_markers=[] if has_controls else list(INSTRUCTION),
+            plain_markers=[] if version > 1 else list(INSTRUCTION),
             answer_context=START,
         )
 

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 
 from minisft.data.conversation import JOIN
 
-NATIVE_TEMPLATES = ("mistral", "mistral-v1", "mistral-v3", "chatml", "llama3", "zephyr")
+_MISTRAL_FORMS = ("mistral-v1", "mistral-v2", "mistral-v3", "mistral-v7", "mistral-v11", "mistral-v13")
+NATIVE_TEMPLATES = ("mistral", *_MISTRAL_FORMS, "chatml", "llama3", "zephyr")
+# The forms that write the system prompt, or the functions on offer, before the last turn of the user. A later turn
+# moves them, so that only the last answer of a conversation has the prompt of inference.
+MOVING_SYSTEM = frozenset({"mistral-v2", "mistral-v3"})
+MOVING_TOOLS = MOVING_SYSTEM | {"mistral-v7", "mistral-v11"}
 TOOLS_INTRODUCTION = "You can call these functions:"
 EOS = "{eos}"  # as the end of a turn: the tokenizer's EOS token
 
@@ -62,8 +67,8 @@ class MistralTemplate:
     """A Mistral form on one tokenizer.
 
     Args:
-        name: mistral-v1, mistral-v3 or mistral-text (v1's rule on a tokenizer of another family).
-        controls: Whether [INST] and [/INST] are control tokens (v3) or text (v1).
+        name: mistral-v1 and so on, or mistral-text (v1's rule on a tokenizer of another family).
+        version: The number in the name. From v2 on, [INST] and [/INST] are control tokens and not text.
         tools: Whether tools, calls and results have control tokens too.
         bos: The BOS token that the template writes, or "".
         eos: The token that ends every answer.
@@ -72,7 +77,7 @@ class MistralTemplate:
     """
 
     name: str
-    controls: bool
+    version: int
     tools: bool
     bos: str
     eos: str
@@ -90,7 +95,7 @@ def with_tools(system: str, tools: Sequence[str]) -> str:
 
 # --- Jinja twins ------------------------------------------------------------------------------------------
 
-_TEXT_MACRO = """
+TEXT_MACRO = """
 {%- macro text(message) -%}
 {{- message['content'] or '' }}
 {%- for call in message.get('tool_calls') or [] %}
@@ -99,7 +104,7 @@ _TEXT_MACRO = """
 {%- endfor %}
 {%- endmacro %}
 """
-_TOOLS_SET = """
+TOOLS_SET = """
 {%- set parts = namespace(tools='') %}
 {%- if tools %}
 {%- set parts.tools = '@' %}
@@ -110,138 +115,31 @@ _TOOLS_SET = """
 """.replace("@", TOOLS_INTRODUCTION)
 
 
-_CONTENT_MACRO = "{%- macro text(message) -%}{{- message['content'] or '' }}{%- endmacro %}"
-_TOOLS_LIST = """
-{%- set parts = namespace(tools=[], function={}) %}
-{%- for tool in tools or [] %}
-{%- set given = tool['function'] if 'function' in tool else tool %}
-{%- set parts.function = {'name': given['name'], 'description': given['description'] or '',
-                          'parameters': given['parameters'] or {}} %}
-{%- for key, value in given.items() if key not in ('name', 'description', 'parameters', 'strict', 'type') %}
-{%- set parts.function = dict(parts.function, **{key: value}) %}
-{%- endfor %}
-{%- set parts.tools = parts.tools + [{'type': 'function', 'function': parts.function}] %}
-{%- endfor %}
-"""
-_TOOLS_IN_SYSTEM = """
-{%- if parts.tools %}{%- set ns.system = ns.system + (@JOIN if ns.system else '') + parts.tools %}{%- endif %}
-"""
-_TOOLS_BEFORE = """
-{%- if parts.tools and ns.user == @PLACE %}
-{{- '[AVAILABLE_TOOLS]' + @GAP + (parts.tools | tojson) + '[/AVAILABLE_TOOLS]' }}
-{%- endif %}
-"""
-_RESULT_AS_USER = "{{- @OPENER + message['content'] + @CLOSER }}"
-_RESULT = """
-{%- set value = message['content'] or '{}' %}
-{%- set is_json = value[:1] in ('[', '{') or value in ('true', 'false', 'null')
-                  or value | int | string == value or value | float | string == value %}
-{{- '[TOOL_RESULTS]' + @GAP + '{"content": ' + (value if is_json else value | tojson) }}
-{%- if message.get('tool_call_id') %}{{- ', "call_id": ' + (message['tool_call_id'] | tojson) }}{%- endif %}
-{{- '}[/TOOL_RESULTS]' }}
-"""
-_CALLS = """
-{%- for call in message.get('tool_calls') or [] %}
-{%- set arguments = call['function']['arguments'] %}
-{{- '[TOOL_CALLS]' + @GAP + '[' if loop.first else ', ' }}
-{{- '{"name": ' + (call['function']['name'] | tojson) + ', "arguments": ' }}
-{{- arguments if arguments is string else arguments | tojson }}
-{%- if call.get('id') and call['id'] != 'null' %}{{- ', "id": ' + (call['id'] | tojson) }}{%- endif %}
-{{- '}]' if loop.last else '}' }}
-{%- endfor %}
-"""
-_MISTRAL = """{# minisft: @NAME #}
-@TEXT@TOOLS
-{%- set ns = namespace(system='', users=0, user=0) %}
-{%- for message in messages %}
-{%- if message['role'] == 'system' and message['content'] %}
-{%- set ns.system = ns.system + (@JOIN if ns.system else '') + message['content'] %}
-{%- elif message['role'] == 'user' %}{%- set ns.users = ns.users + 1 %}{%- endif %}
-{%- endfor %}
-@IN_SYSTEM
-{{- @BEGIN }}
-{%- for message in messages %}
-{%- if message['role'] == 'user' %}
-{%- set ns.user = ns.user + 1 %}
-@BEFORE_USER
-{{- @OPENER }}
-{%- if ns.system and ns.user == @PLACE %}{{- ns.system + @JOIN }}{%- endif %}
-{{- message['content'] + @CLOSER }}
-{%- elif message['role'] == 'tool' %}
-@RESULT
-{%- elif message['role'] == 'assistant' %}
-{%- set written = text(message)@STRIP %}
-{{- @ANSWER_GAP + written if written else '' }}
-@CALLS
-{{- @EOS }}
-{{- @TURN_GAP if not loop.last else '' }}
-{%- endif %}
-{%- endfor %}
-"""
-
-
 def turn_jinja(template: TurnTemplate, answer_end: str) -> str:
     """Return the Jinja twin of a turn template; `answer_end` is the token that ends an answer."""
     header, closer = template.open_turn("@").split("@")
-    names = "".join(f" if role != {_quote(role)} else {_quote(name)}" for role, name in template.role_names.items())
+    names = "".join(f" if role != {quote(role)} else {quote(name)}" for role, name in template.role_names.items())
     trim = " | trim" if template.trim else ""
-    system = _quote(template.open_turn("system"))
-    end, after = _quote(template.end), _quote(template.after)
+    system = quote(template.open_turn("system"))
+    end, after = quote(template.end), quote(template.after)
     return (
-        "{# minisft: " + template.name + " #}" + _TEXT_MACRO + _TOOLS_SET + "{{- " + _quote(template.begin) + " }}\n"
+        "{# minisft: " + template.name + " #}" + TEXT_MACRO + TOOLS_SET + "{{- " + quote(template.begin) + " }}\n"
         "{%- if parts.tools and messages[0]['role'] != 'system' %}"
         "{{- " + f"{system} + parts.tools + {end} + {after}" + " }}{%- endif %}\n"
         "{%- for message in messages %}\n"
         "{%- set role = message['role'] %}\n"
         "{%- set content = text(message)" + trim + " %}\n"
         "{%- if loop.first and role == 'system' and parts.tools %}"
-        "{%- set content = content + " + _quote(JOIN) + " + parts.tools %}{%- endif %}\n"
-        "{{- " + _quote(header) + " + (role" + names + ") + " + _quote(closer) + " + content }}\n"
-        "{{- " + f"{_quote(answer_end)} if role == 'assistant' else {end}" + " }}\n"
+        "{%- set content = content + " + quote(JOIN) + " + parts.tools %}{%- endif %}\n"
+        "{{- " + quote(header) + " + (role" + names + ") + " + quote(closer) + " + content }}\n"
+        "{{- " + f"{quote(answer_end)} if role == 'assistant' else {end}" + " }}\n"
         "{{- " + after + " }}\n"
         "{%- endfor %}\n"
-        "{%- if add_generation_prompt %}{{- " + _quote(template.open_turn("assistant")) + " }}{%- endif %}\n"
+        "{%- if add_generation_prompt %}{{- " + quote(template.open_turn("assistant")) + " }}{%- endif %}\n"
     )
 
 
-def mistral_jinja(template: MistralTemplate) -> str:
-    """Return the Jinja twin of a Mistral form: the same ids for texts whose joint and separate encodings are equal."""
-    if template.controls:
-        opener, closer = "[INST]" + template.gap_after_control, "[/INST]"
-        answer_gap, place, strip = template.gap_after_control, "ns.users", ".rstrip(' ')"
-    else:
-        opener, closer = "[INST] ", " [/INST]"
-        answer_gap, place, strip = template.gap, "1", ""
-    turn_gap = "" if template.controls else template.gap_after_control
-    parts = {
-        "TEXT": _CONTENT_MACRO if template.tools else _TEXT_MACRO,
-        "TOOLS": _TOOLS_LIST if template.tools else _TOOLS_SET,
-        "IN_SYSTEM": "" if template.tools else _TOOLS_IN_SYSTEM,
-        "BEFORE_USER": _TOOLS_BEFORE if template.tools else "",
-        "RESULT": _RESULT if template.tools else _RESULT_AS_USER,
-        "CALLS": _CALLS if template.tools else "",
-    }
-    values = {
-        "OPENER": _quote(opener),
-        "CLOSER": _quote(closer),
-        "BEGIN": _quote(template.bos + (turn_gap if template.bos else "")),
-        "ANSWER_GAP": _quote(answer_gap),
-        "TURN_GAP": _quote(turn_gap),
-        "GAP": _quote(template.gap_after_control),
-        "EOS": _quote(template.eos),
-        "JOIN": _quote(JOIN),
-        "NAME": template.name,
-        "STRIP": strip,
-        "PLACE": place,
-    }
-    return _fill(_fill(_MISTRAL, parts), values)
-
-
-def _fill(text: str, values: Mapping[str, str]) -> str:
-    return re.sub(f"@({'|'.join(values)})\\b", lambda name: values[name[1]], text)
-
-
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """Return a text as a Jinja string literal."""
     escaped = re.sub(r"[\\']", lambda match: "\\" + match.group(), text)
     return "'" + escaped.replace("\n", "\\n") + "'"
