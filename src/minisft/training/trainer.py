@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from minisft.console import say
 from minisft.errors import UserError
 from minisft.files import apply_umask
+from minisft.models import model_class
 from minisft.training.batching import RowDataset, StepBatch, StepSampler, collate
 from minisft.training.callbacks import RestoreSampler, StopRequest
 from minisft.training.checkpoints import (
@@ -106,7 +107,7 @@ class SupervisedTokenTrainer(Trainer):
         forwards = self.sampler.forwards_per_epoch()
         result = self.probe()
         if result is not None and result.verdict == "alone" and self.is_world_process_zero():
-            name = type(unwrapped(self._model())).__name__
+            name = model_class(unwrapped(self._model())).__name__
             say(
                 f"note: {name} {result.reason}, so each conversation has its own row: "
                 f"{self.sampler.forwards_per_epoch()} forwards an epoch in place of {forwards}"
@@ -121,7 +122,7 @@ class SupervisedTokenTrainer(Trainer):
         """
         half = self.args.bf16 or self.args.fp16
         arithmetic = self.compute_loss_context_manager
-        name = type(unwrapped(self._model())).__name__
+        name = model_class(unwrapped(self._model())).__name__
         longest = int(self.sampler.sizes.tokens.max())
         result = Probe(self.model_wrapped, self.args.device, arithmetic, half, longest).run()
         if result is None:
