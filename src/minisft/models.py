@@ -239,7 +239,7 @@ def forward_arguments(model: Any) -> set[str]:
     return set(inspect.signature(model_class(model).forward).parameters)
 
 
-def model_class(model: Any) -> type:
+def model_class(model: Any) -> Any:
     """Return the class of a model, below adapters."""
     return type(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
