@@ -34,6 +34,7 @@ from minisft.training.checkpoints import (
     write_error,
     write_metadata,
 )
+from minisft.training.frozen import unreached_parameters
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows, eval_losses, is_due, stops_early
 from minisft.training.integrity import explain_damage, forbid_pickled_code
 from minisft.training.lora import has_adapters, save_adapters
@@ -44,6 +45,7 @@ from minisft.training.resharding import reshard_state, restore_fp32_weights, sam
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
 from minisft.training.zero import plain_zero_state, zero_loss_scale, zero_writes_through
 
+_NAMED = 3  # names of frozen parameters in a message
 _NEW_RUN = "that makes another run, which needs --force or another `output`"
 
 
@@ -76,6 +78,7 @@ class SupervisedTokenTrainer(Trainer):
         self.base_model_folder = base_model_folder
         self.on_probed: Callable[[ProbeResult], None] = lambda result: None
         self.held_out = held_out
+        self.frozen: tuple[str, ...] = ()
         self._staging: str | None = None
         self._writing = WriteErrors()
         super().__init__(*args, **kwargs)
@@ -99,6 +102,7 @@ class SupervisedTokenTrainer(Trainer):
         Raises:
             UserError: The checkpoint is damaged, or holds objects other than plain state, which could run code.
         """
+        self.freeze_unreached()  # DDP and DeepSpeed choose the parameters of their buckets when they wrap the model
         with explain_damage(resume_from_checkpoint):
             ready = self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
         forwards = self.sampler.forwards_per_epoch()
@@ -110,6 +114,20 @@ class SupervisedTokenTrainer(Trainer):
                 f"own row: {self.sampler.forwards_per_epoch()} forwards an epoch in place of {forwards}"
             )
         return ready
+
+    def freeze_unreached(self) -> None:
+        """Freeze the trainable parameters that no loss can reach, and name them.
+
+        ZeRO-3 has sharded the weights by now, so no forward is possible; it trains with such parameters.
+        """
+        names = [] if self.strategy == "zero3" else unreached_parameters(self._model())
+        for name in names:
+            self._model().get_parameter(name).requires_grad_(False)
+        self.frozen += tuple(names)
+        if names and self.is_world_process_zero():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            shown = ", ".join(names[:_NAMED]) + more
+            say(f"note: the loss does not reach these parameters, so they are frozen: {shown}")
 
     def probe(self) -> ProbeResult | None:
         """Compare the model, as it will train, with transformers' own; give each conversation its own row if needed.
