@@ -295,9 +295,13 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
 
 
 def forward_arguments(model: Any) -> set[str]:
-    """Return the names of the arguments of a model's forward, below adapters; no two architectures take the same."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(type(inner).forward).parameters)
+    """Return the names of the arguments of a model's forward; no two architectures take the same."""
+    return set(inspect.signature(model_class(model).forward).parameters)
+
+
+def model_class(model: Any) -> Any:
+    """Return the class of a model, below adapters."""
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def use_transformers_attention(model: Any) -> None:

@@ -221,6 +221,15 @@ def write_environment(run: RunFolder, environment: dict[str, Any]) -> None:
     write_atomically(run.environment, json.dumps(environment, indent=1, ensure_ascii=False) + "\n")
 
 
+def trained_alone(run: RunFolder, model: str) -> bool:
+    """Return whether a run of `model` gave each conversation its own row, as its environment.json records."""
+    try:
+        environment = json.loads(run.environment.read_text(encoding="utf-8"))
+        return load_run(run.root).model == model and environment["probe"]["verdict"] == "alone"
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return False  # no run, or one without such a record
+
+
 def record_base_model(run: RunFolder, origin: str, fingerprint: str) -> None:
     """Record the base model of a new run, and refuse to continue a run with another one.
 

@@ -11,7 +11,7 @@ from minisft.checking.context import CheckContext
 from minisft.checking.reference import count_learned, padded_loss
 from minisft.checking.result import Failed, NotRun
 from minisft.checking.scratch import switch_off_dropout
-from minisft.models import transformers_attention
+from minisft.models import model_class, transformers_attention
 from minisft.training.batching import (
     IGNORED,
     PackedRow,
@@ -213,5 +213,4 @@ def _close(first: float, second: float, allowed: float) -> bool:
 
 
 def _name(trainer: "SupervisedTokenTrainer") -> str:
-    model: Any = trainer.model
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    return model_class(trainer.model).__name__

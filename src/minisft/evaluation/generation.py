@@ -263,8 +263,8 @@ class _Batch:
         """Make the picked ids [rows] the next input, and drop finished rows where that is worth copying the cache."""
         unfinished = [place for place, row in enumerate(self.rows) if row not in self.finish]
         enough = len(self.rows) - len(unfinished) >= max(1, len(self.rows) // 8)
-        # recurrent states have no way to drop rows
-        if not unfinished or (enough and all(hasattr(layer, "batch_select_indices") for layer in self.cache.layers)):
+        # Recurrent states have no way to drop rows, also where a layer has them beside keys and values (Falcon-H1).
+        if not unfinished or (enough and not any(hasattr(layer, "recurrent_states") for layer in self.cache.layers)):
             self.rows = [self.rows[place] for place in unfinished]
             keep = torch.tensor(unfinished, dtype=torch.long, device=self.model.device)
             picked, self.mask = picked[keep], self.mask[keep]

@@ -21,7 +21,7 @@ from minisft.planning.model_cost import ModelCosts, read_config
 from minisft.planning.prediction import Job, Prediction, predict
 from minisft.planning.workload import workload_assumed, workload_of
 from minisft.recipe import STRATEGIES, LoraRecipe, Recipe
-from minisft.run_folder import RunFolder, is_same_run
+from minisft.run_folder import RunFolder, is_same_run, trained_alone
 from minisft.run_start import open_run
 from minisft.training.batching import Sizes
 from minisft.training.device import default_tokens_per_forward
@@ -101,7 +101,8 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
     """Collect what a recipe trains: its model, machine, precision and work.
 
     Args:
-        recipe: The recipe; of its model, only the configuration is read.
+        recipe: The recipe; of its model, only the configuration is read, and whether the last training in its output
+            gave each conversation its own row.
         machine: Hardware of each process; this machine's CPU gets the rate at which it trains layers of the model.
         sizes: Lengths of the training data; None means that they are assumed.
         count: Number of processes of a node; None means the recipe's.
@@ -125,6 +126,8 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
         machine = with_layer_benchmark(machine, config, precision, per_node)
     # 3. The work, counted from the data, or assumed with the longest conversations that data and model allow.
     row_tokens = training.row_tokens or default_tokens_per_forward(machine.kind == "cpu")
+    if trained_alone(RunFolder(Path(recipe.output)), recipe.model):
+        row_tokens = 1
     if sizes is not None:
         workload = workload_of(sizes, recipe, row_tokens=row_tokens, processes=processes)
     else:

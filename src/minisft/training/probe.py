@@ -25,7 +25,13 @@ import numpy as np
 import torch
 
 from minisft.errors import UserError
-from minisft.models import forward_arguments, is_out_of_memory, transformers_attention, use_transformers_attention
+from minisft.models import (
+    forward_arguments,
+    is_out_of_memory,
+    model_class,
+    transformers_attention,
+    use_transformers_attention,
+)
 from minisft.text import first_line
 from minisft.training.batching import pack_sequences
 from minisft.training.loss import forward_row, unwrapped
@@ -158,7 +164,7 @@ class Probe:
             if is_out_of_memory(error):
                 raise
             problem = f"it cannot be called as training calls a model ({_message(error)})"
-            raise UserError(type(inner).__name__, problem, "use another model, or report this one") from error
+            raise UserError(model_class(inner).__name__, problem, "use another model, or report this one") from error
         return result and replace(result, reason=reason)
 
     def _with_boundaries(self, call: ModelCall) -> ProbeResult | None:

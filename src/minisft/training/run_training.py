@@ -229,7 +229,9 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
         environment = describe_environment(precision)
         write_environment(run, environment)
-        trainer.on_probed = lambda result: write_environment(run, environment | {"probe": result.as_dict()})
+        trainer.on_probed = lambda result: write_environment(
+            run, environment | {"probe": result.as_dict() | {"frozen": list(trainer.frozen)}}
+        )
     try:
         with explain_failed_writes(run.root), listen_for_stop() as trainer.stop:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from minisft.console import say
 from minisft.errors import UserError
 from minisft.files import apply_umask
+from minisft.models import model_class
 from minisft.training.batching import RowDataset, StepBatch, StepSampler, collate
 from minisft.training.callbacks import RestoreSampler, StopRequest
 from minisft.training.checkpoints import (
@@ -34,6 +35,7 @@ from minisft.training.checkpoints import (
     write_error,
     write_metadata,
 )
+from minisft.training.frozen import unreached_parameters
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows, eval_losses, is_due, stops_early
 from minisft.training.integrity import explain_damage, forbid_pickled_code
 from minisft.training.lora import has_adapters, save_adapters
@@ -45,6 +47,7 @@ from minisft.training.resharding import reshard_state, restore_fp32_weights, sam
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
 from minisft.training.zero import plain_zero_state, zero_loss_scale, zero_writes_through
 
+_NAMED = 3  # names of frozen parameters in a message
 _NEW_RUN = "that makes another run, which needs --force or another `output`"
 
 
@@ -78,6 +81,7 @@ class SupervisedTokenTrainer(Trainer):
         self.on_probed: Callable[[ProbeResult], None] = lambda result: None
         self.held_out = held_out
         self.call = PADDING_FREE_CALL
+        self.frozen: tuple[str, ...] = ()
         self._staging: str | None = None
         self._writing = WriteErrors()
         super().__init__(*args, **kwargs)
@@ -101,17 +105,32 @@ class SupervisedTokenTrainer(Trainer):
         Raises:
             UserError: The checkpoint is damaged, or holds objects other than plain state, which could run code.
         """
+        self.freeze_unreached()  # DDP and DeepSpeed choose the parameters of their buckets when they wrap the model
         with explain_damage(resume_from_checkpoint):
             ready = self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
         forwards = self.sampler.forwards_per_epoch()
         result = self.probe()
         if result is not None and result.verdict == "alone" and self.is_world_process_zero():
-            name = type(unwrapped(self._model())).__name__
+            name = model_class(unwrapped(self._model())).__name__
             say(
                 f"note: {name} {result.reason}, so each conversation has its own row: "
                 f"{self.sampler.forwards_per_epoch()} forwards an epoch in place of {forwards}"
             )
         return ready
+
+    def freeze_unreached(self) -> None:
+        """Freeze the trainable parameters that no loss can reach, and name them.
+
+        ZeRO-3 has sharded the weights by now, so no forward is possible; it trains with such parameters.
+        """
+        names = [] if self.strategy == "zero3" else unreached_parameters(self._model())
+        for name in names:
+            self._model().get_parameter(name).requires_grad_(False)
+        self.frozen += tuple(names)
+        if names and self.is_world_process_zero():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            shown = ", ".join(names[:_NAMED]) + more
+            say(f"note: the loss does not reach these parameters, so they are frozen: {shown}")
 
     def probe(self) -> ProbeResult | None:
         """Find how the model, as it will train, is right: its attention, its call, and the conversations of a row.
@@ -121,7 +140,7 @@ class SupervisedTokenTrainer(Trainer):
         """
         half = self.args.bf16 or self.args.fp16
         arithmetic = self.compute_loss_context_manager
-        name = type(unwrapped(self._model())).__name__
+        name = model_class(unwrapped(self._model())).__name__
         longest = int(self.sampler.sizes.tokens.max())
         result = Probe(self.model_wrapped, self.args.device, arithmetic, half, longest).run()
         if result is None:

@@ -220,3 +220,23 @@ def test_inference_uses_bf16_only_on_gpus_that_support_it():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_inference_uses_fp32_without_a_gpu():
     assert inference_dtype() is torch.float32
+
+
+def test_rows_that_end_early_do_not_disturb_recurrent_states_beside_keys_and_values():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "falcon_h1", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8,
+        mamba_d_state=8, mamba_n_groups=1, bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.2)
+    prompts = prompts_of(7, 3, 12, 5)
+    stops = tuple(range(2, 40))
+    answers = generate(model, prompts, stop_token_ids=stops, max_new_tokens=12, batch_size=4, pad_token_id=0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.ids == reference_answer(model, prompt, stops, 12)
+    assert len({len(answer.ids) for answer in answers}) > 1, "rows should end at different steps"

@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 
 from minisft.planning.machines import GPUS
-from minisft.planning.planner import job_of, largest_row, make_plan, needed_bytes, predict_recipe, predict_run
+from minisft.planning.planner import (
+    job_of,
+    largest_row,
+    make_plan,
+    needed_bytes,
+    predict_recipe,
+    predict_run,
+    prepared_sizes,
+)
 from minisft.planning.prediction import Job, predict
 from minisft.planning.workload import workload_assumed, workload_of
 from minisft.recipe import LoraRecipe, load_recipe
+from minisft.run_folder import RunFolder, trained_alone, write_environment, write_resolved_recipe
 from minisft.training.batching import Sizes
 from tests.unit.planning.models_as_files import model_costs
 
@@ -163,6 +172,25 @@ def test_predict_run_on_this_machine(recipe_file):
     assert 0 < prediction.memory.parameters < prediction.peak_memory_bytes < prediction.process_bytes
     automatic = predict_run(with_training(recipe, strategy="auto"))
     assert automatic.setting.strategy == "vanilla"
+
+
+def test_one_conversation_in_a_row_where_the_last_run_of_the_model_needed_that(recipe_file, tmp_path):
+    from minisft.data.preparation import prepare
+
+    recipe = load_recipe(recipe_file)
+    prepare(recipe)
+    run = RunFolder(tmp_path / "run")
+    write_resolved_recipe(run, recipe)
+
+    def rows(recipe):
+        return job_of(recipe, GPUS["4090"], sizes=prepared_sizes(recipe), count=1).workload.most_rows
+
+    assert rows(recipe) == 1
+    write_environment(run, {"probe": {"verdict": "right"}})
+    assert rows(recipe) == 1
+    write_environment(run, {"probe": {"verdict": "alone"}})
+    assert rows(recipe) == recipe.training.batch_size
+    assert not trained_alone(run, "another model")
 
 
 def test_a_recipe_under_another_strategy(recipe_file):
