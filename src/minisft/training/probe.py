@@ -92,8 +92,8 @@ def probe_model(
     """
     results = [_compare(model, device, arithmetic, HALF_TOLERANCE if half else FP32_TOLERANCE, max_length)]
     if half and next(unwrapped(model).parameters()).dtype == torch.float32:
-        without_autocast = partial(_without_autocast, unwrapped(model), device)
-        results.append(_compare(model, device, without_autocast, FP32_TOLERANCE, max_length))
+        in_fp32 = partial(without_autocast, unwrapped(model), device)
+        results.append(_compare(model, device, in_fp32, FP32_TOLERANCE, max_length))
     if not all(math.isfinite(size) for result in results for size in result.differences()):
         return None
     return max(results, key=lambda result: ("right", "alone", "refused").index(result.verdict))
@@ -145,8 +145,11 @@ def _compare(
 
 
 @contextlib.contextmanager
-def _without_autocast(model: Any, device: torch.device) -> Iterator[None]:
-    # accelerate puts autocast into the forward of a prepared model, and keeps the forward without it.
+def without_autocast(model: Any, device: torch.device) -> Iterator[None]:
+    """Compute in the format of the weights within the context.
+
+    accelerate puts autocast into the forward of a prepared model, and keeps the forward without it.
+    """
     prepared, original = vars(model).get("forward"), getattr(model, "_original_forward", None)
     if prepared is not None and original is not None:
         model.forward = original
