@@ -16,7 +16,7 @@ from rich.text import Text
 from minisft.checking import data_checks, loss_checks, overfit_check, serving_checks, strategy_checks
 from minisft.checking.context import CheckContext
 from minisft.checking.result import Check, Failed, NotRun, Result
-from minisft.checking.scratch import quiet_libraries
+from minisft.checking.scratch import quiet_consoles, quiet_libraries
 from minisft.console import console
 from minisft.errors import StoppedError, UserError
 from minisft.manifest import make_scratch_folder
@@ -167,7 +167,8 @@ def _missing_prerequisite(check: Check, earlier: Mapping[str, Result]) -> str | 
 def _run_check(check: Check, context: CheckContext) -> Result:
     """Run one check, and turn every error into a result."""
     try:
-        return Result(check.name, check.description, "ok", check.run(context))
+        with quiet_consoles():
+            return Result(check.name, check.description, "ok", check.run(context))
     except NotRun as reason:
         return Result(check.name, check.description, "not run", f"because {reason}")
     except Failed as failure:

@@ -152,7 +152,7 @@ def take_steps_twice(root: Path, trust_remote_code: bool = False) -> None:
 
     set_deepspeed_environment(on_cpu())
     # DeepSpeed prints the extensions that it built, and stdout may have to be JSON.
-    with _quiet_consoles(), quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
+    with quiet_consoles(), quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
         # 1. All steps; the checkpoint of RESUME_AT is kept.
         run, recipe = RunFolder(root), load_run(root, trust_remote_code=trust_remote_code)
         resumed = resumed_run(run)
@@ -203,7 +203,8 @@ def switch_off_dropout(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_consoles() -> Iterator[None]:
+def quiet_consoles() -> Iterator[None]:
+    """Keep the notes of a training out of the table of checks, and of the JSON that may take its place."""
     before = console.quiet, error_console.quiet
     console.quiet = error_console.quiet = True
     try:

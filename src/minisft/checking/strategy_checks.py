@@ -1,5 +1,6 @@
 """Checks of the strategy: the same steps as vanilla, checkpoints that load and resume, and the planned cost."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from minisft.planning.plan_table import duration
 from minisft.run_folder import RunFolder, read_metrics
 from minisft.training.batching import StepSampler, measure_lengths
 from minisft.training.optimization import clipping_norm
+from minisft.training.probe import without_autocast
 from minisft.training.zero import ZERO_STAGES
 
 _REPORT = "report it, with the versions in check.json"
@@ -80,7 +82,7 @@ def _plain_loop(context: CheckContext, learning_rates: list[float]) -> TakenStep
             decayed=set(trainer.get_decay_parameter_names(model)),
             weight_decay=context.recipe.training.weight_decay,
             max_grad_norm=clipping_norm(context.recipe.training),
-            arithmetic=trainer.compute_loss_context_manager,
+            arithmetic=partial(without_autocast, model, trainer.args.device),
         )
 
 

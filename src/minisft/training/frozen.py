@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minisft.training.probe import transformers_attention
+from minisft.models import transformers_attention
 
 _TOKENS = 4
 

@@ -188,8 +188,8 @@ class Probe:
         inner = unwrapped(self.model)
         results = [self._compare_in(call, self.arithmetic, HALF_TOLERANCE if self.half else FP32_TOLERANCE)]
         if self.half and next(inner.parameters()).dtype == torch.float32:
-            without_autocast = partial(_without_autocast, inner, self.device)
-            results.append(self._compare_in(call, without_autocast, FP32_TOLERANCE))
+            in_fp32 = partial(without_autocast, inner, self.device)
+            results.append(self._compare_in(call, in_fp32, FP32_TOLERANCE))
         if not all(math.isfinite(size) for result in results for size in result.differences()):
             return None
         return max(results, key=lambda result: ("right", "alone", "refused").index(result.verdict))
@@ -243,8 +243,11 @@ class Probe:
 
 
 @contextlib.contextmanager
-def _without_autocast(model: Any, device: torch.device) -> Iterator[None]:
-    # accelerate puts autocast into the forward of a prepared model, and keeps the forward without it.
+def without_autocast(model: Any, device: torch.device) -> Iterator[None]:
+    """Compute in the format of the weights within the context.
+
+    accelerate puts autocast into the forward of a prepared model, and keeps the forward without it.
+    """
     prepared, original = vars(model).get("forward"), getattr(model, "_original_forward", None)
     if prepared is not None and original is not None:
         model.forward = original

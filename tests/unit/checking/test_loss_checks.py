@@ -54,7 +54,24 @@ class LeakyModel(LlamaForCausalLM):
         return super().forward(inputs_embeds=embedded + before, **kwargs)
 
 
-for config, model in ((ForgetfulConfig, ForgetfulModel), (LeakyConfig, LeakyModel)):
+class HalfWrongConfig(LlamaConfig):
+    model_type = "half_wrong_llama"
+
+
+class HalfWrongModel(LlamaForCausalLM):
+    """In half precision its output layer has other logits, under every attention; in fp32 it is right."""
+
+    config_class = HalfWrongConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if torch.is_autocast_enabled("cpu"):
+            output.logits = output.logits * 1.5
+        return output
+
+
+OWN = ((ForgetfulConfig, ForgetfulModel), (LeakyConfig, LeakyModel), (HalfWrongConfig, HalfWrongModel))
+for config, model in OWN:
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, model)
 
@@ -63,11 +80,12 @@ for config, model in ((ForgetfulConfig, ForgetfulModel), (LeakyConfig, LeakyMode
 def with_model(recipe_file, tmp_path):
     """Return a function that examines the recipe with a model of a class of its own."""
 
-    def run_checks(model_class, config):
+    def run_checks(model_class, config, *overrides, only="loss.rows"):
         torch.manual_seed(0)
         model_class(config).save_pretrained(tmp_path / "model")
         byte_tokenizer().save_pretrained(tmp_path / "model")
-        return examined(recipe_file, f"model={tmp_path / 'model'}", only="loss.rows", context=StepsInThisProcess)
+        words = (f"model={tmp_path / 'model'}", *overrides)
+        return examined(recipe_file, *words, only=only, context=StepsInThisProcess)
 
     return run_checks
 
@@ -96,6 +114,27 @@ def test_a_model_that_lets_conversations_see_each_other(with_model):
     )  # fmt: skip
     words = "LeakyModel lets tokens of one conversation see those of another"
     assert_one_conversation_in_a_row(with_model(LeakyModel, config), words)
+
+
+def test_a_fault_that_only_half_precision_has(with_model):
+    config = HalfWrongConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, initializer_range=0.5,
+    )  # fmt: skip
+    results = with_model(HalfWrongModel, config, "training.precision=bf16", only="loss.padding")
+    assert "in bf16, padded loss" in assert_first_to_fail(results, "loss.padding")
+    right = with_model(HalfWrongModel, config, "training.precision=fp32", only="loss.padding")
+    assert right["loss.padding"].status == "ok"
+
+
+@pytest.mark.parametrize("more", [[], ["training.lora={rank: 2}"], ["training.gradient_checkpointing=true"]])
+def test_the_checks_of_the_loss_run_in_the_precision_of_the_recipe(recipe_file, more):
+    """With LoRA the frozen weights are in half precision, so fp32 is not compared."""
+    results = examined(recipe_file, "training.precision=bf16", *more, only="loss.split", context=StepsInThisProcess)
+    for name in ("loss.padding", "loss.rows", "loss.split"):
+        assert results[name].status == "ok", results[name].detail
+        assert "in bf16" in results[name].detail
+        assert ("in fp32" in results[name].detail) == ("lora" not in str(more))
 
 
 def test_labels_that_are_overwritten_on_the_way_to_the_loss(recipe_file):
