@@ -41,6 +41,8 @@ def recipe(tmp_path):
                 {"role": "assistant", "content": "One moment.", "tool_calls": [CALL]},
                 {"role": "tool", "content": "tea", "tool_call_id": "call00001"},
                 {"role": "assistant", "content": f"Tea {i}."},
+                {"role": "user", "content": "Thanks."},
+                {"role": "assistant", "content": "You are welcome."},
             ],
             "tools": TOOLS,
         }
@@ -72,8 +74,13 @@ def test_a_run_saves_the_form_and_the_ids(model, recipe, tmp_path, capsys):
     assert saved.encode("tea", add_special_tokens=False)
     _, out, _ = run(capsys, "inspect", path, "--count", "1")
     assert "[TOOL_CALLS]menu[ARGS]" in out
-    status, out, err = run(capsys, "check", path, "--quick")
+
+
+@pytest.mark.parametrize("version", ["v3", "v7", "v11", "v13"])
+def test_prompts_at_inference_and_the_saved_text_are_those_trained(version, model, recipe, capsys):
+    status, out, err = run(capsys, "check", recipe(model(version), "mistral"), "--quick")
     assert status == 0, out + err
+    assert f"mistral-{version}; answers end with" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

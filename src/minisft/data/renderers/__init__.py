@@ -6,6 +6,8 @@ control token) with the answers and their terminators marked as supervised, and 
 - templates: the templates by name, their stop tokens, and the Jinja text that is saved with the model
 - base: `Segment`, `SegmentBuilder`, and the renderer of the turn templates (ChatML, Llama 3, Zephyr)
 - mistral: the Mistral templates, as mistral-common renders them
+- mistral_versions: which of them a tokenizer is made for
+- mistral_jinja: the Jinja text of each, which is saved with the model
 - jinja: any other Jinja template; answers are found by rendering the conversation with placeholders in their places
 - reasoning: the keys under which templates read reasoning, and the text that they write around it
 - template_options: values for the variables of a Jinja template
