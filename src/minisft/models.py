@@ -295,8 +295,19 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
 
 
 def forward_arguments(model: Any) -> set[str]:
-    """Return the names of the arguments of a model's forward; no two architectures take the same."""
-    return set(inspect.signature(model_class(model).forward).parameters)
+    """Return the names of the arguments of a model's forward; no two architectures take the same.
+
+    A forward that takes any keyword may pass them on to that of the class above, whose arguments it then takes too.
+    """
+    names: set[str] = set()
+    for ancestor in model_class(model).__mro__:
+        if "forward" not in vars(ancestor):
+            continue
+        parameters = inspect.signature(ancestor.forward).parameters.values()
+        names |= {parameter.name for parameter in parameters}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return names
 
 
 def model_class(model: Any) -> Any:
