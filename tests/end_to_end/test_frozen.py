@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisft.run_folder import RunFolder
-from tests.tiny import minisft, write_recipe, write_tiny_model
+from tests.tiny import byte_tokenizer, minisft, write_recipe, write_tiny_model
 
 CODE = """
 import torch
@@ -75,3 +75,32 @@ def test_zero_takes_the_same_steps(recipe, tmp_path, strategy):
     losses, frozen, _ = train(recipe, tmp_path / "zero", f"training.strategy={strategy}", *TWO)
     assert losses == pytest.approx(expected, rel=2e-5)
     assert frozen == ([] if strategy == "zero3" else UNUSED)
+
+
+@pytest.mark.long
+def test_a_gemma_3_checkpoint_with_a_vision_tower_trains_on_text(tmp_path, conversations):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    tokenizer, folder = byte_tokenizer(), tmp_path / "gemma"
+    text = {
+        "vocab_size": len(tokenizer) + 2, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=len(tokenizer)
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    training = "{max_steps: 4, learning_rate: 1.0e-3, precision: fp32}"
+    recipe = write_recipe(tmp_path, folder, conversations, training)
+    expected, frozen, _ = train(recipe, tmp_path / "one")
+    losses, _, _ = train(recipe, tmp_path / "two", *TWO)
+    assert losses == pytest.approx(expected, rel=2e-5)
+    assert frozen
+    assert all(name.startswith(("model.vision_tower.", "model.multi_modal_projector.")) for name in frozen)

@@ -402,7 +402,7 @@ def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:
     pad = model.generation_config.pad_token_id if model.generation_config else None
     stop = list(stop_token_ids)
     model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id,
+        bos_token_id=getattr(model.config.get_text_config(), "bos_token_id", None),  # not every class has one
         eos_token_id=stop if len(stop) > 1 else stop[0],
         pad_token_id=pad if pad is not None else stop[0],
     )

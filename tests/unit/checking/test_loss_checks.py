@@ -137,6 +137,23 @@ def test_the_checks_of_the_loss_run_in_the_precision_of_the_recipe(recipe_file, 
         assert ("in fp32" in results[name].detail) == ("lora" not in str(more))
 
 
+def test_the_loss_scale_of_fp16_is_not_in_the_gradient_norm_that_is_compared(recipe_file):
+    """On a CPU accelerate has no fp16; the trainer gets torch's scaler, with a scale that would overflow fp32."""
+
+    class WithScaler(CheckContext):
+        def train_in_scratch(self, recipe):
+            trainer = super().train_in_scratch(recipe)
+            trainer.args.fp16 = True
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+            return trainer
+
+    expected, found = (
+        examined(recipe_file, only="loss.split", context=context)["loss.split"]
+        for context in (CheckContext, WithScaler)
+    )
+    assert (found.status, found.detail) == ("ok", expected.detail)
+
+
 def test_labels_that_are_overwritten_on_the_way_to_the_loss(recipe_file):
     class AllLearned(TrainerWithFault):
         def get_train_dataloader(self):
