@@ -119,7 +119,7 @@ def process_chunk(chunk: Chunk, encoder: Encoder, task: ChunkTask) -> ChunkResul
         conversations = [_as_read(kept[group[-1]], read) for group in groups]
         _count_kept(conversations, groups, kept, batch, stats)
         _count_unrolled(groups, kept, read, encoder, full_lengths, stats)
-        table = _flat_table(kept, conversations, groups, batch, full_lengths)
+        table = _flat_table(kept, conversations, groups, batch, full_lengths, chunk.source)
         keys = np.fromiter((prompt_key(c, task.seed) for c in conversations), np.uint64, len(conversations))
         identities = np.fromiter(map(identity_key, conversations), np.uint64, len(conversations))
         counts = np.fromiter(map(len, groups), np.int32, len(groups))
@@ -286,6 +286,7 @@ def _flat_table(
     groups: Sequence[Sequence[int]],
     batch: EncodedBatch,
     rendered: np.ndarray,
+    source: int,
 ) -> "pa.RecordBatch":
     """Return the rows as an Arrow record batch.
 
@@ -295,6 +296,7 @@ def _flat_table(
         groups: The places of the rows of each conversation.
         batch: The rows' tokens.
         rendered: The number of tokens of each row before truncation.
+        source: The number of the rows' source.
     """
     import pyarrow as pa
 
@@ -309,6 +311,7 @@ def _flat_table(
             pa.array([row.conversation.location for row in rows], pa.string()),
             pa.array(rendered.astype(np.int32)),
             pa.array([",".join(findings) for findings in batch.findings], pa.string()),
+            pa.array(np.full(len(rows), source, dtype=np.int32)),
             pa.array(numbers),
             pa.array([row.answer for row in rows], pa.int32()),
             _messages_array([messages.get(place) for place in range(len(rows))]),
@@ -321,8 +324,9 @@ def _flat_table(
 def schema() -> "pa.Schema":
     """Return the columns of prepared rows.
 
-    Train rows do not have the last two. `conversation` and `answer` are written where a conversation has several rows:
-    the number of the conversation, and that of the one answer that the row teaches.
+    Train rows do not have the last two. `source` is a number in the ledger's `source_names`. `conversation` and
+    `answer` are written where a conversation has several rows: the number of the conversation, and that of the one
+    answer that the row teaches.
     """
     import pyarrow as pa
 
@@ -336,6 +340,7 @@ def schema() -> "pa.Schema":
             ("location", pa.string()),
             ("rendered", pa.int32()),
             ("findings", pa.string()),
+            ("source", pa.int32()),
             ("conversation", pa.int32()),
             ("answer", pa.int32()),
             ("messages", pa.list_(message)),

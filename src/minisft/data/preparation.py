@@ -16,7 +16,7 @@ from minisft.data.pipeline import LEFT_OUT_BY_WEIGHT
 from minisft.data.prepared import read_ledger
 from minisft.data.renderers.resolve import own_template, template_file
 from minisft.data.shards import Progress, Split, column_names, encode_sources, write_split
-from minisft.data.sources import Source, at_revision, ignored_files, parse_sources, refuse_shared
+from minisft.data.sources import Source, at_revision, ignored_files, parse_sources, refuse_shared, source_names
 from minisft.data.split import choose_test
 from minisft.data.stats import SHOWN, DatasetStats, ledger_warnings, make_ledger, overlap_report
 from minisft.errors import UserError
@@ -204,6 +204,10 @@ def _prepare_into(
     repeated = np.isin(test.shard.identities[test.mask], train.shard.identities[train.mask])
     facts = {
         "template": encoder.template_name,
+        "source_names": {
+            "train": source_names(sources["data.source"]),
+            "test": source_names(sources["data.test" if own_test else "data.source"]),
+        },
         "formats": shard.formats | (test_shard.formats if own_test else {}),
         "ignored_files": [name for listed in sources.values() for source in listed for name in ignored_files(source)],
         "duplicates": len(shard.identities) - len(np.unique(shard.identities)),

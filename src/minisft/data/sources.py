@@ -18,7 +18,7 @@ from minisft.data.readers import (
     row_chunks,
 )
 from minisft.errors import UserError
-from minisft.files import expand_pattern, expand_user_path, is_pattern
+from minisft.files import cache_folder, expand_pattern, expand_user_path, is_pattern
 from minisft.recipe import DataRecipe
 from minisft.text import first_line
 from minisft.yaml_tree import quoted
@@ -61,6 +61,20 @@ def parse_sources(source: Any, key: str = "data.source") -> list[Source]:
     if not entries:
         raise UserError(key, "the list of sources is empty", "name at least one file, folder or hub id")
     return [_parse_source(entry, key) for entry in entries]
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """Return a name for each source, unlike all others: what the recipe calls it, and its subset, split or number."""
+    names: list[str] = []
+    rows = cache_folder() / "rows"
+    for source in sources:
+        path = Path(source.path)
+        name = f"rows in memory {path.stem[:8]}" if path.parent == rows else source.path
+        details = [text for text in (source.subset, source.split if source.split != "train" else None) if text]
+        name = f"{name} ({', '.join(details)})" if details else name
+        repeated = sum(other == name or other.startswith(f"{name} #") for other in names)
+        names.append(f"{name} #{repeated + 1}" if repeated else name)
+    return names
 
 
 def _parse_source(entry: Any, key: str) -> Source:

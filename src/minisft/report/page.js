@@ -6,6 +6,14 @@ function drawLoss() {
   ], {log: document.getElementById("log").checked, label: "Loss per supervised token by step"});
 }
 
+function drawSources() {
+  const figure = document.getElementById("sources");
+  if (!figure) return;
+  const weight = +document.getElementById("smooth").value / 100;
+  const curves = data.sources.map(({name, points}, index) => ({name, points: smoothed(points, weight), color: `c${index % 8}`}));
+  chart(figure, curves, {log: document.getElementById("log").checked, label: "Training loss per supervised token of each source, by step"});
+}
+
 function drawScores() {
   for (const [metric, title, color] of [["bleu", "BLEU", "c0"], ["chrf", "chrF", "c1"]]) {
     const figure = document.getElementById(metric);
@@ -55,8 +63,9 @@ function move(steps) {
 }
 
 if (document.getElementById("loss")) {
-  drawLoss();
-  for (const id of ["log", "smooth"]) document.getElementById(id).addEventListener("input", drawLoss);
+  const draw = () => { drawLoss(); drawSources(); };
+  draw();
+  for (const id of ["log", "smooth"]) document.getElementById(id).addEventListener("input", draw);
 }
 if (data.scores) drawScores();
 if (document.getElementById("cards")) {

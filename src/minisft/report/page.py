@@ -83,7 +83,7 @@ def _body(run: RunFiles) -> str:
 
     # 2. The curves, the scores, and the answers side by side.
     if run.steps or run.systems:
-        parts.append(_LOSS)
+        parts += [_LOSS, _sources(page_data(run)["sources"])]
     if run.results is not None:
         parts += [_scores(run, run.results), _EXAMPLES]
 
@@ -119,8 +119,50 @@ def _body(run: RunFiles) -> str:
         if "precision" in recorded:  # runs of earlier versions do not record it
             text = f"{recorded['precision']} arithmetic, {text}"
         parts.append(f'<p id="environment">Trained with {escape(text)}.</p>\n')
+        if probe := recorded.get("probe"):
+            parts.append(f'<p id="probe">{escape(_probe_text(probe))}</p>\n')
     parts.append(f'<p class="soft">This page was written with {escape(environment())}.</p>\n')
     return "".join(parts)
+
+
+def _sources(curves: list[dict[str, Any]]) -> str:
+    """Return the figure and the table of the loss by source; nothing for a run with one source."""
+    if not curves:
+        return ""
+    keys = ", ".join(f'<span class="key{place % 8}">{escape(one["name"])}</span>' for place, one in enumerate(curves))
+    rows = [
+        ([one["name"], f"{one['tokens']:,}", "" if one["last"] is None else f"{one['last']:.4f}"], False)
+        for one in curves
+    ]
+    return (
+        '<h2 id="by-source">Loss by source</h2>\n<figure id="sources"><figcaption>Mean over the supervised tokens of '
+        f"each source in a training step: {keys}.</figcaption></figure>\n"
+        f"{table(['source', 'supervised tokens', 'loss in its last step'], rows)}\n"
+    )
+
+
+def _probe_text(probe: dict[str, Any]) -> str:
+    """Return what the probe before the first step found, in one sentence for each finding."""
+    verdicts = {
+        "right": "rows of several conversations are computed as each conversation alone",
+        "alone": "each conversation has a row of its own, since rows of several are computed otherwise",
+    }
+    measured = {
+        "after another conversation in its row": probe.get("isolation"),
+        "against transformers' own attention": probe.get("exactness"),
+        "before a token that changes": probe.get("causality"),
+        "beyond the model's window": probe.get("window"),
+    }
+    sizes = ", ".join(f"{size:.1e} {name}" for name, size in measured.items() if size is not None)
+    text = f"The model was probed before the first step: {verdicts.get(probe['verdict'], probe['verdict'])}."
+    if attention := probe.get("attention"):
+        text += f" Attention: {attention}."
+    if sizes:
+        text += f" Largest relative differences of logits: {sizes} (allowed: {probe['tolerance']:.0e})."
+    if frozen := probe.get("frozen"):
+        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+        text += f" Frozen, since no loss reaches them: {', '.join(frozen[:3])}{more}."
+    return text
 
 
 def _scores(run: RunFiles, results: dict[str, Any]) -> str:

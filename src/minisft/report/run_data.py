@@ -131,6 +131,7 @@ def page_data(run: RunFiles) -> dict[str, Any]:
     return {
         "train": [[step, rounded(loss)] for step, loss in losses[::stride]],
         "test": [[step, rounded(loss)] for step, loss in run.held_out],
+        "sources": _source_curves(run),
         "scores": scores,
         "systems": [name for name, _ in run.systems],
         "best": run.results["best"] if run.results else None,
@@ -138,6 +139,25 @@ def page_data(run: RunFiles) -> dict[str, Any]:
         "scoreName": "chrF" if "chrf" in metrics_of(run) else "BLEU",
         "examples": examples,
     }
+
+
+def _source_curves(run: RunFiles) -> list[dict[str, Any]]:
+    """Return a curve for each source of the training data, (step, mean loss); [] for a run with one source."""
+    names = list(dict.fromkeys(name for line in run.steps for name in line.get("sources") or {}))
+    curves = []
+    for name in names if len(names) > 1 else ():
+        steps = [(line["step"], (line.get("sources") or {}).get(name)) for line in run.steps]
+        points = [
+            [step, rounded(one["loss_sum"] / one["supervised_tokens"])]
+            for step, one in steps
+            if one and one["supervised_tokens"]
+        ]
+        tokens = sum(one["supervised_tokens"] for _, one in steps if one)
+        stride = max(1, len(points) // CURVE_POINTS)
+        curves.append(
+            {"name": name, "points": points[::stride], "tokens": tokens, "last": points[-1][1] if points else None}
+        )
+    return curves
 
 
 def rounded(value: float) -> float:

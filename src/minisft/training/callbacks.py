@@ -26,7 +26,7 @@ from minisft.processes import handle_stop_signals
 from minisft.training.batching import StepSampler
 
 if TYPE_CHECKING:
-    pass
+    from minisft.training.source_losses import SourceLosses
 
 
 LOGGED = (
@@ -55,8 +55,9 @@ def truncate_metrics(path: Path, step: int) -> None:
 class MetricsFile(TrainerCallback):
     """Append a line to `metrics.jsonl` for every logged step; a held-out loss goes into the line of its step."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sources: "SourceLosses | None" = None) -> None:
         self.path = path
+        self.sources = sources
         self._line: dict[str, Any] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -64,6 +65,8 @@ class MetricsFile(TrainerCallback):
             return
         if "loss" in logs:
             self._line = {"step": state.global_step, "epoch": state.epoch, **{key: logs.get(key) for key in LOGGED}}
+            if self.sources is not None:
+                self._line["sources"] = self.sources.logged
             if control.should_evaluate:
                 return  # the line is written once it is known
         elif "eval_loss" in logs:

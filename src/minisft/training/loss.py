@@ -33,7 +33,14 @@ _fusable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def row_loss(
     model: Any, row: PackedRow, call: ModelCall = PADDING_FREE_CALL, *, backward_factor: float = 1.0
 ) -> torch.Tensor:
-    """Return the sum of the cross-entropies of a row's supervised tokens, () in fp32.
+    """Return the sum of the cross-entropies of a row's supervised tokens, () in fp32; see `row_losses`."""
+    return row_losses(model, row, call, backward_factor=backward_factor)[0]
+
+
+def row_losses(
+    model: Any, row: PackedRow, call: ModelCall = PADDING_FREE_CALL, *, backward_factor: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the cross-entropies of a row's supervised tokens, () in fp32, and each without a gradient.
 
     `logits_to_keep` selects the positions that predict a supervised token; their logits are computed a chunk at a time,
     in shape (chunk, vocabulary). All logits (supervised, vocabulary) are computed at once for models that change their
@@ -49,15 +56,18 @@ def row_loss(
     layer = output_layer(model)
     if layer is None or not _can_fuse(model, layer, row, call):
         return _loss_of_all_logits(model, row, call)
-    with fused_loss_head(layer, row.targets, backward_factor):
-        return forward_row(model, row, call)[0, 0]
+    with fused_loss_head(layer, row.targets, backward_factor) as losses:
+        total = forward_row(model, row, call)[0, 0]
+    return total, losses[-1]  # gradient checkpointing may have computed them twice
 
 
-def _loss_of_all_logits(model: Any, row: PackedRow, call: ModelCall = PADDING_FREE_CALL) -> torch.Tensor:
+def _loss_of_all_logits(model: Any, row: PackedRow, call: ModelCall) -> tuple[torch.Tensor, torch.Tensor]:
     logits = forward_row(model, row, call)[0]
     if len(row.targets) == 0:  # a row without conversations: its forward takes part in the collectives
-        return logits.sum().float() * 0.0
-    return cross_entropy(logits.float(), row.targets, reduction="sum")
+        return logits.sum().float() * 0.0, logits.new_zeros(0)
+    with torch.no_grad():
+        losses = cross_entropy(logits.float(), row.targets, reduction="none")
+    return cross_entropy(logits.float(), row.targets, reduction="sum"), losses
 
 
 def forward_row(model: Any, row: PackedRow, call: ModelCall = PADDING_FREE_CALL) -> Any:
@@ -101,20 +111,27 @@ def chunk_length(vocabulary: int, on_cpu: bool) -> int:
 
 
 @contextlib.contextmanager
-def fused_loss_head(layer: nn.Linear, targets: torch.Tensor, backward_factor: float = 1.0) -> Iterator[None]:
+def fused_loss_head(
+    layer: nn.Linear, targets: torch.Tensor, backward_factor: float = 1.0
+) -> Iterator[list[torch.Tensor]]:
     """Let an output layer return the sum of the cross-entropies of `targets`, (1, 1), in place of logits.
+
+    The list that it yields gets the cross-entropies themselves, (supervised,), at each call of the layer.
 
     Args:
         layer: Output layer; its input are hidden states of shape (1, supervised, hidden size).
         targets: (supervised,) token ids.
         backward_factor: As for `row_loss`.
     """
+    found: list[torch.Tensor] = []
 
     def loss_of(hidden: torch.Tensor) -> torch.Tensor:
-        return fused_loss(hidden[0], layer.weight, targets, backward_factor).reshape(1, 1)
+        total, losses = fused_losses(hidden[0], layer.weight, targets, backward_factor)
+        found.append(losses)
+        return total.reshape(1, 1)
 
     with _replace_forward(layer, loss_of):
-        yield
+        yield found
 
 
 def returns_raw_logits(layer: nn.Linear, forward: Callable[[], torch.Tensor]) -> bool:
@@ -147,10 +164,12 @@ def _replace_forward(layer: nn.Linear, forward: Callable[[torch.Tensor], torch.T
         del layer.forward
 
 
-def fused_loss(
+def fused_losses(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, backward_factor: float = 1.0
-) -> torch.Tensor:
-    """Return the sum of the cross-entropies, () in fp32, of the logits `hidden @ weight.T`, computed in chunks.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the cross-entropies of the logits `hidden @ weight.T`, () in fp32, and each without a gradient.
+
+    The logits are computed in chunks.
 
     The forward computes the gradients too. In fp16 a probability below 6e-8 would become zero there, so the gradient of
     the logits is multiplied by `backward_factor` while it is in fp32, as a backward after the loss scale would do; the
@@ -205,11 +224,12 @@ class _SumOfLosses(torch.autograd.Function):
             by_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(by_hidden, by_weight)
         ctx.dtype, ctx.applied = weight.dtype, applied
-        return losses.sum()
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, factor: torch.Tensor) -> Any:
+    def backward(ctx: Any, factor: torch.Tensor, _: Any) -> Any:
         by_hidden, by_weight = ctx.saved_tensors
         factor = factor / ctx.applied
         return (

@@ -347,13 +347,15 @@ def _trainer(
 ) -> "SupervisedTokenTrainer":
     from transformers.integrations import TensorBoardCallback
 
-    from minisft.data.prepared import load_split
+    from minisft.data.prepared import load_split, read_ledger
     from minisft.training.batching import StepSampler, measure_lengths
     from minisft.training.callbacks import MetricsFile
+    from minisft.training.source_losses import sources_of
     from minisft.training.trainer import SupervisedTokenTrainer
 
     training = recipe.training
     dataset = load_split(run.root, "train")
+    sources = sources_of(dataset, read_ledger(run.root / "dataset"))
     sampler = StepSampler(
         measure_lengths(dataset),
         global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
@@ -378,7 +380,8 @@ def _trainer(
         eval_every=training.eval_every,
         early_stopping=training.early_stopping,
         optimizer_cls_and_kwargs=own_optimizer(training.optimizer, training.learning_rate),
-        callbacks=[MetricsFile(run.metrics)],
+        sources=sources,
+        callbacks=[MetricsFile(run.metrics, sources)],
     )
     if trainer.is_world_process_zero():
         from torch.utils.tensorboard import SummaryWriter

@@ -39,11 +39,12 @@ from minisft.training.frozen import unreached_parameters
 from minisft.training.held_out import EVAL_LOSS, HeldOutRows, eval_losses, is_due, stops_early
 from minisft.training.integrity import explain_damage, forbid_pickled_code
 from minisft.training.lora import has_adapters, save_adapters
-from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss, unwrapped
+from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss, row_losses, unwrapped
 from minisft.training.model_call import PADDING_FREE_CALL, ModelCall
 from minisft.training.optimization import clip_gradients
 from minisft.training.probe import Probe, ProbeResult, refuse_wrong_model
 from minisft.training.resharding import reshard_state, restore_fp32_weights, same_layout
+from minisft.training.source_losses import SourceLosses
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
 from minisft.training.zero import plain_zero_state, zero_loss_scale, zero_writes_through
 
@@ -67,6 +68,7 @@ class SupervisedTokenTrainer(Trainer):
         describe_rows: Callable[[tuple[int, ...]], str],
         on_saved: Callable[[Path], None],
         base_model_folder: Path | None = None,
+        sources: SourceLosses | None = None,
         held_out: HeldOutRows | None = None,
         eval_every: str | int | None = None,
         early_stopping: int | None = None,
@@ -79,6 +81,7 @@ class SupervisedTokenTrainer(Trainer):
         self.on_saved = on_saved
         self.base_model_folder = base_model_folder
         self.on_probed: Callable[[ProbeResult], None] = lambda result: None
+        self.sources = sources
         self.held_out = held_out
         self.call = PADDING_FREE_CALL
         self.frozen: tuple[str, ...] = ()
@@ -211,6 +214,8 @@ class SupervisedTokenTrainer(Trainer):
         started, sent_before = time.perf_counter(), bytes_sent()
         model.train()
         total = torch.zeros((), device=self.args.device)
+        if self.sources is not None:
+            self.sources.start_step(self.args.device)
         # DeepSpeed collects the gradients of every backward itself, so those of the embedding are not accumulated.
         deepspeed = self.is_deepspeed_enabled
         lookup = contextlib.nullcontext(EmbeddingLookups()) if deepspeed else accumulate_embedding_gradient(model)
@@ -223,7 +228,9 @@ class SupervisedTokenTrainer(Trainer):
                 with self._reduction(model, last):
                     with self.compute_loss_context_manager():
                         on_device = row.to(self.args.device)
-                        loss = row_loss(model, on_device, self.call, backward_factor=backward_factor)
+                        loss, losses = row_losses(model, on_device, self.call, backward_factor=backward_factor)
+                    if self.sources is not None:
+                        self.sources.add(row, losses)
                     loss = loss * mean
                     total += loss.detach()
                     if last:  # DeepSpeed steps inside the last backward
@@ -294,6 +301,8 @@ class SupervisedTokenTrainer(Trainer):
             logs["loss"] = self._over_processes(self._step_loss, "mean")
             memory = torch.tensor(peak_memory_mb(), device=self.args.device)
             logs.update(self._step.as_logs(), peak_memory_mb=self._over_processes(memory, "max"))
+            if self.sources is not None:
+                logs.update(self.sources.log(self.accelerator.gather))
         super().log(logs, start_time)
 
     def _over_processes(self, value: torch.Tensor, how: str) -> float:
