@@ -1,6 +1,7 @@
 """A model with parameters that the loss does not reach trains on several processes as on one."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -91,9 +92,13 @@ def test_a_gemma_3_checkpoint_with_a_vision_tower_trains_on_text(tmp_path, conve
         "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "image_size": 28, "patch_size": 14,
     }  # fmt: skip
-    config = Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=len(tokenizer)
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "text_config": text,
+        "vision_config": vision,
+        "mm_tokens_per_image": 4,
+        "image_token_id": len(tokenizer),
+    }
+    config = Gemma3Config(**options)
     torch.manual_seed(0)
     Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
