@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTNe
 
 from minisft.training import attention, loss
 from minisft.training.batching import PackedRow, pack_sequences
+from minisft.training.model_call import PADDING_FREE_CALL
 
 VOCABULARY = 300
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -60,7 +61,11 @@ def all_logits_refused(monkeypatch):
     monkeypatch.setattr(loss, "_loss_of_all_logits", refuse)
 
 
-plainly = loss._loss_of_all_logits
+all_at_once = loss._loss_of_all_logits  # before a test replaces it
+
+
+def plainly(model, row):
+    return all_at_once(model, row, PADDING_FREE_CALL)[0]
 
 
 @pytest.mark.parametrize("config", [LLAMA, TIED], ids=["untied", "tied"])
