@@ -235,8 +235,18 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
 
 
 def forward_arguments(model: Any) -> set[str]:
-    """Return the names of the arguments of a model's forward; no two architectures take the same."""
-    return set(inspect.signature(model_class(model).forward).parameters)
+    """Return the names of the arguments of a model's forward, which differ between architectures.
+
+    A forward with `**kwargs` that overrides another one is taken to pass them on to it.
+    """
+    names: set[str] = set()
+    for parent in model_class(model).__mro__:
+        if "forward" in vars(parent):
+            parameters = inspect.signature(vars(parent)["forward"]).parameters
+            names |= set(parameters)
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break
+    return names
 
 
 def model_class(model: Any) -> Any:
