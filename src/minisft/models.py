@@ -295,18 +295,17 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
 
 
 def forward_arguments(model: Any) -> set[str]:
-    """Return the names of the arguments of a model's forward; no two architectures take the same.
+    """Return the names of the arguments of a model's forward, which differ between architectures.
 
-    A forward that takes any keyword may pass them on to that of the class above, whose arguments it then takes too.
+    A forward with `**kwargs` that overrides another one is taken to pass them on to it.
     """
     names: set[str] = set()
-    for ancestor in model_class(model).__mro__:
-        if "forward" not in vars(ancestor):
-            continue
-        parameters = inspect.signature(ancestor.forward).parameters.values()
-        names |= {parameter.name for parameter in parameters}
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            break
+    for parent in model_class(model).__mro__:
+        if "forward" in vars(parent):
+            parameters = inspect.signature(vars(parent)["forward"]).parameters
+            names |= set(parameters)
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break
     return names
 
 

@@ -334,6 +334,9 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
         trust_remote_code=recipe.trust_remote_code,
         **options,
     )
+    if recipe.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        problem = f"{type(model).__name__} of transformers does not support it"
+        raise UserError("training.gradient_checkpointing", problem, "set it to false")
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     limit = getattr(model.config, "max_position_embeddings", None)

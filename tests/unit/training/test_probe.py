@@ -210,3 +210,16 @@ def test_in_half_precision_a_right_model_is_right_and_a_leak_is_found():
         found = Probe(make(kind, **options), torch.device("cpu"), half=True, max_length=256, **arithmetic).run()
         assert found is not None
         assert found.verdict == verdict
+
+
+class PassesOptionsOn(LlamaForCausalLM):
+    def forward(self, input_ids=None, **options):
+        return super().forward(input_ids, **options)
+
+
+def test_a_forward_that_passes_its_options_on_takes_what_the_overridden_one_takes():
+    attention.register()
+    config = AutoConfig.for_model("llama", **SMALL)
+    model = PassesOptionsOn._from_config(config, attn_implementation=attention.PADDING_FREE)
+    result = probe(with_large_weights(model))
+    assert (result.verdict, result.call.position_ids, result.call.selects_logits) == ("right", True, True)
