@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from minisft.data.prepared import load_split
 from tests.command import refused, run
 from tests.unit.data.test_published_templates import FOLDER, STUBS
+from tests.unit.data.test_reasoning_templates import CLOSED_BLOCK
 from tests.unit.data.test_unrolled_data import talk
 from tests.unit.data.toys import bpe_tokenizer
 
@@ -68,6 +69,18 @@ def test_check_passes_on_unrolled_conversations(recipe, capsys):
     written = json.loads((recipe.parent / "run" / "check.json").read_text())
     # The memory of this process is that of the tests before.
     assert {one["status"] for one in written["checks"] if not one["name"].startswith("spend.")} == {"ok"}, out + err
+
+
+def test_check_passes_on_rows_that_are_a_prompt_and_an_answer(recipe, tmp_path, capsys):
+    (tmp_path / "closed.jinja").write_text(CLOSED_BLOCK)
+    rows = [talk(number, 2, reasoning_content=None) for number in range(24)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    _, out, err = run(capsys, "check", recipe, f"data.template={tmp_path / 'closed.jinja'}", "--quick")
+    written = json.loads((tmp_path / "run" / "check.json").read_text())
+    statuses = {one["name"]: one["status"] for one in written["checks"] if not one["name"].startswith("spend.")}
+    assert "FAILED" not in statuses.values(), out + err
+    ledger = json.loads((tmp_path / "run" / "dataset" / "ledger.json").read_text())
+    assert ledger["findings"]["spliced"] == 24
 
 
 def test_options_reach_the_saved_model(recipe, tmp_path, capsys):

@@ -167,7 +167,9 @@ def _trained_renderings(context: CheckContext, example: Example) -> list[tuple[S
     prompts: list[tuple[Sequence[Message], list[int], bool]] = [
         (messages[:index], ids, True) for index, ids in _trained_prompts(context, example)
     ]
-    return prompts if example.row.is_cut else [*prompts, (messages, example.row.ids, False)]
+    if example.row.is_cut or "spliced" in example.row.findings:  # not the rendering of a complete conversation
+        return prompts
+    return [*prompts, (messages, example.row.ids, False)]
 
 
 def _render_plain(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> list[int]:

@@ -203,13 +203,21 @@ def _held_out_examples(run: RunFiles) -> list[dict[str, Any]]:
 
 def _example(answers: list[dict[str, Any]], title: str, metric: str | None) -> dict[str, Any]:
     """Return one prompt with the answers of all systems; each distinct text is stored once."""
-    texts = list(dict.fromkeys(answer["output"] for answer in answers))  # many checkpoints give the same answer
+    written = [_with_reasoning(answer) for answer in answers]
+    texts = list(dict.fromkeys(written))  # many checkpoints give the same answer
     indices = {text: index for index, text in enumerate(texts)}
     return {
         "title": title,
         "prompt": answers[0]["prompt"],
         "reference": answers[0].get("reference"),
         "texts": texts,
-        "outputs": [indices[answer["output"]] for answer in answers],
+        "outputs": [indices[text] for text in written],
         "scores": [round(answer[metric], 1) if metric in answer else None for answer in answers],
     }
+
+
+def _with_reasoning(answer: dict[str, Any]) -> str:
+    """Return an answer with its reasoning, which is not scored, before it."""
+    if not answer.get("reasoning"):
+        return str(answer["output"])
+    return f"[reasoning]\n{answer['reasoning']}\n\n[answer]\n{answer['output']}"
