@@ -227,7 +227,7 @@ def shrink(kind: str) -> Any:
     return _shrunk(CONFIG_MAPPING[kind], ADJUSTMENTS.get(kind, {}))
 
 
-def _shrunk(config_class: Any, adjustments: Mapping[str, Any]) -> Any:
+def _shrunk(config_class: Any, adjustments: dict[str, Any]) -> Any:
     default = config_class()
     found = {name: size for name, size in TINY.items() if isinstance(getattr(default, name, {}), int | str | None)}
     for name, value in default.to_dict().items():
@@ -236,7 +236,8 @@ def _shrunk(config_class: Any, adjustments: Mapping[str, Any]) -> Any:
     if hasattr(default, "kv_lora_rank") and "num_key_value_heads" in found:
         found["num_key_value_heads"] = found["num_attention_heads"]  # latent attention has no groups
     types = getattr(default, "layer_types", None)
-    if types:
+    computed = isinstance(getattr(config_class, "layer_types", None), property)
+    if types and not computed and "attn_layer_indices" not in adjustments:
         kept = list(dict.fromkeys(types))
         kept = kept if len(kept) > 1 else kept * 2
         found |= {"layer_types": kept, "num_hidden_layers": len(kept)}
