@@ -1,7 +1,8 @@
 """Which causal language models of transformers train right: the table of docs/models.md.
 
     python benchmarks/models.py                             # every class, without ZeRO-3
-    python benchmarks/models.py --only llama bloom --zero3  # some model types, under ZeRO-3 too
+    python benchmarks/models.py --only llama --settings zero3  # some model types, under ZeRO-3
+    python benchmarks/models.py --settings                  # the verdict only: three times as fast
     python benchmarks/models.py --write docs/models.md      # replace the table of the page
 
 Every class of transformers' mapping gets a tiny configuration and random weights that are large enough for a leak
@@ -103,10 +104,10 @@ class Row:
     name: str
     verdict: str
     detail: str = ""
-    lora: str = ""
-    checkpointing: str = ""
-    packing: str = ""
-    bf16: str = ""
+    lora: str = "not run"
+    checkpointing: str = "not run"
+    packing: str = "not run"
+    bf16: str = "not run"
     zero3: str = "not run"
 
     @property
@@ -151,13 +152,12 @@ def main() -> None:
     unknown = sorted(set(kinds) - set(names))
     if unknown:
         sys.exit(f"not in transformers' causal mapping: {', '.join(unknown)}")
-    extras = [name for name in EXTRAS if name != "zero3" or options.zero3]
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder)
         in_child(prepare_data, SECONDS, prepared)
 
         def judge(kind: str) -> Row:
-            found = in_child(judge_class, SECONDS * (1 + options.zero3), kind, prepared, extras)
+            found = in_child(judge_class, SECONDS, kind, prepared, options.settings)
             name = str(names[kind])
             row = Row(**found) if isinstance(found, dict) else Row(kind, name, "TRACEBACK", str(found))
             print(" | ".join(asdict(row).values()), file=sys.stderr, flush=True)
@@ -165,8 +165,7 @@ def main() -> None:
 
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = list(pool.map(judge, kinds))
-    command = "python benchmarks/models.py" + (f" --only {' '.join(kinds)}" if options.only else "")
-    page = render_table(rows, command + (" --zero3" if options.zero3 else ""))
+    page = render_table(rows, " ".join(["python benchmarks/models.py", *sys.argv[1:]]))
     if options.write:
         options.write.write_text(replace_table(options.write.read_text(encoding="utf-8"), page), encoding="utf-8")
     else:
@@ -177,7 +176,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="model types, such as llama; all if left out")
-    parser.add_argument("--zero3", action="store_true", help="also take the step under ZeRO-3, on one process")
+    without = [name for name in EXTRAS if name != "zero3"]
+    help = "settings with which the step is repeated; ZeRO-3 runs on one process"
+    parser.add_argument("--settings", nargs="*", choices=EXTRAS, metavar="NAME", default=without, help=help)
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table of this page")
     parser.add_argument("--jobs", type=int, default=2, help="classes that are tested at the same time")
     return parser.parse_args()
@@ -229,15 +230,24 @@ def shrink(kind: str) -> Any:
 
 def _shrunk(config_class: Any, adjustments: dict[str, Any]) -> Any:
     default = config_class()
-    found = {name: size for name, size in TINY.items() if isinstance(getattr(default, name, {}), int | str | None)}
-    for name, value in default.to_dict().items():
+    known = default.to_dict()
+    other = dict(getattr(config_class, "attribute_map", {}))  # a configuration's own names of the usual ones
+
+    def settable(name: str) -> bool:
+        own = getattr(config_class, other.get(name, name), None)
+        return not isinstance(own, property) or own.fset is not None
+
+    def takes(name: str) -> bool:
+        return settable(name) and other.get(name, name) in known and not isinstance(known[other.get(name, name)], dict)
+
+    found = {name: size for name, size in TINY.items() if takes(name)}
+    for name, value in known.items():
         if isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
             found[name] = 0.0
     if hasattr(default, "kv_lora_rank") and "num_key_value_heads" in found:
         found["num_key_value_heads"] = found["num_attention_heads"]  # latent attention has no groups
-    types = getattr(default, "layer_types", None)
-    computed = isinstance(getattr(config_class, "layer_types", None), property)
-    if types and not computed and "attn_layer_indices" not in adjustments:
+    types = known.get("layer_types")
+    if types and settable("layer_types"):
         kept = list(dict.fromkeys(types))
         kept = kept if len(kept) > 1 else kept * 2
         found |= {"layer_types": kept, "num_hidden_layers": len(kept)}
