@@ -81,6 +81,9 @@ TINY: dict[str, Any] = {
 ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},  # by default all layers are of one kind
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},

@@ -23,7 +23,7 @@ def models(monkeypatch):
     return importlib.import_module("models")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_next", "bloom", "lfm2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_next", "bloom"])
 def test_a_configuration_is_small_and_keeps_every_kind_of_layer(models, kind):
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,6 +33,11 @@ def test_a_configuration_is_small_and_keeps_every_kind_of_layer(models, kind):
     assert size < 200_000
     assert set(getattr(config, "layer_types", None) or ()) == set(getattr(default, "layer_types", None) or ())
     assert all(value == 0 for name, value in config.to_dict().items() if "dropout" in name)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("lfm2", "conv"), ("granitemoehybrid", "mamba")])
+def test_hybrid_families_keep_layers_that_their_default_configuration_lacks(models, kind, other):
+    assert other in models.shrink(kind).layer_types
 
 
 def test_a_step_is_compared_in_loss_norm_and_every_gradient(models):
