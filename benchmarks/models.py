@@ -2,7 +2,7 @@
 
     python benchmarks/models.py                             # every class, without ZeRO-3
     python benchmarks/models.py --only llama --settings zero3  # some model types, under ZeRO-3
-    python benchmarks/models.py --settings                  # the verdict only: three times as fast
+    python benchmarks/models.py --settings                  # the verdict only
     python benchmarks/models.py --write docs/models.md      # replace the table of the page
 
 Every class of transformers' mapping gets a tiny configuration and random weights that are large enough for a leak
