@@ -1,6 +1,7 @@
 """Model families: whatever the probe decides about a model, eight steps are those of a plain padded loop."""
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -65,17 +66,19 @@ def write_family(folder, kind):
     return folder
 
 
-WAYS = [(1, "vanilla"), (2, "vanilla"), (1, "zero2"), (2, "zero2"), (2, "zero3")]
-CASES = [(kind, processes, strategy) for kind in FAMILIES for processes, strategy in WAYS]
+TEN = (
+    "llama", "qwen3", "qwen3_5_text", "qwen3_next", "lfm2", "gemma2", "gemma3_text", "gpt_oss", "mamba2", "falcon_h1",
+)  # fmt: skip
+LONG, RARE = pytest.mark.long, pytest.mark.skipif(not os.environ.get("MINISFT_EVERY_CASE"), reason="takes long")
+CASES = [
+    *(pytest.param(kind, 1, "vanilla", marks=() if kind in FAST else LONG) for kind in FAMILIES),
+    *(pytest.param(kind, 2, strategy, marks=LONG) for kind in TEN for strategy in ("vanilla", "zero2")),
+    *(pytest.param(kind, 2, "zero3", marks=LONG) for kind in ("bloom", "qwen3_5_text")),
+    *(pytest.param(kind, 1, "zero2", marks=(LONG, RARE)) for kind in TEN),
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "processes", "strategy"),
-    [
-        pytest.param(*case, marks=() if case in [(kind, 1, "vanilla") for kind in FAST] else pytest.mark.long)
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize(("kind", "processes", "strategy"), CASES)
 def test_a_family_takes_the_steps_of_the_padded_loop(tmp_path, conversations, capfd, kind, processes, strategy):
     model = write_family(tmp_path / "model", kind)
     settings = (
