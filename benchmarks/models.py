@@ -88,6 +88,40 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "big_bird": {"attention_type": "original_full"},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "intermediate_size": [64, 64],
+    },
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_text": {"num_kv_shared_layers": 0},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_dt_rank": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "use_mamba_kernels": False,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "adapter_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
 }
 EXTRAS: dict[str, dict[str, Any]] = {
@@ -256,7 +290,7 @@ def _shrunk(config_class: Any, adjustments: dict[str, Any]) -> Any:
         found |= {"layer_types": kept, "num_hidden_layers": len(kept)}
     for name, part in vars(default).items():
         if isinstance(part, transformers.PreTrainedConfig):
-            found[name] = _shrunk(type(part), {}).to_dict()
+            found[name] = _shrunk(type(part), ADJUSTMENTS.get(part.model_type, {})).to_dict()
     return config_class(**found | adjustments)
 
 

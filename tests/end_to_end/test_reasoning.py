@@ -55,6 +55,9 @@ def test_training_and_evaluation_of_unrolled_conversations(recipe, tmp_path, cap
 
     status, _, err = run(capsys, "evaluate", recipe)
     assert status == 0, err
+    status, _, err = run(capsys, "report", recipe)
+    assert status == 0, err
+    assert "one row per answer" in (folder / "report.html").read_text()
     lines = (folder / "evaluation" / "base" / "outputs.jsonl").read_text().splitlines()
     answers = [json.loads(line) for line in lines]
     assert len(answers) == ledger["unrolled"]["rows"]["test"]

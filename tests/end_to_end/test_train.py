@@ -76,7 +76,7 @@ def test_the_log_has_what_the_contract_names(vanilla):
     for line in metrics(run):
         assert set(line) == {
             "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "seconds",
-            "peak_memory_mb", "communication_mb",
+            "peak_memory_mb", "communication_mb", "sources",
         }  # fmt: skip
         assert line["tokens"] > line["supervised_tokens"] > 0
         assert line["seconds"] > 0

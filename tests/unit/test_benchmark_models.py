@@ -35,7 +35,7 @@ def test_a_configuration_is_small_and_keeps_every_kind_of_layer(models, kind):
     assert all(value == 0 for name, value in config.to_dict().items() if "dropout" in name)
 
 
-@pytest.mark.parametrize(("kind", "other"), [("lfm2", "conv"), ("granitemoehybrid", "mamba")])
+@pytest.mark.parametrize(("kind", "other"), [("lfm2", "conv"), ("granitemoehybrid", "linear_attention")])
 def test_hybrid_families_keep_layers_that_their_default_configuration_lacks(models, kind, other):
     assert other in models.shrink(kind).layer_types
 

@@ -205,6 +205,11 @@ def _ledger(run: RunFiles) -> str:
         if counts := run.ledger.get(name):
             rows = [([key, f"{count:,}"], False) for key, count in counts.items()]
             tables.append(f"<div><h3>{escape(name)}</h3>{table([name, 'number'], rows)}</div>")
+    if unrolled := run.ledger.get("unrolled"):
+        counts = {name: number for name, number in unrolled.items() if name != "rows"}
+        counts |= {f"rows of {split}": number for split, number in unrolled["rows"].items()}
+        rows = [([key.replace("_", " "), f"{count:,}"], False) for key, count in counts.items()]
+        tables.append(f"<div><h3>unrolled</h3>{table(['one row per answer', 'number'], rows)}</div>")
 
     # A bar for each bin, named by its lower edge.
     histogram = (run.ledger.get("lengths") or {}).get("histogram") or {}

@@ -439,7 +439,7 @@ def test_a_test_split_without_rows_is_a_data_set(tmp_path, chat_bpe):
 def test_columns_are_plain_lists_of_int32(tmp_path, chat_bpe):
     prepare_source(write_rows(tmp_path / "a.jsonl", many(20)), tmp_path / "run", chat_bpe)
     train = datasets.load_from_disk(str(tmp_path / "run" / "dataset" / "train"))
-    assert train.column_names == ["input_ids", "labels", "id", "location", "rendered", "findings"]
+    assert train.column_names == ["input_ids", "labels", "id", "location", "rendered", "findings", "source"]
     assert train.features["input_ids"].feature.dtype == train.features["labels"].feature.dtype == "int32"
     assert sorted(path.name for path in (tmp_path / "run" / "dataset").iterdir()) == ["ledger.json", "test", "train"]
     assert json.loads((tmp_path / "run" / "dataset" / "ledger.json").read_text())["rows"]["read"] == 20
