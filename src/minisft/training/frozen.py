@@ -22,7 +22,8 @@ def unreached_parameters(model: Any) -> list[str]:
 
     This says nothing of the size of a gradient: adapters whose other factor is zero are in the graph. An element of a
     `ModuleList` or `ModuleDict` that did not run at all, while another one of the same class did, is left out of the
-    result: it may be an expert that no token of this forward was routed to. No gradient is computed, no random number
+    result, and so is every parameter of a module named after experts: no token of this forward may have been routed
+    to them. No gradient is computed, no random number
     is drawn (the model is in evaluation mode), and weights and mode are left unchanged.
 
     Args:
@@ -52,7 +53,7 @@ def unreached_parameters(model: Any) -> list[str]:
     return [
         name
         for name, one in model.named_parameters()
-        if one.requires_grad and name not in names and not name.startswith(spared)
+        if one.requires_grad and name not in names and not name.startswith(spared) and "expert" not in name
     ]
 
 

@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 
 _WORKER = "minisft.training.worker"
 # Packages whose name is not that of the tracker.
+# Reversible layers (Kitaev et al. 2020, arXiv 2001.04451): benchmarks/models.py found another gradient norm.
+_OWN_BACKWARD = ("reformer",)
 _TRACKER_PACKAGES = {
     "azure_ml": "azureml-core",
     "comet_ml": "comet-ml",
@@ -334,6 +336,11 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
         trust_remote_code=recipe.trust_remote_code,
         **options,
     )
+    if model.config.model_type in _OWN_BACKWARD:
+        problem = (
+            f"the layers of {type(model).__name__} have a backward of their own, whose gradients differ in training"
+        )
+        raise UserError("model", problem, "use another model")
     if recipe.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
         problem = f"{type(model).__name__} of transformers does not support it"
         raise UserError("training.gradient_checkpointing", problem, "set it to false")

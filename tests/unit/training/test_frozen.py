@@ -92,3 +92,10 @@ def test_a_model_that_fails_is_left_to_the_probe():
     model = with_tower()
     model.forward = lambda **arguments: (_ for _ in ()).throw(AttributeError("no such thing"))
     assert unreached_parameters(model) == []
+
+
+def test_experts_in_one_tensor_that_no_token_was_routed_to_stay_trainable():
+    model = with_tower()
+    model.model.layers[0].mlp.experts = nn.Module()
+    model.model.layers[0].mlp.experts.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 8))
+    assert unreached_parameters(model) == UNUSED
