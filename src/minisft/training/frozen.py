@@ -22,8 +22,7 @@ def unreached_parameters(model: Any) -> list[str]:
 
     This says nothing of the size of a gradient: adapters whose other factor is zero are in the graph. An element of a
     `ModuleList` or `ModuleDict` that did not run at all, while another one of the same class did, is left out of the
-    result, and so is every parameter of a module named after experts: no token of this forward may have been routed
-    to them. No gradient is computed, no random number
+    result, and so are experts that are stacked in one tensor: no token of this forward may have been routed to them. No gradient is computed, no random number
     is drawn (the model is in evaluation mode), and weights and mode are left unchanged.
 
     Args:
@@ -53,7 +52,10 @@ def unreached_parameters(model: Any) -> list[str]:
     return [
         name
         for name, one in model.named_parameters()
-        if one.requires_grad and name not in names and not name.startswith(spared) and "expert" not in name
+        if one.requires_grad
+        and name not in names
+        and not name.startswith(spared)
+        and not ("expert" in name and one.ndim == 3)
     ]
 
 
