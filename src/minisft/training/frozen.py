@@ -22,8 +22,9 @@ def unreached_parameters(model: Any) -> list[str]:
 
     This says nothing of the size of a gradient: adapters whose other factor is zero are in the graph. An element of a
     `ModuleList` or `ModuleDict` that did not run at all, while another one of the same class did, is left out of the
-    result, and so are experts that are stacked in one tensor: no token of this forward may have been routed to them. No gradient is computed, no random number
-    is drawn (the model is in evaluation mode), and weights and mode are left unchanged.
+    result, and so are experts that are stacked in one tensor: no token of this forward may have been routed to them.
+    No gradient is computed, no random number is drawn (the model is in evaluation mode), and weights and mode are left
+    unchanged.
 
     Args:
         model: The model, before DDP or DeepSpeed wraps it, with complete weights (not sharded by ZeRO-3).
