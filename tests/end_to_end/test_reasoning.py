@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from minisft.data.prepared import load_split
 from tests.command import refused, run
+from tests.tiny import write_tiny_model
 from tests.unit.data.test_published_templates import FOLDER, STUBS
 from tests.unit.data.test_reasoning_templates import CLOSED_BLOCK
 from tests.unit.data.test_unrolled_data import talk
@@ -18,18 +18,7 @@ from tests.unit.data.toys import bpe_tokenizer
 def recipe(tmp_path):
     tokenizer = bpe_tokenizer(**STUBS["qwen3"])
     tokenizer.chat_template = (FOLDER / "qwen3.jinja").read_text()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    write_tiny_model(tmp_path / "model", tokenizer=tokenizer)
     rows = [talk(number, 1 + number % 3) for number in range(24)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     path = tmp_path / "recipe.yaml"
@@ -83,7 +72,7 @@ def test_check_passes_on_rows_that_are_a_prompt_and_an_answer(recipe, tmp_path, 
     statuses = {one["name"]: one["status"] for one in written["checks"] if not one["name"].startswith("spend.")}
     assert "FAILED" not in statuses.values(), out + err
     ledger = json.loads((tmp_path / "run" / "dataset" / "ledger.json").read_text())
-    assert ledger["findings"]["spliced"] == 24
+    assert ledger["findings"]["prompt_rewritten"] == 24
 
 
 def test_options_reach_the_saved_model(recipe, tmp_path, capsys):

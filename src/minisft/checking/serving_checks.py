@@ -167,7 +167,7 @@ def _trained_renderings(context: CheckContext, example: Example) -> list[tuple[S
     prompts: list[tuple[Sequence[Message], list[int], bool]] = [
         (messages[:index], ids, True) for index, ids in _trained_prompts(context, example)
     ]
-    if example.row.is_cut or "spliced" in example.row.findings:  # not the rendering of a complete conversation
+    if example.row.is_cut or "prompt_rewritten" in example.row.findings:  # not the rendering of a complete conversation
         return prompts
     return [*prompts, (messages, example.row.ids, False)]
 

@@ -164,7 +164,7 @@ def test_a_row_is_prompt_and_answer_where_the_template_rewrites_the_prompt_after
     assert "I must add." in prompt  # which the rendering with the final answer drops
     assert answer.endswith("final<|message|>It is 1.<|return|>")
     rows = rows_of(encoder, conversation)
-    assert "spliced" in rows[-1][1].findings
+    assert "prompt_rewritten" in rows[-1][1].findings
     assert encoder.encode_prompt(conversation.messages[:3]) == rows[-1][1].input_ids[: rows[-1][1].answers[-1].start]
     stops = tokenizer.convert_ids_to_tokens(list(encoder.stop_token_ids))
     assert stops == ["<|return|>", "<|call|>"]
@@ -307,6 +307,7 @@ def test_options_are_saved_in_the_template_and_a_caller_can_override_them():
     ("template", "options", "text"),
     [
         (QWEN3, {"enable_thinkin": False}, "does not read the variable 'enable_thinkin'"),
+        (QWEN3, {"content": "x"}, "does not read the variable 'content'"),
         (QWEN3, {"messages": "x"}, "a variable that every template is given"),
         ("chatml", {"enable_thinking": False}, "the template chatml reads no variables"),
         (PARTS, {"enable_thinking": False}, "does not read the variable 'enable_thinking'"),

@@ -39,15 +39,15 @@ class _Skeleton:
     A step is ("text", the template's own), ("slot", its number), ("open", message) or ("close", message);
     ("unmarked", message) opens an answer that the template's own marks leave out. `rewritten` are the messages whose
     answers the template writes otherwise as the last message, and `moved` those behind another prompt than that of
-    inference. Where `spliced` is true, the rendering does not begin with the prompt for its last answer, and the row is
-    that prompt and the answer.
+    inference. Where `prompt_rewritten` is true, the rendering does not begin with the prompt for its last answer, and
+    the row is that prompt and the answer.
     """
 
     steps: tuple[tuple[str, Any], ...]
     findings: tuple[str, ...]
     rewritten: frozenset[int]
     moved: frozenset[int]
-    spliced: bool
+    prompt_rewritten: bool
 
     @property
     def literals(self) -> list[str | int]:
@@ -181,12 +181,12 @@ class JinjaRenderer:
         skeleton, filled = self._fitted(messages, passed, prompt)
         steps, rewritten, moved = skeleton.steps, skeleton.rewritten, skeleton.moved
         findings = list(skeleton.findings)
-        if skeleton.spliced:
+        if skeleton.prompt_rewritten:
             before, earlier = self._fitted(messages[:-1], passed, True)
             filled = filled | earlier
             answer = [step[0] in ("open", "unmarked") and step[1] == len(messages) - 1 for step in steps].index(True)
             steps, rewritten, moved = before.steps + steps[answer:], before.rewritten, before.moved
-            findings.append("spliced")
+            findings.append("prompt_rewritten")
         slots = _slots(messages)
         if any(text != slots[slot] for slot, text in filled.items()):
             findings.append("trimmed")
@@ -305,8 +305,8 @@ class JinjaRenderer:
         text = self._render(given, tools, prompt)
         spans = _slot_spans(text, marks)
         sent = self._prompt_for(given[:last], tools) if last >= 0 and messages[last].is_answer else ""
-        spliced = sent is not None and bool(self._generation_prompt) and not text.startswith(sent)
-        _check_slots(messages, [slot for slot, _, _ in spans], last, only_last=spliced)
+        prompt_rewritten = sent is not None and bool(self._generation_prompt) and not text.startswith(sent)
+        _check_slots(messages, [slot for slot, _, _ in spans], last, only_last=prompt_rewritten)
         findings, rewritten, moved = [], set(), set()
         cuts: list[tuple[int, int, str, Any]] = [(start, 1, "slot", (slot, end)) for slot, start, end in spans]
         dicts = [message_with_key(message, self._reasoning_as) for message in given]
@@ -346,7 +346,7 @@ class JinjaRenderer:
             cuts += [(start, 0, opening, index), (end, -1, "close", index)]
         steps = tuple(_steps(text, sorted(cuts, key=lambda cut: cut[:2])))
         found = tuple(dict.fromkeys(findings))
-        return _Skeleton(steps, found, frozenset(rewritten), frozenset(moved - {last}), spliced)
+        return _Skeleton(steps, found, frozenset(rewritten), frozenset(moved - {last}), prompt_rewritten)
 
     def _prompt_for(self, messages: Sequence[Message], tools: Sequence[str]) -> str | None:
         """Return the prompt for the answer that follows these messages; None if the template refuses it."""

@@ -48,7 +48,7 @@ def variables(template: str) -> set[str]:
         UserError: The template does not parse.
     """
     import jinja2
-    from jinja2 import meta
+    from jinja2 import meta, nodes
 
     # transformers' own tag needs an extension that is not public; the tag reads no variable.
     plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
@@ -57,7 +57,12 @@ def variables(template: str) -> set[str]:
     except jinja2.TemplateSyntaxError as error:
         problem = f"line {error.lineno} of the template: {error.message}"
         raise UserError("data.template", problem, "fix the template") from None
-    return meta.find_undeclared_variables(tree) - _GIVEN
+    # A variable that the template sets for itself in a block counts as undeclared too. It is the caller's only where
+    # the template looks whether it was given.
+    own = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
+    looked_for = r"\b{0}\s+is\s+(?:not\s+)?(?:un)?defined|\b{0}\s*\|\s*default"
+    asked = {name for name in own if re.search(looked_for.format(name), plain)}
+    return meta.find_undeclared_variables(tree) - _GIVEN - (own - asked)
 
 
 def _literal(value: Option) -> str:
