@@ -304,8 +304,9 @@ class JinjaRenderer:
         given = [_marked(m, i, marks) for i, m in enumerate(messages)]
         text = self._render(given, tools, prompt)
         spans = _slot_spans(text, marks)
-        sent = self._prompt_for(given[:last], tools) if last >= 0 and messages[last].is_answer else ""
-        prompt_rewritten = sent is not None and bool(self._generation_prompt) and not text.startswith(sent)
+        sent = {i: self._prompt_for(given[:i], tools) for i, message in enumerate(messages) if message.is_answer}
+        last_sent = sent.get(last)
+        prompt_rewritten = bool(last_sent and self._generation_prompt) and not text.startswith(last_sent or "")
         _check_slots(messages, [slot for slot, _, _ in spans], last, only_last=prompt_rewritten)
         findings, rewritten, moved = [], set(), set()
         cuts: list[tuple[int, int, str, Any]] = [(start, 1, "slot", (slot, end)) for slot, start, end in spans]
@@ -318,17 +319,17 @@ class JinjaRenderer:
             # follow the text that opens an answer.
             served: str | None = None
             try:
-                served = self._served_answer(given[: index + 1], tools, marks)
+                served = self._served_answer(given[: index + 1], tools, marks, sent[index])
             except RefusedError:
                 if index == last:
                     raise
-            start = self._start_of_answer(text, spans, index, self._prompt_for(given[:index], tools))
+            start = self._start_of_answer(text, spans, index, sent[index])
             end = start + len(served) if served is not None and text.startswith(served, start) else -1
             opened = text.endswith(self._generation_prompt, 0, max(start, 0)) or index == last
             if start < 0 or end < 0 or not opened:
                 rewritten.add(index)
                 end = end if end >= 0 else self._end_of_answer(text, start, spans, index)
-            elif not text.startswith(self._prompt_for(given[:index], tools) or "\0"):
+            elif not text.startswith(sent[index] or "\0"):
                 moved.add(index)
             if message.reasoning and served is not None and f"{marks[0]}{2 * index + 1}{marks[1]}" not in served:
                 findings.append("reasoning_dropped")
@@ -392,8 +393,10 @@ class JinjaRenderer:
         found = [(text.find(name, content_end, limit), len(name)) for name in self._stop_names]
         return min((place + length for place, length in found if place >= 0), default=-1)
 
-    def _served_answer(self, messages: Sequence[Message], tools: Sequence[str], marks: tuple[str, str]) -> str:
-        """Return the answer of the last message as it is served: the text behind its prompt, to its terminator.
+    def _served_answer(
+        self, messages: Sequence[Message], tools: Sequence[str], marks: tuple[str, str], sent: str | None
+    ) -> str:
+        """Return the answer of the last message as it is served: the text behind its prompt `sent`.
 
         Raises:
             RefusedError: It does not follow its prompt, does not end with a terminator, or has one inside.
@@ -401,7 +404,7 @@ class JinjaRenderer:
         key = (_shape(messages), tuple(tools), marks)
         if key in self._served:
             return self._served[key]
-        sent, text = self._prompt_for(messages[:-1], tools), self._render(messages, tools, False)
+        text = self._render(messages, tools, False)
         spans = _slot_spans(text, marks)
         start = self._start_of_answer(text, spans, len(messages) - 1, sent)
         follows = sent is not None and (text.startswith(sent) or bool(self._generation_prompt))
