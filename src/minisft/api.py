@@ -353,7 +353,7 @@ def export(
     if dtype not in (None, "fp32", "bf16", "fp16"):
         raise UserError("dtype", f"there is no number format {dtype!r}", "give fp32, bf16 or fp16")
     from minisft.console import say
-    from minisft.model_export import export as export_model
+    from minisft.exporting.export import export as export_model
 
     source = export_model(found, target, checkpoint=checkpoint, merge=merge, dtype=dtype, force=force)
     say(f"written: {target}, from {source}")
