@@ -119,17 +119,9 @@ class Run:
         """
         return report(self, to=to)[0]
 
-    def export(
-        self,
-        folder: str | Path,
-        *,
-        checkpoint: str | None = None,
-        merge: bool = True,
-        dtype: str | None = None,
-        force: bool = False,
-    ) -> Path:
-        """Write the run's model into `folder` for other tools; see `minisft.export`."""
-        return export(self, folder, checkpoint=checkpoint, merge=merge, dtype=dtype, force=force)
+    def export(self, folder: str | Path, **options: Any) -> Path:
+        """Write the run's model into `folder` for other tools; for the options see `minisft.export`."""
+        return export(self, folder, **options)
 
     def chat(
         self,
@@ -327,35 +319,63 @@ def export(
     folder: str | Path,
     overrides: Overrides = None,
     *,
+    to: str = "folder",
     checkpoint: str | None = None,
     merge: bool = True,
     dtype: str | None = None,
+    engine: str = "auto",
+    llama_cpp: str | Path | None = None,
+    max_kl: float | None = None,
+    allow_unverified: bool = False,
+    license: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a run's model into `folder` for other tools; return that folder.
+    """Write a run's model into `folder` for other tools, and verify it with their engines; return that folder.
+
+    `verified.json` in the folder says what each engine gave, README.md is the model card.
 
     Args:
         run: A `Run`, the path of a run folder or of a recipe, or a `Recipe`.
         folder: Path of a new or empty folder, or with `force` of an earlier export.
         overrides: Values of the recipe by dotted key.
+        to: "folder": a model folder; "gguf": model.gguf; "ollama": model.gguf and a Modelfile.
         checkpoint: Name of a checkpoint, or "best"; None: the final model.
-        merge: Add adapters to the weights of the base model; False copies them without merging.
-        dtype: Number format of the weights: "fp32", "bf16" or "fp16"; None: unchanged.
+        merge: Add adapters to the weights of the base model; False writes them without merging.
+        dtype: Number format of the weights: "f32", "f16" or "bf16" ("fp32", "fp16"), and "q8_0" or "q4_k_m" for GGUF;
+            None: unchanged.
+        engine: "auto": every engine that is installed; "none"; or "transformers", "llama.cpp" or "vllm".
+        llama_cpp: A folder of llama.cpp, for its converter, quantiser and server.
+        max_kl: The largest accepted mean KL divergence of a quantised model, in nats per token; None: that of the
+            format.
+        allow_unverified: Keep an export that an engine does not serve as trained.
+        license: Identifier of the model's licence on the hub, for the model card.
         force: Replace the model that an earlier export wrote there.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: There is no such checkpoint, the folder is in use, or the base model is not the run's.
+        UserError: There is no such checkpoint, the folder is in use, the base model is not the run's, this model has no
+            such form, or an engine does not serve the export as the model was trained.
     """
     target = expand_user_path(str(folder), "the folder to write")
     found = _recipe_or_run("export", run, overrides, trust_remote_code)
-    if dtype not in (None, "fp32", "bf16", "fp16"):
-        raise UserError("dtype", f"there is no number format {dtype!r}", "give fp32, bf16 or fp16")
     from minisft.console import say
+    from minisft.exporting.export import ExportOptions
     from minisft.exporting.export import export as export_model
 
-    source = export_model(found, target, checkpoint=checkpoint, merge=merge, dtype=dtype, force=force)
+    options = ExportOptions(
+        to=to,
+        checkpoint=checkpoint,
+        merge=merge,
+        dtype=dtype,
+        engine=engine,
+        llama_cpp=None if llama_cpp is None else expand_user_path(str(llama_cpp), "--llama-cpp"),
+        max_kl=max_kl,
+        allow_unverified=allow_unverified,
+        license=license,
+        force=force,
+    )
+    source = export_model(found, target, options)
     say(f"written: {target}, from {source}")
     return target
 

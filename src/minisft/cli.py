@@ -163,9 +163,15 @@ def export(arguments: Arguments) -> None:
     api.export(
         _recipe_or_run(arguments),
         folder,
+        to=arguments.to,
         checkpoint=arguments.checkpoint,
         merge=arguments.merge,
         dtype=arguments.dtype,
+        engine=arguments.engine,
+        llama_cpp=arguments.llama_cpp,
+        max_kl=arguments.max_kl,
+        allow_unverified=arguments.allow_unverified,
+        license=arguments.license,
         force=arguments.force,
     )
 
@@ -296,7 +302,7 @@ VERBS = {
     "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml", options.report),
     "export": Verb(
         export,
-        "write a run's model for other tools: a plain folder, adapters merged",
+        "write a run's model for other tools, verified with their engines: a folder, GGUF or Ollama",
         "RUN|RECIPE.yaml FOLDER",
         options.export,
         options.trust,

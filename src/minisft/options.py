@@ -134,8 +134,35 @@ def export(parser: Parser) -> None:
         help="add adapters to the weights of the base model (default), or copy them without merging",
     )
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="number format of the weights; default: unchanged"
+        "--to", choices=("folder", "gguf", "ollama"), default="folder",
+        help="a model folder (default), model.gguf for llama.cpp, or model.gguf and a Modelfile for Ollama",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("f32", "fp32", "f16", "fp16", "bf16", "q8_0", "q4_k_m"),
+        help="number format of the weights; q8_0 and q4_k_m only for gguf and ollama; default: unchanged",
+    )  # fmt: skip
+    engines = ("auto", "none", "transformers", "llama.cpp", "vllm")
+    parser.add_argument(
+        "--engine", choices=engines, default="auto",
+        help="engine that must give the same prompts, probabilities and stops as the trained model on held-out "
+        "conversations; default: all that are installed",
+    )  # fmt: skip
+    parser.add_argument("--verify", action="store_const", const="auto", dest="engine", help="the same as --engine auto")
+    parser.add_argument(
+        "--no-verify", action="store_const", const="none", dest="engine", help="the same as --engine none"
     )
+    parser.add_argument(
+        "--allow-unverified", action="store_true", help="keep an export that an engine does not serve as trained"
+    )
+    parser.add_argument(
+        "--max-kl", type=float, metavar="NATS",
+        help="largest accepted mean KL divergence of a quantised model, in nats per token (default 0.05 for q8_0, "
+        "0.5 for q4_k_m)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--llama-cpp", metavar="FOLDER", help="a folder of llama.cpp, for its converter, quantiser and server"
+    )
+    parser.add_argument("--license", metavar="ID", help="the model's licence, such as apache-2.0, for the model card")
     parser.add_argument("--force", action="store_true", help="replace the model that an earlier export wrote there")
 
 

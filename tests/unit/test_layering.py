@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "comparison": LEAVES | {"report"},
     "demo": LEAVES,
     "runner": LEAVES | {"data", "training", "planning", "report"},
-    "exporting": LEAVES | {"data", "training", "evaluation"},
+    "exporting": LEAVES | {"data", "training", "evaluation", "report"},
     "serving": LEAVES | {"data", "evaluation"},
     "chat": LEAVES | {"data", "evaluation"},
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},

@@ -190,9 +190,7 @@ class Encoder:
         some_spell = any(name in texts for name in self._spellings)
         for row, conversation in zip(rendered, conversations, strict=True):
             findings = dict.fromkeys(row.findings)
-            if some_spell and any(
-                (self._answer_spells if m.is_answer else self._spells)(m.text) for m in conversation.messages
-            ):
+            if some_spell and self.spells_marker(conversation.messages):
                 findings["spells_control"] = None
             if self._joint and self._boundary_differs(row):
                 findings["boundary"] = None
@@ -208,6 +206,10 @@ class Encoder:
         rendered = self._render(tuple(messages), tool_lines(tools), True)
         ids, _, _, _ = self._encode_segments([rendered.segments])
         return ids.tolist()
+
+    def spells_marker(self, messages: Sequence[Message]) -> bool:
+        """Return whether a text spells a control token, which other tools then read as that token."""
+        return any((self._answer_spells if m.is_answer else self._spells)(m.text) for m in messages)
 
     def decode_answer(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids, with or without their terminator."""

@@ -29,6 +29,8 @@ class EvalExample:
             of the data.
         prompt: The same as text.
         reference: The answer of the data.
+        messages: The messages before the answer.
+        tools: The functions on offer as a JSON list, or "".
     """
 
     id: str
@@ -36,6 +38,8 @@ class EvalExample:
     prompt_ids: list[int]
     prompt: str
     reference: str
+    messages: tuple[Message, ...] = ()
+    tools: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def load_prompts(given: str | list[str] | None, encoder: Encoder) -> list[EvalEx
             raise UserError(where, refusal.problem, "change the prompt, or use another data.template") from None
         turn = sum(message.is_answer for message in messages) + 1
         text = str(encoder.tokenizer.decode(ids, skip_special_tokens=False))
-        examples.append(EvalExample(f"prompt-{number}", turn, ids, text, ""))
+        examples.append(EvalExample(f"prompt-{number}", turn, ids, text, "", tuple(messages)))
     return examples
 
 
@@ -178,16 +182,17 @@ def _examples_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[
     messages = [message_from_row(fields) for fields in row["messages"]]
     answers = [place for place, message in enumerate(messages) if message.is_answer]
     wanted = [place for place in answers if messages[place].supervised]
+    tools = row.get("tools") or ""
     for place in wanted[-1:] if turns == "last" else wanted:
+        before = tuple(messages[:place])
         try:
-            ids = encoder.encode_prompt(messages[:place], row.get("tools") or "")
+            ids = encoder.encode_prompt(before, tools)
         except RefusedError as refusal:
             where, fix = f"held-out row {row['id']}", "use another data.template, or remove the row from the data"
             raise UserError(where, refusal.problem, fix) from None
         text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
-        yield EvalExample(
-            str(row["id"]), answers.index(place) + 1, ids, str(text), encoder.final_answer(messages[place])
-        )
+        turn, reference = answers.index(place) + 1, encoder.final_answer(messages[place])
+        yield EvalExample(str(row["id"]), turn, ids, str(text), reference, before, tools)
 
 
 def _supervised_runs(labels: Sequence[int], stops: set[int]) -> Iterable[list[int]]:

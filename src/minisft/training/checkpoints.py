@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +207,9 @@ def publish_final_model(run: RunFolder) -> None:
         sync_folder(temporary)
 
 
-def copy_model(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint into a new or empty folder, without the files that only resuming needs."""
-    unneeded = shutil.ignore_patterns(*_STATES, METADATA, "trainer_state.json")
+def copy_model(checkpoint: Path, folder: Path, ignore: Sequence[str] = ()) -> None:
+    """Copy a checkpoint into a folder, without the files that only resuming needs and those that match `ignore`."""
+    unneeded = shutil.ignore_patterns(*_STATES, METADATA, "trainer_state.json", *ignore)
     shutil.copytree(checkpoint, folder, ignore=unneeded, dirs_exist_ok=True)
 
 

@@ -1,0 +1,348 @@
+"""The engines that an export is proven with: transformers in this process, llama.cpp and vLLM as servers of their own.
+
+llama.cpp (`llama-server`) and vLLM (`vllm serve`) are asked over HTTP on this machine, as their users ask them. They
+are found in the folder that MINISFT_ENGINES names (`.engines` without it), which `make engines` fills, or on the PATH.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisft.exporting.verification import TOP, EngineAnswer, HeldOutPrompt, Position
+from minisft.text import first_line
+
+ENGINES = ("transformers", "llama.cpp", "vllm")
+_START = 600.0  # seconds that a server may take to load the model
+_REPLY = 600.0  # seconds for one answer
+_BATCH = 16  # the most prompts that transformers decodes together
+_LOGITS = 1 << 28  # the most logits of a batch, since transformers keeps those of every step
+
+
+class EngineError(Exception):
+    """An engine did not start, or refused a request; its text says why."""
+
+
+def engines_folder() -> Path:
+    return Path(os.environ.get("MINISFT_ENGINES") or ".engines")
+
+
+def find_llama_cpp(folder: Path | None = None) -> Path | None:
+    """Return the path of llama.cpp's server; None if there is none.
+
+    Args:
+        folder: A folder of llama.cpp that the user named; None: that of the engines, then the PATH.
+    """
+    return _find_program("llama-server", folder or engines_folder() / "llama.cpp", on_path=folder is None)
+
+
+def find_vllm() -> Path | None:
+    """Return the path of the program `vllm`; None if there is none."""
+    beside = Path(sys.executable).with_name("vllm")
+    return _find_program("vllm", engines_folder() / "vllm", on_path=True) or (beside if beside.exists() else None)
+
+
+def _find_program(name: str, folder: Path, *, on_path: bool) -> Path | None:
+    for path in (folder / "bin" / name, folder / "build" / "bin" / name, folder / name):
+        if path.is_file() and os.access(path, os.X_OK):
+            return path.absolute()
+    found = shutil.which(name) if on_path else None
+    return Path(found) if found else None
+
+
+@dataclass(frozen=True)
+class TransformersEngine:
+    """Plain transformers: `from_pretrained`, `apply_chat_template` and `generate`, without any code of MiniSFT.
+
+    Args:
+        folder: The exported folder.
+        gguf: Name of a GGUF file in the folder, which transformers reads; "": a model folder.
+        trust_remote_code: Run code from the folder.
+    """
+
+    folder: Path
+    gguf: str = ""
+    trust_remote_code: bool = False
+
+    def answer(self, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> list[EngineAnswer]:
+        """Return the greedy answers; on a CPU the weights are computed with in fp32, whatever their format."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from minisft.models import is_adapter
+
+        options: dict[str, Any] = {"gguf_file": self.gguf} if self.gguf else {}
+        options["trust_remote_code"] = self.trust_remote_code
+        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype: Any = "auto" if device == "cuda" and not self.gguf else torch.float32
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, **options)
+            if is_adapter(self.folder):
+                from peft import AutoPeftModelForCausalLM
+
+                model: Any = AutoPeftModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, **options)
+            model = model.to(device).eval()
+            vocabulary = model.get_output_embeddings().weight.shape[0]
+            batch = max(1, min(_BATCH, _LOGITS // (vocabulary * max_new_tokens)))
+            answers: list[EngineAnswer] = []
+            for start in range(0, len(prompts), batch):
+                answers += _generate(model, tokenizer, prompts[start : start + batch], max_new_tokens)
+        except Exception as error:  # transformers raises any exception for a folder that it cannot read
+            raise EngineError(f"transformers refuses it: {type(error).__name__}: {first_line(error)}") from error
+        return answers
+
+
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> list[EngineAnswer]:
+    """Return the answers of transformers' own `generate` to a batch of prompts, padded on the left."""
+    import torch
+
+    rendered = [
+        tokenizer.apply_chat_template(
+            prompt.messages, tools=prompt.tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        for prompt in prompts
+    ]
+    width = max(map(len, rendered))
+    pad = tokenizer.pad_token_id or 0
+    padded = [[pad] * (width - len(ids)) + ids for ids in rendered]
+    real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rendered]
+    output = model.generate(
+        input_ids=torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(real, device=model.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    stops = model.generation_config.eos_token_id
+    ends = {stops} if isinstance(stops, int) else set(stops or ())
+    sequences = output.sequences[:, width:]
+    rows: list[list[Position]] = [[] for _ in rendered]
+    for step, logits in enumerate(output.logits):
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        found = logprobs.topk(min(TOP, logprobs.shape[-1]), dim=-1)
+        chosen = logprobs.gather(1, sequences[:, step : step + 1])[:, 0].tolist()
+        for row, (indices, values) in enumerate(zip(found.indices.tolist(), found.values.tolist(), strict=True)):
+            token = int(sequences[row, step])
+            rows[row].append(Position(token, dict(zip(indices, values, strict=True)) | {token: chosen[row]}))
+    answers = []
+    for prompt_ids, positions in zip(rendered, rows, strict=True):
+        end = next((place for place, position in enumerate(positions) if position.token in ends), None)
+        answers.append(EngineAnswer(prompt_ids, positions if end is None else positions[: end + 1], end is not None))
+    return answers
+
+
+@dataclass(frozen=True)
+class LlamaCppEngine:
+    """llama.cpp's server, with keys and values in f32.
+
+    Args:
+        server: Path of `llama-server`.
+        model: Path of the GGUF file.
+        context: Number of tokens of the context.
+        adapter: Path of a LoRA adapter as GGUF; None: none.
+    """
+
+    server: Path
+    model: Path
+    context: int
+    adapter: Path | None = None
+
+    def words(self, port: int) -> list[str]:
+        """Return the command that serves the model on a port."""
+        words = [
+            str(self.server), "--model", str(self.model), "--host", "127.0.0.1", "--port", str(port),
+            "--ctx-size", str(self.context), "--parallel", "1", "--cache-type-k", "f32", "--cache-type-v", "f32",
+            "--flash-attn", "off", "--jinja", "--no-webui",
+        ]  # fmt: skip
+        return words + (["--lora", str(self.adapter)] if self.adapter else [])
+
+    def answer(self, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> list[EngineAnswer]:
+        """Return the greedy answers.
+
+        Raises:
+            EngineError: The server does not start, or refuses a request.
+        """
+        answers = []
+        with _served(self.words, {}) as url:
+            for prompt in prompts:
+                body = _chat_body(prompt, max_new_tokens)
+                text = _post(f"{url}/apply-template", body)["prompt"]
+                # As the server tokenizes the prompt of a chat (tools/server/server-context.cpp).
+                tokenized = _post(f"{url}/tokenize", {"content": text, "add_special": True, "parse_special": True})
+                reply = _post(f"{url}/v1/chat/completions", body)
+                positions = [
+                    Position(entry["id"], {top["id"]: top["logprob"] for top in (*entry["top_logprobs"], entry)})
+                    for entry in _entries(reply)
+                ]
+                answers.append(EngineAnswer(tokenized["tokens"], positions, _finish(reply) != "length"))
+        return answers
+
+
+@dataclass(frozen=True)
+class VllmEngine:
+    """vLLM's server.
+
+    Args:
+        program: Path of `vllm`.
+        folder: The model folder.
+        context: Number of tokens of the context.
+        dtype: Number format of its arithmetic, such as float32.
+        trust_remote_code: Run code from the folder.
+    """
+
+    program: Path
+    folder: Path
+    context: int
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+    def words(self, port: int) -> list[str]:
+        """Return the command that serves the model on a port."""
+        words = [
+            str(self.program), "serve", str(self.folder), "--served-model-name", "model", "--host", "127.0.0.1",
+            "--port", str(port), "--max-model-len", str(self.context), "--dtype", self.dtype,
+            "--max-logprobs", str(TOP), "--enforce-eager",
+        ]  # fmt: skip
+        return words + (["--trust-remote-code"] if self.trust_remote_code else [])
+
+    def answer(self, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> list[EngineAnswer]:
+        """Return the greedy answers.
+
+        Raises:
+            EngineError: The server does not start, or refuses a request.
+        """
+        settings = {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
+            # Its own programs, such as ninja, are beside it.
+            "PATH": os.pathsep.join([str(self.program.parent), os.environ.get("PATH", "")]),
+        }
+        answers = []
+        with _served(self.words, settings) as url:
+            for prompt in prompts:
+                body = _chat_body(prompt, max_new_tokens) | {"model": "model", "return_tokens_as_token_ids": True}
+                asked = {key: body[key] for key in ("model", "messages", "tools") if key in body}
+                tokenized = _post(f"{url}/tokenize", asked | {"add_generation_prompt": True})
+                reply = _post(f"{url}/v1/chat/completions", body)
+                positions = []
+                for entry in _entries(reply):
+                    listed = (*entry["top_logprobs"], entry)
+                    top = {int(one["token"].removeprefix("token_id:")): one["logprob"] for one in listed}
+                    positions.append(Position(int(entry["token"].removeprefix("token_id:")), top))
+                answers.append(EngineAnswer(tokenized["tokens"], positions, _finish(reply) != "length"))
+        return answers
+
+
+def _chat_body(prompt: HeldOutPrompt, max_new_tokens: int) -> dict[str, Any]:
+    """Return the request of a greedy answer with log-probabilities, as OpenAI's clients send it."""
+    body: dict[str, Any] = {
+        "messages": prompt.messages,
+        "temperature": 0,
+        "max_tokens": max_new_tokens,
+        "logprobs": True,
+        "top_logprobs": TOP,
+    }
+    return body | ({"tools": prompt.tools} if prompt.tools else {})
+
+
+def _entries(reply: dict[str, Any]) -> list[dict[str, Any]]:
+    return list((reply["choices"][0].get("logprobs") or {}).get("content") or [])
+
+
+def _finish(reply: dict[str, Any]) -> str:
+    return str(reply["choices"][0]["finish_reason"])
+
+
+# --- servers on this machine ------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _served(words: Any, settings: dict[str, str]) -> Iterator[str]:
+    """Start a server, wait until it has loaded the model, and yield its address; it is stopped at the end.
+
+    Raises:
+        EngineError: It ended, or was not ready in time.
+    """
+    import tempfile
+
+    port = free_port()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            words(port), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **settings},
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            _stop(process)
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Any) -> None:
+    end = time.monotonic() + _START
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            log.seek(0)
+            lines = [line.strip() for line in log.read().splitlines() if line.strip()]
+            wrong = [line for line in lines if "rror" in line] or lines or ["it said nothing"]
+            raise EngineError(f"the server ended with status {process.returncode}: {wrong[-1][:300]}")
+        with contextlib.suppress(OSError), _opener().open(f"{url}/health", timeout=5) as reply:
+            if reply.status == 200:
+                return
+        time.sleep(0.2)
+    raise EngineError(f"the server was not ready after {_START:.0f} seconds")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a server and the processes that it started, which are all in its session."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    """Send a JSON request, and return the JSON reply.
+
+    Raises:
+        EngineError: The server refuses the request, or does not answer.
+    """
+    request = urllib.request.Request(
+        url, json.dumps(body).encode("utf-8"), {"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        with _opener().open(request, timeout=_REPLY) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        told = error.read().decode("utf-8", "replace")[:300]
+        raise EngineError(f"the server refuses {url.rsplit('/', 1)[-1]} ({error.code}): {told}") from None
+    except (OSError, ValueError) as error:
+        raise EngineError(f"the server does not answer ({first_line(error)})") from None
