@@ -570,6 +570,37 @@ def report(
     return written
 
 
+def push(
+    run: "str | Path | Run | Recipe",
+    name: str,
+    overrides: Overrides = None,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> str:
+    """Publish a run's model with its model card on the Hugging Face hub; return the address of the commit.
+
+    Args:
+        run: A `Run`, the path of a run folder or of a recipe, or a `Recipe`.
+        name: ORG/NAME of the repository.
+        overrides: Values of the recipe by dotted key.
+        private: Create a private repository.
+        dry_run: Write the folder that would be sent, return its path, and send nothing.
+        trust_remote_code: Run code that comes with the model.
+        **options: Options of `minisft.export`, such as `checkpoint`.
+
+    Raises:
+        UserError: The export is refused, or the hub refuses it or cannot be reached.
+    """
+    found = _recipe_or_run("push", run, overrides, trust_remote_code)
+    from minisft.exporting.export import ExportOptions
+    from minisft.exporting.hub import push as push_model
+
+    return push_model(found, name, ExportOptions(**options), private=private, dry_run=dry_run)
+
+
 def chat(folder: str | Path, **options: Any) -> None:
     """Chat in the terminal with the model of a run or of a model folder; for the options see `chat.terminal.chat`."""
     set_library_environment()

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minisft import options
 from minisft.errors import StoppedError, UserError, WorkerError
@@ -164,16 +164,33 @@ def export(arguments: Arguments) -> None:
         _recipe_or_run(arguments),
         folder,
         to=arguments.to,
-        checkpoint=arguments.checkpoint,
         merge=arguments.merge,
-        dtype=arguments.dtype,
-        engine=arguments.engine,
         llama_cpp=arguments.llama_cpp,
         max_kl=arguments.max_kl,
-        allow_unverified=arguments.allow_unverified,
-        license=arguments.license,
         force=arguments.force,
+        **_export_options(arguments),
     )
+
+
+def push(arguments: Arguments) -> None:
+    from minisft import api
+
+    if len(arguments.words) < 2 or "=" in arguments.words[1]:
+        raise UserError("minisft push", "no repository is named", "write: minisft push RUN ORG/NAME")
+    name = arguments.words.pop(1)
+    api.push(
+        _recipe_or_run(arguments),
+        name,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+        **_export_options(arguments),
+    )
+
+
+def _export_options(arguments: Arguments) -> dict[str, Any]:
+    """Return the options that export and push share."""
+    names = ("checkpoint", "dtype", "engine", "allow_unverified", "license")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def chat(arguments: Arguments) -> None:
@@ -305,6 +322,13 @@ VERBS = {
         "write a run's model for other tools, verified with their engines: a folder, GGUF or Ollama",
         "RUN|RECIPE.yaml FOLDER",
         options.export,
+        options.trust,
+    ),
+    "push": Verb(
+        push,
+        "publish a run's model and its model card on the Hugging Face hub",
+        "RUN|RECIPE.yaml ORG/NAME",
+        options.push,
         options.trust,
     ),
     "chat": Verb(

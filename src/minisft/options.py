@@ -126,24 +126,41 @@ def compare(parser: Parser) -> None:
 
 
 def export(parser: Parser) -> None:
-    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-96, or best; default: the final model")
-    parser.add_argument(
-        "--merge",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="add adapters to the weights of the base model (default), or copy them without merging",
-    )
     parser.add_argument(
         "--to", choices=("folder", "gguf", "ollama"), default="folder",
         help="a model folder (default), model.gguf for llama.cpp, or model.gguf and a Modelfile for Ollama",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=("f32", "fp32", "f16", "fp16", "bf16", "q8_0", "q4_k_m"),
-        help="number format of the weights; q8_0 and q4_k_m only for gguf and ollama; default: unchanged",
-    )  # fmt: skip
-    engines = ("auto", "none", "transformers", "llama.cpp", "vllm")
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add adapters to the weights of the base model (default), or write them without merging",
+    )
+    _exported_model(parser, ("f32", "fp32", "f16", "fp16", "bf16", "q8_0", "q4_k_m"))
     parser.add_argument(
-        "--engine", choices=engines, default="auto",
+        "--max-kl", type=float, metavar="NATS",
+        help="largest accepted mean KL divergence of a quantised model, in nats per token (default 0.05 for q8_0, "
+        "0.5 for q4_k_m)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--llama-cpp", metavar="FOLDER", help="a folder of llama.cpp, for its converter, quantiser and server"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the model that an earlier export wrote there")
+
+
+def push(parser: Parser) -> None:
+    _exported_model(parser, ("f32", "fp32", "f16", "fp16", "bf16"))
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--dry-run", action="store_true", help="write the folder that would be sent, and send nothing")
+
+
+def _exported_model(parser: Parser, dtypes: tuple[str, ...]) -> None:
+    """Add the options that export and push share."""
+    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-96, or best; default: the final model")
+    quantised = "; q8_0 and q4_k_m only for gguf and ollama" if "q8_0" in dtypes else ""
+    parser.add_argument("--dtype", choices=dtypes, help=f"number format of the weights{quantised}; default: unchanged")
+    parser.add_argument(
+        "--engine", choices=("auto", "none", "transformers", "llama.cpp", "vllm"), default="auto",
         help="engine that must give the same prompts, probabilities and stops as the trained model on held-out "
         "conversations; default: all that are installed",
     )  # fmt: skip
@@ -154,16 +171,7 @@ def export(parser: Parser) -> None:
     parser.add_argument(
         "--allow-unverified", action="store_true", help="keep an export that an engine does not serve as trained"
     )
-    parser.add_argument(
-        "--max-kl", type=float, metavar="NATS",
-        help="largest accepted mean KL divergence of a quantised model, in nats per token (default 0.05 for q8_0, "
-        "0.5 for q4_k_m)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--llama-cpp", metavar="FOLDER", help="a folder of llama.cpp, for its converter, quantiser and server"
-    )
     parser.add_argument("--license", metavar="ID", help="the model's licence, such as apache-2.0, for the model card")
-    parser.add_argument("--force", action="store_true", help="replace the model that an earlier export wrote there")
 
 
 def force(parser: Parser) -> None:

@@ -133,8 +133,8 @@ def _summary(run: RunFiles, recipe: Recipe, source: Path) -> str:
     how = "LoRA adapters" if recipe.training.lora else "All weights"
     steps = f" (`{source.name}`)" if source.name.startswith("checkpoint-") else ""
     return (
-        f"{base}, fine-tuned on conversations with [MiniSFT](https://pypi.org/project/minisft/) {__version__}{steps}. "
-        f"{how} were trained; only answers were learned. {as_text(verdict(run))}"
+        f"{base}, fine-tuned on conversations with MiniSFT {__version__}{steps}. {how} were trained; only answers were "
+        f"learned. {as_text(verdict(run)) if run.results else ''}".rstrip()
     )
 
 
@@ -149,7 +149,8 @@ def _training(run: RunFiles, recipe: Recipe, folder: Path) -> list[str]:
             f"out, {rows['skipped']:,} skipped of {rows['read']:,}; {tokens['supervised']:,} of {tokens['kept']:,} "
             f"tokens supervised. Template: {as_text(run.ledger['template'])}."
         )
-    settings = [[f"`{key}`", f"`{getattr(recipe.training, key)}`"] for key in _KEYS]
+    values = {key: getattr(recipe.training, key) for key in _KEYS}
+    settings = [[f"`{key}`", f"`{value}`"] for key, value in values.items() if value is not None]
     if recipe.training.lora:
         settings.append(["`lora`", f"`rank {recipe.training.lora.rank}, alpha {recipe.training.lora.alpha}`"])
     parts.append(markdown_table(["setting", "value"], settings).rstrip())

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 VERIFIED = "verified.json"
 NEW_TOKENS = 64  # the most tokens of an answer that are compared
 _INSTALL = "`make engines` of the source code installs it, or name its folder in MINISFT_ENGINES"
+_GGUF_ONLY, _FOLDERS_ONLY = "it reads GGUF files only: --to gguf", "it reads complete model folders only"
+_NO_ADAPTERS = "it does not read adapters in GGUF"
+_INAPPLICABLE = (_GGUF_ONLY, _FOLDERS_ONLY, _NO_ADAPTERS)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def prove(
                 continue
             builder = "the run has no held-out conversations"
         verified.engines[name] = not_run(builder)
-        warn(f"not verified with {name}: {builder}")
+        if engine == "auto" and builder not in _INAPPLICABLE:
+            warn(f"not verified with {name}: {builder}")
     return verified
 
 
@@ -127,20 +131,20 @@ def _engines(exported: ExportedModel, llama_cpp: Path | None) -> dict[str, "str 
     adapter = folder / exported.adapter_gguf if exported.adapter_gguf else None
     found: dict[str, str | Callable[[_Reference], Engine]] = {}
     if adapter:
-        found["transformers"] = "it does not read adapters in GGUF"
+        found["transformers"] = _NO_ADAPTERS
     elif exported.gguf and (reason := _unread_by_transformers(exported)):
         found["transformers"] = reason
     else:
         found["transformers"] = lambda reference: TransformersEngine(folder, exported.gguf)
     if not exported.gguf:
-        found["llama.cpp"] = "it reads GGUF files only: --to gguf"
+        found["llama.cpp"] = _GGUF_ONLY
     elif server is None:
         found["llama.cpp"] = f"llama-server is not installed; {_INSTALL}"
     else:
         program = server
         found["llama.cpp"] = lambda reference: LlamaCppEngine(program, model, reference.context, adapter)
     if exported.gguf or not exported.merged:
-        found["vllm"] = "it reads complete model folders only"
+        found["vllm"] = _FOLDERS_ONLY
     elif vllm is None:
         found["vllm"] = f"it is not installed; {_INSTALL}"
     else:

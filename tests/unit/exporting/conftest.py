@@ -1,0 +1,48 @@
+"""A run whose model has learned to answer and to stop, and another one with LoRA."""
+
+import json
+
+import pytest
+
+from minisft.cli import main
+from tests.tiny import write_recipe, write_tiny_model
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + ']' }}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def short_answers(tmp_path_factory):
+    """Return a ShareGPT file of 60 dialogues with short answers."""
+    path = tmp_path_factory.mktemp("short") / "talks.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(60):
+            turns = [{"from": "human", "value": f"{number}?"}, {"from": "gpt", "value": ["aye", "nay"][number % 2]}]
+            file.write(json.dumps({"id": f"talk-{number}", "conversations": turns}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def answering_run(tmp_path_factory, short_answers):
+    """Return the folder of a run whose answers end by the terminator."""
+    folder = tmp_path_factory.mktemp("answering")
+    training = "{max_steps: 60, save_every: 60, learning_rate: 1.0e-2, precision: fp32}"
+    recipe = write_recipe(folder, write_tiny_model(folder / "model"), short_answers, training)
+    template = folder / "template.jinja"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    assert main(["train", str(recipe), f"data.template={template}"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def lora_run(tmp_path_factory, short_answers):
+    """Return the folder of a run that trained adapters."""
+    folder = tmp_path_factory.mktemp("lora")
+    training = "{max_steps: 30, save_every: 30, learning_rate: 2.0e-2, precision: fp32, lora: {rank: 4}}"
+    recipe = write_recipe(folder, write_tiny_model(folder / "model"), short_answers, training)
+    assert main(["train", str(recipe)]) == 0
+    return folder / "run"
