@@ -145,9 +145,20 @@ class EvaluationRecipe:
     top_p: float = 1.0
     processes: int | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
+    tensor_parallel_size: int = 1  # of vLLM: number of GPUs that share one model
+    gpu_memory_utilization: float = 0.9  # of vLLM: the share of a GPU's memory that it may take
 
     def __post_init__(self) -> None:
-        _require_positive("evaluation", self, "max_new_tokens", "limit", "batch_size", "processes")
+        _require_positive(
+            "evaluation", self, "max_new_tokens", "limit", "batch_size", "processes", "tensor_parallel_size"
+        )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            problem = f"must be above 0 and at most 1, and is {self.gpu_memory_utilization}"
+            raise UserError("evaluation.gpu_memory_utilization", problem, "give a share of the memory such as 0.9")
+        for key in ("tensor_parallel_size", "gpu_memory_utilization"):
+            if self.backend != "vllm" and getattr(self, key) != getattr(EvaluationRecipe, key):
+                problem = f"only vLLM reads it, and evaluation.backend is {self.backend}"
+                raise UserError(f"evaluation.{key}", problem, "add evaluation.backend: vllm, or leave the key out")
         _require_not_negative("evaluation.", self, "examples", "temperature")
         if not 0 < self.top_p <= 1:
             problem = f"must be above 0 and at most 1, and is {self.top_p}"

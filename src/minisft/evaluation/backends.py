@@ -102,12 +102,21 @@ class VllmModel:
         weights: The model's folder.
         dtype: Dtype of the weights.
         trust_remote_code: Run code from the folder.
+        tensor_parallel_size: Number of GPUs that share the model.
+        gpu_memory_utilization: The share of a GPU's memory that vLLM may take.
 
     Raises:
         UserError: The folder holds only an adapter.
     """
 
-    def __init__(self, weights: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    def __init__(
+        self,
+        weights: Path,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+    ) -> None:
         if (weights / "adapter_config.json").exists():
             problem = "this folder holds an adapter, and the vLLM backend loads complete models only"
             raise UserError(weights, problem, "set evaluation.backend to transformers")
@@ -118,6 +127,8 @@ class VllmModel:
             model=str(weights),
             dtype=str(dtype).removeprefix("torch."),
             trust_remote_code=trust_remote_code,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
             generation_config="vllm",  # vLLM would otherwise take the temperature of the folder's file as a default
         )
 
@@ -168,13 +179,24 @@ def require_vllm() -> None:
     """Check that vLLM is usable.
 
     Raises:
-        UserError: vLLM is not installed, or there is no GPU.
+        UserError: vLLM is not installed, or there is no GPU and it is not a build for CPUs.
     """
     fix = "leave evaluation.backend at transformers"
     if importlib.util.find_spec("vllm") is None:
         raise UserError("evaluation.backend", "vllm is not installed", f"pip install vllm, or {fix}")
-    if not torch.cuda.is_available():
-        raise UserError("evaluation.backend", "vllm needs a GPU, and this machine has none", fix)
+    if not torch.cuda.is_available() and not _is_cpu_build():
+        problem = "this build of vllm needs a GPU, and this machine has none"
+        raise UserError("evaluation.backend", problem, f"install vllm's CPU build, or {fix}")
+
+
+def _is_cpu_build() -> bool:
+    """Return whether vLLM itself finds that it is to run on this machine's CPU."""
+    try:
+        from vllm.platforms import current_platform
+
+        return bool(current_platform.is_cpu())
+    except (ImportError, RuntimeError):
+        return False
 
 
 def _collect() -> None:
@@ -196,6 +218,8 @@ class ModelSpec:
         sampling: Sampling settings; None: greedy decoding.
         backend: The library that generates; losses are always computed with transformers.
         base: Folder of the run's base model, to which adapters are added.
+        tensor_parallel_size: Number of GPUs that share the model in vLLM.
+        gpu_memory_utilization: The share of a GPU's memory that vLLM may take.
     """
 
     weights: Path
@@ -206,6 +230,8 @@ class ModelSpec:
     sampling: Sampling | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
     base: Path | None = None
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
 
     def load(self) -> "TransformersModel | VllmModel":
         """Load the model with the library of the backend.
@@ -215,7 +241,13 @@ class ModelSpec:
         """
         if self.backend == "vllm":
             require_vllm()
-            return VllmModel(self.weights, self.dtype, self.trust_remote_code)
+            return VllmModel(
+                self.weights,
+                self.dtype,
+                self.trust_remote_code,
+                self.tensor_parallel_size,
+                self.gpu_memory_utilization,
+            )
         return TransformersModel(self.weights, self.dtype, self.trust_remote_code, self.base)
 
 

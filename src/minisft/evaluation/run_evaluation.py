@@ -141,6 +141,8 @@ def _load_examples(
             Sampling(settings.temperature, settings.top_p, recipe.seed) if settings.temperature > 0 else None,
             settings.backend,
             base,
+            settings.tensor_parallel_size,
+            settings.gpu_memory_utilization,
         ),
         workers,
     )

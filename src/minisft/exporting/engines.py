@@ -306,7 +306,8 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Any) ->
             log.seek(0)
             lines = [line.strip() for line in log.read().splitlines() if line.strip()]
             wrong = [line for line in lines if "rror" in line] or lines or ["it said nothing"]
-            raise EngineError(f"the server ended with status {process.returncode}: {wrong[-1][:300]}")
+            told = next((line for line in wrong if "error loading" in line), wrong[-1])
+            raise EngineError(f"the server ended with status {process.returncode}: {told[:300]}")
         with contextlib.suppress(OSError), _opener().open(f"{url}/health", timeout=5) as reply:
             if reply.status == 200:
                 return

@@ -158,7 +158,7 @@ def _write_folder(exported: ExportedModel, recipe: Recipe) -> None:
 
 def _write_gguf_forms(exported: ExportedModel, recipe: Recipe, options: ExportOptions) -> ExportedModel:
     """Write model.gguf; for adapters that are not merged, the base model and adapter.gguf; for Ollama a Modelfile."""
-    from minisft.exporting.gguf_writer import write_adapter_gguf, write_gguf
+    from minisft.exporting.gguf_writer import write_gguf
 
     # 1. A model folder: of the model, or of the base model with the tokenizer, template and stop tokens of the run.
     new, source, base = exported.folder, exported.source, exported.base
@@ -170,9 +170,11 @@ def _write_gguf_forms(exported: ExportedModel, recipe: Recipe, options: ExportOp
         write_weights(plain, source, base, "f32", recipe.trust_remote_code)
     # 2. The files of the engine.
     dtype = exported.dtype or _number_format_of(plain)
-    write_gguf(plain, new / GGUF, dtype, options.llama_cpp)
+    write_gguf(plain, new / GGUF, dtype)
     adapter = ""
     if base is not None and not exported.merged:
+        from minisft.exporting.gguf_writer import write_adapter_gguf
+
         adapter = ADAPTER_GGUF
         write_adapter_gguf(source, base, new / adapter)
     if options.to == "ollama":

@@ -7,7 +7,6 @@ import pytest
 from minisft.cli import main
 from tests.tiny import write_recipe, write_tiny_model
 
-
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + ']' }}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"

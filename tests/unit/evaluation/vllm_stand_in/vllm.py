@@ -14,8 +14,17 @@ SamplingParams = types.SimpleNamespace
 class LLM:
     """Greedy whatever the sampling parameters say; `settings` holds those of the last call."""
 
-    def __init__(self, model: str, dtype: str, trust_remote_code: bool, generation_config: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        trust_remote_code: bool,
+        tensor_parallel_size: int,
+        gpu_memory_utilization: float,
+        generation_config: str,
+    ) -> None:
         assert (dtype, generation_config) == ("float32", "vllm")
+        assert (tensor_parallel_size, gpu_memory_utilization) == (1, 0.9)
         self.model = TransformersModel(Path(model), torch.float32, trust_remote_code)
         self.settings: list[Any] = []
 
