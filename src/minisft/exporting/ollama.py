@@ -5,9 +5,9 @@ and "Modelfile"). A Jinja template cannot be translated in general, so the train
 conversations with the forms that have a Go template: turns of a header, a text and an end (ChatML, Llama 3, Zephyr),
 and Mistral's [INST] forms.
 
-Two things are not translated. Functions: Ollama's JSON has no spaces, and so is another text; the template leaves
-`.Tools` out. And Ollama joins adjacent messages of one role by an empty line before the template sees them. Where a
-form trims texts, the Go template trims ASCII white space.
+Functions and calls are not translated, since Ollama's JSON has no spaces and so is another text: the template leaves
+out `.Tools` and `.ToolCalls`, and results of tools where they are no plain turns. Ollama joins adjacent messages of one
+role by an empty line before the template sees them. Where a form trims texts, the Go template trims ASCII white space.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from minisft.data.conversation import JOIN
+from minisft.data.conversation import JOIN, ROLES
 from minisft.data.renderers.templates import EOS, TURN_TEMPLATES, TurnTemplate
 from minisft.errors import UserError
 from minisft.exporting.gguf_vocabulary import probe_prompt
@@ -24,7 +24,6 @@ from minisft.exporting.gguf_vocabulary import probe_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_ROLES = ("system", "user", "assistant")
 _FIX = "use export --to gguf: llama.cpp renders the Jinja template itself"
 
 Turn = tuple[str, str]  # role and text
@@ -40,7 +39,9 @@ _SAMPLES: tuple[tuple[Turn, ...], ...] = (
     (("user", " a\n"), ("assistant", "b  "), ("user", "\tc ")),
     (("system", "  s\n"), ("user", " a\n"), ("assistant", "\n b "), ("user", "c")),
     (("user", '{{ "a" }} {% b %} """ \\n'), ("assistant", "`c` {{- . -}}"), ("user", "é 🙂")),
+    (("user", "a"), ("assistant", "<think>\nb\n</think>\n\nc"), ("user", "d")),
 )
+_RESULT: tuple[Turn, ...] = (("user", "a"), ("assistant", "b"), ("tool", "c"), ("assistant", "d"), ("user", "e"))
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class TextForm:
             parts += [self.between] if role == "assistant" and place < len(kept) - 1 else []
         return "".join(parts) + (self.prompt if turns[-1][0] != "assistant" else "")
 
+    def without(self, role: str) -> "TextForm":
+        """Return the form without a role, whose messages it does not write."""
+        before, after = ({key: text for key, text in part.items() if key != role} for part in (self.before, self.after))
+        return replace(self, before=before, after=after)
+
     def _trim(self, role: str, text: str) -> str:
         if self.trim == "answers" and role == "assistant":
             return text.rstrip(" ")
@@ -98,7 +104,6 @@ class TextForm:
             if self.default:
                 block = self.before["system"] + self.default + self.after["system"]
                 lines.append('{{- if ne (index .Messages 0).Role "system" }}' + _write(block) + "{{ end }}")
-            roles: tuple[str, ...] = _ROLES
         else:
             lines += ["{{- $holder := -1 }}", "{{- range $i, $_ := .Messages }}"]
             unset = "(eq $holder -1) " if self.system == "first" else ""
@@ -107,10 +112,9 @@ class TextForm:
                 f"{{{{- if {'and ' if unset else ''}{unset}{user} }}}}{{{{ $holder = $i }}}}{{{{ end }}}}",
                 "{{- end }}",
             ]
-            roles = ("user", "assistant")
         lines.append("{{- range $i, $_ := .Messages }}")
         lines.append("{{- $last := eq (len (slice $.Messages $i)) 1 }}")
-        for place, role in enumerate(roles):
+        for place, role in enumerate(self.before):
             lines.append(f'{{{{- {"else " if place else ""}if eq .Role "{role}" }}}}')
             lines.append(_write(self.before[role]))
             if role == "user" and self.system != "turn":
@@ -186,7 +190,8 @@ def find_form(tokenizer: "PreTrainedTokenizerFast", chat_template: str) -> TextF
     if first in rendered and with_system in rendered:
         for form in _candidates(tokenizer, rendered[first]):
             if all(form.render(sample) == text for sample, text in rendered.items()):
-                return form
+                known = "tool" not in form.before or form.render(_RESULT) == _render(tokenizer, chat_template, _RESULT)
+                return form if known else form.without("tool")
     raise UserError(
         "chat template", "no Go form of this template is known, and Ollama renders no other templates", _FIX
     )
@@ -217,13 +222,15 @@ def _candidates(tokenizer: "PreTrainedTokenizerFast", rendered: str) -> Iterator
             if rendered.startswith(opener) and closer in rendered:
                 yield replace(form, default=rendered[len(opener) :].partition(closer)[0])
     spaces = ("", " ")
-    places: tuple[Literal["first", "last"], ...] = ("first", "last")
+    places: tuple[Literal["turn", "first", "last"], ...] = ("first", "last", "turn")
     trims: tuple[Literal["none", "answers", "all"], ...] = ("none", "answers", "all")
     for gaps in itertools.product(spaces, repeat=5):
         after_bos, after_opener, before_closer, before_answer, between = gaps
         for begin, place, trimmed in itertools.product(begins, places, trims):
             before = {"user": "[INST]" + after_opener, "assistant": before_answer}
             after = {"user": before_closer + "[/INST]", "assistant": eos}
+            if place == "turn":  # from v7 on
+                before["system"], after["system"] = "[SYSTEM_PROMPT]" + after_opener, "[/SYSTEM_PROMPT]"
             yield TextForm("mistral", begin + after_bos, before, after, between, "", place, "", trimmed)
 
 
@@ -231,8 +238,8 @@ def _turn_form(
     template: TurnTemplate, begin: str, answer_end: str, eos: str, trim: Literal["none", "answers", "all"]
 ) -> TextForm:
     end = eos if template.end == EOS else template.end
-    after = dict.fromkeys(_ROLES, end + template.after) | {"assistant": answer_end + template.after}
-    before = {role: template.open_turn(role) for role in _ROLES}
+    after = dict.fromkeys(ROLES, end + template.after) | {"assistant": answer_end + template.after}
+    before = {role: template.open_turn(role) for role in ROLES}
     return TextForm(template.name, begin, before, after, prompt=before["assistant"], trim=trim)
 
 
