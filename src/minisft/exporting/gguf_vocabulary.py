@@ -9,7 +9,7 @@ Keys and token types: the GGUF specification (ggml/docs/gguf.md, "Tokenizer"); p
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -203,21 +203,15 @@ def _space_prefix(state: Mapping[str, Any], begins_with_control: bool) -> bool:
 def _scores_of(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]], types: Sequence[int]) -> list[float]:
     """Return scores by which SentencePiece's joining of pairs follows the order of the merges.
 
-    It joins any two tokens whose text together is a token. So each such pair must be among the merges, and the merges
-    that make one token must follow each other.
+    It joins any two tokens whose text together is a token. So each such pair must be among the merges.
 
     Raises:
         UserError: The merges were not made from scores, so that no scores give the same ids.
     """
     scores = [0.0 if kind != UNUSED else _PADDING_SCORE for kind in types]
-    order: dict[str, int] = {}
-    last = ""
-    for left, right in merges:
-        made = left + right
-        if made != last and made in order:
-            _refuse(f"its merges make {made!r} at two places of their order, and SentencePiece has one score for it")
-        order.setdefault(made, len(order))
-        last = made
+    for group, made in enumerate(_groups_of(merges)):
+        for text in made:
+            scores[vocabulary[text]] = -float(group + 1)
     pairs = {*merges}
     for text in vocabulary:
         for place in range(1, len(text) if types[vocabulary[text]] == NORMAL else 0):
@@ -228,12 +222,35 @@ def _scores_of(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]],
                 and (left, right) not in pairs
             ):
                 _refuse(f"its merges do not join {left!r} and {right!r} to {text!r}, and SentencePiece would")
-    for made, place in order.items():
-        scores[vocabulary[made]] = -float(place + 1)
     for id, kind in enumerate(types):
         if kind in (CONTROL, USER_DEFINED, UNKNOWN):
             scores[id] = _ADDED_SCORE
     return scores
+
+
+def _groups_of(merges: Sequence[tuple[str, ...]]) -> Iterator[list[str]]:
+    """Yield the tokens that the merges make, in order; those whose merges alternate together, as they have one score.
+
+    Among pairs with one score SentencePiece joins the leftmost. So do merges for runs of one character only, such as
+    spaces, which grow from the left.
+
+    Raises:
+        UserError: The merges of other tokens alternate.
+    """
+    last: dict[str, int] = {}
+    for place, (left, right) in enumerate(merges):
+        last[left + right] = place
+    group: dict[str, None] = {}
+    end = -1
+    for place, (left, right) in enumerate(merges):
+        group[left + right] = None
+        end = max(end, last[left + right])
+        if place == end:
+            if len(group) > 1 and len(set("".join(group))) > 1:
+                names = ", ".join(map(repr, list(group)[:3]))
+                _refuse(f"its merges for {names} alternate, and SentencePiece has one score for each")
+            yield list(group)
+            group = {}
 
 
 def _is_piece(text: str, vocabulary: Mapping[str, int], types: Sequence[int]) -> bool:
@@ -264,6 +281,31 @@ def special_ids(tokenizer: "PreTrainedTokenizerFast", stops: Iterable[int]) -> d
             "generation_config.json", problem, "leave the ones that are never generated out of eos_token_id"
         )
     return ids | {name: int(id) for name, id in zip(("eos", "eot", "eom"), keyed, strict=False)}
+
+
+def probe_prompt(tokenizer: "PreTrainedTokenizerFast", chat_template: str | None = None) -> tuple[str, bool]:
+    """Return a rendered prompt without its BOS, and whether an engine must put BOS before prompts.
+
+    A token that also opens later turns is a marker of the template, and no BOS, whatever the tokenizer calls it.
+    Without a chat template, the tokenizer's own encoding of a text decides.
+
+    Args:
+        tokenizer: The tokenizer.
+        chat_template: Jinja text; None: the tokenizer's own.
+    """
+    bos: Any = tokenizer.bos_token
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+        )
+        prompt = str(rendered)
+    except Exception:  # no template, or one that refuses these turns
+        ids = tokenizer.backend_tokenizer.encode("a").ids
+        return "", bos is not None and ids[:1] == [tokenizer.bos_token_id]
+    if bos and prompt.startswith(bos) and prompt.count(bos) == 1:
+        return prompt.removeprefix(bos), True
+    return prompt, False
 
 
 # Tokens at which llama.cpp ends a generation because of their text, without a key.

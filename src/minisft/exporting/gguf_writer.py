@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.errors import UserError
-from minisft.exporting.gguf_vocabulary import SENTENCE_PIECE, read_vocabulary, special_ids
+from minisft.exporting.gguf_vocabulary import SENTENCE_PIECE, probe_prompt, read_vocabulary, special_ids
 from minisft.manifest import record_files
 from minisft.models import build_on_meta_device, load_config, load_tokenizer
 
@@ -256,7 +256,7 @@ def _add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: "PreTrainedTokenizerFas
 
     `add_bos_token` says what the trained prompts begin with, and not what the tokenizer does to a plain text.
     """
-    prompt, begins_with_bos = _probe_prompt(tokenizer)
+    prompt, begins_with_bos = probe_prompt(tokenizer)
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     vocabulary = read_vocabulary(tokenizer, config.vocab_size, prompt.startswith(tuple(control or ("\0",))))
     writer.add_tokenizer_model(vocabulary.model)
@@ -277,24 +277,6 @@ def _add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: "PreTrainedTokenizerFas
         template = template.get("default")
     if template:
         writer.add_chat_template(template)
-
-
-def _probe_prompt(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, bool]:
-    """Return a rendered prompt without its BOS, and whether an engine must put BOS before prompts.
-
-    A token that also opens later turns is a marker of the template, and no BOS, whatever the tokenizer calls it.
-    Without a chat template, the tokenizer's own encoding of a text decides.
-    """
-    bos: Any = tokenizer.bos_token
-    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    try:
-        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except Exception:  # no template, or one that refuses these turns
-        ids = tokenizer.backend_tokenizer.encode("a").ids
-        return "", bos is not None and ids[:1] == [tokenizer.bos_token_id]
-    if bos and prompt.startswith(bos) and prompt.count(bos) == 1:
-        return prompt.removeprefix(bos), True
-    return prompt, False
 
 
 def _stop_ids(tokenizer: "PreTrainedTokenizerFast", config: Any, folder: Path) -> list[int]:
@@ -421,6 +403,102 @@ def _rope_factors(config: Any) -> "np.ndarray":
     base = float(rope_parameters(config)["rope_theta"])
     plain = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return (plain / scaled).to(torch.float32).numpy()
+
+
+# --- adapters ---------------------------------------------------------------------------------------------
+
+
+def write_adapter_gguf(adapter: Path, base: Path, target: Path) -> None:
+    """Write peft's LoRA matrices, unmerged and in fp32, to a GGUF file for llama.cpp's `--lora`.
+
+    llama.cpp adds B A x times alpha / rank. Where peft scales otherwise (rslora, a rank or alpha of a module's own),
+    the matrix B makes up for it.
+
+    Args:
+        adapter: Folder with adapter_config.json and adapter_model.safetensors.
+        base: Folder of the model that they were trained on.
+        target: Path of the file, in a folder that exists.
+
+    Raises:
+        UserError: They are no plain LoRA, or they adapt what llama.cpp's architecture does not have.
+        OSError: The file cannot be written.
+    """
+    import gguf
+    from peft import PeftConfig
+
+    config = load_config(base)
+    architecture = require_architecture(config, base)
+    lora: Any = PeftConfig.from_pretrained(str(adapter))
+    _refuse_other_adapters(lora, adapter)
+    with open_writer(target, architecture) as writer, open_weights(adapter) as weights:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.lora_alpha))
+        tensors = list(_matrices_of(config, lora, weights, architecture, adapter))
+        write_tensors(writer, tensors, Path(str(writer.path)))
+
+
+def _refuse_other_adapters(lora: Any, folder: Path) -> None:
+    others = {
+        f"adapters of type {lora.peft_type}": str(getattr(lora.peft_type, "value", lora.peft_type)) != "LORA",
+        "DoRA": bool(getattr(lora, "use_dora", False)),
+        "trained biases": getattr(lora, "bias", "none") != "none",
+        "completely trained modules": bool(getattr(lora, "modules_to_save", None)),
+    }
+    for name, present in others.items():
+        if present:
+            fix = "export the merged model: leave out --no-merge"
+            raise UserError(folder, f"llama.cpp's adapters are plain LoRA, and these have {name}", fix)
+
+
+def _matrices_of(
+    config: Any, lora: Any, weights: "dict[str, Callable[[], torch.Tensor]]", architecture: str, folder: Path
+) -> Iterator[_Tensor]:
+    """Yield lora_a [rank, inputs] and lora_b [outputs, rank] of every adapted matrix."""
+    import functools
+
+    import gguf
+
+    architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(architectures[architecture], config.num_hidden_layers)
+    for name in sorted(weights):
+        module, found, _ = name.removeprefix("base_model.model.").partition(".lora_A.")
+        if not found:
+            if ".lora_B." in name:
+                continue
+            raise UserError(folder, f"{name} is no matrix of LoRA", "export the merged model: leave out --no-merge")
+        new = names.get_name(module)
+        tied = module == "lm_head" and config.tie_word_embeddings
+        if new is None or tied or new == "token_embd":
+            problem = f"llama.cpp's {architecture} takes no adapter of {module}"
+            raise UserError(folder, problem, "export the merged model: leave out --no-merge")
+        a, b = weights[name], weights[name.replace(".lora_A.", ".lora_B.")]
+        rank = a().shape[0]
+        scale = _scale_of(lora, module, rank) / (lora.lora_alpha / rank)
+        read = functools.partial(_read_matrix, f"{module}.weight", config)
+        yield _Tensor(f"{new}.weight.lora_a", tuple(a().shape), "f32", functools.partial(read, a, 1.0, False))
+        yield _Tensor(f"{new}.weight.lora_b", tuple(b().shape), "f32", functools.partial(read, b, scale, True))
+
+
+def _scale_of(lora: Any, module: str, rank: int) -> float:
+    """Return peft's factor of B A for one module."""
+    from peft.utils.other import get_pattern_key
+
+    patterns: dict[str, Any] = lora.alpha_pattern or {}
+    alpha: Any = patterns.get(get_pattern_key(list(patterns), module), lora.lora_alpha)
+    return float(alpha) / (math.sqrt(rank) if lora.use_rslora else rank)
+
+
+def _read_matrix(
+    weight: str, config: Any, read: "Callable[[], torch.Tensor]", scale: float, is_b: bool
+) -> "np.ndarray":
+    """Return A or B in fp32; B has the rows of the matrix `weight` that it is added to, and so their order."""
+    import torch
+
+    tensor = read().to(torch.float32) * scale
+    if is_b and is_permuted(config, weight):
+        tensor = pair_rotary_rows(tensor, heads_of(config, weight))
+    return tensor.contiguous().numpy()
 
 
 # --- writing ----------------------------------------------------------------------------------------------
