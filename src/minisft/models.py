@@ -110,7 +110,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     """
     refuse_huge_files(folder, _LARGEST)
     tekken = folder / _TEKKEN if (folder / _TEKKEN).is_file() else None
-    with _quiet():
+    with quiet_loading():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
@@ -177,7 +177,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         UserError: It needs code that comes with the model, without consent, or it cannot be read.
     """
     refuse_huge_files(folder, _LARGEST)
-    with _quiet():
+    with quiet_loading():
         from transformers import AutoConfig
 
         try:
@@ -268,7 +268,7 @@ def is_adapter(folder: Path) -> bool:
 
 def _load_plain(folder: Path, options: dict[str, Any]) -> "PreTrainedModel":
     refuse_huge_files(folder, _LARGEST)
-    with _quiet():
+    with quiet_loading():
         from transformers import AutoModelForCausalLM
 
         attention = options["attn_implementation"]
@@ -356,7 +356,7 @@ def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreT
     """Add the adapters of a folder to their base model, unmerged or merged."""
     if not (folder / _ADAPTER_WEIGHTS).is_file():
         raise UserError(folder, f"there is no {_ADAPTER_WEIGHTS}", "give a folder that peft's save_pretrained wrote")
-    with _quiet():
+    with quiet_loading():
         from peft import PeftModel
         from transformers import GenerationConfig
 
@@ -380,7 +380,7 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keep the progress bars and warnings of transformers off the terminal while it loads."""
     from transformers.utils import logging as transformers_logging
 
@@ -509,7 +509,7 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
 def _convert_gguf(path: Path, folder: Path) -> None:
     """Save the model and tokenizer of a GGUF file as a plain fp32 model folder."""
     warn(f"converting {path.name}, once; it is kept in the cache")
-    with _quiet(), _hide_gguf_progress():
+    with quiet_loading(), hide_gguf_progress():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -534,7 +534,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _hide_gguf_progress() -> Iterator[None]:
+def hide_gguf_progress() -> Iterator[None]:
     """Hide the progress bar of transformers' GGUF reader, which has no setting for it."""
     from transformers import modeling_gguf_pytorch_utils as reader
 

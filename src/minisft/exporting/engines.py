@@ -37,6 +37,12 @@ def engines_folder() -> Path:
     return Path(os.environ.get("MINISFT_ENGINES") or ".engines")
 
 
+def installed_llama_cpp() -> Path | None:
+    """Return the folder of llama.cpp among the installed engines; None if it is not there."""
+    folder = engines_folder() / "llama.cpp"
+    return folder if folder.is_dir() else None
+
+
 def find_llama_cpp(folder: Path | None = None) -> Path | None:
     """Return the path of llama.cpp's server; None if there is none.
 
@@ -67,11 +73,14 @@ class TransformersEngine:
     Args:
         folder: The exported folder.
         gguf: Name of a GGUF file in the folder, which transformers reads; "": a model folder.
+        weights_only: Take the ids of the prompts as they are: transformers reads the SentencePiece vocabulary of a
+            GGUF file otherwise than llama.cpp, so that its ids say nothing.
         trust_remote_code: Run code from the folder.
     """
 
     folder: Path
     gguf: str = ""
+    weights_only: bool = False
     trust_remote_code: bool = False
 
     def answer(self, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> list[EngineAnswer]:
@@ -79,43 +88,48 @@ class TransformersEngine:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from minisft.models import is_adapter
+        from minisft.models import hide_gguf_progress, is_adapter, quiet_loading
 
         options: dict[str, Any] = {"gguf_file": self.gguf} if self.gguf else {}
         options["trust_remote_code"] = self.trust_remote_code
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         dtype: Any = "auto" if device == "cuda" and not self.gguf else torch.float32
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, **options)
-            if is_adapter(self.folder):
-                from peft import AutoPeftModelForCausalLM
+            with quiet_loading(), hide_gguf_progress():
+                tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, **options)
+                if is_adapter(self.folder):
+                    from peft import AutoPeftModelForCausalLM
 
-                model: Any = AutoPeftModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
-            else:
-                model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, **options)
+                    model: Any = AutoPeftModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+                else:
+                    model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, **options)
             model = model.to(device).eval()
             vocabulary = model.get_output_embeddings().weight.shape[0]
             batch = max(1, min(_BATCH, _LOGITS // (vocabulary * max_new_tokens)))
             answers: list[EngineAnswer] = []
             for start in range(0, len(prompts), batch):
-                answers += _generate(model, tokenizer, prompts[start : start + batch], max_new_tokens)
+                some = prompts[start : start + batch]
+                rendered = [prompt.ids if self.weights_only else _rendered(tokenizer, prompt) for prompt in some]
+                answers += _generate(model, rendered, tokenizer.pad_token_id or 0, max_new_tokens)
         except Exception as error:  # transformers raises any exception for a folder that it cannot read
             raise EngineError(f"transformers refuses it: {type(error).__name__}: {first_line(error)}") from error
         return answers
 
 
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> list[EngineAnswer]:
-    """Return the answers of transformers' own `generate` to a batch of prompts, padded on the left."""
-    import torch
-
-    rendered = [
+def _rendered(tokenizer: Any, prompt: HeldOutPrompt) -> list[int]:
+    """Return the ids of a prompt by transformers' own template and tokenizer."""
+    return list(
         tokenizer.apply_chat_template(
             prompt.messages, tools=prompt.tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        for prompt in prompts
-    ]
+    )
+
+
+def _generate(model: Any, rendered: list[list[int]], pad: int, max_new_tokens: int) -> list[EngineAnswer]:
+    """Return the answers of transformers' own `generate` to the ids of a batch of prompts, padded on the left."""
+    import torch
+
     width = max(map(len, rendered))
-    pad = tokenizer.pad_token_id or 0
     padded = [[pad] * (width - len(ids)) + ids for ids in rendered]
     real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rendered]
     output = model.generate(

@@ -1,6 +1,7 @@
 """Export of a run's model as a model folder, as GGUF or for Ollama, and the proof that it serves as trained."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minisft.errors import UserError
-from minisft.exporting.engines import ENGINES
+from minisft.exporting.engines import ENGINES, installed_llama_cpp
 from minisft.exporting.model_card import write_card
 from minisft.exporting.model_folder import make_readable, write_weights
 from minisft.exporting.proof import VERIFIED, ExportedModel, prove
 from minisft.files import apply_umask, write_atomically
 from minisft.manifest import record_folder, write_marker
-from minisft.models import is_adapter, load_config, resolve_model, weights_fingerprint
+from minisft.models import is_adapter, load_config, load_tokenizer, resolve_model, weights_fingerprint
 from minisft.recipe import Recipe
 from minisft.replacement import (
     delete_leftovers,
@@ -158,7 +159,7 @@ def _write_folder(exported: ExportedModel, recipe: Recipe) -> None:
 
 def _write_gguf_forms(exported: ExportedModel, recipe: Recipe, options: ExportOptions) -> ExportedModel:
     """Write model.gguf; for adapters that are not merged, the base model and adapter.gguf; for Ollama a Modelfile."""
-    from minisft.exporting.gguf_writer import write_gguf
+    from minisft.exporting.llama_cpp import write_any_gguf
 
     # 1. A model folder: of the model, or of the base model with the tokenizer, template and stop tokens of the run.
     new, source, base = exported.folder, exported.source, exported.base
@@ -170,7 +171,7 @@ def _write_gguf_forms(exported: ExportedModel, recipe: Recipe, options: ExportOp
         write_weights(plain, source, base, "f32", recipe.trust_remote_code)
     # 2. The files of the engine.
     dtype = exported.dtype or _number_format_of(plain)
-    write_gguf(plain, new / GGUF, dtype)
+    write_any_gguf(plain, new / GGUF, dtype, options.llama_cpp or installed_llama_cpp())
     adapter = ""
     if base is not None and not exported.merged:
         from minisft.exporting.gguf_writer import write_adapter_gguf
@@ -178,11 +179,27 @@ def _write_gguf_forms(exported: ExportedModel, recipe: Recipe, options: ExportOp
         adapter = ADAPTER_GGUF
         write_adapter_gguf(source, base, new / adapter)
     if options.to == "ollama":
-        from minisft.exporting.ollama import modelfile
-
-        write_atomically(new / "Modelfile", modelfile(plain, GGUF))
+        write_atomically(new / "Modelfile", _modelfile(plain, recipe))
     shutil.rmtree(plain)
     return ExportedModel(new, source, base, dtype, exported.merged, gguf=GGUF, adapter_gguf=adapter)
+
+
+def _modelfile(folder: Path, recipe: Recipe) -> str:
+    """Return the Modelfile of a model folder, with the context that training and evaluation used."""
+    from minisft.evaluation.generation import context_length
+    from minisft.exporting.ollama import modelfile
+
+    config, tokenizer = load_config(folder, recipe.trust_remote_code), load_tokenizer(folder, recipe.trust_remote_code)
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    stops = generation["eos_token_id"]
+    context = recipe.data.max_length + recipe.evaluation.max_new_tokens
+    return modelfile(
+        tokenizer,
+        str(tokenizer.chat_template),
+        stop_ids=[stops] if isinstance(stops, int) else stops,
+        num_ctx=min(context, context_length(config) or context),
+        model=f"./{GGUF}",
+    )
 
 
 def _number_format_of(folder: Path) -> str:

@@ -185,7 +185,7 @@ def _verified_table(engines: Mapping[str, Mapping[str, Any]]) -> str:
             [
                 name,
                 entry["status"],
-                f"{entry['prompt_ids_equal']} of {count}",
+                "weights only" if entry["prompt_ids_equal"] is None else f"{entry['prompt_ids_equal']} of {count}",
                 f"{entry['answers_equal']} of {count}",
                 "" if entry["max_logprob_difference"] is None else f"{entry['max_logprob_difference']:.1e}",
             ]

@@ -81,6 +81,11 @@ class _Reference:
     max_new_tokens: int
 
     @property
+    def is_sentencepiece(self) -> bool:
+        """Whether the vocabulary is of SentencePiece's kind, which writes spaces as ▁."""
+        return "▁" in "".join(list(self.encoder.tokenizer.get_vocab())[:2000])
+
+    @property
     def context(self) -> int:
         """The number of tokens that the longest prompt and its answer need, rounded up."""
         longest = max(len(prompt.ids) for prompt in self.prompts) + self.max_new_tokens
@@ -135,7 +140,9 @@ def _engines(exported: ExportedModel, llama_cpp: Path | None) -> dict[str, "str 
     elif exported.gguf and (reason := _unread_by_transformers(exported)):
         found["transformers"] = reason
     else:
-        found["transformers"] = lambda reference: TransformersEngine(folder, exported.gguf)
+        found["transformers"] = lambda reference: TransformersEngine(
+            folder, exported.gguf, weights_only=reference.is_sentencepiece and bool(exported.gguf)
+        )
     if not exported.gguf:
         found["llama.cpp"] = _GGUF_ONLY
     elif server is None:
@@ -198,7 +205,11 @@ def _run(engine: Engine, exported: ExportedModel, reference: _Reference, max_kl:
     except EngineError as error:
         return not_run(str(error)) | {"status": "failed"}
     tolerance = Tolerance.of(exported.dtype or "f32", max_kl)
-    return compare(reference.prompts, reference.answers, answers, reference.encoder, tolerance).as_report()
+    entry = compare(reference.prompts, reference.answers, answers, reference.encoder, tolerance).as_report()
+    if isinstance(engine, TransformersEngine) and engine.weights_only:
+        entry["prompt_ids_equal"] = None
+        entry["reason"] = entry["reason"] or "only the weights: it reads this vocabulary otherwise than llama.cpp"
+    return entry
 
 
 def _tell(name: str, verified: Verified, reference: _Reference) -> None:
@@ -209,8 +220,10 @@ def _tell(name: str, verified: Verified, reference: _Reference) -> None:
         warn(f"{name}: {entry['reason']}")
         return
     count = entry["prompts"]
+    prompts = f"{entry['prompt_ids_equal']} of {count} prompts and "
+    if entry["prompt_ids_equal"] is None:
+        prompts = "the weights only, "
     say(
-        f"verified with {name}: {entry['prompt_ids_equal']} of {count} prompts and {entry['answers_equal']} of {count} "
-        f"answers equal, log-probabilities within {entry['max_logprob_difference']:.1e}, "
+        f"verified with {name}: {prompts}{entry['answers_equal']} of {count} answers equal, log-probabilities within {entry['max_logprob_difference']:.1e}, "
         f"KL divergence {entry['mean_kl']:.1e}"
     )
