@@ -100,7 +100,9 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerFast", rows: int, begins_with
     tokens, types = _tokens_of(tokenizer, model, rows)
     if byte_level:
         pre = _name_pre_tokenizer(state, bool(model.get("ignore_merges")))
-        return Vocabulary(BYTE_LEVEL, pre, tokens, types, [], [" ".join(merge) for merge in merges], False)
+        # llama.cpp loads no file without merges. A text of several characters is never at hand where none is made.
+        written = [" ".join(merge) for merge in merges] or [" ".join([max(tokens, key=len)] * 2)]
+        return Vocabulary(BYTE_LEVEL, pre, tokens, types, [], written, False)
     prefix = _space_prefix(state, begins_with_control)
     scores = _scores_of(model["vocab"], merges, types)
     return Vocabulary(SENTENCE_PIECE, "default", tokens, types, scores, [], prefix)

@@ -187,6 +187,7 @@ def _refuse_other_arithmetic(config: Any, head_dim: int, folder: Path) -> None:
         f"query_pre_attn_scalar {getattr(config, 'query_pre_attn_scalar', None)}": (
             getattr(config, "query_pre_attn_scalar", None) not in (None, expected_scale)
         ),
+        f"head_dim {head_dim}": family == "qwen2" and head_dim * config.num_attention_heads != config.hidden_size,
         "quantised weights": getattr(config, "quantization_config", None) is not None,
         "a decoder that is not causal": getattr(config, "is_causal", True) is False,
     }
