@@ -220,10 +220,9 @@ def _tell(name: str, verified: Verified, reference: _Reference) -> None:
         warn(f"{name}: {entry['reason']}")
         return
     count = entry["prompts"]
-    prompts = f"{entry['prompt_ids_equal']} of {count} prompts and "
-    if entry["prompt_ids_equal"] is None:
-        prompts = "the weights only, "
+    equal = entry["prompt_ids_equal"]
+    rendered = "the weights only" if equal is None else f"{equal} of {count} prompts"
     say(
-        f"verified with {name}: {prompts}{entry['answers_equal']} of {count} answers equal, log-probabilities within {entry['max_logprob_difference']:.1e}, "
-        f"KL divergence {entry['mean_kl']:.1e}"
+        f"verified with {name}: {rendered}, {entry['answers_equal']} of {count} answers equal, "
+        f"log-probabilities within {entry['max_logprob_difference']:.1e}, KL divergence {entry['mean_kl']:.1e}"
     )

@@ -5,13 +5,32 @@ import json
 import pytest
 
 from minisft.cli import main
-from tests.tiny import write_recipe, write_tiny_model
+from tests.tiny import WORDS, write_recipe, write_tiny_model
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + ']' }}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
+
+
+@pytest.fixture(scope="session")
+def merging_tokenizer():
+    """Return a byte-level BPE tokenizer with merges, without which llama.cpp loads none."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +45,11 @@ def short_answers(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def answering_run(tmp_path_factory, short_answers):
+def answering_run(tmp_path_factory, short_answers, merging_tokenizer):
     """Return the folder of a run whose answers end by the terminator."""
     folder = tmp_path_factory.mktemp("answering")
     training = "{max_steps: 60, save_every: 60, learning_rate: 1.0e-2, precision: fp32}"
-    recipe = write_recipe(folder, write_tiny_model(folder / "model"), short_answers, training)
+    recipe = write_recipe(folder, write_tiny_model(folder / "model", tokenizer=merging_tokenizer), short_answers, training)
     template = folder / "template.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
     assert main(["train", str(recipe), f"data.template={template}"]) == 0
@@ -38,10 +57,10 @@ def answering_run(tmp_path_factory, short_answers):
 
 
 @pytest.fixture(scope="session")
-def lora_run(tmp_path_factory, short_answers):
+def lora_run(tmp_path_factory, short_answers, merging_tokenizer):
     """Return the folder of a run that trained adapters."""
     folder = tmp_path_factory.mktemp("lora")
     training = "{max_steps: 30, save_every: 30, learning_rate: 2.0e-2, precision: fp32, lora: {rank: 4}}"
-    recipe = write_recipe(folder, write_tiny_model(folder / "model"), short_answers, training)
+    recipe = write_recipe(folder, write_tiny_model(folder / "model", tokenizer=merging_tokenizer), short_answers, training)
     assert main(["train", str(recipe)]) == 0
     return folder / "run"
