@@ -49,7 +49,9 @@ def answering_run(tmp_path_factory, short_answers, merging_tokenizer):
     """Return the folder of a run whose answers end by the terminator."""
     folder = tmp_path_factory.mktemp("answering")
     training = "{max_steps: 60, save_every: 60, learning_rate: 1.0e-2, precision: fp32}"
-    recipe = write_recipe(folder, write_tiny_model(folder / "model", tokenizer=merging_tokenizer), short_answers, training)
+    recipe = write_recipe(
+        folder, write_tiny_model(folder / "model", tokenizer=merging_tokenizer), short_answers, training
+    )
     template = folder / "template.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
     assert main(["train", str(recipe), f"data.template={template}"]) == 0
@@ -61,6 +63,8 @@ def lora_run(tmp_path_factory, short_answers, merging_tokenizer):
     """Return the folder of a run that trained adapters."""
     folder = tmp_path_factory.mktemp("lora")
     training = "{max_steps: 30, save_every: 30, learning_rate: 2.0e-2, precision: fp32, lora: {rank: 4}}"
-    recipe = write_recipe(folder, write_tiny_model(folder / "model", tokenizer=merging_tokenizer), short_answers, training)
+    recipe = write_recipe(
+        folder, write_tiny_model(folder / "model", tokenizer=merging_tokenizer), short_answers, training
+    )
     assert main(["train", str(recipe)]) == 0
     return folder / "run"
