@@ -25,7 +25,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LINEAR = {"rope_type": "linear", "rope_theta": 50000.0, "factor": 2.0}
 GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 # Model types with the configuration that is theirs; a number makes a name of its own.
-CASES = {
+CASES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {"tie_word_embeddings": True}),
     "llama-untied": ("llama", {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -267,12 +268,12 @@ def test_a_bos_that_opens_every_turn_is_not_added(tmp_path):
 def test_all_trained_stop_tokens_end_a_generation(tmp_path):
     tokenizer = bpe_tokenizer(("<s>", "<end>", "<stop>", "<over>", "<|im_end|>"), "<end>", "<s>")
     folder = write_family(tmp_path / "model", "llama", tokenizer)
-    ids = tokenizer.convert_tokens_to_ids(["<end>", "<|im_end|>", "<stop>", "<over>"])
+    ids = [tokenizer.get_vocab()[name] for name in ("<end>", "<|im_end|>", "<stop>", "<over>")]
     changed_json(folder / "generation_config.json", eos_token_id=ids)
     reader = written(folder, tmp_path)
     keys = [value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     assert keys == [ids[0], ids[2], ids[3]]  # llama.cpp knows <|im_end|> by its text
-    changed_json(folder / "generation_config.json", eos_token_id=[*ids, tokenizer.convert_tokens_to_ids("a")])
+    changed_json(folder / "generation_config.json", eos_token_id=[*ids, tokenizer.get_vocab()["a"]])
     with pytest.raises(UserError, match="room for three"):
         write_gguf(folder, tmp_path / "model.gguf", "f32")
 
@@ -429,7 +430,7 @@ def test_a_planted_fault_is_in_the_file(models, tmp_path, plant):
 # --- adapters ---------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder, base, **options):
+def write_adapter(folder, base, **options: Any):
     """Write random LoRA matrices for all linear layers, and the merged model, as peft computes it."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -437,7 +438,7 @@ def write_adapter(folder, base, **options):
 
     torch.manual_seed(1)
     options = {"r": 4, "lora_alpha": 10, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**options))
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
