@@ -1,6 +1,8 @@
 """Tiny random models of each family that the GGUF writer knows."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 from tests.tiny import byte_tokenizer
 
@@ -74,3 +76,24 @@ def logits_of(folder: Path, ids: list[int], **options):
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0]
+
+
+def write_adapter(folder, base, **options: Any):
+    """Write random LoRA matrices for all linear layers, and the merged model, as peft computes it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 10, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**(settings | options))
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder / "adapter")
+    merged = shutil.copytree(base, folder / "merged")
+    model.merge_and_unload().save_pretrained(merged)
+    return folder / "adapter", merged

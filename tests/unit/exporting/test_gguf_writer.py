@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from minisft.exporting.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UN
 from minisft.exporting.gguf_writer import write_adapter_gguf, write_gguf
 from tests.tiny import byte_tokenizer
 from tests.unit.data.toys import bpe_tokenizer, sentencepiece_tokenizer
-from tests.unit.exporting.families import CASES, logits_of, write_family
+from tests.unit.exporting.families import CASES, logits_of, write_adapter, write_family
 
 READ_BY_TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3")  # its reader of the others differs from the models
 IDS = [(7 * i) % 251 + 3 for i in range(37)]
@@ -428,25 +427,6 @@ def test_a_planted_fault_is_in_the_file(models, tmp_path, plant):
 
 
 # --- adapters ---------------------------------------------------------------------------------------------
-
-
-def write_adapter(folder, base, **options: Any):
-    """Write random LoRA matrices for all linear layers, and the merged model, as peft computes it."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    options = {"r": 4, "lora_alpha": 10, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
-    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**options))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder / "adapter")
-    merged = shutil.copytree(base, folder / "merged")
-    model.merge_and_unload().save_pretrained(merged)
-    return folder / "adapter", merged
 
 
 @pytest.mark.parametrize(
