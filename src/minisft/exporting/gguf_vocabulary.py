@@ -146,7 +146,8 @@ def _tokens_of(
 def _name_pre_tokenizer(state: Mapping[str, Any], ignore_merges: bool) -> str:
     """Return llama.cpp's name of a byte-level tokenizer's pre-tokenizer.
 
-    NFC is accepted and not written: llama.cpp normalises no text, and text is in this form already but for rare input.
+    Two differences of llama.cpp remain, in rare texts. It normalises none, so NFC is accepted and not written. And in
+    its form of the expressions of tekken and gpt-4o, a combining mark ends a word.
     """
     normalisers = [step["type"] for step in _steps(state["normalizer"], "normalizers")]
     if any(name != "NFC" for name in normalisers):

@@ -1,6 +1,8 @@
 """Tiny random models of each family that the GGUF writer knows."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 from tests.tiny import byte_tokenizer
 
@@ -25,7 +27,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LINEAR = {"rope_type": "linear", "rope_theta": 50000.0, "factor": 2.0}
 GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 # Model types with the configuration that is theirs; a number makes a name of its own.
-CASES = {
+CASES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {"tie_word_embeddings": True}),
     "llama-untied": ("llama", {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -74,3 +76,24 @@ def logits_of(folder: Path, ids: list[int], **options):
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0]
+
+
+def write_adapter(folder, base, **options: Any):
+    """Write random LoRA matrices for all linear layers, and the merged model, as peft computes it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 10, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**(settings | options))
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder / "adapter")
+    merged = shutil.copytree(base, folder / "merged")
+    model.merge_and_unload().save_pretrained(merged)
+    return folder / "adapter", merged

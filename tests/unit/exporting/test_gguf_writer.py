@@ -14,7 +14,7 @@ from minisft.exporting.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UN
 from minisft.exporting.gguf_writer import write_adapter_gguf, write_gguf
 from tests.tiny import byte_tokenizer
 from tests.unit.data.toys import bpe_tokenizer, sentencepiece_tokenizer
-from tests.unit.exporting.families import CASES, logits_of, write_family
+from tests.unit.exporting.families import CASES, logits_of, write_adapter, write_family
 
 READ_BY_TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3")  # its reader of the others differs from the models
 IDS = [(7 * i) % 251 + 3 for i in range(37)]
@@ -267,12 +267,12 @@ def test_a_bos_that_opens_every_turn_is_not_added(tmp_path):
 def test_all_trained_stop_tokens_end_a_generation(tmp_path):
     tokenizer = bpe_tokenizer(("<s>", "<end>", "<stop>", "<over>", "<|im_end|>"), "<end>", "<s>")
     folder = write_family(tmp_path / "model", "llama", tokenizer)
-    ids = tokenizer.convert_tokens_to_ids(["<end>", "<|im_end|>", "<stop>", "<over>"])
+    ids = [tokenizer.get_vocab()[name] for name in ("<end>", "<|im_end|>", "<stop>", "<over>")]
     changed_json(folder / "generation_config.json", eos_token_id=ids)
     reader = written(folder, tmp_path)
     keys = [value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     assert keys == [ids[0], ids[2], ids[3]]  # llama.cpp knows <|im_end|> by its text
-    changed_json(folder / "generation_config.json", eos_token_id=[*ids, tokenizer.convert_tokens_to_ids("a")])
+    changed_json(folder / "generation_config.json", eos_token_id=[*ids, tokenizer.get_vocab()["a"]])
     with pytest.raises(UserError, match="room for three"):
         write_gguf(folder, tmp_path / "model.gguf", "f32")
 
@@ -427,25 +427,6 @@ def test_a_planted_fault_is_in_the_file(models, tmp_path, plant):
 
 
 # --- adapters ---------------------------------------------------------------------------------------------
-
-
-def write_adapter(folder, base, **options):
-    """Write random LoRA matrices for all linear layers, and the merged model, as peft computes it."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    options = {"r": 4, "lora_alpha": 10, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**options))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder / "adapter")
-    merged = shutil.copytree(base, folder / "merged")
-    model.merge_and_unload().save_pretrained(merged)
-    return folder / "adapter", merged
 
 
 @pytest.mark.parametrize(

@@ -14,23 +14,25 @@ _RESULT_MACRO = """
 """
 _ID_IN_RESULT = " + (@GAP + message['tool_call_id'] if message.get('tool_call_id') else '') + '[TOOL_CONTENT]'"
 _TOOLS_LIST = """
-{%- set parts = namespace(tools=[], function={}) %}
+{%- set parts = namespace(tools='') %}
 {%- for tool in tools or [] %}
 {%- set given = tool['function'] if 'function' in tool else tool %}
-{%- set parts.function = {'name': given['name'], 'description': given['description'] or '',
-                          'parameters': given['parameters'] or {}} %}
+{%- set parts.tools = parts.tools + (', ' if parts.tools else '[') + '{"type": "function", "function": {"name": '
+                      + (given['name'] | tojson) + ', "description": ' + ((given['description'] or '') | tojson)
+                      + ', "parameters": ' + ((given['parameters'] or {}) | tojson) %}
 {%- for key, value in given.items() if key not in ('name', 'description', 'parameters', 'strict', 'type') %}
-{%- set parts.function = dict(parts.function, **{key: value}) %}
+{%- set parts.tools = parts.tools + ', ' + (key | tojson) + ': ' + (value | tojson) %}
 {%- endfor %}
-{%- set parts.tools = parts.tools + [{'type': 'function', 'function': parts.function}] %}
+{%- set parts.tools = parts.tools + '}}' %}
 {%- endfor %}
+{%- if parts.tools %}{%- set parts.tools = parts.tools + ']' %}{%- endif %}
 """
 _TOOLS_IN_SYSTEM = """
 {%- if parts.tools %}{%- set ns.system = ns.system + (@JOIN if ns.system else '') + parts.tools %}{%- endif %}
 """
 _TOOLS_BEFORE = """
 {%- if parts.tools and ns.user == @TOOLS_PLACE %}
-{{- '[AVAILABLE_TOOLS]' + @GAP + (parts.tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+{{- '[AVAILABLE_TOOLS]' + @GAP + parts.tools + '[/AVAILABLE_TOOLS]' }}
 {%- endif %}
 """
 _SYSTEM_TURN = """{%- elif message['role'] == 'system' %}
