@@ -139,8 +139,8 @@ function messagesBefore(column, turn) {
   for (const earlier of turns) {
     messages.push({role: "user", content: earlier.question});
     if (earlier === turn) return messages;
-    const {text, calls} = earlier.answers[column.id];
-    messages.push({role: "assistant", content: text, ...(calls.length && {tool_calls: calls.map(toolCall)})});
+    const {text, reasoning, calls} = earlier.answers[column.id];
+    messages.push({role: "assistant", content: text, ...(reasoning && {reasoning_content: reasoning}), ...(calls.length && {tool_calls: calls.map(toolCall)})});
   }
   return messages;
 }
@@ -288,7 +288,7 @@ const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").repla
 
 function tokenNode(token, first) {
   const heat = HEAT.filter((limit) => Math.exp(token.logprob) < limit).length;
-  const node = element("span", {class: `token p${heat}`, role: "button", tabindex: first ? "0" : "-1", "aria-label": `${visible(token.text)}, ${percent(token.logprob)}`}, token.text);
+  const node = element("span", {class: `token p${heat}`, role: "button", tabindex: first ? "0" : "-1", "aria-label": `${token.text.trim() || visible(token.text)}, ${percent(token.logprob)}`}, token.text);
   const show = () => showTip(node, token);
   node.addEventListener("pointerenter", show);
   node.addEventListener("focus", show);
@@ -354,7 +354,7 @@ function drawHeads() {
   $("tabs").hidden = columns.length < 2;
   $("tabs").replaceChildren(...columns.map((column, place) =>
     button({"aria-current": place === shown ? "true" : "false", onclick: () => showColumn(place)}, column.model)));
-  if (columns.length > 1 && columns.length < MOST_COLUMNS) $("tabs").append(button({onclick: addColumn, "aria-label": "Add a model", class: "more"}, "+"));
+  if (columns.length > 1 && columns.length < MOST_COLUMNS) $("tabs").append(button({onclick: addColumn, title: "Add a model that answers the same questions", class: "more"}, "+ Compare"));
 }
 
 function showColumn(place) {
