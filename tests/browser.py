@@ -51,6 +51,7 @@ class Browser:
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
+        self.send("Page.setLifecycleEventsEnabled", enabled=True)
 
     def close(self):
         self.process.kill()
@@ -59,8 +60,11 @@ class Browser:
         os.close(self.write)
         self.folder.cleanup()
 
-    def open(self, page, width=1100, dark=False, height=900, mobile=False):
-        """Load a file or an http URL in a window of that size, light or dark, and wait until its scripts have run."""
+    def open(self, page, width=1100, dark=False, height=900, mobile=False, fresh=False):
+        """Load a file or an http URL in a window of that size, light or dark, and wait until its scripts have run.
+
+        `fresh`: the page finds nothing that an earlier page kept in its session storage.
+        """
         self.problems.clear()
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
@@ -69,18 +73,26 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         url = str(page) if str(page).startswith("http://") else Path(page).resolve().as_uri()
         self.origin = urlsplit(url)[:2]
-        self.send("Page.navigate", url=url)
-        self.loaded()
+        forget = "try { sessionStorage.clear(); } catch {}" if fresh else ""
+        script = self.send("Page.addScriptToEvaluateOnNewDocument", source=forget)["identifier"]
+        self._loaded(self.send("Page.navigate", url=url)["loaderId"])
+        self.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
 
-    def loaded(self):
-        """Wait until a page is loaded and drawn."""
-        self._until(lambda message: message.get("method") == "Page.loadEventFired")
+    def _loaded(self, loader=None):
+        """Wait until a page is loaded, the one of a loader or any new one, and drawn."""
+
+        def is_load(message):
+            event = message.get("params", {})
+            found = message.get("method") == "Page.lifecycleEvent" and event["name"] == "load"
+            return found and loader in (None, event["loaderId"])
+
+        self._until(is_load)
         drawn = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
         self.send("Runtime.evaluate", expression=drawn, awaitPromise=True)
 
     def reload(self):
         self.send("Page.reload")
-        self.loaded()
+        self._loaded()
 
     def allow(self, origin, downloads):
         """Let the pages of an origin use the clipboard, and put downloads into a folder."""

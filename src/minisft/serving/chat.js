@@ -376,7 +376,7 @@ function drawTurn(turn) {
   turn.bodies = {};
   const question = element("div", {class: "question"});
   const show = () => {
-    const edit = button({onclick: () => question.replaceChildren(...editor(turn, show)), class: "edit-question"}, "Edit");
+    const edit = button({onclick: () => { question.replaceChildren(...editor(turn, show)); question.firstChild.focus(); }, class: "edit-question"}, "Edit");
     question.replaceChildren(element("div", {class: "said"}, turn.question), element("div", {class: "actions"}, edit));
   };
   show();
@@ -395,7 +395,6 @@ function editor(turn, cancel) {
     if (sends(event)) { event.preventDefault(); change(turn, field.value); }
   }});
   field.value = turn.question;
-  setTimeout(() => field.focus());
   return [field, element("div", {class: "actions"}, button({onclick: cancel}, "Cancel"), button({class: "main", onclick: () => change(turn, field.value)}, "Send again"))];
 }
 

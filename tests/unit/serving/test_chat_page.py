@@ -93,9 +93,7 @@ def lines(run):
 
 def test_a_preference_becomes_a_line_that_the_manifest_knows(run):
     for rating in ("up", "down"):
-        append_preference(
-            run / preferences.FILE_NAME, read_preference(json.dumps({**GOOD, "rating": rating}).encode())
-        )
+        append_preference(run / preferences.FILE_NAME, read_preference(json.dumps({**GOOD, "rating": rating}).encode()))
     first, second = lines(run)
     assert first.pop("time") <= second.pop("time")
     assert (first, second) == (GOOD, {**GOOD, "rating": "down"})
