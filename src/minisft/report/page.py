@@ -78,8 +78,8 @@ def _body(run: RunFiles) -> str:
     folder = run.root / "checkpoints" / best if best else run.root
     parts = [
         f'<p class="verdict">{escape(verdict(run))}</p>\n',
-        f"<p>Talk to it: <code>minisft chat {escape(str(folder))}</code>, or in the browser, next to the base model and "
-        f"every checkpoint: <code>minisft serve {escape(str(run.root))}</code></p>\n",
+        f"<p>Talk to it: <code>minisft chat {escape(str(folder))}</code>, or in the browser, next to the base model "
+        f"and every checkpoint: <code>minisft serve {escape(str(run.root))}</code></p>\n",
     ]
 
     # 2. The curves, the scores, and the answers side by side.

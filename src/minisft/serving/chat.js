@@ -94,8 +94,8 @@ function askKey(refused) {
     $("key").value = "";
     dialog.addEventListener("close", () => {
       asking = undefined;
-      const given = dialog.returnValue === "use" && $("key").value;
-      if (given) apiKey = $("key").value;
+      const given = dialog.returnValue === "use" && $("key").value.replace(/[^\x20-\x7e]/g, "?");  // a header is ASCII
+      if (given) apiKey = given;
       $("key").value = "";
       done(Boolean(given));
     }, {once: true});
@@ -153,6 +153,7 @@ async function answerAll(column) {
   const epoch = ++column.epoch;
   column.controller?.abort();
   column.running = true;
+  drawUnanswered(column);
   showRunning();
   for (const turn of [...turns]) {
     if (epoch !== column.epoch) return;
@@ -162,6 +163,7 @@ async function answerAll(column) {
     if (!isAnswered(answer)) break;
   }
   column.running = false;
+  drawUnanswered(column);
   showRunning();
   keepChat();
 }
@@ -406,7 +408,7 @@ function drawAnswer(column, turn) {
   if (answer.reasoning) parts.push(element("details", {class: "reasoning", open: box.querySelector(".reasoning")?.open}, element("summary", {}, "Reasoning"), element("div", {}, answer.reasoning)));
   parts.push(bodyOf(answer));
   for (const {name, args} of answer.calls.filter(Boolean)) parts.push(element("div", {class: "call"}, "Calls the tool ", element("code", {}, name), element("pre", {tabindex: "0"}, pretty(args))));
-  if (answer.failure) parts.push(element("p", {class: "failure", role: "alert"}, answer.failure));
+  if (answer.failure) parts.push(element("p", {class: "failure"}, answer.failure));
   if (answer.state !== "running") parts.push(...footOf(column, turn, answer));
   box.replaceChildren(...parts);
 }
@@ -462,6 +464,10 @@ function atEnd(draw) {
   if (was) board.scrollTop = board.scrollHeight;
 }
 
+function drawUnanswered(column) {
+  for (const turn of turns) if (!turn.answers[column.id]) drawAnswer(column, turn);
+}
+
 // While an answer is streamed it is drawn once for each frame of the screen.
 const waiting = new Map();
 function followAnswer(column, turn) {
@@ -498,16 +504,12 @@ function send() {
   fitDraft();
   const turn = {question, answers: {}};
   turns.push(turn);
-  if (turns.length > 1) drawEarlierFoot(turns.at(-2));
+  if (turns.length > 1) columns.forEach((column) => drawAnswer(column, turns.at(-2)));  // only the last answer can be given again
   drawTurn(turn);
   $("empty").hidden = true;
   $("board").scrollTop = $("board").scrollHeight;
   keepDraft();
   columns.forEach(answerAll);
-}
-
-function drawEarlierFoot(turn) {  // only the last answers can be given again
-  for (const column of columns) drawAnswer(column, turn);
 }
 
 function stop() {
@@ -516,9 +518,10 @@ function stop() {
     column.epoch++;
     column.controller?.abort();
     column.running = false;
+    drawUnanswered(column);
   }
   showRunning();
-  setTimeout(() => { turns.forEach((turn) => columns.forEach((column) => turn.answers[column.id] || drawAnswer(column, turn))); keepChat(); });
+  setTimeout(keepChat);  // when the answers know that they were stopped
 }
 
 function change(turn, question) {
@@ -648,23 +651,20 @@ function asPython(answer) {
     `reply = client.chat.completions.create(\n${others}    messages=[\n${lines}    ],\n)\nprint(reply.choices[0].message.content)\n`;
 }
 
-// One row of ShareGPT, as `data.source` reads it: it ends with the last turn that has an answer.
+// One row of ShareGPT, as `data.source` reads it: what the last answer was asked, and that answer.
 function rowOf(column) {
-  const conversations = [];
-  for (const turn of turns) {
-    const answer = turn.answers[column.id];
-    if (!isAnswered(answer)) break;
-    if (!conversations.length && answer.messages[0].role === "system") conversations.push({from: "system", value: answer.messages[0].content});
-    conversations.push({from: "human", value: turn.question});
-    conversations.push({from: "gpt", value: answer.text, ...(answer.reasoning && {reasoning_content: answer.reasoning}), ...(answer.calls.length && {tool_calls: answer.calls.map(toolCall)})});
-  }
+  const answer = turns.map((turn) => turn.answers[column.id]).filter(isAnswered).at(-1);
+  if (!answer) return null;
+  const last = {role: "assistant", content: answer.text, ...(answer.reasoning && {reasoning_content: answer.reasoning}), ...(answer.calls.length && {tool_calls: answer.calls.map(toolCall)})};
+  const names = {system: "system", user: "human", assistant: "gpt"};
+  const conversations = [...answer.messages, last].map(({role, content, ...more}) => ({from: names[role], value: content, ...more}));
   const time = new Date().toISOString().replace(/[-:]|\..*/g, "");
-  return {id: `chat-${column.model}-${time}`, conversations};
+  return {id: `chat-${answer.model}-${time}`, conversations};
 }
 
 function saveRow(column) {
   const row = rowOf(column);
-  if (!row.conversations.length) { note("There is no answer to save yet."); return; }
+  if (!row) { note("There is no answer to save yet."); return; }
   const url = URL.createObjectURL(new Blob([JSON.stringify(row) + "\n"], {type: "application/x-ndjson"}));
   const link = element("a", {href: url, download: `${row.id.replace(/[^\w.-]/g, "_")}.jsonl`});
   document.body.append(link);

@@ -6,6 +6,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.unit.report.test_page import NASTY, Elements
 
 NONCE = "bm9uY2U"
 PAGE = page_html(NONCE, title=f"run {NASTY}")
-GOOD = {
+GOOD: dict[str, Any] = {
     "model": "checkpoint-4",
     "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Tea?\n\u2028 {NASTY} 🍵"}],
     "answer": "Yes.\nWith milk.",
