@@ -260,10 +260,12 @@ class Decoder:
     ) -> None:
         self.model, self.pad, self.prefill_rows, self.kept = model, pad_token_id, prefill_rows, prompt_cache
         self.rows: list[_Row] = []
+        self._logits = self._mask = torch.empty(0)
+        self._cache = new_cache(model)
         self._context = context_length(model.config)
         self._ended: dict[int, Generated] = {}  # rows that step() has still to return
         self._added = 0
-        self._plain = all(type(layer) is PreallocatedLayer for layer in new_cache(model).layers)
+        self._plain = all(type(layer) is PreallocatedLayer for layer in self._cache.layers)
 
     @property
     def busy(self) -> bool:
