@@ -86,37 +86,30 @@ def append_preference(path: Path, entry: dict[str, Any]) -> None:
 
 
 def add_preferences_route(app: "FastAPI", path: Path) -> None:
-    """Add `POST /preferences` to a server: 200 if the preference is in the file, otherwise an OpenAI-style error.
-
-    The server itself refuses requests of other web pages, and requests without its API key.
+    """Add `POST /preferences` to a server: 200 when the preference is in the file, otherwise an ApiError.
 
     Args:
-        app: The server.
+        app: The server, which refuses requests of other web pages and without its key, and answers ApiErrors.
         path: Path of the file that the preferences are appended to.
     """
     from fastapi import Request
-    from fastapi.responses import JSONResponse
     from starlette.concurrency import run_in_threadpool
 
-    async def post_preference(request: Request) -> JSONResponse:
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > LARGEST_ENTRY:  # the rest is not read
-                return _refusal(413, f"a preference has at most {LARGEST_ENTRY:,} bytes")
+    from minisft.serving.guards import read_body
+    from minisft.serving.protocol import ApiError
+
+    async def post_preference(request: Request) -> dict[str, bool]:
+        body = await read_body(request.scope, request.receive)
         try:
             entry = read_preference(body)
         except UserError as error:
-            return _refusal(422, str(error))
+            status = 413 if len(body) > LARGEST_ENTRY else 422
+            raise ApiError(status, f"{error.where}: {error.problem}; {error.fix}") from None
         try:
             await run_in_threadpool(append_preference, path, entry)
         except UserError as error:
-            return _refusal(409, str(error))
-        return JSONResponse({"saved": True})
-
-    def _refusal(status: int, message: str) -> JSONResponse:
-        kind = "invalid_request_error"
-        return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+            raise ApiError(409, f"{error.where}: {error.problem}; {error.fix}") from None
+        return {"saved": True}
 
     app.add_api_route("/preferences", post_preference, methods=["POST"], response_model=None)
 

@@ -219,21 +219,26 @@ def test_a_lock_that_is_never_released_is_said(run, monkeypatch):
         append_preference(run / preferences.FILE_NAME, GOOD)
 
 
-def test_the_route_saves_and_refuses_with_an_error_of_openais_form(run):
+def test_the_route_saves_and_refuses(run):
     pytest.importorskip("fastapi", reason="the server needs fastapi")
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
+
+    from minisft.serving.protocol import ApiError
 
     app = FastAPI()
     add_preferences_route(app, run / preferences.FILE_NAME)
     client = TestClient(app)
     assert client.post("/preferences", json=GOOD).json() == {"saved": True}
-    for body, status in ((b"{", 422), (b"x" * (preferences.LARGEST_ENTRY + 1), 413)):
-        answer = client.post("/preferences", content=body)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+    json_type = {"Content-Type": "application/json"}
+    huge = b" " * (preferences.LARGEST_ENTRY + 1)
+    for body, headers, status in ((b"{", json_type, 422), (huge, json_type, 413), (b"{}", {}, 415)):
+        with pytest.raises(ApiError) as refused:
+            client.post("/preferences", content=body, headers=headers)
+        assert refused.value.status == status
     assert len(lines(run)) == 1
     (run / preferences.FILE_NAME).unlink()
     (run / preferences.FILE_NAME).mkdir()
-    answer = client.post("/preferences", json=GOOD)
-    assert answer.status_code == 409
-    assert "something else has it" in answer.json()["error"]["message"]
+    with pytest.raises(ApiError, match="something else has it") as refused:
+        client.post("/preferences", json=GOOD)
+    assert refused.value.status == 409
