@@ -95,11 +95,10 @@ def ask(browser, question):
 
 
 def answers(browser):
-    """The texts of all answers, in the order of the page."""
+    """The texts of all answers, in the order of the page, where tokens are shown one by one."""
     browser.run("document.querySelector('#probabilities').checked || document.querySelector('#probabilities').click()")
-    return browser.run(
-        "[...document.querySelectorAll('.answer')].map((node) => node.querySelector('.body').textContent)"
-    )
+    texts = "[...document.querySelectorAll('.answer .body')].map((node) => node.textContent.replaceAll('⏎', ''))"
+    return browser.run(texts)
 
 
 def ask_server(url, model, *messages, **settings):
@@ -416,9 +415,11 @@ def test_drafts_and_the_conversation_survive_a_reload_and_the_key_does_not(page)
     page.type("#system", "Be brief.")
     ask(page, QUESTION)
     [before] = answers(page)
-    page.type("#draft", "half a quest")
+    page.type("#draft", "half")
+    page.press("Enter", shift=True)
+    page.send("Input.insertText", text="a quest")
     page.reload()
-    assert page.run("document.querySelector('#draft').value") == "half a quest"
+    assert page.run("document.querySelector('#draft').value") == "half\na quest"
     assert page.run("document.querySelector('#system').value") == "Be brief."
     assert page.run("document.querySelector('#max_tokens').value") == "16"
     assert KEY not in page.run("JSON.stringify([{...sessionStorage}, {...localStorage}, document.cookie])")

@@ -290,7 +290,7 @@ const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").repla
 
 function tokenNode(token, first) {
   const heat = HEAT.filter((limit) => Math.exp(token.logprob) < limit).length;
-  const node = element("span", {class: `token p${heat}`, role: "button", tabindex: first ? "0" : "-1", "aria-label": `${token.text.trim() || visible(token.text)}, ${percent(token.logprob)}`}, token.text);
+  const node = element("span", {class: `token p${heat}`, role: "button", tabindex: first ? "0" : "-1", "aria-label": `${token.text.trim() || visible(token.text)}, ${percent(token.logprob)}`}, token.text.replaceAll("\n", "⏎\n"));
   const show = () => showTip(node, token);
   node.addEventListener("pointerenter", show);
   node.addEventListener("focus", show);
@@ -763,7 +763,8 @@ async function start() {
     return;
   }
   restoreChat();
-  if (!columns.length) columns = [newColumn(models.includes("final") ? "final" : models[0])];
+  const first = ["final", ...models.filter((name) => name !== "base")].find((name) => models.includes(name)) ?? models[0];
+  if (!columns.length) columns = [newColumn(first)];
   drawHeads();
   drawTurns();
   $("board").scrollTop = $("board").scrollHeight;
