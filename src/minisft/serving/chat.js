@@ -1,24 +1,30 @@
 "use strict";
-(() => {
-const MOST_COLUMNS = 4, ALTERNATIVES = 5;
+const MOST_COLUMNS = 4,
+  ALTERNATIVES = 5;
 const STORE = {draft: "minisft-draft", chat: "minisft-chat"};
 const SETTINGS = ["temperature", "top_p", "max_tokens", "seed"];
-const HEAT = [0.9, 0.7, 0.5, 0.25, 0.1];  // the class p0 to p5 of a token is the number of these above its probability
+const HEAT = [0.9, 0.7, 0.5, 0.25, 0.1]; // the class p0 to p5 of a token is the number of these above its probability
 const ICONS = {
   copy: ["M6 6h8v8H6z", "M10 6V3a1 1 0 0 0-1-1H3a1 1 0 0 0-1 1v6a1 1 0 0 0 1 1h3"],
   again: ["M13 8a5 5 0 1 1-1.6-3.7", "M13 1.8v3h-3"],
-  up: ["M2 7.5h2.5V14H2z", "M4.5 7.5 7 2c1 0 1.8.6 1.6 1.9L8.2 6.5h4.3c.9 0 1.5.8 1.3 1.6l-1 4.6c-.2.8-.8 1.3-1.6 1.3H4.5"],
-  down: ["M2 8.5h2.5V2H2z", "M4.5 8.5 7 14c1 0 1.8-.6 1.6-1.9l-.4-2.6h4.3c.9 0 1.5-.8 1.3-1.6l-1-4.6c-.2-.8-.8-1.3-1.6-1.3H4.5"],
+  up: [
+    "M2 7.5h2.5V14H2z",
+    "M4.5 7.5 7 2c1 0 1.8.6 1.6 1.9L8.2 6.5h4.3c.9 0 1.5.8 1.3 1.6l-1 4.6c-.2.8-.8 1.3-1.6 1.3H4.5",
+  ],
+  down: [
+    "M2 8.5h2.5V2H2z",
+    "M4.5 8.5 7 14c1 0 1.8-.6 1.6-1.9l-.4-2.6h4.3c.9 0 1.5-.8 1.3-1.6l-1-4.6c-.2-.8-.8-1.3-1.6-1.3H4.5",
+  ],
   save: ["M8 2v8", "M4.8 7.2 8 10.4l3.2-3.2", "M2.5 13.5h11"],
   remove: ["M4 4l8 8", "M12 4l-8 8"],
 };
 const $ = (id) => document.getElementById(id);
 
-let models = [];      // the names that the server lists
-let apiKey = "";      // kept in memory only
-let columns = [];     // {id, model, epoch, controller, running}
-let turns = [];       // {question, answers: {column id: answer}, node, bodies: {column id: element}}
-let shown = 0;        // the column that a phone shows
+let models = []; // the names that the server lists
+let apiKey = ""; // kept in memory only
+let columns = []; // {id, model, epoch, controller, running}
+let turns = []; // {question, answers: {column id: answer}, node, bodies: {column id: element}}
+let shown = 0; // the column that a phone shows
 let nextColumn = 1;
 
 // --- elements: text goes into text nodes only, so that nothing a model wrote is read as HTML
@@ -46,13 +52,16 @@ function icon(name) {
 }
 
 const button = (attributes, ...children) => element("button", {type: "button", ...attributes}, ...children);
-const iconButton = (name, label, onclick, more = {}) => button({"aria-label": label, title: label, onclick, ...more}, icon(name));
+const iconButton = (name, label, onclick, more = {}) =>
+  button({"aria-label": label, title: label, onclick, ...more}, icon(name));
 
 let noteTimer;
 function note(text) {
   $("note").textContent = text;
   clearTimeout(noteTimer);
-  noteTimer = setTimeout(() => { $("note").textContent = ""; }, 4000);
+  noteTimer = setTimeout(() => {
+    $("note").textContent = "";
+  }, 4000);
 }
 
 // --- the server
@@ -65,12 +74,17 @@ async function call(path, body, signal) {
     const headers = {...(body && {"Content-Type": "application/json"}), ...(sent && {Authorization: `Bearer ${sent}`})};
     let response;
     try {
-      response = await fetch(path, {method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal});
+      response = await fetch(path, {
+        method: body ? "POST" : "GET",
+        headers,
+        body: body && JSON.stringify(body),
+        signal,
+      });
     } catch (error) {
       if (signal?.aborted) throw error;
       throw new ServerError("The server does not answer. Is `minisft serve` still running?");
     }
-    if (response.status === 401 && (apiKey !== sent || await askKey(Boolean(sent)))) continue;
+    if (response.status === 401 && (apiKey !== sent || (await askKey(Boolean(sent))))) continue;
     if (!response.ok) throw new ServerError(await problemOf(response));
     return response;
   }
@@ -82,23 +96,31 @@ async function problemOf(response) {
     const {error, detail} = JSON.parse(text);
     const message = error?.message ?? detail;
     if (message) return typeof message === "string" ? message : JSON.stringify(message);
-  } catch { /* not JSON: its text is shown */ }
+  } catch {
+    /* not JSON: its text is shown */
+  }
   return `The server answered with status ${response.status}. ${text.slice(0, 500)}`;
 }
 
-let asking;  // one dialog for all requests that were refused
+let asking; // one dialog for all requests that were refused
 function askKey(refused) {
   asking ??= new Promise((done) => {
     const dialog = $("key-dialog");
-    $("key-problem").textContent = refused ? "The server does not take this key." : "The server asks for the key that it was started with.";
+    $("key-problem").textContent = refused
+      ? "The server does not take this key."
+      : "The server asks for the key that it was started with.";
     $("key").value = "";
-    dialog.addEventListener("close", () => {
-      asking = undefined;
-      const given = dialog.returnValue === "use" && $("key").value.replace(/[^\x20-\x7e]/g, "?");  // a header is ASCII
-      if (given) apiKey = given;
-      $("key").value = "";
-      done(Boolean(given));
-    }, {once: true});
+    dialog.addEventListener(
+      "close",
+      () => {
+        asking = undefined;
+        const given = dialog.returnValue === "use" && $("key").value.replace(/[^\x20-\x7e]/g, "?"); // a header is ASCII
+        if (given) apiKey = given;
+        $("key").value = "";
+        done(Boolean(given));
+      },
+      {once: true},
+    );
     dialog.returnValue = "";
     dialog.showModal();
     $("key").focus();
@@ -108,7 +130,8 @@ function askKey(refused) {
 
 // Server-sent events: each is a line "data: JSON"; the last is "data: [DONE]".
 async function* events(response) {
-  const reader = response.body.getReader(), decoder = new TextDecoder();
+  const reader = response.body.getReader(),
+    decoder = new TextDecoder();
   let rest = "";
   for (;;) {
     const {done, value} = await reader.read();
@@ -139,14 +162,29 @@ function messagesBefore(column, turn) {
   for (const earlier of turns) {
     messages.push({role: "user", content: earlier.question});
     if (earlier === turn) return messages;
-    const {text, reasoning, calls} = earlier.answers[column.id];
-    messages.push({role: "assistant", content: text, ...(reasoning && {reasoning_content: reasoning}), ...(calls.length && {tool_calls: calls.map(toolCall)})});
+    messages.push(messageOf(earlier.answers[column.id]));
   }
   return messages;
 }
 
-const toolCall = ({id, name, args}, place) => ({id: id || `call_${place}`, type: "function", function: {name, arguments: args}});
-const isAnswered = (answer) => Boolean(answer) && !answer.failure && answer.state !== "running" && Boolean(answer.text || answer.calls.length || answer.state === "done");
+function messageOf({text, reasoning, calls}) {
+  const tools = calls.map(({id, name, args}, place) => ({
+    id: id || `call_${place}`,
+    type: "function",
+    function: {name, arguments: args},
+  }));
+  return {
+    role: "assistant",
+    content: text,
+    ...(reasoning && {reasoning_content: reasoning}),
+    ...(tools.length && {tool_calls: tools}),
+  };
+}
+
+function isAnswered(answer) {
+  if (!answer || answer.failure || answer.state === "running") return false;
+  return Boolean(answer.text || answer.calls.length || answer.state === "done"); // else it was stopped before its first word
+}
 
 // Answer, in order, all turns that the column has no answer to.
 async function answerAll(column) {
@@ -173,11 +211,30 @@ async function answerTurn(column, turn, tries) {
   const chosen = settings();
   if (chosen.seed !== undefined) chosen.seed += tries;
   const messages = messagesBefore(column, turn);
-  const answer = {model: column.model, state: "running", text: "", reasoning: "", calls: [], tokens: [], settings: chosen, messages, tries};
+  const answer = {
+    model: column.model,
+    state: "running",
+    text: "",
+    reasoning: "",
+    calls: [],
+    tokens: [],
+    settings: chosen,
+    messages,
+    tries,
+  };
   turn.answers[column.id] = answer;
   atEnd(() => drawAnswer(column, turn));
-  const controller = column.controller = new AbortController(), began = performance.now();
-  const body = {model: column.model, messages, ...chosen, stream: true, stream_options: {include_usage: true}, logprobs: true, top_logprobs: ALTERNATIVES};
+  const controller = (column.controller = new AbortController()),
+    began = performance.now();
+  const body = {
+    model: column.model,
+    messages,
+    ...chosen,
+    stream: true,
+    stream_options: {include_usage: true},
+    logprobs: true,
+    top_logprobs: ALTERNATIVES,
+  };
 
   // 2. Its events.
   try {
@@ -191,7 +248,8 @@ async function answerTurn(column, turn, tries) {
     answer.state = "done";
   } catch (error) {
     answer.state = "stopped";
-    if (!controller.signal.aborted) answer.failure = error instanceof ServerError ? error.message : `The answer could not be read: ${error.message}`;
+    if (!controller.signal.aborted)
+      answer.failure = error instanceof ServerError ? error.message : `The answer could not be read: ${error.message}`;
   }
 
   // 3. The result, which is read out.
@@ -211,13 +269,18 @@ function take(answer, event, began) {
   answer.text += delta.content ?? "";
   answer.reasoning += delta.reasoning_content ?? delta.reasoning ?? "";
   for (const part of delta.tool_calls ?? []) {
-    const known = answer.calls[part.index ?? 0] ??= {id: "", name: "", args: ""};
+    let known = answer.calls.find(({index}) => index === part.index);
+    if (!known) answer.calls.push((known = {index: part.index, id: "", name: "", args: ""}));
     known.id ||= part.id ?? "";
     known.name += part.function?.name ?? "";
     known.args += part.function?.arguments ?? "";
   }
   for (const token of choice.logprobs?.content ?? []) {
-    answer.tokens.push({text: tokenText(token), logprob: token.logprob, top: (token.top_logprobs ?? []).map((other) => ({text: tokenText(other), logprob: other.logprob}))});
+    answer.tokens.push({
+      text: tokenText(token),
+      logprob: token.logprob,
+      top: (token.top_logprobs ?? []).map((other) => ({text: tokenText(other), logprob: other.logprob})),
+    });
   }
   if (choice.finish_reason) answer.finish = choice.finish_reason;
   answer.first ??= (performance.now() - began) / 1000;
@@ -236,16 +299,21 @@ function tokenText({token, bytes}) {
 // --- light Markdown: code, bold, headings and lists, as elements
 
 function inline(text) {
-  return text.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/).filter(Boolean).map((part) => {
-    if (/^`[^`\n]+`$/.test(part)) return element("code", {}, part.slice(1, -1));
-    if (/^\*\*[^*\n]+\*\*$/.test(part)) return element("strong", {}, part.slice(2, -2));
-    return part;
-  });
+  return text
+    .split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/)
+    .filter(Boolean)
+    .map((part) => {
+      if (/^`[^`\n]+`$/.test(part)) return element("code", {}, part.slice(1, -1));
+      if (/^\*\*[^*\n]+\*\*$/.test(part)) return element("strong", {}, part.slice(2, -2));
+      return part;
+    });
 }
 
 function markdown(text) {
   const blocks = [];
-  let paragraph = [], list = null, code = null;
+  let paragraph = [],
+    list = null,
+    code = null;
   const flush = () => {
     if (paragraph.length) blocks.push(element("p", {}, ...inline(paragraph.join("\n"))));
     paragraph = [];
@@ -253,14 +321,21 @@ function markdown(text) {
   };
   for (const line of text.split("\n")) {
     if (/^\s*```/.test(line)) {
-      if (code) { code = null; continue; }
+      if (code) {
+        code = null;
+        continue;
+      }
       flush();
       code = element("code");
       blocks.push(element("pre", {tabindex: "0"}, code));
       continue;
     }
-    if (code) { code.append((code.firstChild ? "\n" : "") + line); continue; }
-    const item = /^ {0,3}(?:([-*+])|(\d{1,9})[.)]) +(.*)$/.exec(line), head = /^#{1,6} +(.*)$/.exec(line);
+    if (code) {
+      code.append((code.firstChild ? "\n" : "") + line);
+      continue;
+    }
+    const item = /^ {0,3}(?:([-*+])|(\d{1,9})[.)]) +(.*)$/.exec(line),
+      head = /^#{1,6} +(.*)$/.exec(line);
     if (item) {
       const kind = item[1] ? "UL" : "OL";
       if (paragraph.length || list?.nodeName !== kind) {
@@ -285,12 +360,26 @@ function markdown(text) {
 
 // --- tokens and their probabilities
 
-const percent = (logprob) => { const p = Math.exp(logprob) * 100; return `${p >= 99.95 ? "100" : p >= 0.1 ? p.toFixed(1) : p >= 0.001 ? p.toPrecision(1) : "< 0.001"} %`; };
+function percent(logprob) {
+  const share = Math.exp(logprob) * 100;
+  if (share < 0.001) return "< 0.001 %";
+  return `${share < 0.1 ? share.toPrecision(1) : share < 99.95 ? share.toFixed(1) : "100"} %`;
+}
+
 const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ | $/g, "␣") || "(empty)";
 
 function tokenNode(token, first) {
   const heat = HEAT.filter((limit) => Math.exp(token.logprob) < limit).length;
-  const node = element("span", {class: `token p${heat}`, role: "button", tabindex: first ? "0" : "-1", "aria-label": `${token.text.trim() || visible(token.text)}, ${percent(token.logprob)}`}, token.text.replaceAll("\n", "⏎\n"));
+  const node = element(
+    "span",
+    {
+      class: `token p${heat}`,
+      role: "button",
+      tabindex: first ? "0" : "-1",
+      "aria-label": `${token.text.trim() || visible(token.text)}, ${percent(token.logprob)}`,
+    },
+    token.text.replaceAll("\n", "⏎\n"),
+  );
   const show = () => showTip(node, token);
   node.addEventListener("pointerenter", show);
   node.addEventListener("focus", show);
@@ -302,17 +391,30 @@ function tokenNode(token, first) {
 
 function showTip(node, token) {
   const choices = token.top.some((other) => other.text === token.text) ? token.top : [token, ...token.top];
-  const rows = [...choices].sort((a, b) => b.logprob - a.logprob).map((other) => {
-    const bar = element("span");
-    bar.style.width = `${Math.exp(other.logprob) * 100}%`;
-    return element("tr", {class: other.text === token.text && other.logprob === token.logprob && "chosen"}, element("td", {}, visible(other.text)), element("td", {}, percent(other.logprob)), element("td", {class: "bar"}, bar));
-  });
+  const rows = [...choices]
+    .sort((a, b) => b.logprob - a.logprob)
+    .map((other) => {
+      const bar = element("span");
+      bar.style.width = `${Math.exp(other.logprob) * 100}%`;
+      return element(
+        "tr",
+        {class: other.text === token.text && other.logprob === token.logprob && "chosen"},
+        element("td", {}, visible(other.text)),
+        element("td", {}, percent(other.logprob)),
+        element("td", {class: "bar"}, bar),
+      );
+    });
   const tip = $("tip");
-  tip.replaceChildren(element("table", {}, element("tbody", {}, ...rows)), ...(token.top.length ? [] : [element("p", {class: "none"}, "no alternatives were sent")]));
+  tip.replaceChildren(
+    element("table", {}, element("tbody", {}, ...rows)),
+    ...(token.top.length ? [] : [element("p", {class: "none"}, "no alternatives were sent")]),
+  );
   tip.hidden = false;
   node.setAttribute("aria-describedby", "tip");
-  const place = node.getClientRects()[0] ?? node.getBoundingClientRect(), box = tip.getBoundingClientRect();
-  const board = $("board"), around = board.getBoundingClientRect();  // the tip scrolls with the tokens
+  const place = node.getClientRects()[0] ?? node.getBoundingClientRect(),
+    box = tip.getBoundingClientRect();
+  const board = $("board"),
+    around = board.getBoundingClientRect(); // the tip scrolls with the tokens
   const top = place.bottom + 6 + box.height < around.bottom ? place.bottom + 6 : place.top - box.height - 6;
   tip.style.left = `${Math.max(8, Math.min(place.left - around.left, board.clientWidth - box.width - 8)) + board.scrollLeft}px`;
   tip.style.top = `${Math.max(0, top - around.top + board.scrollTop)}px`;
@@ -342,28 +444,45 @@ function count(node) {
   node.dataset.count = columns.length;
 }
 
+const addButton = (attributes) =>
+  button({title: "Add a model that answers the same questions", onclick: addColumn, ...attributes}, "+ Compare");
+
 function drawHeads() {
   count($("heads"));
-  $("heads").replaceChildren(...columns.map((column, place) => {
-    const choice = element("select", {"aria-label": `Model of column ${place + 1}`, onchange: () => changeModel(column, choice.value)},
-      ...models.map((name) => element("option", {value: name, selected: name === column.model}, name)));
-    const head = element("div", {class: `head ${place === shown ? "current" : ""}`}, choice);
-    head.append(iconButton("save", "Save this conversation as a ShareGPT row", () => saveRow(column), {class: "save"}));
-    if (columns.length > 1) head.append(iconButton("remove", `Remove column ${place + 1}`, () => removeColumn(column), {class: "remove"}));
-    if (columns.length < MOST_COLUMNS && place === columns.length - 1) head.append(button({id: "add", onclick: addColumn, title: "Add a model that answers the same questions"}, "+ Compare"));
-    return head;
-  }));
+  $("heads").replaceChildren(
+    ...columns.map((column, place) => {
+      const choice = element(
+        "select",
+        {"aria-label": `Model of column ${place + 1}`, onchange: () => changeModel(column, choice.value)},
+        ...models.map((name) => element("option", {value: name, selected: name === column.model}, name)),
+      );
+      const head = element("div", {class: `head ${place === shown ? "current" : ""}`}, choice);
+      head.append(
+        iconButton("save", "Save this conversation as a ShareGPT row", () => saveRow(column), {class: "save"}),
+      );
+      if (columns.length > 1)
+        head.append(iconButton("remove", `Remove column ${place + 1}`, () => removeColumn(column), {class: "remove"}));
+      if (columns.length < MOST_COLUMNS && place === columns.length - 1) head.append(addButton({id: "add"}));
+      return head;
+    }),
+  );
   $("tabs").hidden = columns.length < 2;
-  $("tabs").replaceChildren(...columns.map((column, place) =>
-    button({"aria-current": place === shown ? "true" : "false", onclick: () => showColumn(place)}, column.model)));
-  if (columns.length > 1 && columns.length < MOST_COLUMNS) $("tabs").append(button({onclick: addColumn, title: "Add a model that answers the same questions", class: "more"}, "+ Compare"));
+  $("tabs").replaceChildren(
+    ...columns.map((column, place) =>
+      button({"aria-current": place === shown ? "true" : "false", onclick: () => showColumn(place)}, column.model),
+    ),
+  );
+  if (columns.length > 1 && columns.length < MOST_COLUMNS) $("tabs").append(addButton({class: "more"}));
 }
 
 function showColumn(place) {
   shown = Math.max(0, Math.min(columns.length - 1, place));
-  [...$("tabs").querySelectorAll("[aria-current]")].forEach((tab, index) => tab.setAttribute("aria-current", String(index === shown)));
+  [...$("tabs").querySelectorAll("[aria-current]")].forEach((tab, index) =>
+    tab.setAttribute("aria-current", String(index === shown)),
+  );
   [...$("heads").children].forEach((head, index) => head.classList.toggle("current", index === shown));
-  for (const turn of turns) columns.forEach((column, index) => turn.bodies[column.id]?.classList.toggle("current", index === shown));
+  for (const turn of turns)
+    columns.forEach((column, index) => turn.bodies[column.id]?.classList.toggle("current", index === shown));
 }
 
 function drawTurns() {
@@ -378,13 +497,26 @@ function drawTurn(turn) {
   turn.bodies = {};
   const question = element("div", {class: "question"});
   const show = () => {
-    const edit = button({onclick: () => { question.replaceChildren(...editor(turn, show)); question.firstChild.focus(); }, class: "edit-question"}, "Edit");
+    const edit = button(
+      {
+        onclick: () => {
+          question.replaceChildren(...editor(turn, show));
+          question.firstChild.focus();
+        },
+        class: "edit-question",
+      },
+      "Edit",
+    );
     question.replaceChildren(element("div", {class: "said"}, turn.question), element("div", {class: "actions"}, edit));
   };
   show();
   turn.node.append(question);
   columns.forEach((column, place) => {
-    turn.bodies[column.id] = element("div", {class: `answer ${place === shown ? "current" : ""}`, role: "group", "aria-label": `Answer of ${column.model}`});
+    turn.bodies[column.id] = element("div", {
+      class: `answer ${place === shown ? "current" : ""}`,
+      role: "group",
+      "aria-label": `Answer of ${column.model}`,
+    });
     turn.node.append(turn.bodies[column.id]);
     drawAnswer(column, turn);
   });
@@ -392,22 +524,54 @@ function drawTurn(turn) {
 }
 
 function editor(turn, cancel) {
-  const field = element("textarea", {class: "edit", rows: "3", "aria-label": "Edit the message", onkeydown: (event) => {
-    if (event.key === "Escape") { event.stopPropagation(); cancel(); turn.node.querySelector(".edit-question").focus(); }
-    if (sends(event)) { event.preventDefault(); change(turn, field.value); }
-  }});
+  const field = element("textarea", {
+    class: "edit",
+    rows: "3",
+    "aria-label": "Edit the message",
+    onkeydown: (event) => {
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        cancel();
+        turn.node.querySelector(".edit-question").focus();
+      }
+      if (sends(event)) {
+        event.preventDefault();
+        change(turn, field.value);
+      }
+    },
+  });
   field.value = turn.question;
-  return [field, element("div", {class: "actions"}, button({onclick: cancel}, "Cancel"), button({class: "main", onclick: () => change(turn, field.value)}, "Send again"))];
+  return [
+    field,
+    element(
+      "div",
+      {class: "actions"},
+      button({onclick: cancel}, "Cancel"),
+      button({class: "main", onclick: () => change(turn, field.value)}, "Send again"),
+    ),
+  ];
 }
 
 function drawAnswer(column, turn) {
-  const box = turn.bodies?.[column.id], answer = turn.answers[column.id];
+  const box = turn.bodies?.[column.id],
+    answer = turn.answers[column.id];
   if (!box) return;
-  if (!answer) { box.replaceChildren(element("p", {class: "soft"}, column.running ? "waits for the answers above" : "not asked: an answer above is missing")); return; }
+  if (!answer) {
+    const reason = column.running ? "waits for the answers above" : "not asked: an answer above is missing";
+    box.replaceChildren(element("p", {class: "soft"}, reason));
+    return;
+  }
   const parts = [];
-  if (answer.reasoning) parts.push(element("details", {class: "reasoning", open: box.querySelector(".reasoning")?.open}, element("summary", {}, "Reasoning"), element("div", {}, answer.reasoning)));
+  if (answer.reasoning) {
+    const open = box.querySelector(".reasoning")?.open;
+    const texts = [element("summary", {}, "Reasoning"), element("div", {}, answer.reasoning)];
+    parts.push(element("details", {class: "reasoning", open}, ...texts));
+  }
   parts.push(bodyOf(answer));
-  for (const {name, args} of answer.calls.filter(Boolean)) parts.push(element("div", {class: "call"}, "Calls the tool ", element("code", {}, name), element("pre", {tabindex: "0"}, pretty(args))));
+  for (const {name, args} of answer.calls) {
+    const texts = ["Calls the tool ", element("code", {}, name), element("pre", {tabindex: "0"}, pretty(args))];
+    parts.push(element("div", {class: "call"}, ...texts));
+  }
   if (answer.failure) parts.push(element("p", {class: "failure"}, answer.failure));
   if (answer.state !== "running") parts.push(...footOf(column, turn, answer));
   box.replaceChildren(...parts);
@@ -416,9 +580,22 @@ function drawAnswer(column, turn) {
 function bodyOf(answer) {
   const body = element("div", {class: "body"});
   if (answer.state === "running" && !answer.text && !answer.reasoning && !answer.calls.length) {
-    body.append(element("span", {class: "wait", role: "img", "aria-label": `${answer.model} is working`}, element("i"), element("i"), element("i")));
+    body.append(
+      element(
+        "span",
+        {class: "wait", role: "img", "aria-label": `${answer.model} is working`},
+        element("i"),
+        element("i"),
+        element("i"),
+      ),
+    );
   } else if ($("probabilities").checked && answer.tokens.length) {
-    const all = element("div", {class: "tokens", role: "toolbar", "aria-label": "Tokens with their probabilities", onkeydown: moveAmongTokens});
+    const all = element("div", {
+      class: "tokens",
+      role: "toolbar",
+      "aria-label": "Tokens with their probabilities",
+      onkeydown: moveAmongTokens,
+    });
     all.append(...answer.tokens.map((token, place) => tokenNode(token, place === 0)));
     body.append(all);
   } else if (answer.text) {
@@ -430,28 +607,62 @@ function bodyOf(answer) {
 }
 
 function pretty(args) {
-  try { return JSON.stringify(JSON.parse(args), null, 2); } catch { return args; }
+  try {
+    return JSON.stringify(JSON.parse(args), null, 2);
+  } catch {
+    return args;
+  }
 }
 
 function footOf(column, turn, answer) {
   // 1. The figures.
-  const number = answer.count ?? answer.tokens.length, figures = [];
+  const number = answer.count ?? answer.tokens.length,
+    figures = [];
   if (number) figures.push(`${number} token${number === 1 ? "" : "s"}`);
   if (number && answer.seconds) figures.push(`${answer.seconds.toFixed(1)} s`);
-  if (number > 1 && answer.seconds > answer.first) figures.push(`${((number - 1) / (answer.seconds - answer.first)).toFixed(1)} tokens/s`);
+  if (number > 1 && answer.seconds > answer.first)
+    figures.push(`${((number - 1) / (answer.seconds - answer.first)).toFixed(1)} tokens/s`);
   if (answer.finish === "length") figures.push("cut at max tokens");
   if (answer.state === "stopped" && !answer.failure) figures.push("stopped");
   const foot = figures.length ? [element("p", {class: "figures"}, figures.join(" · "))] : [];
 
   // 2. What can be done with the answer.
   const actions = element("div", {class: "actions"});
-  if (answer.text) actions.append(iconButton("copy", "Copy the answer", () => copy(answer.text, "The answer is copied."), {class: "copy"}));
-  if (turn === turns.at(-1) || !isAnswered(answer)) actions.append(iconButton("again", "Answer again", () => again(column, turn), {class: "again"}));
-  actions.append(button({class: "curl", title: "Copy the request as a curl command", onclick: () => copy(asCurl(answer), "The request is copied as curl.")}, "curl"),
-    button({class: "python", title: "Copy the request as Python, with the openai package", onclick: () => copy(asPython(answer), "The request is copied as Python.")}, "Python"));
+  if (answer.text)
+    actions.append(
+      iconButton("copy", "Copy the answer", () => copy(answer.text, "The answer is copied."), {class: "copy"}),
+    );
+  if (turn === turns.at(-1) || !isAnswered(answer))
+    actions.append(iconButton("again", "Answer again", () => again(column, turn), {class: "again"}));
+  actions.append(
+    button(
+      {
+        class: "curl",
+        title: "Copy the request as a curl command",
+        onclick: () => copy(asCurl(answer), "The request is copied as curl."),
+      },
+      "curl",
+    ),
+    button(
+      {
+        class: "python",
+        title: "Copy the request as Python, with the openai package",
+        onclick: () => copy(asPython(answer), "The request is copied as Python."),
+      },
+      "Python",
+    ),
+  );
   if (document.body.dataset.preferences === "yes" && isAnswered(answer)) {
-    for (const [rating, label] of [["up", "Good answer"], ["down", "Bad answer"]]) {
-      actions.append(iconButton(rating, label, () => rate(column, turn, rating), {class: rating, "aria-pressed": String(answer.rating === rating)}));
+    for (const [rating, label] of [
+      ["up", "Good answer"],
+      ["down", "Bad answer"],
+    ]) {
+      actions.append(
+        iconButton(rating, label, () => rate(column, turn, rating), {
+          class: rating,
+          "aria-pressed": String(answer.rating === rating),
+        }),
+      );
     }
   }
   return [...foot, actions];
@@ -459,7 +670,8 @@ function footOf(column, turn, answer) {
 
 // Draw something, and keep the end of the conversation in view if it was.
 function atEnd(draw) {
-  const board = $("board"), was = board.scrollHeight - board.scrollTop - board.clientHeight < 40;
+  const board = $("board"),
+    was = board.scrollHeight - board.scrollTop - board.clientHeight < 40;
   draw();
   if (was) board.scrollTop = board.scrollHeight;
 }
@@ -471,18 +683,24 @@ function drawUnanswered(column) {
 // While an answer is streamed it is drawn once for each frame of the screen.
 const waiting = new Map();
 function followAnswer(column, turn) {
-  if (!waiting.size) requestAnimationFrame(() => {
-    atEnd(() => {
-      for (const [answer, [ofColumn, ofTurn]] of waiting) if (ofTurn.answers[ofColumn.id] === answer && answer.state === "running") drawStreamed(ofColumn, ofTurn, answer);
+  if (!waiting.size)
+    requestAnimationFrame(() => {
+      atEnd(() => {
+        for (const [answer, [ofColumn, ofTurn]] of waiting)
+          if (ofTurn.answers[ofColumn.id] === answer && answer.state === "running")
+            drawStreamed(ofColumn, ofTurn, answer);
+      });
+      waiting.clear();
     });
-    waiting.clear();
-  });
   waiting.set(turn.answers[column.id], [column, turn]);
 }
 
 function drawStreamed(column, turn, answer) {
   const all = turn.bodies[column.id].querySelector(".tokens");
-  if (!all || !$("probabilities").checked) { drawAnswer(column, turn); return; }
+  if (!all || !$("probabilities").checked) {
+    drawAnswer(column, turn);
+    return;
+  }
   all.append(...answer.tokens.slice(all.children.length).map((token) => tokenNode(token, false)));
 }
 
@@ -504,7 +722,7 @@ function send() {
   fitDraft();
   const turn = {question, answers: {}};
   turns.push(turn);
-  if (turns.length > 1) columns.forEach((column) => drawAnswer(column, turns.at(-2)));  // only the last answer can be given again
+  if (turns.length > 1) columns.forEach((column) => drawAnswer(column, turns.at(-2))); // only the last answer can be given again
   drawTurn(turn);
   $("empty").hidden = true;
   $("board").scrollTop = $("board").scrollHeight;
@@ -521,7 +739,7 @@ function stop() {
     drawUnanswered(column);
   }
   showRunning();
-  setTimeout(keepChat);  // when the answers know that they were stopped
+  setTimeout(keepChat); // when the answers know that they were stopped
 }
 
 function change(turn, question) {
@@ -537,14 +755,22 @@ function change(turn, question) {
 
 function again(column, turn) {
   const before = turn.answers[column.id];
-  turn.answers[column.id] = {...before, text: "", calls: [], state: "stopped", tries: before.tries + (before.failure ? 0 : 1)};
-  if (before.settings.temperature === 0 && !before.failure && before.state === "done") note("At temperature 0 the answer is the same each time.");
+  turn.answers[column.id] = {
+    ...before,
+    text: "",
+    calls: [],
+    state: "stopped",
+    tries: before.tries + (before.failure ? 0 : 1),
+  };
+  if (before.settings.temperature === 0 && !before.failure && before.state === "done")
+    note("At temperature 0 the answer is the same each time.");
   answerAll(column);
 }
 
 function addColumn() {
   const order = ["base", "final", ...[...models].reverse()];
-  const model = order.find((name) => models.includes(name) && !columns.some((column) => column.model === name)) ?? models[0];
+  const model =
+    order.find((name) => models.includes(name) && !columns.some((column) => column.model === name)) ?? models[0];
   columns.push(newColumn(model));
   shown = columns.length - 1;
   drawHeads();
@@ -580,7 +806,10 @@ function changeModel(column, model) {
   [...$("tabs").querySelectorAll("[aria-current]")][columns.indexOf(column)].textContent = model;
   drawTurns();
   if (turns.length) answerAll(column);
-  else { showRunning(); keepChat(); }
+  else {
+    showRunning();
+    keepChat();
+  }
 }
 
 function newChat() {
@@ -595,7 +824,13 @@ async function rate(column, turn, rating) {
   const answer = turn.answers[column.id];
   if (answer.rating === rating) return;
   try {
-    await call("preferences", {model: answer.model, messages: answer.messages, answer: answer.text, rating, settings: answer.settings});
+    await call("preferences", {
+      model: answer.model,
+      messages: answer.messages,
+      answer: answer.text,
+      rating,
+      settings: answer.settings,
+    });
     answer.rating = rating;
     note("Saved to preferences.jsonl.");
   } catch (error) {
@@ -611,33 +846,49 @@ async function rate(column, turn, rating) {
 async function copy(text, done) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch {  // no clipboard, as on a page that neither this machine nor HTTPS serves
+  } catch {
+    // no clipboard, as on a page that neither this machine nor HTTPS serves
     const field = element("textarea", {class: "unseen", "aria-hidden": "true"});
     field.value = text;
     document.body.append(field);
     field.select();
     const copied = document.execCommand("copy");
     field.remove();
-    if (!copied) { note("This browser does not let the page copy."); return; }
+    if (!copied) {
+      note("This browser does not let the page copy.");
+      return;
+    }
   }
   note(done);
 }
 
 const requestOf = ({model, messages, settings: chosen}) => ({model, messages, ...chosen});
 // Characters that a terminal obeys or that hide in a text are written as escapes.
-const escapes = (text) => text.replace(/[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`);
+const escapes = (text) =>
+  text.replace(
+    /[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g,
+    (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  );
 const inShell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 function asCurl(answer) {
-  return [`curl ${inShell(new URL("v1/chat/completions", location.href).href)}`, "-H 'Content-Type: application/json'",
-    ...(apiKey ? ['-H "Authorization: Bearer $MINISFT_API_KEY"'] : []),
-    `-d ${inShell(escapes(JSON.stringify(requestOf(answer))))}`].join(" \\\n  ") + "\n";
+  return (
+    [
+      `curl ${inShell(new URL("v1/chat/completions", location.href).href)}`,
+      "-H 'Content-Type: application/json'",
+      ...(apiKey ? ['-H "Authorization: Bearer $MINISFT_API_KEY"'] : []),
+      `-d ${inShell(escapes(JSON.stringify(requestOf(answer))))}`,
+    ].join(" \\\n  ") + "\n"
+  );
 }
 
 // JSON is Python but for true, false and null, and its texts are Python's if no surrogate is escaped.
 function inPython(value) {
   if (Array.isArray(value)) return `[${value.map(inPython).join(", ")}]`;
-  if (value && typeof value === "object") return `{${Object.entries(value).map(([key, one]) => `${inPython(key)}: ${inPython(one)}`).join(", ")}}`;
+  if (value && typeof value === "object")
+    return `{${Object.entries(value)
+      .map(([key, one]) => `${inPython(key)}: ${inPython(one)}`)
+      .join(", ")}}`;
   if (value === true || value === false) return value ? "True" : "False";
   return value === null || value === undefined ? "None" : escapes(JSON.stringify(value));
 }
@@ -645,26 +896,39 @@ function inPython(value) {
 function asPython(answer) {
   const {messages, ...rest} = requestOf(answer);
   const lines = messages.map((message) => `        ${inPython(message)},\n`).join("");
-  const others = Object.entries(rest).map(([name, value]) => `    ${name}=${inPython(value)},\n`).join("");
-  return `${apiKey ? "import os\n\n" : ""}from openai import OpenAI\n\n` +
+  const others = Object.entries(rest)
+    .map(([name, value]) => `    ${name}=${inPython(value)},\n`)
+    .join("");
+  return (
+    `${apiKey ? "import os\n\n" : ""}from openai import OpenAI\n\n` +
     `client = OpenAI(base_url=${inPython(new URL("v1", location.href).href)}, api_key=${apiKey ? 'os.environ["MINISFT_API_KEY"]' : '"none"'})\n` +
-    `reply = client.chat.completions.create(\n${others}    messages=[\n${lines}    ],\n)\nprint(reply.choices[0].message.content)\n`;
+    `reply = client.chat.completions.create(\n${others}    messages=[\n${lines}    ],\n)\nprint(reply.choices[0].message.content)\n`
+  );
 }
 
 // One row of ShareGPT, as `data.source` reads it: what the last answer was asked, and that answer.
 function rowOf(column) {
-  const answer = turns.map((turn) => turn.answers[column.id]).filter(isAnswered).at(-1);
+  const answer = turns
+    .map((turn) => turn.answers[column.id])
+    .filter(isAnswered)
+    .at(-1);
   if (!answer) return null;
-  const last = {role: "assistant", content: answer.text, ...(answer.reasoning && {reasoning_content: answer.reasoning}), ...(answer.calls.length && {tool_calls: answer.calls.map(toolCall)})};
   const names = {system: "system", user: "human", assistant: "gpt"};
-  const conversations = [...answer.messages, last].map(({role, content, ...more}) => ({from: names[role], value: content, ...more}));
+  const conversations = [...answer.messages, messageOf(answer)].map(({role, content, ...more}) => ({
+    from: names[role],
+    value: content,
+    ...more,
+  }));
   const time = new Date().toISOString().replace(/[-:]|\..*/g, "");
   return {id: `chat-${answer.model}-${time}`, conversations};
 }
 
 function saveRow(column) {
   const row = rowOf(column);
-  if (!row) { note("There is no answer to save yet."); return; }
+  if (!row) {
+    note("There is no answer to save yet.");
+    return;
+  }
   const url = URL.createObjectURL(new Blob([JSON.stringify(row) + "\n"], {type: "application/x-ndjson"}));
   const link = element("a", {href: url, download: `${row.id.replace(/[^\w.-]/g, "_")}.jsonl`});
   document.body.append(link);
@@ -675,8 +939,20 @@ function saveRow(column) {
 
 // --- what survives a reload of the page, in this tab only: never the key
 
-const keep = (name, value) => { try { sessionStorage.setItem(name, JSON.stringify(value)); } catch { /* full or forbidden */ } };
-const kept = (name) => { try { return JSON.parse(sessionStorage.getItem(name)) ?? {}; } catch { return {}; } };
+const keep = (name, value) => {
+  try {
+    sessionStorage.setItem(name, JSON.stringify(value));
+  } catch {
+    /* full or forbidden */
+  }
+};
+const kept = (name) => {
+  try {
+    return JSON.parse(sessionStorage.getItem(name)) ?? {};
+  } catch {
+    return {};
+  }
+};
 
 function keepDraft() {
   const values = Object.fromEntries(["draft", "system", ...SETTINGS].map((name) => [name, $(name).value]));
@@ -685,8 +961,15 @@ function keepDraft() {
 
 function keepChat() {
   if (!columns.length) return;
-  const without = (answer) => answer && {...answer, tokens: [], state: answer.state === "running" ? "stopped" : answer.state};
-  keep(STORE.chat, {columns: columns.map((column) => column.model), turns: turns.map((turn) => ({question: turn.question, answers: columns.map((column) => without(turn.answers[column.id]) ?? null)}))});
+  const without = (answer) =>
+    answer && {...answer, tokens: [], state: answer.state === "running" ? "stopped" : answer.state};
+  keep(STORE.chat, {
+    columns: columns.map((column) => column.model),
+    turns: turns.map((turn) => ({
+      question: turn.question,
+      answers: columns.map((column) => without(turn.answers[column.id]) ?? null),
+    })),
+  });
 }
 
 function restoreDraft() {
@@ -698,9 +981,14 @@ function restoreDraft() {
 function restoreChat() {
   const chat = kept(STORE.chat);
   const names = (chat.columns ?? []).filter((name) => models.includes(name));
-  if (!names.length || names.length !== chat.columns.length) return;  // another run is served here now
+  if (!names.length || names.length !== chat.columns.length) return; // another run is served here now
   columns = names.slice(0, MOST_COLUMNS).map(newColumn);
-  turns = chat.turns.map(({question, answers}) => ({question, answers: Object.fromEntries(columns.map((column, place) => [column.id, answers[place]]).filter(([, answer]) => answer))}));
+  turns = chat.turns.map(({question, answers}) => ({
+    question,
+    answers: Object.fromEntries(
+      columns.map((column, place) => [column.id, answers[place]]).filter(([, answer]) => answer),
+    ),
+  }));
 }
 
 // --- start
@@ -722,12 +1010,26 @@ function openSettings(open) {
 }
 
 function listen() {
-  for (const name of ["draft", "system", ...SETTINGS, "probabilities"]) $(name).addEventListener("input", () => { showSettings(); keepDraft(); });
+  for (const name of ["draft", "system", ...SETTINGS, "probabilities"])
+    $(name).addEventListener("input", () => {
+      showSettings();
+      keepDraft();
+    });
   $("draft").addEventListener("input", fitDraft);
-  $("draft").addEventListener("keydown", (event) => { if (sends(event)) { event.preventDefault(); send(); } });
-  $("probabilities").addEventListener("change", () => turns.forEach((turn) => columns.forEach((column) => drawAnswer(column, turn))));
+  $("draft").addEventListener("keydown", (event) => {
+    if (sends(event)) {
+      event.preventDefault();
+      send();
+    }
+  });
+  $("probabilities").addEventListener("change", () =>
+    turns.forEach((turn) => columns.forEach((column) => drawAnswer(column, turn))),
+  );
   $("send").addEventListener("click", send);
-  $("stop").addEventListener("click", () => { stop(); $("draft").focus(); });
+  $("stop").addEventListener("click", () => {
+    stop();
+    $("draft").focus();
+  });
   $("new").addEventListener("click", newChat);
   $("show-settings").addEventListener("click", () => openSettings(!document.body.classList.contains("settings-open")));
   document.addEventListener("keydown", (event) => {
@@ -738,15 +1040,31 @@ function listen() {
   });
   $("key-use").addEventListener("click", () => $("key-dialog").close("use"));
   $("key-cancel").addEventListener("click", () => $("key-dialog").close("cancel"));
-  $("key").addEventListener("keydown", (event) => { if (event.key === "Enter") $("key-dialog").close("use"); });
-  addEventListener("pagehide", () => { keepDraft(); keepChat(); });
-  let from = null;  // a swipe shows the model beside this one on a phone
-  $("turns").addEventListener("touchstart", ({touches}) => { from = touches.length === 1 ? [touches[0].clientX, touches[0].clientY] : null; }, {passive: true});
-  $("turns").addEventListener("touchend", ({changedTouches: [touch]}) => {
-    if (!from || $("tabs").hidden) return;
-    const across = touch.clientX - from[0], down = touch.clientY - from[1];
-    if (Math.abs(across) > 60 && Math.abs(across) > 2 * Math.abs(down)) showColumn(shown - Math.sign(across));
-  }, {passive: true});
+  $("key").addEventListener("keydown", (event) => {
+    if (event.key === "Enter") $("key-dialog").close("use");
+  });
+  addEventListener("pagehide", () => {
+    keepDraft();
+    keepChat();
+  });
+  let from = null; // a swipe shows the model beside this one on a phone
+  $("turns").addEventListener(
+    "touchstart",
+    ({touches}) => {
+      from = touches.length === 1 ? [touches[0].clientX, touches[0].clientY] : null;
+    },
+    {passive: true},
+  );
+  $("turns").addEventListener(
+    "touchend",
+    ({changedTouches: [touch]}) => {
+      if (!from || $("tabs").hidden) return;
+      const across = touch.clientX - from[0],
+        down = touch.clientY - from[1];
+      if (Math.abs(across) > 60 && Math.abs(across) > 2 * Math.abs(down)) showColumn(shown - Math.sign(across));
+    },
+    {passive: true},
+  );
 }
 
 async function start() {
@@ -759,11 +1077,15 @@ async function start() {
     models = (await (await call("v1/models")).json()).data.map((model) => model.id);
     if (!models.length) throw new ServerError("The server has no model.");
   } catch (error) {
-    $("empty").replaceChildren(element("p", {class: "failure", role: "alert"}, error.message), button({onclick: () => location.reload()}, "Try again"));
+    $("empty").replaceChildren(
+      element("p", {class: "failure", role: "alert"}, error.message),
+      button({onclick: () => location.reload()}, "Try again"),
+    );
     return;
   }
   restoreChat();
-  const first = ["final", ...models.filter((name) => name !== "base")].find((name) => models.includes(name)) ?? models[0];
+  const first =
+    ["final", ...models.filter((name) => name !== "base")].find((name) => models.includes(name)) ?? models[0];
   if (!columns.length) columns = [newColumn(first)];
   drawHeads();
   drawTurns();
@@ -771,4 +1093,3 @@ async function start() {
 }
 
 start();
-})();
