@@ -29,6 +29,8 @@ MESSAGE = "document.querySelector('#note').textContent"
 @pytest.fixture(scope="module")
 def served(scored_run, tmp_path_factory):
     """A server of a copy of the run: the run's folder and the server's URL."""
+    for name in ("fastapi", "uvicorn"):
+        pytest.importorskip(name, reason="the server needs it")
     folder = tmp_path_factory.mktemp("served")
     run = shutil.copytree(scored_run, folder / "tea")
     with (folder / "log").open("w") as log:
