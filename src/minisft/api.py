@@ -609,6 +609,13 @@ def demo(recipe: "Recipe", *, force: bool = False) -> None:
     _evaluate(recipe, shown=show_demo)
 
 
+def leave_server() -> None:
+    """End this process at once after a server has stopped: nothing is left to save, and torch takes a second to end."""
+    from minisft.processes import hard_exit
+
+    hard_exit(0)
+
+
 def leave_launched_process() -> None:
     """End this process at once if a launcher started it: at a normal exit its libraries may wait for others."""
     from minisft.processes import hard_exit

@@ -199,6 +199,7 @@ def serve(arguments: Arguments) -> None:
         memory=arguments.memory,
         trust_remote_code=trusted,
     )
+    api.leave_server()
 
 
 def demo(arguments: Arguments) -> None:

@@ -5,7 +5,7 @@ Other threads only submit and cancel jobs. What is decoded is delivered through 
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from minisft.console import warn
@@ -80,7 +80,6 @@ class Scheduler:
         self._waiting: list[tuple[Job, int]] = []
         self._groups: dict[str, _Group] = {}
         self._loading: dict[str, tuple[int, Future[LoadedModel]]] = {}  # sizes in bytes, and what is being loaded
-        self._loader = ThreadPoolExecutor(1, "load")
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
@@ -117,7 +116,6 @@ class Scheduler:
         """End all jobs and the thread; return whether it ended within `timeout` seconds: a step is not interrupted."""
         self._stopping = True
         self._signal.set()
-        self._loader.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -238,10 +236,17 @@ class Scheduler:
         for other in evicted:
             del self._groups[other]
             self.pool.evict(other)
-        future = self._loader.submit(self.pool.load, job.model)
+        future: Future[LoadedModel] = Future()
         self._loading[name] = (size, future)
-        future.add_done_callback(lambda _: self._signal.set())
+        threading.Thread(target=self._load, args=(job.model, future), name="load", daemon=True).start()
         return True
+
+    def _load(self, model: ServedModel, future: "Future[LoadedModel]") -> None:
+        try:
+            future.set_result(self.pool.load(model))
+        except BaseException as error:
+            future.set_exception(error)
+        self._signal.set()
 
     def _finish_loading(self) -> None:
         """Take the models that have been loaded; where one could not be, its jobs fail."""

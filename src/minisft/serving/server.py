@@ -19,7 +19,6 @@ from minisft.data.conversation import Conversation
 from minisft.data.renderers.base import RefusedError
 from minisft.errors import UserError
 from minisft.evaluation.generation import DecodingRequest
-from minisft.processes import hard_exit
 from minisft.serving.answer_text import AnswerText, Piece
 from minisft.serving.chat_page import page_html, page_policy
 from minisft.serving.guards import Guard, Receive, Scope, Send, read_body
@@ -405,15 +404,15 @@ def serve_folder(
     """
     with bind(host, port) as listening:
         pool = ModelPool(name, None if memory is None else int(memory * 1e9), trust_remote_code)
-        if not serve(pool, listening, host=host, api_key=api_key):
-            hard_exit(0)  # a step that is not over is not waited for
+        serve(pool, listening, host=host, api_key=api_key)
 
 
-def serve(pool: ModelPool, listening: socket.socket, *, host: str, api_key: str | None) -> bool:
-    """Serve the models on a bound socket until SIGINT or SIGTERM; return whether the decoding thread has ended."""
+def serve(pool: ModelPool, listening: socket.socket, *, host: str, api_key: str | None) -> None:
+    """Serve the models on a bound socket until SIGINT or SIGTERM."""
     port = listening.getsockname()[1]
     scheduler = Scheduler(pool)
-    app = Guard(make_app(Service(pool, scheduler)), host, port, api_key)
+    service = Service(pool, scheduler)
+    app = Guard(make_app(service), host, port, api_key)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
         timeout_graceful_shutdown=_STOP_SECONDS,
@@ -421,7 +420,8 @@ def serve(pool: ModelPool, listening: socket.socket, *, host: str, api_key: str 
     shown = f"[{host}]" if ":" in host else host
     server = _Server(config, lambda: print(f"serving http://{shown}:{port}", flush=True))
     asyncio.run(_until_stopped(server, listening, scheduler))
-    return scheduler.stop(_STOP_SECONDS / 2)
+    service.encoding.shutdown(wait=False, cancel_futures=True)
+    scheduler.stop(_STOP_SECONDS / 2)  # a step that takes longer is not waited for: the thread is a daemon
 
 
 async def _until_stopped(server: _Server, listening: socket.socket, scheduler: Scheduler) -> None:
