@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from tests.browser import Browser, find_browser
 from tests.command import run as command
-from tests.tiny import heed_ctrl_c
+from tests.served import Served
 
 PROGRAM = find_browser()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium here; MINISFT_BROWSER names one")
@@ -31,19 +30,10 @@ def served(scored_run, tmp_path_factory):
     """A server of a copy of the run: the run's folder and the server's URL."""
     for name in ("fastapi", "uvicorn"):
         pytest.importorskip(name, reason="the server needs it")
-    folder = tmp_path_factory.mktemp("served")
-    run = shutil.copytree(scored_run, folder / "tea")
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "minisft", "serve", str(run), "--port", "0", "--api-key", KEY],
-            stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=heed_ctrl_c,
-        )  # fmt: skip
-    assert process.stdout is not None
-    words = process.stdout.readline().split()
-    assert words[:1] == ["serving"], (folder / "log").read_text()
-    yield run, words[1].rstrip("/") + "/"
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=30)
+    run = shutil.copytree(scored_run, tmp_path_factory.mktemp("served") / "tea")
+    server = Served(run, "--api-key", KEY)
+    yield run, server.url + "/"
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +126,18 @@ def messages_of_requests(browser):
     return lambda: browser.run("window.sent")
 
 
+def slow_down(browser):
+    """Let answers arrive in pieces of 300 bytes, ten milliseconds apart; the result lets them arrive as they come."""
+    browser.run(
+        "window.real = window.fetch; window.fetch = async (path, options) => { const response = await real(path, options);"
+        "const slow = new TransformStream({async transform(chunk, controller) {"
+        "for (let start = 0; start < chunk.length; start += 300) { await new Promise((done) => setTimeout(done, 10));"
+        "controller.enqueue(chunk.slice(start, start + 300)); } }});"
+        "return new Response(response.body.pipeThrough(slow), response); }; 0"
+    )
+    return lambda: browser.run("window.fetch = window.real; 0")
+
+
 def answer_with(browser, *events, end=True):
     """Answer the next requests of the page with these events instead of the server's."""
     text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + ("data: [DONE]\n\n" if end else "")
@@ -146,15 +148,16 @@ def answer_with(browser, *events, end=True):
 
 
 def test_models_answer_side_by_side_what_the_server_answers(page, served):
-    set_field(page, "max_tokens", 200)
+    set_field(page, "max_tokens", 32)
+    restore = slow_down(page)
     page.type("#draft", QUESTION)
     page.press("Enter")
-    page.wait_for(
-        "document.querySelector('.answer .body').textContent.trim() && !document.querySelector('#stop').hidden"
-    )
-    early = page.run("document.querySelector('.answer .body').textContent.length")
+    body = "document.querySelector('.answer .body').textContent"
+    page.wait_for(f"{body}.trim() && !document.querySelector('#stop').hidden")
+    early = page.run(f"{body}.length")
     page.wait_for(IDLE)
-    assert page.run("document.querySelector('.answer .body').textContent.length") > early  # it was streamed
+    assert page.run(f"{body}.length") > early  # it was streamed
+    restore()
     set_field(page, "max_tokens", 16)
 
     page.click("#add")  # the base model catches up with the conversation
@@ -166,7 +169,7 @@ def test_models_answer_side_by_side_what_the_server_answers(page, served):
     assert shown == [2, 2]
     first, base, second, base_second = answers(page)
     url = served[1]
-    [long, _] = ask_server(url, "final", QUESTION, max_tokens=200)
+    [long, _] = ask_server(url, "final", QUESTION, max_tokens=32)
     assert base == ask_server(url, "base", QUESTION)[0]
     assert base_second == ask_server(url, "base", QUESTION, base, "more tea")[0]
     assert second == ask_server(url, "final", QUESTION, long, "more tea")[0]
@@ -216,7 +219,8 @@ def test_another_answer_has_the_next_seed(page, served, tmp_path):
 
 
 def test_escape_stops_an_answer_and_keeps_what_there_is(page):
-    set_field(page, "max_tokens", 400)
+    set_field(page, "max_tokens", 200)
+    restore = slow_down(page)
     page.type("#draft", QUESTION)
     page.press("Enter")
     page.wait_for("document.querySelector('.answer .body').textContent.length > 3")
@@ -224,7 +228,8 @@ def test_escape_stops_an_answer_and_keeps_what_there_is(page):
     page.wait_for(IDLE)
     assert "stopped" in page.text(".figures")
     [kept] = answers(page)
-    assert 0 < len(kept) < 400
+    assert 0 < len(kept) < 200
+    restore()
     sent = messages_of_requests(page)
     set_field(page, "max_tokens", 4)
     ask(page, "go on")

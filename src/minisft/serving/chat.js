@@ -183,7 +183,8 @@ function messageOf({text, reasoning, calls}) {
 
 function isAnswered(answer) {
   if (!answer || answer.failure || answer.state === "running") return false;
-  return Boolean(answer.text || answer.calls.length || answer.state === "done"); // else it was stopped before its first word
+  // An answer that was stopped before its first word is none.
+  return Boolean(answer.text || answer.calls.length || answer.state === "done");
 }
 
 // Answer, in order, all turns that the column has no answer to.
@@ -416,7 +417,8 @@ function showTip(node, token) {
   const board = $("board"),
     around = board.getBoundingClientRect(); // the tip scrolls with the tokens
   const top = place.bottom + 6 + box.height < around.bottom ? place.bottom + 6 : place.top - box.height - 6;
-  tip.style.left = `${Math.max(8, Math.min(place.left - around.left, board.clientWidth - box.width - 8)) + board.scrollLeft}px`;
+  const left = Math.max(8, Math.min(place.left - around.left, board.clientWidth - box.width - 8));
+  tip.style.left = `${left + board.scrollLeft}px`;
   tip.style.top = `${Math.max(0, top - around.top + board.scrollTop)}px`;
 }
 
@@ -722,7 +724,8 @@ function send() {
   fitDraft();
   const turn = {question, answers: {}};
   turns.push(turn);
-  if (turns.length > 1) columns.forEach((column) => drawAnswer(column, turns.at(-2))); // only the last answer can be given again
+  // Only the last answer can be given again: the one before it loses that button.
+  if (turns.length > 1) columns.forEach((column) => drawAnswer(column, turns.at(-2)));
   drawTurn(turn);
   $("empty").hidden = true;
   $("board").scrollTop = $("board").scrollHeight;
