@@ -771,7 +771,7 @@ function again(column, turn) {
 }
 
 function addColumn() {
-  const order = ["base", "final", ...[...models].reverse()];
+  const order = ["base", "final", ...models];
   const model =
     order.find((name) => models.includes(name) && !columns.some((column) => column.model === name)) ?? models[0];
   columns.push(newColumn(model));
