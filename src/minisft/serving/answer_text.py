@@ -148,7 +148,7 @@ def find_calls(spelled: str, content: str, tools: frozenset[str]) -> tuple[str, 
     # 1. <tool_call>{...}</tool_call>, any number of times.
     if found := _HERMES.findall(spelled):
         calls = [call for text in found for call in _calls_of_json(text)]
-        return content.partition("<tool_call>")[0].strip(), tuple(calls)
+        return (content.partition("<tool_call>")[0].strip(), tuple(calls)) if calls else (content, ())
     # 2. [TOOL_CALLS] before a JSON list, or before each NAME[ARGS]{...}.
     before, marker, rest = spelled.partition("[TOOL_CALLS]")
     if marker:
