@@ -14,7 +14,7 @@ from tests.tiny import heed_ctrl_c
 
 
 class Served:
-    """A server; `url` is the address that it printed."""
+    """A server that is starting; after `ready`, `url` is the address that it printed."""
 
     def __init__(self, *words, **environment):
         self.process = subprocess.Popen(
@@ -27,14 +27,20 @@ class Served:
         )
         self.errors = ""
         threading.Thread(target=self._read_errors, daemon=True).start()
+
+    def ready(self):
+        """Wait until the server accepts requests."""
+        if hasattr(self, "url"):
+            return self
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("serving http://"), self.errors
         self.url = line.removeprefix("serving ").strip()
-        self.host, _, port = self.url.removeprefix("http://").rpartition(":")
-        self.port = int(port)
+        self.port = int(self.url.rpartition(":")[2])
+        return self
 
     def _read_errors(self):
-        for line in self.process.stderr:
+        for line in self.process.stderr or ():
             self.errors += line
 
     def stop(self, number=signal.SIGINT):

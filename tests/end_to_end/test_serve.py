@@ -18,6 +18,7 @@ from tests.tiny import byte_tokenizer, write_tiny_model
 KEY = "a-key-of-the-test"
 # Writes tools and calls as Qwen's and Hermes' templates do.
 TEMPLATE = (
+    "{%- if messages[0].role == 'assistant' %}{{ raise_exception('A user must begin.') }}{% endif %}"
     "{%- if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n"
     "{% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "{%- for call in message.tool_calls or [] %}\n<tool_call>\n"
@@ -37,22 +38,28 @@ TOOLS = [
 
 
 @pytest.fixture(scope="module")
-def server(scored_run):
-    served = Served(scored_run)
-    yield served
-    assert served.stop(signal.SIGINT)[0] == 0, served.errors
-
-
-@pytest.fixture(scope="module")
-def keyed(tmp_path_factory):
-    """A model folder with a template that has tools, and a server that asks for a key."""
+def started(scored_run, tmp_path_factory):
+    """Three servers, started together: of the run, of a model with tools that asks for a key, and one to be stopped."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = TEMPLATE
-    served = Served(write_tiny_model(tmp_path_factory.mktemp("tools") / "model", 1, tokenizer), "--api-key", KEY)
-    yield served
-    assert served.stop(signal.SIGTERM)[0] == 0, served.errors
+    folder = write_tiny_model(tmp_path_factory.mktemp("tools") / "model", 1, tokenizer)
+    servers = {"run": Served(scored_run), "keyed": Served(folder, "--api-key", KEY), "third": Served(scored_run)}
+    yield servers
+    for served in servers.values():
+        if served.process.poll() is None:
+            assert served.stop(signal.SIGTERM)[0] == 0, served.errors
+
+
+@pytest.fixture(scope="module")
+def server(started):
+    return started["run"].ready()
+
+
+@pytest.fixture(scope="module")
+def keyed(started):
+    return started["keyed"].ready()
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +180,9 @@ def test_tools_are_rendered_by_a_template_that_has_them(keyed):
     text = "".join(rendered["pieces"])
     assert '"name": "weather"' in text
     assert '<tool_call>\n{"name": "weather", "arguments": {"place": "Bonn"}}\n</tool_call>' in text
+    messages = [{"role": role, "content": "a"} for role in ("assistant", "user")]
+    with pytest.raises(openai.BadRequestError, match="template refuses"):
+        asked.chat.completions.create(model="final", messages=messages)
     assert text.endswith("<|im_start|>tool\nRain<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -197,7 +207,6 @@ REFUSED = [
     ("stream_options", 400, say("a", stream_options={"include_usage": True})),
     ("unknown role", 400, say("a", messages=[{"role": "wizard", "content": "a"}])),
     ("nothing to answer", 400, say("a", messages=[{"role": "assistant", "content": "a"}])),
-    ("template refuses", 400, say("a", messages=[{"role": role, "content": "a"} for role in ("assistant", "user")])),
     ("surrogate", 400, b'{"model": "final", "messages": [{"role": "user", "content": "a"}], "stop": "\\ud800"}'),
     ("frequency_penalty is not supported", 422, say("a", frequency_penalty=1.5)),
     ("response_format is not supported", 422, say("a", response_format={"type": "json_object"})),
@@ -342,8 +351,8 @@ def test_a_client_that_leaves_frees_its_rows_at_once(server, stream):
     server.wait_until_idle(1.0)
 
 
-def test_ctrl_c_ends_the_server_within_two_seconds_also_while_it_answers(scored_run):
-    served = Served(scored_run)
+def test_ctrl_c_ends_the_server_within_two_seconds_also_while_it_answers(started):
+    served = started["third"].ready()
     seen = []
 
     def read():

@@ -16,6 +16,9 @@ _CALL_MARKERS = ("<tool_call>", "[TOOL_CALLS]")
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _MISTRAL = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\]\s*(\{.*\})\s*", re.DOTALL)
 
+_NO_CALL = ToolCall("", "")
+_JSON_LINE = re.compile(r"(?:\A|\n)\s*(?:[{\[]|\Z)")  # where a line begins that may become a call
+
 
 @dataclass(frozen=True)
 class ScoredToken:
@@ -121,9 +124,11 @@ class AnswerText:
     def _before_calls(self, content: str) -> str:
         """Return the part of the content that cannot belong to a call."""
         spelled = self.encoder.spelled_answer(self.ids)
-        if content.lstrip()[:1] in ("{", "[") or any(marker in spelled for marker in _CALL_MARKERS):
+        if any(marker in spelled for marker in _CALL_MARKERS):
             return self._sent[1]
-        return _without_beginning_of(content, _CALL_MARKERS)
+        line = _JSON_LINE.search(content)
+        before = content if line is None else content[: line.start()]
+        return max(self._sent[1], _without_beginning_of(before, _CALL_MARKERS), key=len)
 
     def _piece(self, reasoning: str, content: str, last: bool = False) -> Piece:
         """Return what is new in the certain reasoning and content."""
@@ -148,7 +153,7 @@ def find_calls(spelled: str, content: str, tools: frozenset[str]) -> tuple[str, 
     # 1. <tool_call>{...}</tool_call>, any number of times.
     if found := _HERMES.findall(spelled):
         calls = [call for text in found for call in _calls_of_json(text)]
-        return content.partition("<tool_call>")[0].strip(), tuple(calls)
+        return (content.partition("<tool_call>")[0].strip(), tuple(calls)) if calls else (content, ())
     # 2. [TOOL_CALLS] before a JSON list, or before each NAME[ARGS]{...}.
     before, marker, rest = spelled.partition("[TOOL_CALLS]")
     if marker:
@@ -159,9 +164,17 @@ def find_calls(spelled: str, content: str, tools: frozenset[str]) -> tuple[str, 
                 return content, ()
             calls = [ToolCall(part[1], part[2]) for part in parts if part]
         return before.strip(), tuple(calls)
-    # 3. The whole answer is the JSON of calls.
-    calls = _calls_of_json(content)
-    return ("", tuple(calls)) if calls and all(call.name in tools for call in calls) else (content, ())
+    # 3. Lines of JSON at the end, as for templates that have no form for calls.
+    lines = content.strip().split("\n")
+    for place, first in enumerate(lines):
+        if not first.lstrip().startswith(("{", "[")):
+            continue
+        after = lines[place:]
+        each = [call for line in after for call in _calls_of_json(line) or [_NO_CALL]]
+        calls = _calls_of_json("\n".join(after)) or each
+        if all(call.name in tools for call in calls):
+            return "\n".join(lines[:place]).strip(), tuple(calls)
+    return content, ()
 
 
 def _calls_of_json(text: str) -> list[ToolCall]:

@@ -4,7 +4,8 @@ Other threads only submit and cancel jobs. What is decoded is delivered through 
 """
 
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -123,24 +124,39 @@ class Scheduler:
 
     def _run(self) -> None:
         while not self._stopping:
-            if not any(group.decoder.busy for group in self._groups.values()):
+            decoding = any(group.decoder.busy for group in self._groups.values())
+            admissible = self._waiting and not self._loading  # with nothing to decode, any row may begin
+            if not decoding and not admissible:
                 self._signal.wait()
-            self._signal.clear()
-            with self._lock:
-                submitted, self._submitted = self._submitted, []
-                cancelled, self._cancelled = self._cancelled, []
-            self._waiting += [(job, row) for job in submitted for row in range(len(job.rows))]
-            self._end(cancelled)
-            self._finish_loading()
-            self._admit()
-            for name, group in list(self._groups.items()):
-                if group.decoder.busy:
-                    self._guarded(name, self._step)
+            try:
+                self._turn()
+            except Exception:  # a defect of this module: no request may wait for ever because of it
+                warn(f"the decoding thread failed, and goes on:\n{traceback.format_exc()}")
+                self._fail_all(ApiError(500, "the answer could not be generated"))
+        self._fail_all(ApiError(503, "the server is stopping"))
+
+    def _turn(self) -> None:
+        """Take new jobs, free cancelled ones, and decode one token of every row."""
+        self._signal.clear()
         with self._lock:
-            jobs = {*self._submitted, *(job for job, _ in self._waiting)}
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, []
+        self._waiting += [(job, row) for job in submitted for row in range(len(job.rows))]
+        self._end(cancelled)
+        self._finish_loading()
+        self._admit()
+        for name, group in list(self._groups.items()):
+            if group.decoder.busy:
+                self._guarded(name, self._step)
+
+    def _fail_all(self, error: ApiError) -> None:
+        with self._lock:
+            jobs, self._submitted = {*self._submitted, *(job for job, _ in self._waiting)}, []
         jobs |= {job for group in self._groups.values() for job, _ in group.rows.values()}
+        self._waiting = []
+        self._groups = {name: _Group(Decoder(group.decoder.model)) for name, group in self._groups.items()}
         for job in jobs:
-            self._fail(job, ApiError(503, "the server is stopping"))
+            self._fail(job, error)
 
     def _end(self, jobs: Sequence[Job]) -> None:
         """Free the rows of jobs that have been cancelled."""
@@ -165,7 +181,7 @@ class Scheduler:
             name = job.model.name
             if job.over:
                 continue
-            if name not in self._groups and name not in self._loading and not self._start_loading(job):
+            if name not in self._groups and name not in self._loading and not self._start_loading(job, joining):
                 # It waits for memory, and so does all that came later: else it might wait for ever.
                 waiting += [entry for entry in self._waiting[place:] if not entry[0].over]
                 break
@@ -221,15 +237,18 @@ class Scheduler:
 
     # --- models -------------------------------------------------------------------------------------------
 
-    def _start_loading(self, job: Job) -> bool:
-        """Load a job's model in another thread, after evicting others; return whether that could begin."""
+    def _start_loading(self, job: Job, joining: Collection[str]) -> bool:
+        """Load a job's model in another thread, after evicting others; return whether that could begin.
+
+        The models that rows are `joining` are in use, as are those with rows.
+        """
         name = job.model.name
         try:
             size = self.pool.size(job.model)
         except (UserError, OSError, ValueError) as error:
             self._fail(job, ApiError(500, _as_text(error)))
             return True
-        busy = [name for name, group in self._groups.items() if group.rows]
+        busy = [name for name, group in self._groups.items() if group.rows or name in joining]
         evicted = self.pool.evictable(size, sum(size for size, _ in self._loading.values()), busy)
         if evicted is None:
             return False
