@@ -32,7 +32,7 @@ def served(scored_run, tmp_path_factory):
         pytest.importorskip(name, reason="the server needs it")
     run = shutil.copytree(scored_run, tmp_path_factory.mktemp("served") / "tea")
     server = Served(run, "--api-key", KEY)
-    yield run, server.url + "/"
+    yield run, server.ready().url + "/"
     server.stop()
 
 
@@ -434,6 +434,17 @@ def test_drafts_and_the_conversation_survive_a_reload_and_the_key_does_not(page)
     assert answers(page) == [before]
     page.click("#new")
     assert page.run("document.querySelectorAll('.turn').length") == 0
+
+
+def test_every_answer_of_the_server_has_a_nonce_of_its_own(served):
+    nonces = set()
+    for _ in range(2):
+        with urllib.request.urlopen(served[1], timeout=60) as response:
+            policy, text = response.headers["Content-Security-Policy"], response.read().decode()
+        nonce = policy.partition("script-src 'nonce-")[2].partition("'")[0]
+        assert text.count(f'nonce="{nonce}"') == 2
+        nonces.add(nonce)
+    assert len(nonces) == 2
 
 
 def test_without_the_key_the_column_says_so(started, served):
