@@ -7,8 +7,10 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from tests.command import refused, run
@@ -164,14 +166,14 @@ def test_sixteen_at_once_get_the_answers_that_they_get_one_at_a_time(client):
 
 
 def test_tools_are_rendered_by_a_template_that_has_them(keyed):
-    asked = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=KEY, max_retries=0)
+    asked: Any = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=KEY, max_retries=0)
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Bonn"}'}}
-    messages = [
+    messages: Any = [
         {"role": "user", "content": "How is it in Bonn?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "Rain"},
     ]
-    settings = {"model": "final", "messages": messages, "max_tokens": 4, "temperature": 0}
+    settings: Any = {"model": "final", "messages": messages, "max_tokens": 4, "temperature": 0}
     with_tools = asked.chat.completions.create(**settings, tools=TOOLS)
     without = asked.chat.completions.create(**settings, tools=TOOLS, tool_choice="none")
     assert with_tools.usage.prompt_tokens > without.usage.prompt_tokens
@@ -296,7 +298,7 @@ def test_a_key_is_asked_for(keyed):
 
 def test_random_bodies_never_break_the_server(server):
     choose = random.Random(3)
-    junk = [
+    junk: list[object] = [
         None,
         True,
         -1,
@@ -380,3 +382,59 @@ def test_wrong_uses_are_refused(capsys, scored_run, server, tmp_path):
     assert "--port" in refused(capsys, "serve", scored_run, "--port", "99999")
     assert "in use" in refused(capsys, "serve", scored_run, "--port", server.port)
     assert refused(capsys, "serve", tmp_path / "nothing", "--port", 0)
+
+
+# --- endurance --------------------------------------------------------------------------------------------
+
+
+def one_of_many(server, number):
+    """Send one request of a random kind; return whether a valid one was answered, None for the others."""
+    choose = random.Random(number)
+    stream, rows = choose.random() < 0.5, choose.randint(1, 4)
+    body = say(f"{number}: tea " * choose.randint(1, 8), model=choose.choice(["final", "base", "checkpoint-2"]),
+               max_tokens=choose.randint(1, 40), n=rows, stream=stream, temperature=choose.choice([0, 1.5]))  # fmt: skip
+    kind = choose.choice(["valid", "valid", "leaves", "leaves", "half", "malformed", "wrong"])
+    if kind == "malformed":
+        data = json.dumps(body).encode()
+        assert server.ask("/v1/chat/completions", data[: choose.randrange(len(data))])[0] == 400
+        return None
+    if kind == "wrong":
+        body |= choose.choice([{"n": -1}, {"model": "none"}, {"stop": [1]}, {"max_tokens": 600}, {"messages": "a"}])
+        assert server.ask("/v1/chat/completions", body)[0] in (400, 404)
+        return None
+    if kind == "valid":
+        status, answer = server.ask("/v1/chat/completions", body)
+        while status == 503 and answer["error"]["code"] == "overloaded":
+            time.sleep(0.5)
+            status, answer = server.ask("/v1/chat/completions", body)
+        if stream:
+            return status == 200 and answer.rstrip().endswith(b"data: [DONE]")
+        return status == 200 and all(choice["finish_reason"] for choice in answer["choices"])
+    data = json.dumps(body | {"max_tokens": 300}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n"
+        )
+        whole = f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+        connection.sendall(whole[: choose.randrange(len(whole))] if kind == "half" else whole)
+        if kind == "leaves":
+            time.sleep(choose.random() * 0.2)
+    return None
+
+
+@pytest.mark.long
+def test_a_thousand_requests_of_all_kinds_leave_nothing_behind(scored_run):
+    served = Served(scored_run).ready()
+    process = psutil.Process(served.process.pid)
+    memory = []
+    with ThreadPoolExecutor(16) as threads:
+        for begin in range(0, 1400, 200):  # the first 400 are for the libraries' own caches
+            answered = list(threads.map(lambda number: one_of_many(served, number), range(begin, begin + 200)))
+            assert False not in answered
+            assert answered.count(True) > 30
+            served.wait_until_idle(60)
+            memory.append(process.memory_info().rss)
+    assert max(memory[2:]) <= 1.05 * memory[1], [size >> 20 for size in memory]
+    assert served.ask("/v1/chat/completions", say("tea"))[0] == 200
+    assert served.stop()[0] == 0
+    assert "Traceback" not in served.errors

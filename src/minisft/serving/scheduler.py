@@ -40,11 +40,11 @@ class Job:
     rows: tuple[DecodingRequest, ...]
     texts: tuple[AnswerText, ...]
     deliver: Callable[[int, Piece | ApiError], None]
-    over: bool = False  # cancelled or failed: nothing more is delivered
-    unfinished: set[int] = field(default_factory=set)
+    over: bool = False  # ended, cancelled or failed: nothing more is delivered
+    unfinished: int = 0
 
     def __post_init__(self) -> None:
-        self.unfinished = set(range(len(self.rows)))
+        self.unfinished = len(self.rows)
 
 
 @dataclass
@@ -103,10 +103,14 @@ class Scheduler:
         self._signal.set()
 
     def cancel(self, job: Job) -> None:
-        """End a job whose answers nobody waits for any more; a job that has ended is left alone."""
-        with self._lock:
-            self._cancelled.append(job)
-        self._signal.set()
+        """End a job whose answers nobody waits for any more; a job that has ended is left alone.
+
+        It no longer counts from now on; its rows are freed before the next token.
+        """
+        if self._close(job):
+            with self._lock:
+                self._cancelled.append(job)
+            self._signal.set()
 
     @property
     def unfinished(self) -> int:
@@ -142,7 +146,8 @@ class Scheduler:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
         self._waiting += [(job, row) for job in submitted for row in range(len(job.rows))]
-        self._end(cancelled)
+        if cancelled:
+            self._free(set(cancelled))
         self._finish_loading()
         self._admit()
         for name, group in list(self._groups.items()):
@@ -158,16 +163,11 @@ class Scheduler:
         for job in jobs:
             self._fail(job, error)
 
-    def _end(self, jobs: Sequence[Job]) -> None:
+    def _free(self, jobs: Collection[Job]) -> None:
         """Free the rows of jobs that have been cancelled."""
-        ending = {job for job in jobs if not job.over}
-        if not ending:
-            return
-        for job in ending:
-            self._close(job)
-        self._waiting = [(job, row) for job, row in self._waiting if job not in ending]
+        self._waiting = [(job, row) for job, row in self._waiting if job not in jobs]
         for group in self._groups.values():
-            numbers = [number for number, (job, _) in group.rows.items() if job in ending]
+            numbers = [number for number, (job, _) in group.rows.items() if job in jobs]
             if numbers:
                 group.decoder.cancel(numbers)
                 for number in numbers:
@@ -207,20 +207,22 @@ class Scheduler:
         def tell(token: int, scores: TokenScores | None) -> bool:
             text = job.texts[row]
             piece = text.push(token, scores)
-            if not piece.empty:
+            if not piece.empty and not job.over:
                 job.deliver(row, piece)
-            return text.stopped
+            return text.stopped or job.over
 
         return tell
 
     def _step(self, group: _Group, _: Sequence[tuple[Job, int]]) -> None:
         for number, generated in group.decoder.step().items():
             job, row = group.rows.pop(number)
-            job.unfinished.discard(row)
             with self._lock:
+                if job.over:  # cancelled since this step began
+                    continue
                 self._count -= 1
+                job.unfinished -= 1
+                job.over = job.unfinished == 0
             job.deliver(row, job.texts[row].finish(generated.finish))
-            job.over = not job.unfinished
 
     def _guarded(self, name: str, action: Callable[..., None], rows: Sequence[tuple[Job, int]] = ()) -> None:
         """Do something with a model's group; an error ends all its jobs, and the next ones get a new decoder."""
@@ -284,15 +286,17 @@ class Scheduler:
             self._groups[name] = _Group(Decoder(loaded.model))
 
     def _fail(self, job: Job, error: ApiError) -> None:
-        if not job.over:
-            self._close(job)
+        if self._close(job):
             job.deliver(0, error)
 
-    def _close(self, job: Job) -> None:
-        job.over = True
+    def _close(self, job: Job) -> bool:
+        """Mark a job as over, so that its rows no longer count; return whether it was not over before."""
         with self._lock:
-            self._count -= len(job.unfinished)
-        job.unfinished = set()
+            if job.over:
+                return False
+            job.over = True
+            self._count -= job.unfinished
+            return True
 
 
 def _as_text(error: Exception) -> str:
