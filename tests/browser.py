@@ -1,5 +1,6 @@
 """A headless Chromium for tests, driven through its debugging pipe: no library, no port."""
 
+import base64
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
 OPTIONS = (
@@ -31,7 +33,7 @@ def find_browser():
 
 
 class Browser:
-    """One page. `problems` are its console's errors, its uncaught exceptions and what it asked of the network."""
+    """One page. `problems` are its console's errors, its uncaught exceptions and its requests to other origins."""
 
     def __init__(self, path):
         self.folder = tempfile.TemporaryDirectory(prefix="browser-")
@@ -44,11 +46,12 @@ class Browser:
         os.close(there)
         os.close(back)
         os.set_blocking(self.read, False)
-        self.buffer, self.number, self.problems, self.session = b"", 0, [], None
+        self.buffer, self.number, self.problems, self.session, self.origin = b"", 0, [], None, None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
+        self.send("Page.setLifecycleEventsEnabled", enabled=True)
 
     def close(self):
         self.process.kill()
@@ -57,18 +60,45 @@ class Browser:
         os.close(self.write)
         self.folder.cleanup()
 
-    def open(self, path, width=1100, dark=False):
-        """Load a file in a window so wide, light or dark, and wait until its scripts have run."""
+    def open(self, page, width=1100, dark=False, height=900, mobile=False, fresh=False):
+        """Load a file or an http URL in a window of that size, light or dark, and wait until its scripts have run.
+
+        `fresh`: the page finds nothing that an earlier page kept in its session storage.
+        """
         self.problems.clear()
         self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.send("Page.navigate", url=Path(path).resolve().as_uri())
-        self._until(lambda message: message.get("method") == "Page.loadEventFired")
+        url = str(page) if str(page).startswith("http://") else Path(page).resolve().as_uri()
+        self.origin = urlsplit(url)[:2]
+        forget = "try { sessionStorage.clear(); } catch {}" if fresh else ""
+        script = self.send("Page.addScriptToEvaluateOnNewDocument", source=forget)["identifier"]
+        self._loaded(self.send("Page.navigate", url=url)["loaderId"])
+        self.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+    def _loaded(self, loader=None):
+        """Wait until a page is loaded, the one of a loader or any new one, and drawn."""
+
+        def is_load(message):
+            event = message.get("params", {})
+            found = message.get("method") == "Page.lifecycleEvent" and event["name"] == "load"
+            return found and loader in (None, event["loaderId"])
+
+        self._until(is_load)
         drawn = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
         self.send("Runtime.evaluate", expression=drawn, awaitPromise=True)
+
+    def reload(self):
+        self.send("Page.reload")
+        self._loaded()
+
+    def allow(self, origin, downloads):
+        """Let the pages of an origin use the clipboard, and put downloads into a folder."""
+        names = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+        self.send("Browser.grantPermissions", origin=origin, permissions=names)
+        self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
 
     # --- what a reader does
 
@@ -86,6 +116,16 @@ class Browser:
         self.run(f"(() => {{ const field = {_find(selector)}; field.focus(); field.select(); }})()")
         self.send("Input.insertText", text=text)
 
+    def press(self, key, shift=False):
+        """Press and release a key that is named as in JavaScript, such as Enter or Tab, in what has the focus."""
+        code = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        more = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            self.send(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code[key],
+                modifiers=8 if shift else 0, **(more if kind == "keyDown" else {}),
+            )  # fmt: skip
+
     def mouse(self, kind, x, y, **more):
         self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
 
@@ -95,10 +135,20 @@ class Browser:
         return self.run(f"{_find(selector)}.textContent")
 
     def run(self, script):
-        """The value of a JavaScript expression in the page."""
-        found = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        """The value of a JavaScript expression in the page; of a promise, what it becomes."""
+        found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def wait_for(self, script, seconds=20):
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + seconds
+        while not self.run(f"Boolean({script})"):
+            assert time.monotonic() < end, f"never true: {script}\n{self.run('document.body.innerText')}"
+            time.sleep(0.02)
+
+    def screenshot(self, path):
+        Path(path).write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
     def _place(self, selector, across, down):
         x, y, width, height = self.run(
@@ -143,8 +193,11 @@ class Browser:
             method == "Log.entryAdded" and parameters["entry"]["level"] == "error"
         ) or (method == "Runtime.consoleAPICalled" and parameters["type"] == "error"):  # fmt: skip
             self.problems.append(parameters)
-        if method == "Network.requestWillBeSent" and not parameters["request"]["url"].startswith(("file:", "about:")):
-            self.problems.append(parameters["request"]["url"])
+        if method == "Network.requestWillBeSent":
+            url = parameters["request"]["url"]
+            inside = self.origin and self.origin[0] == "http" and urlsplit(url)[:2] == self.origin
+            if not inside and not url.startswith(("file:", "about:", "data:", "blob:")):
+                self.problems.append(url)
 
 
 def _find(selector):

@@ -609,6 +609,42 @@ def chat(folder: str | Path, **options: Any) -> None:
     start_chat(folder, **options)
 
 
+def serve(
+    folder: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    memory: float | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Serve the models of a run, or any model folder, in OpenAI's interface, until SIGINT or SIGTERM.
+
+    Args:
+        folder: Run folder, model folder or any other model name.
+        host: Address to bind to; another one than this machine's own needs `api_key`.
+        port: Port to bind to; 0 takes a free one. The line "serving http://HOST:PORT" says when it is ready.
+        api_key: Key that requests must have.
+        memory: Most memory for weights, in GB (1e9 bytes); None: most of what is free.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UserError: There is no such model, the address cannot be used, or FastAPI is not installed.
+    """
+    if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
+        fix = "add --api-key KEY, which every request must then have, or leave --host out"
+        raise UserError("--host", f"{host} can be reached from other machines", fix)
+    set_library_environment()
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError("serve", f"{error.name} is not installed", "pip install 'minisft[serve]'") from None
+    from minisft.serving.server import serve_folder
+
+    serve_folder(str(folder), host=host, port=port, api_key=api_key, memory=memory, trust_remote_code=trust_remote_code)
+
+
 def demo(recipe: "Recipe", *, force: bool = False) -> None:
     """Train and score the built-in recipe and show the results; finished work is not repeated."""
     from minisft.console import say
@@ -622,6 +658,13 @@ def demo(recipe: "Recipe", *, force: bool = False) -> None:
         resume = not force and is_same_run(run, recipe) and run.has_begun()
         train_run(recipe, force=force, resume=resume)
     _evaluate(recipe, shown=show_demo)
+
+
+def leave_server() -> None:
+    """End this process at once after a server has stopped: nothing is left to save, and torch takes a second to end."""
+    from minisft.processes import hard_exit
+
+    hard_exit(0)
 
 
 def leave_launched_process() -> None:

@@ -196,18 +196,7 @@ def _export_options(arguments: Arguments) -> dict[str, Any]:
 def chat(arguments: Arguments) -> None:
     from minisft import api
 
-    folder, *overrides = arguments.words
-    path, trusted = Path(folder), arguments.trust_remote_code
-    if path.suffix in (".yaml", ".yml"):
-        recipe = _load(arguments)
-        path, trusted = Path(recipe.output), recipe.trust_remote_code
-    elif others := [word for word in overrides if "=" not in word]:
-        raise UserError(others[0], "chat takes a folder, or a recipe and its overrides", "leave it out")
-    else:
-        if overrides:
-            api.note_unread(arguments.verb, overrides)
-        if path.is_dir():  # else it is refused
-            _announce(arguments, folder)
+    path, trusted = _model_to_use(arguments)
     api.chat(
         path,
         trust_remote_code=trusted,
@@ -219,6 +208,21 @@ def chat(arguments: Arguments) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+
+
+def serve(arguments: Arguments) -> None:
+    from minisft import api
+
+    path, trusted = _model_to_use(arguments)
+    api.serve(
+        path,
+        host=arguments.host,
+        port=arguments.port,
+        api_key=arguments.api_key,
+        memory=arguments.memory,
+        trust_remote_code=trusted,
+    )
+    api.leave_server()
 
 
 def demo(arguments: Arguments) -> None:
@@ -248,6 +252,24 @@ def _recipe_or_run(arguments: Arguments) -> "Recipe":
     return _load(arguments, takes_run=True)
 
 
+def _model_to_use(arguments: Arguments) -> tuple[Path, bool]:
+    """Return the run folder or model that the words name, and whether its own code may run; announce the command."""
+    from minisft import api
+
+    folder, *overrides = arguments.words
+    path, trusted = Path(folder), arguments.trust_remote_code
+    if path.suffix in (".yaml", ".yml"):
+        recipe = _load(arguments)
+        return Path(recipe.output), recipe.trust_remote_code
+    if others := [word for word in overrides if "=" not in word]:
+        raise UserError(others[0], f"{arguments.verb} takes a folder, or a recipe and its overrides", "leave it out")
+    if overrides:
+        api.note_unread(arguments.verb, overrides)
+    if path.is_dir():  # else it is refused
+        _announce(arguments, folder)
+    return path, trusted
+
+
 def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
     """Print the command and its subject before heavy libraries are imported, which takes several seconds.
 
@@ -258,7 +280,7 @@ def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
 
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
-    for_programs = getattr(arguments, "json", False) or arguments.verb in ("chat", "plan")
+    for_programs = getattr(arguments, "json", False) or arguments.verb in ("chat", "plan", "serve")
     line = " ".join(filter(None, ["minisft", arguments.verb, subject, f"-> {output}" if output else ""]))
     print(printable(line), file=sys.stderr if for_programs else sys.stdout, flush=True)
 
@@ -333,6 +355,13 @@ VERBS = {
     ),
     "chat": Verb(
         chat, "talk to a run's model, or to any model folder", "RUN|MODEL|RECIPE.yaml", options.chat, options.trust
+    ),
+    "serve": Verb(
+        serve,
+        "OpenAI-compatible server and chat page: final model, checkpoints and base",
+        "RUN|MODEL|RECIPE.yaml",
+        options.serve,
+        options.trust,
     ),
 }
 

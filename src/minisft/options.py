@@ -105,6 +105,33 @@ def chat(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (default 0)")
 
 
+def serve(parser: Parser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=_port, default=8000, metavar="N", help="default 8000; 0 takes a free one")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="key that requests must have; needed for another host than this machine"
+    )
+    parser.add_argument(
+        "--memory", type=_gigabytes, metavar="GB", help="most memory for weights; default: most of what is free"
+    )
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535, and is {text!r}")
+    return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, and is {text!r}")
+    return number
+
+
 def evaluate(parser: Parser) -> None:
     parser.add_argument("--follow", action="store_true", help="score checkpoints while a training run writes them")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")

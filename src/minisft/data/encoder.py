@@ -227,9 +227,28 @@ class Encoder:
         """
         if self._form is None:
             return "", self.decode_answer(ids)
+        return self._without_special(self._form.split(self.spelled_answer(ids)))
+
+    def partial_answer(self, ids: Sequence[int]) -> tuple[str, str]:
+        """Return what is certain of the reasoning and the final answer while more ids may follow.
+
+        The last character may be U+FFFD, where the bytes so far end within a character.
+        """
+        if self._form is None:
+            return "", self.decode_answer(ids)
+        return self._without_special(self._form.split_partial(self.spelled_answer(ids)))
+
+    def spelled_answer(self, ids: Sequence[int]) -> str:
+        """Return the text of generated ids up to their terminator, with control tokens spelled out."""
         stops = set(self.stop_token_ids)
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        parts = self._form.split(self._segment_encoder.decode(list(ids[:end]), self._answer_context))
+        return self._segment_encoder.decode(list(ids[:end]), self._answer_context)
+
+    def spellings(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each token on its own; they may be a part of a character."""
+        return self._segment_encoder.spellings(ids)
+
+    def _without_special(self, parts: tuple[str, str]) -> tuple[str, str]:
         names = sorted((name for name, (_, token) in self._added.items() if token.special), key=len, reverse=True)
         special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         reasoning, answer = (special.sub("", part) for part in parts)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,19 @@ class SegmentEncoder:
             return self.plain.decode_batch(rows, skip_special_tokens=False)
         texts = self.plain.decode_batch([[*self._guard_ids, *ids] for ids in rows], skip_special_tokens=False)
         return [text[len(guard) :] for text in texts]
+
+    def spellings(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each token on its own; b"" for an id that is no token.
+
+        Where the tokenizer spells no bytes, a token is decoded after the guard, which keeps the space that it writes.
+        """
+        if self._table is not None:
+            return [self._table[id] if id < len(self._table) else b"" for id in ids]
+        found = []
+        for id, text in zip(ids, self.decode_many([[id] for id in ids], CONTINUE), strict=True):
+            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", self.plain.id_to_token(id) or "")
+            found.append(bytes([int(byte[1], 16)]) if byte else text.encode("utf-8", "replace"))
+        return found
 
     def _encode(self, backend: "Tokenizer", segments: Sequence[tuple[str, int, bool]]) -> list[list[int]]:
         if not self._guard_ids:

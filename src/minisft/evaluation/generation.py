@@ -1,20 +1,29 @@
-"""The only decoding loop: evaluation and chat call `generate`, which also samples and streams.
+"""The only decoding loop: `Decoder`. Evaluation and chat call `generate`, which uses it; the server adds rows to it.
 
-Prompts of similar length share a batch, padded on the left. Finished rows leave the batch, so that a few long
-answers do not cost as much as a full batch. Decoding is greedy unless a `Sampling` is given.
+Rows of one batch are padded on the left. Finished rows leave the batch, so that a few long answers do not cost as much
+as a full batch, and new rows may join it while others decode (continuous batching, as in Orca, Yu et al. 2022). Each
+row has its own limits, and is decoded greedily unless it has a `Sampling`.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from minisft.evaluation.kv_cache import PreallocatedLayer, PromptCache, common_prefix, merged, new_cache, repeated
+from minisft.evaluation.kv_cache import (
+    PreallocatedLayer,
+    PromptCache,
+    common_prefix,
+    merged,
+    new_cache,
+    repeated,
+    without_first_positions,
+)
 from minisft.models import forward_arguments
 
 # Logits divided by a smaller temperature overflow in fp32. At this one the likeliest token already has probability 1.
@@ -44,30 +53,28 @@ class Sampling:
         digest = hashlib.sha256(json.dumps([self.seed, list(prompt)]).encode()).digest()
         return int.from_bytes(digest[:4], "big")
 
+    def stream_of(self, prompt: Sequence[int]) -> torch.Generator:
+        """Return the stream of random numbers for one prompt."""
+        return torch.Generator().manual_seed(self.seed_of(prompt))
 
-class TokenSampler:
-    """Draws the next tokens; each row has a stream of random numbers of its own.
+
+def draw_tokens(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> Tensor:
+    """Draw the next ids [rows] from logits [rows, vocabulary], by the inverse of their cumulative distribution.
 
     Args:
-        sampling: The sampling settings.
-        prompts: Token ids of each row, by row number.
+        logits: The model's logits.
+        sampling: The sampling settings; its seed is in the streams.
+        streams: A stream of random numbers for each row.
     """
-
-    def __init__(self, sampling: Sampling, prompts: Mapping[int, Sequence[int]]) -> None:
-        self.sampling = sampling
-        self.streams = {row: torch.Generator().manual_seed(sampling.seed_of(prompt)) for row, prompt in prompts.items()}
-
-    def pick(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """Draw the next ids [rows] from logits [rows, vocabulary], by the inverse of their cumulative distribution."""
-        scaled = logits.float() / max(self.sampling.temperature, _LOWEST_TEMPERATURE)
-        probabilities, order = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= self.sampling.top_p, 0)
-        reached = probabilities.cumsum(dim=-1)
-        uniform = torch.stack([torch.rand((), generator=self.streams[row]) for row in rows]).to(logits.device)
-        place = (reached <= (uniform * reached[:, -1])[:, None]).sum(dim=-1, keepdim=True)
-        last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-        return order.gather(1, torch.minimum(place, last))[:, 0]
+    scaled = logits.float() / max(sampling.temperature, _LOWEST_TEMPERATURE)
+    probabilities, order = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    reached = probabilities.cumsum(dim=-1)
+    uniform = torch.stack([torch.rand((), generator=stream) for stream in streams]).to(logits.device)
+    place = (reached <= (uniform * reached[:, -1])[:, None]).sum(dim=-1, keepdim=True)
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    return order.gather(1, torch.minimum(place, last))[:, 0]
 
 
 Finish = Literal["stop", "length", "context", "interrupted"]
@@ -112,6 +119,41 @@ def inference_dtype(precision: str = "auto", compute_capability: tuple[int, int]
     return torch.bfloat16 if compute_capability[0] >= 8 else torch.float16
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """Log-probabilities at one place of an answer, from the model's logits before temperature and top_p.
+
+    Args:
+        logprob: Natural logarithm of the probability of the token that was taken.
+        top: The likeliest tokens and their log-probabilities, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class DecodingRequest:
+    """A prompt, and how its answer is decoded.
+
+    Args:
+        prompt: Token ids, at least one.
+        stop_token_ids: The row ends at the first of these ids.
+        max_new_tokens: The most tokens of the answer; it also ends when the model's context is full.
+        sampling: Sampling settings; None: greedy decoding.
+        top_logprobs: Number of the likeliest tokens to report with each token; None: report no probabilities.
+        on_token: Called with every id except the terminator, and its scores (None unless `top_logprobs` asks for
+            them); True ends the row.
+    """
+
+    prompt: list[int]
+    stop_token_ids: frozenset[int]
+    max_new_tokens: int
+    sampling: Sampling | None = None
+    top_logprobs: int | None = None
+    on_token: Callable[[int, TokenScores | None], bool | None] | None = None
+
+
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
@@ -143,11 +185,17 @@ def generate(
         One `Generated` per prompt.
     """
     assert prompt_cache is None or len(prompts) == 1
-    rules = _Rules(frozenset(stop_token_ids), max_new_tokens, pad_token_id, sampling, on_token, prefill_rows)
+    stops = frozenset(stop_token_ids)
     answers: dict[int, Generated] = {}
     for indices in plan_batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens):
-        batch = _Batch(model, rules, {index: prompts[index] for index in indices})
-        answers |= dict(zip(indices, batch.decode(prompt_cache), strict=True))
+        decoder = Decoder(model, pad_token_id=pad_token_id, prefill_rows=prefill_rows, prompt_cache=prompt_cache)
+        requests = []
+        for index in indices:
+            tell = None if on_token is None else lambda token, _, index=index: on_token(index, token)
+            requests.append(DecodingRequest(prompts[index], stops, max_new_tokens, sampling, None, tell))
+        index_of = dict(zip(decoder.add(requests), indices, strict=True))
+        while decoder.busy:
+            answers |= {index_of[row]: generated for row, generated in decoder.step().items()}
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -163,115 +211,242 @@ def plan_batches(lengths: Sequence[int], batch_size: int, new_tokens: int) -> li
     return batches
 
 
-@dataclass(frozen=True)
-class _Rules:
-    stops: frozenset[int]
-    max_new_tokens: int
-    pad: int
-    sampling: Sampling | None
-    on_token: Callable[[int, int], bool | None] | None
-    prefill_rows: int
+@dataclass
+class _Row:
+    """An answer while it is decoded: `room` is the most tokens that it may have; `ids` are those so far."""
+
+    number: int
+    request: DecodingRequest
+    room: int
+    stream: torch.Generator | None  # of random numbers, where the row is sampled
+    ids: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def take(self, token: int, scores: TokenScores | None) -> None:
+        """Append the next token, and decide whether the row ends."""
+        if self.finish is not None:  # it still has a place in the tensors
+            return
+        if token in self.request.stop_token_ids:
+            self.finish = "stop"
+            return
+        self.ids.append(token)
+        if self.request.on_token is not None and self.request.on_token(token, scores):
+            self.finish = "interrupted"
+        elif len(self.ids) >= self.room:
+            self.finish = "length" if self.room == self.request.max_new_tokens else "context"
 
 
-class _Batch:
-    """The rows of one batch while they are decoded: the unfinished rows, and the ids of each so far.
+class Decoder:
+    """The rows of one model that are decoded together, one token each per step. Not for several threads at once.
 
-    `rows` holds the prompts' indices in the order of the tensors: `tokens` [rows, new], `mask` [rows, all].
+    Args:
+        model: A causal language model in eval mode.
+        pad_token_id: Fills short rows. It is masked, so any id of the vocabulary works.
+        prefill_rows: Number of prompts that go through the model together before they are decoded.
+        prompt_cache: Keys and values to reuse, updated in place; for a decoder of a single row only.
+
+    Attributes:
+        rows: The rows in the order of the tensors `_logits` [rows, vocabulary] of the next tokens, and `_mask`
+            [rows, positions], which is 0 where the cache holds padding.
     """
 
-    def __init__(self, model: PreTrainedModel, rules: _Rules, prompts: dict[int, list[int]]) -> None:
-        self.model, self.rules, self.prompts = model, rules, prompts
-        self.draws = TokenSampler(rules.sampling, prompts) if rules.sampling is not None else None
-        context = context_length(model.config)
-        self.rooms = {  # the most tokens that each row may still generate
-            row: rules.max_new_tokens if context is None else max(0, min(rules.max_new_tokens, context - len(prompt)))
-            for row, prompt in prompts.items()
-        }
-        self.ids: dict[int, list[int]] = {row: [] for row in prompts}
-        self.finish: dict[int, Finish] = {row: "context" for row, room in self.rooms.items() if room == 0}
-        self.rows = [row for row in prompts if row not in self.finish]
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        pad_token_id: int = 0,
+        prefill_rows: int = 8,
+        prompt_cache: PromptCache | None = None,
+    ) -> None:
+        self.model, self.pad, self.prefill_rows, self.kept = model, pad_token_id, prefill_rows, prompt_cache
+        self.rows: list[_Row] = []
+        self._logits = self._mask = torch.empty(0)
+        self._cache = new_cache(model)
+        self._context = context_length(model.config)
+        self._ended: dict[int, Generated] = {}  # rows that step() has still to return
+        self._added = 0
+        self._plain = all(type(layer) is PreallocatedLayer for layer in self._cache.layers)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a row that `step` has not yet returned."""
+        return bool(self.rows or self._ended)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows may be added now: a cache with a sliding window or a recurrent state cannot be extended."""
+        return self._plain or not self.rows
 
     @torch.inference_mode()
-    def decode(self, kept: PromptCache | None) -> list[Generated]:
-        if self.rows:
-            logits = self._prefill() if kept is None else self._prefill_from(kept)
-        while self.rows:
-            # 1. Take the next token of each row.
-            picked = self.draws.pick(logits, self.rows) if self.draws else logits.argmax(dim=-1)
-            if kept is not None:  # the cache has seen all ids except the token just picked
-                kept.cache, kept.ids = self.cache, self.prompts[self.rows[0]] + self.ids[self.rows[0]]
-            # 2. Append it to the row, and decide whether the row ends.
-            for row, token in zip(self.rows, picked.tolist(), strict=True):
-                if row in self.finish:
-                    continue
-                if token in self.rules.stops:
-                    self.finish[row] = "stop"
-                    continue
-                self.ids[row].append(token)
-                if self.rules.on_token is not None and self.rules.on_token(row, token):
-                    self.finish[row] = "interrupted"
-                elif len(self.ids[row]) >= self.rooms[row]:
-                    self.finish[row] = "length" if self.rooms[row] == self.rules.max_new_tokens else "context"
-            # 3. Drop finished rows, and run the model on the picked tokens.
-            self._advance(picked)
-            if self.rows:
-                logits = _forward(self.model, self.tokens, self.mask, self.cache)
-        return [Generated(self.ids[row], self.finish[row]) for row in self.prompts]
+    def add(self, requests: Sequence[DecodingRequest]) -> list[int]:
+        """Run the prompts through the model; return a number for each request, under which `step` returns its answer.
 
-    def _prefill(self) -> Tensor:
-        """Run the prompts through the model, and return the logits [rows, vocabulary] of their last tokens.
+        The rows join those that are decoded already, which needs `takes_rows`.
+        """
+        assert self.takes_rows
+        numbers = list(range(self._added, self._added + len(requests)))
+        self._added += len(requests)
+        rows = []
+        for number, request in zip(numbers, requests, strict=True):
+            room = request.max_new_tokens
+            if self._context is not None:
+                room = max(0, min(room, self._context - len(request.prompt)))
+            if room == 0:
+                self._ended[number] = Generated([], "context")
+                continue
+            stream = request.sampling.stream_of(request.prompt) if request.sampling is not None else None
+            rows.append(_Row(number, request, room, stream))
+        if not rows:
+            return numbers
+        rows.sort(key=lambda row: -len(row.request.prompt))  # similar lengths together
+        prompts = [row.request.prompt for row in rows]
+        prefilled = self._prefill(prompts) if self.kept is None else self._prefill_from(prompts, self.kept)
+        self._join(rows, *prefilled)
+        return numbers
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, Generated]:
+        """Decode one more token of every row; return the answers that have ended, by row number."""
+        if self.rows:
+            # 1. Take the next token of each row.
+            picked = self._pick()
+            if self.kept is not None:  # the cache has seen all ids except the token just picked
+                self.kept.cache, self.kept.ids = self._cache, self.rows[0].request.prompt + self.rows[0].ids
+            # 2. Append it to the row, and decide whether the row ends.
+            scores = self._scores(picked)
+            for place, token in enumerate(picked.tolist()):
+                row, ongoing = self.rows[place], self.rows[place].finish is None
+                row.take(token, scores.get(place))
+                if ongoing and row.finish is not None:
+                    self._ended[row.number] = Generated(row.ids, row.finish)
+            # 3. Drop finished rows, and run the model on the picked tokens.
+            tokens = self._advance(picked)
+            if self.rows:
+                self._logits = _forward(self.model, tokens, self._mask, self._cache)
+        ended, self._ended = self._ended, {}
+        return ended
+
+    @torch.inference_mode()
+    def cancel(self, numbers: Sequence[int]) -> None:
+        """End some rows at once, which `step` then does not return; numbers of rows that have ended do nothing."""
+        for row in self.rows:
+            if row.number in numbers and row.finish is None:
+                row.finish = "interrupted"
+        for number in numbers:
+            self._ended.pop(number, None)
+        if self.rows:
+            self._drop_finished()
+
+    def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Run prompts through the model; return the logits [rows, vocabulary] of their last tokens, mask and cache.
 
         Only a few rows of similar length at a time: padding costs as much as text here, but nothing when decoding.
         """
-        prompts = [self.prompts[row] for row in self.rows]
         start = new_cache(self.model)
-        mergeable = all(type(layer) is PreallocatedLayer for layer in start.layers)
         # 1. The prefix that all prompts share (a system prompt, say), computed only once. Padding then stands between
         #    the prefix and the rest, and a sliding window, which counts columns, would lose real tokens to it.
         shared = min(common_prefix(prompts[0], prompt[:-1]) for prompt in prompts)
-        if mergeable and len(prompts) > 1 and shared >= SHARED_AT_LEAST:
+        if self._plain and len(prompts) > 1 and shared >= SHARED_AT_LEAST:
             prefix = torch.tensor([prompts[0][:shared]], device=self.model.device)
             _forward(self.model, prefix, torch.ones_like(prefix), start)
         else:
             shared = 0
         # 2. The rest of each prompt.
-        size = self.rules.prefill_rows if mergeable else len(prompts)
+        size = self.prefill_rows if self._plain else len(prompts)
         logits, masks, caches = [], [], []
         for place in range(0, len(prompts), size):
             some = prompts[place : place + size]
-            cache = repeated(start, len(some)) if mergeable else start
-            tokens, mask = _left_padded(some, shared, self.rules.pad, self.model.device)
+            cache = repeated(start, len(some)) if self._plain else start
+            tokens, mask = _left_padded(some, shared, self.pad, self.model.device)
             logits.append(_forward(self.model, tokens, mask, cache))
             masks.append(mask)
             caches.append(cache)
         # 3. Masks and caches of all rows as one, right-aligned.
-        width = max(mask.shape[1] for mask in masks)
-        self.mask = torch.cat([torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
-        self.cache = merged(caches, width) if len(caches) > 1 else caches[0]
-        return torch.cat(logits)
+        mask = _right_aligned(masks)
+        return torch.cat(logits), mask, merged(caches, mask.shape[1]) if len(caches) > 1 else caches[0]
 
-    def _prefill_from(self, kept: PromptCache) -> Tensor:
+    def _prefill_from(self, prompts: list[list[int]], kept: PromptCache) -> tuple[Tensor, Tensor, DynamicCache]:
         """Do the same for the one prompt of a chat, starting from its longest prefix in `kept`."""
-        prompt = self.prompts[self.rows[0]]
+        [prompt] = prompts
         shared = kept.reuse(prompt)
-        self.cache = kept.cache if kept.cache is not None else new_cache(self.model)
+        cache = kept.cache if kept.cache is not None else new_cache(self.model)
         kept.ids, kept.cache = [], None  # after an exception in `_forward` ids and cache would disagree
-        tokens, self.mask = _left_padded([prompt], shared, self.rules.pad, self.model.device)
-        return _forward(self.model, tokens, self.mask, self.cache)
+        tokens, mask = _left_padded([prompt], shared, self.pad, self.model.device)
+        return _forward(self.model, tokens, mask, cache), mask, cache
 
-    def _advance(self, picked: Tensor) -> None:
-        """Make the picked ids [rows] the next input, and drop finished rows where that is worth copying the cache."""
-        unfinished = [place for place, row in enumerate(self.rows) if row not in self.finish]
-        enough = len(self.rows) - len(unfinished) >= max(1, len(self.rows) // 8)
+    def _join(self, rows: list[_Row], logits: Tensor, mask: Tensor, cache: DynamicCache) -> None:
+        """Add rows that have gone through the model to those that are decoded, right-aligned."""
+        if self.rows:
+            self._drop_finished()
+        if not self.rows:
+            self.rows, self._logits, self._mask, self._cache = rows, logits, mask, cache
+            return
+        # Positions that are padding in every row are left out: each is there because of a row that has ended.
+        surplus = int(self._mask.any(dim=0).to(torch.uint8).argmax())
+        without_first_positions(self._cache, surplus)
+        self.rows, self._logits = self.rows + rows, torch.cat([self._logits, logits])
+        self._mask = _right_aligned([self._mask[:, surplus:], mask])
+        self._cache = merged([self._cache, cache], self._mask.shape[1])
+
+    def _pick(self) -> Tensor:
+        """Return the next id [rows] of each row. Rows with the same settings are sampled together."""
+        groups: dict[tuple[float, float], list[int]] = {}
+        for place, row in enumerate(self.rows):
+            if row.request.sampling is not None:
+                settings = (row.request.sampling.temperature, row.request.sampling.top_p)
+                groups.setdefault(settings, []).append(place)
+        picked = self._logits.argmax(dim=-1)
+        for (temperature, top_p), places in groups.items():
+            streams = [stream for place in places if (stream := self.rows[place].stream) is not None]
+            picked[places] = draw_tokens(self._logits[places], Sampling(temperature, top_p), streams)
+        return picked
+
+    def _scores(self, picked: Tensor) -> dict[int, TokenScores]:
+        """Return the scores of the picked ids [rows], by place, for the rows that ask for them."""
+        wanted = {
+            p: row.request.top_logprobs for p, row in enumerate(self.rows) if row.request.top_logprobs is not None
+        }
+        if not wanted:
+            return {}
+        places = list(wanted)
+        logprobs = self._logits[places].float().log_softmax(dim=-1)
+        taken = logprobs.gather(1, picked[places][:, None])[:, 0].tolist()
+        values, ids = (tensor.tolist() for tensor in logprobs.topk(max(1, *wanted.values())))
+        return {
+            place: TokenScores(taken[i], tuple(zip(ids[i], values[i], strict=True))[: wanted[place]])
+            for i, place in enumerate(places)
+        }
+
+    def _advance(self, picked: Tensor) -> Tensor:
+        """Drop finished rows where that is worth copying the cache; return the next input [rows, 1]."""
+        ended = sum(row.finish is not None for row in self.rows)
+        if ended == len(self.rows) or ended >= max(1, len(self.rows) // 8):
+            kept = self._drop_finished()
+            picked = picked[kept] if kept is not None else picked
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
+        return picked[:, None]
+
+    def _drop_finished(self) -> Tensor | None:
+        """Drop finished rows from the tensors, and return the places of the others; None if nothing was dropped."""
+        unfinished = [place for place, row in enumerate(self.rows) if row.finish is None]
         # Recurrent states have no way to drop rows, also where a layer has them beside keys and values (Falcon-H1).
-        if not unfinished or (enough and not any(hasattr(layer, "recurrent_states") for layer in self.cache.layers)):
-            self.rows = [self.rows[place] for place in unfinished]
-            keep = torch.tensor(unfinished, dtype=torch.long, device=self.model.device)
-            picked, self.mask = picked[keep], self.mask[keep]
-            if unfinished:
-                self.cache.batch_select_indices(keep)
-        self.tokens = picked[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
+        recurrent = any(hasattr(layer, "recurrent_states") for layer in self._cache.layers)
+        if len(unfinished) == len(self.rows) or (unfinished and recurrent):
+            return None
+        self.rows = [self.rows[place] for place in unfinished]
+        keep = torch.tensor(unfinished, dtype=torch.long, device=self.model.device)
+        self._mask, self._logits = self._mask[keep], self._logits[keep]
+        if unfinished:
+            self._cache.batch_select_indices(keep)
+        elif self.kept is None:
+            self._cache = new_cache(self.model)  # frees the memory
+        return keep
+
+
+def _right_aligned(masks: list[Tensor]) -> Tensor:
+    """Return masks [rows, positions] of several widths as one, the shorter ones padded on the left."""
+    width = max(mask.shape[1] for mask in masks)
+    return torch.cat([torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
 
 
 def _left_padded(prompts: list[list[int]], shared: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -128,6 +128,15 @@ def merged(caches: list[DynamicCache], width: int) -> DynamicCache:
     return together
 
 
+def without_first_positions(cache: DynamicCache, count: int) -> None:
+    """Drop the first `count` positions of all rows, which are padding in each; for preallocated layers only."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if count and layer.keys is not None:
+            layer.keys, layer.values = layer.keys[..., count:, :], layer.values[..., count:, :]
+            layer._buffers = []
+
+
 def common_prefix(left: list[int], right: list[int]) -> int:
     """Return how many ids both lists begin with."""
     differs = (place for place, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)

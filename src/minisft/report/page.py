@@ -73,12 +73,13 @@ def write_report(output: Path, to: Path | None = None) -> Path:
 
 def _body(run: RunFiles) -> str:
     """Return the sections of the page for which the run folder holds the files."""
-    # 1. The verdict, and the command that starts a conversation with the best model.
+    # 1. The verdict, and the commands that start a conversation: with the best model, and with all of them.
     best = run.results["best"] if run.results else None
     folder = run.root / "checkpoints" / best if best else run.root
     parts = [
         f'<p class="verdict">{escape(verdict(run))}</p>\n',
-        f"<p>Talk to it: <code>minisft chat {escape(str(folder))}</code></p>\n",
+        f"<p>Talk to it: <code>minisft chat {escape(str(folder))}</code>, or in the browser, next to the base model "
+        f"and every checkpoint: <code>minisft serve {escape(str(run.root))}</code></p>\n",
     ]
 
     # 2. The curves, the scores, and the answers side by side.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from minisft.evaluation.generation import Generated, Sampling, TokenSampler, generate, inference_dtype, plan_batches
+from minisft.evaluation.generation import Generated, Sampling, draw_tokens, generate, inference_dtype, plan_batches
 from minisft.evaluation.kv_cache import PromptCache, new_cache
 
 VOCABULARY = 97
@@ -184,8 +184,9 @@ def test_tokens_are_sampled_with_the_probabilities_of_the_model(temperature, top
     warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits))
     expected = torch.softmax(warped, dim=-1)[0]
     rows = 500
-    draws = TokenSampler(Sampling(temperature, top_p), {row: [row] for row in range(rows)})
-    picked = torch.cat([draws.pick(logits.expand(rows, -1), range(rows)) for _ in range(40)])
+    sampling = Sampling(temperature, top_p)
+    streams = [sampling.stream_of([row]) for row in range(rows)]
+    picked = torch.cat([draw_tokens(logits.expand(rows, -1), sampling, streams) for _ in range(40)])
     drawn = torch.bincount(picked, minlength=30) / len(picked)
     assert not drawn[expected == 0].any()
     assert (drawn - expected).abs().max() < 0.012  # over three standard deviations of the likeliest

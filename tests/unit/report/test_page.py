@@ -107,6 +107,7 @@ def test_the_page_holds_every_section(tmp_path):
     assert '<span class="learned">yes⏎\n</span> ... and 7 tokens more' in page
     assert "p: constant" in page
     assert "minisft chat" in page
+    assert f"<code>minisft serve {tmp_path}</code>" in page
     assert "checkpoint-10 could not be scored" in page
     data = json.loads(Elements(page).data)
     assert len(data["train"]) <= 2000

@@ -38,6 +38,20 @@ class AnswerForm:
             return text.strip().removeprefix(opening).strip("\n"), ""
         return "", text.lstrip().removeprefix(alone) if alone and text.lstrip().startswith(alone) else text
 
+    def split_partial(self, text: str) -> tuple[str, str]:
+        """Return what is certain of the reasoning and the content while more text may follow.
+
+        A text that ends with the beginning of a marker, such as "</thi", is split without that beginning.
+        """
+        opening, closing, alone = self.opening.strip(), self.closing.strip(), self.alone.strip()
+        begun = text.lstrip()
+        if any(begun != marker and marker.startswith(begun) for marker in (opening, closing, alone)):
+            return "", ""
+        if closing not in text:
+            sizes = range(min(len(closing) - 1, len(text)), 0, -1)
+            text = text[: len(text) - next((size for size in sizes if text.endswith(closing[:size])), 0)]
+        return self.split(text)
+
 
 def separate_reasoning(message: Message) -> Message:
     """Return an answer with the reasoning in its <think> tags apart from the content."""
