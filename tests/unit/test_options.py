@@ -17,6 +17,8 @@ OPTIONS = {
     "compare": ["--vary", "seed=1,2"],
     "report": ["--to", "folder"],
     "export": ["--dtype", "bf16"],
+    "push": ["--dry-run"],
+    "serve": ["--port", "0"],
     "chat": ["--message", "Hi!"],
 }
 

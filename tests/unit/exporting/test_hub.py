@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 import yaml
@@ -15,8 +16,21 @@ from tests.tiny import minisft
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "verified.json", "chat_template.jinja"}
 
 
+class HubServer(ThreadingHTTPServer):
+    """What was sent to the stand-in of the hub."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Hub)
+        self.files: dict[str, bytes] = {}
+        self.created: dict[str, Any] = {}
+        self.tokens: set[str | None] = set()
+        self.refuses = False
+
+
 class Hub(BaseHTTPRequestHandler):
     """Takes a repository's creation and one commit, as huggingface_hub sends them."""
+
+    server: HubServer
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -60,15 +74,14 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.created, server.tokens, server.refuses = {}, None, set(), False
+    server = HubServer()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
 def push(hub, run, *words):
-    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
+    settings: Any = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
     return minisft("push", run, "me/mine", "--engine", "transformers", *words, **settings)
 
 
@@ -93,7 +106,7 @@ def test_a_verified_export_and_its_card_are_sent(hub, answering_run):
 def test_a_dry_run_sends_nothing(hub, answering_run):
     done = push(hub, answering_run, "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert (hub.created, hub.files) == (None, {})
+    assert (hub.created, hub.files) == ({}, {})
     folder = answering_run.with_name("run.push")
     assert {path.name for path in folder.iterdir()} > FILES
     assert "nothing was sent" in done.stdout
@@ -110,7 +123,7 @@ def test_what_the_hub_refuses_is_told(hub, answering_run):
 
 
 def test_a_hub_that_cannot_be_reached_is_told(answering_run):
-    settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
+    settings: Any = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
     done = minisft("push", answering_run, "me/mine", "--engine", "none", **settings)
     assert done.returncode == 2, done.stderr
     assert "cannot be reached" in done.stderr

@@ -121,9 +121,9 @@ def test_the_files_are_readable_by_others(folder):
 
 
 def test_no_path_of_this_machine_stays(answering_run, lora_run, tmp_path):
-    for run, options in ((answering_run, {}), (lora_run, {}), (lora_run, {"merge": False})):
-        target = tmp_path / f"{run.parent.name}{len(options)}"
-        export(load_run(run), target, ExportOptions(engine="none", **options))
+    for run, merge in ((answering_run, True), (lora_run, True), (lora_run, False)):
+        target = tmp_path / f"{run.parent.name}-{merge}"
+        export(load_run(run), target, ExportOptions(engine="none", merge=merge))
         for path in target.iterdir():
             if path.suffix in (".json", ".md", ".jinja") and not path.name.startswith(".minisft"):
                 assert str(run.parent) not in path.read_text(), path
