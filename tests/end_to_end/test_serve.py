@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -377,8 +378,13 @@ def test_ctrl_c_ends_the_server_within_two_seconds_also_while_it_answers(started
     assert "Traceback" not in served.errors
 
 
-def test_wrong_uses_are_refused(capsys, scored_run, server, tmp_path):
+def test_wrong_uses_are_refused(capsys, scored_run, server, tmp_path, monkeypatch):
     assert "--api-key" in refused(capsys, "serve", scored_run, "--host", "0.0.0.0")
+    assert "--api-key" in refused(capsys, "serve", scored_run, "--api-key", "")
+    assert "--memory" in refused(capsys, "serve", scored_run, "--memory", "-1")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "fastapi", None)
+        assert "pip install 'minisft[serve]'" in refused(capsys, "serve", scored_run)
     assert "--port" in refused(capsys, "serve", scored_run, "--port", "99999")
     assert "in use" in refused(capsys, "serve", scored_run, "--port", server.port)
     assert refused(capsys, "serve", tmp_path / "nothing", "--port", 0)
@@ -424,15 +430,16 @@ def one_of_many(server, number):
 
 @pytest.mark.long
 def test_a_thousand_requests_of_all_kinds_leave_nothing_behind(scored_run):
-    served = Served(scored_run).ready()
-    process = psutil.Process(served.process.pid)
-    memory = []
-    with ThreadPoolExecutor(16) as threads:
-        for begin in range(0, 1400, 200):  # the first 400 are for the libraries' own caches
-            assert sum(threads.map(lambda number: one_of_many(served, number), range(begin, begin + 200))) > 30
-            served.wait_until_idle(60)
-            memory.append(process.memory_info().rss)
-    assert max(memory[2:]) <= 1.05 * memory[1], [size >> 20 for size in memory]
-    assert served.ask("/v1/chat/completions", say("tea"))[0] == 200
-    assert served.stop()[0] == 0
-    assert "Traceback" not in served.errors
+    with Served(scored_run) as served:
+        process = psutil.Process(served.process.pid)
+        memory = []
+        with ThreadPoolExecutor(16) as threads:
+            for begin in range(0, 1400, 200):  # the first 400 are for the libraries' own caches
+                numbers = range(begin, begin + 200)
+                assert sum(threads.map(lambda number: one_of_many(served, number), numbers)) > 30
+                served.wait_until_idle(60)
+                memory.append(process.memory_info().rss)
+        assert max(memory[2:]) <= 1.05 * memory[1], [size >> 20 for size in memory]
+        assert served.ask("/v1/chat/completions", say("tea"))[0] == 200
+        assert served.stop()[0] == 0
+        assert "Traceback" not in served.errors

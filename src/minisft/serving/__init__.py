@@ -11,3 +11,18 @@ Read in this order:
 - reply_bodies: pieces of text to response bodies and stream chunks
 - page: the chat page
 """
+
+from minisft.errors import UserError
+
+
+def require_libraries() -> None:
+    """Check that the libraries of the server are installed, which are an extra of the package.
+
+    Raises:
+        UserError: One is missing.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError("serve", f"{error.name} is not installed", "pip install 'minisft[serve]'") from None

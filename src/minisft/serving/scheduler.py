@@ -249,7 +249,7 @@ class Scheduler:
         try:
             size = self.pool.size(job.model)
         except (UserError, OSError, ValueError) as error:
-            self._fail(job, ApiError(500, _as_text(error)))
+            self._fail(job, ApiError(503, _as_text(error)))
             return True
         busy = [name for name, group in self._groups.items() if group.rows or name in joining]
         evicted = self.pool.evictable(size, sum(size for size, _ in self._loading.values()), busy)
