@@ -18,6 +18,7 @@ OPTIONS = {
     "report": ["--to", "folder"],
     "export": ["--dtype", "bf16"],
     "chat": ["--message", "Hi!"],
+    "serve": ["--port", "0"],
 }
 
 
