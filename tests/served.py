@@ -28,6 +28,18 @@ class Served:
         self.errors = ""
         threading.Thread(target=self._read_errors, daemon=True).start()
 
+    def __enter__(self):
+        try:
+            return self.ready()
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
     def ready(self):
         """Wait until the server accepts requests."""
         if hasattr(self, "url"):

@@ -634,12 +634,12 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         fix = "add --api-key KEY, which every request must then have, or leave --host out"
         raise UserError("--host", f"{host} can be reached from other machines", fix)
+    if api_key is not None and (not api_key or api_key != api_key.strip()):
+        raise UserError("--api-key", "the key is empty, or begins or ends with a space", "give another key")
     set_library_environment()
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError("serve", f"{error.name} is not installed", "pip install 'minisft[serve]'") from None
+    from minisft.serving import require_libraries
+
+    require_libraries()
     from minisft.serving.server import serve_folder
 
     serve_folder(str(folder), host=host, port=port, api_key=api_key, memory=memory, trust_remote_code=trust_remote_code)

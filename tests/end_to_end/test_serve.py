@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -377,8 +378,13 @@ def test_ctrl_c_ends_the_server_within_two_seconds_also_while_it_answers(started
     assert "Traceback" not in served.errors
 
 
-def test_wrong_uses_are_refused(capsys, scored_run, server, tmp_path):
+def test_wrong_uses_are_refused(capsys, scored_run, server, tmp_path, monkeypatch):
     assert "--api-key" in refused(capsys, "serve", scored_run, "--host", "0.0.0.0")
+    assert "--api-key" in refused(capsys, "serve", scored_run, "--api-key", "")
+    assert "--memory" in refused(capsys, "serve", scored_run, "--memory", "-1")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "fastapi", None)
+        assert "pip install 'minisft[serve]'" in refused(capsys, "serve", scored_run)
     assert "--port" in refused(capsys, "serve", scored_run, "--port", "99999")
     assert "in use" in refused(capsys, "serve", scored_run, "--port", server.port)
     assert refused(capsys, "serve", tmp_path / "nothing", "--port", 0)
@@ -388,7 +394,7 @@ def test_wrong_uses_are_refused(capsys, scored_run, server, tmp_path):
 
 
 def one_of_many(server, number):
-    """Send one request of a random kind; return whether a valid one was answered, None for the others."""
+    """Send one request of a random kind; return whether it was a valid one, which was answered."""
     choose = random.Random(number)
     stream, rows = choose.random() < 0.5, choose.randint(1, 4)
     body = say(f"{number}: tea " * choose.randint(1, 8), model=choose.choice(["final", "base", "checkpoint-2"]),
@@ -397,19 +403,19 @@ def one_of_many(server, number):
     if kind == "malformed":
         data = json.dumps(body).encode()
         assert server.ask("/v1/chat/completions", data[: choose.randrange(len(data))])[0] == 400
-        return None
+        return False
     if kind == "wrong":
         body |= choose.choice([{"n": -1}, {"model": "none"}, {"stop": [1]}, {"max_tokens": 600}, {"messages": "a"}])
         assert server.ask("/v1/chat/completions", body)[0] in (400, 404)
-        return None
+        return False
     if kind == "valid":
         status, answer = server.ask("/v1/chat/completions", body)
         while status == 503 and answer["error"]["code"] == "overloaded":
             time.sleep(0.5)
             status, answer = server.ask("/v1/chat/completions", body)
-        if stream:
-            return status == 200 and answer.rstrip().endswith(b"data: [DONE]")
-        return status == 200 and all(choice["finish_reason"] for choice in answer["choices"])
+        assert status == 200, answer
+        assert answer.rstrip().endswith(b"data: [DONE]") if stream else answer["choices"][-1]["finish_reason"], answer
+        return True
     data = json.dumps(body | {"max_tokens": 300}).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         head = (
@@ -419,22 +425,21 @@ def one_of_many(server, number):
         connection.sendall(whole[: choose.randrange(len(whole))] if kind == "half" else whole)
         if kind == "leaves":
             time.sleep(choose.random() * 0.2)
-    return None
+    return False
 
 
 @pytest.mark.long
 def test_a_thousand_requests_of_all_kinds_leave_nothing_behind(scored_run):
-    served = Served(scored_run).ready()
-    process = psutil.Process(served.process.pid)
-    memory = []
-    with ThreadPoolExecutor(16) as threads:
-        for begin in range(0, 1400, 200):  # the first 400 are for the libraries' own caches
-            answered = list(threads.map(lambda number: one_of_many(served, number), range(begin, begin + 200)))
-            assert False not in answered
-            assert answered.count(True) > 30
-            served.wait_until_idle(60)
-            memory.append(process.memory_info().rss)
-    assert max(memory[2:]) <= 1.05 * memory[1], [size >> 20 for size in memory]
-    assert served.ask("/v1/chat/completions", say("tea"))[0] == 200
-    assert served.stop()[0] == 0
-    assert "Traceback" not in served.errors
+    with Served(scored_run) as served:
+        process = psutil.Process(served.process.pid)
+        memory = []
+        with ThreadPoolExecutor(16) as threads:
+            for begin in range(0, 1400, 200):  # the first 400 are for the libraries' own caches
+                numbers = range(begin, begin + 200)
+                assert sum(threads.map(lambda number: one_of_many(served, number), numbers)) > 30
+                served.wait_until_idle(60)
+                memory.append(process.memory_info().rss)
+        assert max(memory[2:]) <= 1.05 * memory[1], [size >> 20 for size in memory]
+        assert served.ask("/v1/chat/completions", say("tea"))[0] == 200
+        assert served.stop()[0] == 0
+        assert "Traceback" not in served.errors

@@ -119,6 +119,17 @@ def test_light_modules_import_nothing_heavy(name):
     assert not {module.split(".")[0] for module in imports_of(SOURCE / f"{name}.py", True)} & HEAVY
 
 
+def test_the_servers_libraries_are_known_in_its_package():
+    for library in ("fastapi", "uvicorn", "starlette", "pydantic"):
+        knowing = {part_of(path) for path in modules() if any(n.split(".")[0] == library for n in imports_of(path))}
+        assert knowing <= {"serving"}
+
+
+def test_pydantic_is_known_at_the_border_only():
+    knowing = [path.name for path in modules() if any(n.split(".")[0] == "pydantic" for n in imports_of(path))]
+    assert knowing == ["protocol.py"]
+
+
 def test_deepspeed_is_known_in_one_place():
     knowing = [path.name for path in modules() if any(n.split(".")[0] == "deepspeed" for n in imports_of(path))]
     assert knowing == ["zero.py"]

@@ -20,6 +20,7 @@ OPTIONS = {
     "push": ["--dry-run"],
     "serve": ["--port", "0"],
     "chat": ["--message", "Hi!"],
+    "serve": ["--port", "0"],
 }
 
 

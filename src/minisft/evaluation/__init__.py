@@ -9,7 +9,7 @@ In reading order:
 - examples: the prompts and references, which are the same for every model
 - evaluator: answers and held-out loss of one model, read from the result cache if they were computed before
 - backends: transformers or vLLM, in this process or in several
-- generation, kv_cache: the only decoding loop, with sampling and streaming; chat uses it too
+- generation, kv_cache: the only decoding loop, with sampling and streaming; chat and the server use it too
 - metrics: BLEU, chrF, exact match, intervals and p-values, held-out loss, the constant baseline
 - custom_metrics: the caller's own metrics
 - result_files: the result cache, and the files for people to read

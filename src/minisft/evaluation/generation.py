@@ -71,7 +71,9 @@ def draw_tokens(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Gene
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     reached = probabilities.cumsum(dim=-1)
-    uniform = torch.stack([torch.rand((), generator=stream) for stream in streams]).to(logits.device)
+    uniform = torch.stack([torch.rand((), generator=stream, dtype=torch.float32) for stream in streams]).to(
+        logits.device
+    )
     place = (reached <= (uniform * reached[:, -1])[:, None]).sum(dim=-1, keepdim=True)
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
     return order.gather(1, torch.minimum(place, last))[:, 0]

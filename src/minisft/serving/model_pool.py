@@ -71,6 +71,7 @@ class ModelPool:
         self.title = Path(name).resolve().name
         self.trust = trust_remote_code
         self.limit = memory if memory is not None else int(_free_memory() * _MEMORY_SHARE)
+        self.strict = memory is not None  # a model above the user's limit is refused; above a guess it is tried
         self.loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._contexts: dict[str, int | None] = {}
         run = RunFolder(Path(name))
@@ -102,10 +103,18 @@ class ModelPool:
         return self._contexts[model.name]
 
     def size(self, model: ServedModel) -> int:
-        """Return the size of a model's weights in memory, in bytes, from the headers of its files."""
+        """Return the size of a model's weights in memory, in bytes, from the headers of its files.
+
+        Raises:
+            UserError: It is larger than the limit that the user gave.
+        """
         folder, base = self._folders(model)
         files = [path for part in (folder, base) if part is not None for path in part.glob("*.safetensors")]
-        return sum(map(_count_weights, files)) * inference_dtype().itemsize
+        size = sum(map(_count_weights, files)) * inference_dtype().itemsize
+        if self.strict and size > self.limit:
+            problem = f"its weights need {size / 1e9:.2f} GB, and the server may use {self.limit / 1e9:.2f} GB"
+            raise UserError(model.name, problem, "start the server with a higher --memory")
+        return size
 
     def load(self, model: ServedModel) -> LoadedModel:
         """Load a model as `minisft chat` does. It is not yet in `loaded`: another thread may call this.

@@ -81,6 +81,7 @@ class Scheduler:
         self._waiting: list[tuple[Job, int]] = []
         self._groups: dict[str, _Group] = {}
         self._loading: dict[str, tuple[int, Future[LoadedModel]]] = {}  # sizes in bytes, and what is being loaded
+        self._one_load = threading.Lock()  # transformers changes global state while it loads
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
@@ -248,7 +249,7 @@ class Scheduler:
         try:
             size = self.pool.size(job.model)
         except (UserError, OSError, ValueError) as error:
-            self._fail(job, ApiError(500, _as_text(error)))
+            self._fail(job, ApiError(503, _as_text(error)))
             return True
         busy = [name for name, group in self._groups.items() if group.rows or name in joining]
         evicted = self.pool.evictable(size, sum(size for size, _ in self._loading.values()), busy)
@@ -264,7 +265,8 @@ class Scheduler:
 
     def _load(self, model: ServedModel, future: "Future[LoadedModel]") -> None:
         try:
-            future.set_result(self.pool.load(model))
+            with self._one_load:
+                future.set_result(self.pool.load(model))
         except BaseException as error:
             future.set_exception(error)
         self._signal.set()

@@ -9,7 +9,7 @@ import torch
 from minisft.errors import UserError
 from minisft.models import load_model
 from minisft.run_folder import RunFolder
-from minisft.serving.model_pool import ModelPool
+from minisft.serving.model_pool import LoadedModel, ModelPool
 
 
 def size_of(model):
@@ -84,11 +84,15 @@ def test_adapters_are_served_on_the_runs_base(run_folder, tiny_model):
         assert torch.allclose(loaded.model(ids).logits, adapted(ids).logits, atol=1e-6)
 
 
+def test_a_model_above_the_users_limit_is_refused(run_folder):
+    pool = ModelPool(str(run_folder), memory=1000)
+    with pytest.raises(UserError, match="--memory"):
+        pool.load(pool.models()["final"])
+
+
 def test_the_least_recently_used_are_evicted_but_none_in_use(run_folder):
     pool = ModelPool(str(run_folder), memory=30)
     for name in ("a", "b", "c"):
-        from minisft.serving.model_pool import LoadedModel
-
         pool.add(LoadedModel(name, None, 10))  # type: ignore[arg-type]
     pool.use("a")
     assert pool.evictable(10, 0, []) == ["b"]
