@@ -616,6 +616,7 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     memory: float | None = None,
+    backend: str = "transformers",
     trust_remote_code: bool = False,
 ) -> None:
     """Serve the models of a run, or any model folder, in OpenAI's interface, until SIGINT or SIGTERM.
@@ -626,6 +627,7 @@ def serve(
         port: Port to bind to; 0 takes a free one. The line "serving http://HOST:PORT" says when it is ready.
         api_key: Key that requests must have.
         memory: Most memory for weights, in GB (1e9 bytes); None: most of what is free.
+        backend: "transformers"; or "vllm" or "llama.cpp", which serve a verified export of a run's final model.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
@@ -640,6 +642,13 @@ def serve(
     from minisft.serving import require_libraries
 
     require_libraries()
+    if backend != "transformers":
+        from minisft.run_folder import load_run
+        from minisft.serving.engine_proxy import serve_with_engine
+
+        recipe = load_run(Path(folder), trust_remote_code=trust_remote_code)
+        serve_with_engine(recipe, backend, host=host, port=port, api_key=api_key)
+        return
     from minisft.serving.server import serve_folder
 
     serve_folder(str(folder), host=host, port=port, api_key=api_key, memory=memory, trust_remote_code=trust_remote_code)

@@ -220,6 +220,7 @@ def serve(arguments: Arguments) -> None:
         port=arguments.port,
         api_key=arguments.api_key,
         memory=arguments.memory,
+        backend=arguments.backend,
         trust_remote_code=trusted,
     )
     api.leave_server()

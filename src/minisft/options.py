@@ -114,6 +114,10 @@ def serve(parser: Parser) -> None:
     parser.add_argument(
         "--memory", type=_gigabytes, metavar="GB", help="most memory for weights; default: most of what is free"
     )
+    parser.add_argument(
+        "--backend", choices=("transformers", "vllm", "llama.cpp"), default="transformers",
+        help="vllm and llama.cpp serve a verified export of a run's final model, behind the same page",
+    )  # fmt: skip
 
 
 def _port(text: str) -> int:

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "demo": LEAVES,
     "runner": LEAVES | {"data", "training", "planning", "report"},
     "exporting": LEAVES | {"data", "training", "evaluation", "report"},
-    "serving": LEAVES | {"data", "evaluation"},
+    "serving": LEAVES | {"data", "evaluation", "exporting"},
     "chat": LEAVES | {"data", "evaluation"},
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},
     "notebook": {"errors", "report"},

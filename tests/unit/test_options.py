@@ -20,7 +20,6 @@ OPTIONS = {
     "push": ["--dry-run"],
     "serve": ["--port", "0"],
     "chat": ["--message", "Hi!"],
-    "serve": ["--port", "0"],
 }
 
 

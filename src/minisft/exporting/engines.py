@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +23,7 @@ from typing import Any
 from minisft.exporting.verification import TOP, EngineAnswer, HeldOutPrompt, Position
 from minisft.text import first_line
 
+SERVED_NAME = "final"  # of the model, in requests
 ENGINES = ("transformers", "llama.cpp", "vllm")
 _START = 600.0  # seconds that a server may take to load the model
 _REPLY = 600.0  # seconds for one answer
@@ -179,9 +181,14 @@ class LlamaCppEngine:
         words = [
             str(self.server), "--model", str(self.model), "--host", "127.0.0.1", "--port", str(port),
             "--ctx-size", str(self.context), "--parallel", "1", "--cache-type-k", "f32", "--cache-type-v", "f32",
-            "--flash-attn", "off", "--jinja", "--no-webui",
+            "--flash-attn", "off", "--jinja", "--no-webui", "--alias", SERVED_NAME,
         ]  # fmt: skip
         return words + (["--lora", str(self.adapter)] if self.adapter else [])
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The environment variables of the server."""
+        return {}
 
     def answer(self, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> list[EngineAnswer]:
         """Return the greedy answers.
@@ -190,7 +197,7 @@ class LlamaCppEngine:
             EngineError: The server does not start, or refuses a request.
         """
         answers = []
-        with _served(self.words, {}) as url:
+        with served_by(self) as url:
             for prompt in prompts:
                 body = _chat_body(prompt, max_new_tokens)
                 text = _post(f"{url}/apply-template", body)["prompt"]
@@ -226,11 +233,22 @@ class VllmEngine:
     def words(self, port: int) -> list[str]:
         """Return the command that serves the model on a port."""
         words = [
-            str(self.program), "serve", str(self.folder), "--served-model-name", "model", "--host", "127.0.0.1",
+            str(self.program), "serve", str(self.folder), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1",
             "--port", str(port), "--max-model-len", str(self.context), "--dtype", self.dtype,
             "--max-logprobs", str(TOP), "--enforce-eager",
         ]  # fmt: skip
         return words + (["--trust-remote-code"] if self.trust_remote_code else [])
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The environment variables of the server."""
+        return {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
+            # Its own programs, such as ninja, are beside it.
+            "PATH": os.pathsep.join([str(self.program.parent), os.environ.get("PATH", "")]),
+        }
 
     def answer(self, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> list[EngineAnswer]:
         """Return the greedy answers.
@@ -238,17 +256,10 @@ class VllmEngine:
         Raises:
             EngineError: The server does not start, or refuses a request.
         """
-        settings = {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
-            # Its own programs, such as ninja, are beside it.
-            "PATH": os.pathsep.join([str(self.program.parent), os.environ.get("PATH", "")]),
-        }
         answers = []
-        with _served(self.words, settings) as url:
+        with served_by(self) as url:
             for prompt in prompts:
-                body = _chat_body(prompt, max_new_tokens) | {"model": "model", "return_tokens_as_token_ids": True}
+                body = _chat_body(prompt, max_new_tokens) | {"model": SERVED_NAME, "return_tokens_as_token_ids": True}
                 asked = {key: body[key] for key in ("model", "messages", "tools") if key in body}
                 tokenized = _post(f"{url}/tokenize", asked | {"add_generation_prompt": True})
                 reply = _post(f"{url}/v1/chat/completions", body)
@@ -292,19 +303,17 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def _served(words: Any, settings: dict[str, str]) -> Iterator[str]:
-    """Start a server, wait until it has loaded the model, and yield its address; it is stopped at the end.
+def served_by(engine: "LlamaCppEngine | VllmEngine") -> Iterator[str]:
+    """Start an engine's server, wait until it has loaded the model, and yield its address; it is stopped at the end.
 
     Raises:
         EngineError: It ended, or was not ready in time.
     """
-    import tempfile
-
     port = free_port()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
-            words(port), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **settings},
-            start_new_session=True,
+            engine.words(port), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            env={**os.environ, **engine.settings}, start_new_session=True,
         )  # fmt: skip
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}", log)

@@ -328,7 +328,7 @@ def make_app(service: Service) -> FastAPI:
         pieces = [spelling.decode("utf-8", "replace") for spelling in service.pool.encoder.spellings(ids)]
         return _json({"ids": ids, "pieces": pieces})
 
-    _handle_errors(app)
+    handle_errors(app)
     return app
 
 
@@ -345,7 +345,7 @@ def _entry(service: Service, model: ServedModel) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": model.created, "owned_by": "minisft", "loaded": loaded}
 
 
-def _handle_errors(app: FastAPI) -> None:
+def handle_errors(app: FastAPI) -> None:
     """Give every error a body in OpenAI's form, and none a traceback."""
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -409,25 +409,30 @@ def serve_folder(
 
 def serve(pool: ModelPool, listening: socket.socket, *, host: str, api_key: str | None) -> None:
     """Serve the models on a bound socket until SIGINT or SIGTERM."""
-    port = listening.getsockname()[1]
     scheduler = Scheduler(pool)
     service = Service(pool, scheduler)
-    app = Guard(make_app(service), host, port, api_key)
+    app = Guard(make_app(service), host, listening.getsockname()[1], api_key)
+    listen(app, listening, host, lambda: scheduler.stop(0))  # ends all answers, so that their streams end too
+    service.encoding.shutdown(wait=False, cancel_futures=True)
+    scheduler.stop(_STOP_SECONDS / 2)  # a step that takes longer is not waited for: the thread is a daemon
+
+
+def listen(app: Any, listening: socket.socket, host: str, on_stop: Callable[[], object] = lambda: None) -> None:
+    """Answer requests on a bound socket until SIGINT or SIGTERM, which call `on_stop`."""
+    port = listening.getsockname()[1]
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
         timeout_graceful_shutdown=_STOP_SECONDS,
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
     server = _Server(config, lambda: print(f"serving http://{shown}:{port}", flush=True))
-    asyncio.run(_until_stopped(server, listening, scheduler))
-    service.encoding.shutdown(wait=False, cancel_futures=True)
-    scheduler.stop(_STOP_SECONDS / 2)  # a step that takes longer is not waited for: the thread is a daemon
+    asyncio.run(_until_stopped(server, listening, on_stop))
 
 
-async def _until_stopped(server: _Server, listening: socket.socket, scheduler: Scheduler) -> None:
+async def _until_stopped(server: _Server, listening: socket.socket, on_stop: Callable[[], object]) -> None:
     def stop() -> None:
         server.should_exit = True
-        scheduler.stop(0)  # ends all answers, so that their streams end too
+        on_stop()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

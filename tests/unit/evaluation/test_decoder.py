@@ -38,7 +38,8 @@ def test_rows_that_join_at_any_time_get_the_answers_that_they_get_alone(model, s
         sampling = choose.choice([None, None, Sampling(1.3, 0.9, choose.randint(0, 9)), Sampling(0.8, 0.7, 1)])
         stops = frozenset(choose.sample(range(VOCABULARY), choose.choice([0, 1, 8])))
         requests.append(DecodingRequest(prompt, stops, choose.randint(1, 40), sampling))
-    decoder, numbers, answers = Decoder(model), [], {}
+    decoder, numbers = Decoder(model), []
+    answers: dict[int, Generated] = {}
     waiting = list(requests)
     while waiting or decoder.busy:
         if waiting and choose.random() < 0.3:
@@ -84,6 +85,7 @@ def test_scores_are_the_log_probabilities_of_the_raw_logits(model):
         logprobs = model(torch.tensor([prompt + answer.ids])).logits[0].log_softmax(dim=-1)
     assert silent == [None] * 5
     for place, (token, score) in enumerate(scores):
+        assert score is not None
         row = logprobs[len(prompt) - 1 + place]
         assert score.logprob == pytest.approx(float(row[token]), abs=1e-4)
         values, ids = row.topk(4)

@@ -81,7 +81,11 @@ def hub():
 
 
 def push(hub, run, *words):
-    settings: Any = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
+    settings: Any = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_OFFLINE": "0",
+    }
     return minisft("push", run, "me/mine", "--engine", "transformers", *words, **settings)
 
 
