@@ -11,7 +11,7 @@ else
 DEMO := training.strategy=$(STRATEGY) training.processes=2 training.batch_size=4 output=outputs/demo-$(STRATEGY)
 endif
 
-.PHONY: setup demo test test-all lint format bench clean
+.PHONY: setup demo test test-all lint format bench engines clean
 
 setup: $(READY)
 
@@ -28,13 +28,13 @@ demo: setup
 	$(BIN)/minisft demo $(DEMO)
 
 lint: setup
-	$(BIN)/ruff check src tests benchmarks recipes examples
-	$(BIN)/ruff format --check src tests benchmarks recipes examples
+	$(BIN)/ruff check src tests benchmarks scripts recipes examples
+	$(BIN)/ruff format --check src tests benchmarks scripts recipes examples
 	$(BIN)/mypy
 
 format: setup
-	$(BIN)/ruff check --fix src tests benchmarks recipes examples
-	$(BIN)/ruff format src tests benchmarks recipes examples
+	$(BIN)/ruff check --fix src tests benchmarks scripts recipes examples
+	$(BIN)/ruff format src tests benchmarks scripts recipes examples
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal -m "not long"
@@ -45,6 +45,10 @@ test-all: test
 
 bench: setup
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# The engines that `minisft export` proves a model with; MINISFT_ENGINES names another folder than .engines.
+engines: setup
+	$(BIN)/python scripts/install_engines.py
 
 clean:
 	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache

