@@ -116,7 +116,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def as_endpoint(text: str) -> Endpoint:
     name, _, url = text.partition("=")
     parts = urlsplit(url)
-    return Endpoint(name, parts.hostname or "127.0.0.1", parts.port or 80, parts.path.lstrip("/"))
+    return Endpoint(name, parts.hostname or "127.0.0.1", parts.port or 80, parts.path[1:])
 
 
 def read_conversations(source: Path, wanted: int) -> list[Conversation]:

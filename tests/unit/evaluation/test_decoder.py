@@ -1,6 +1,7 @@
 """Rows that join a running batch, against the same prompts decoded one at a time."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def test_rows_that_join_at_any_time_get_the_answers_that_they_get_alone(model, s
         sampling = choose.choice([None, None, Sampling(1.3, 0.9, choose.randint(0, 9)), Sampling(0.8, 0.7, 1)])
         stops = frozenset(choose.sample(range(VOCABULARY), choose.choice([0, 1, 8])))
         requests.append(DecodingRequest(prompt, stops, choose.randint(1, 40), sampling))
-    decoder, numbers = Decoder(model), []
+    decoder = Decoder(model)
+    numbers: list[int] = []
     answers: dict[int, Generated] = {}
     waiting = list(requests)
     while waiting or decoder.busy:
@@ -73,19 +75,18 @@ def test_every_row_has_its_own_limits_and_callback(model):
 
 def test_scores_are_the_log_probabilities_of_the_raw_logits(model):
     [prompt, other] = prompts_of(6, 11)
-    scores = []
+    scores: list[Any] = []
     wanted = DecodingRequest(
         prompt, frozenset(), 5, Sampling(0.5, 0.6, 3), 4, on_token=lambda token, s: scores.append((token, s))
     )
     decoder = Decoder(model)
-    silent = []
+    silent: list[Any] = []
     quiet = DecodingRequest(other, frozenset(), 5, on_token=lambda token, s: silent.append(s))
     [answer, _] = decode_all(decoder, decoder.add([wanted, quiet]))
     with torch.inference_mode():
         logprobs = model(torch.tensor([prompt + answer.ids])).logits[0].log_softmax(dim=-1)
     assert silent == [None] * 5
     for place, (token, score) in enumerate(scores):
-        assert score is not None
         row = logprobs[len(prompt) - 1 + place]
         assert score.logprob == pytest.approx(float(row[token]), abs=1e-4)
         values, ids = row.topk(4)
