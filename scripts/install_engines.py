@@ -2,9 +2,10 @@
 
     python scripts/install_engines.py [llama.cpp] [vllm] [transformers4]
 
-Without names all are installed. They go to the folder that the variable MINISFT_ENGINES names, `.engines` without it,
-each into an environment of its own, since their requirements exclude each other. An engine that is there already is
-left alone. llama.cpp is compiled, which takes about 20 minutes on two cores and needs cmake and a C++ compiler.
+Without names all are installed. They go to the folder that the variable MINISFT_ENGINES names, `.engines` of the source
+code without it, each into an environment of its own, since their requirements exclude each other. An engine that is
+there already is left alone. llama.cpp is compiled, which takes about 15 minutes on two cores and needs cmake and a C++
+compiler.
 """
 
 import os
@@ -108,7 +109,7 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"there is no engine {unknown[0]!r}; choose among: {', '.join(INSTALLERS)}", file=sys.stderr)
         return 2
-    engines = Path(os.environ.get("MINISFT_ENGINES", ".engines")).resolve()
+    engines = Path(os.environ.get("MINISFT_ENGINES") or ROOT / ".engines").resolve()
     for name in names or INSTALLERS:
         install, program = INSTALLERS[name]
         complete = engines / name / ".complete"

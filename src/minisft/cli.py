@@ -22,10 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0
     from minisft.files import WRITE_ERRNOS
-    from minisft.output_filters import escape_library_output
+    from minisft.output_filters import escape_library_output, suppress_known_warnings
     from minisft.text import printable
 
     escape_library_output()
+    suppress_known_warnings()
     try:
         return _run(words)
     except UserError as error:

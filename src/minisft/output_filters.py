@@ -46,6 +46,7 @@ _NOTICES = {
     "transformers.trainer_utils": (
         "The tokenizer has new PAD/BOS/EOS tokens",
     ),  # checkpoints get the trained stop tokens
+    "DeepSpeed": ("Setting accelerator to CPU",),  # peft imports DeepSpeed, also where nothing is trained
 }
 # Warnings about DeepSpeed's use of torch functions that a later version will not use.
 _DEPRECATIONS = (r".*_?all_gather_base.*", r".*_?all_gather_into_tensor.*", r".*_?reduce_scatter_(base|tensor).*")

@@ -1,7 +1,8 @@
 """The engines that an export is proven with: transformers in this process, llama.cpp and vLLM as servers of their own.
 
 llama.cpp (`llama-server`) and vLLM (`vllm serve`) are asked over HTTP on this machine, as their users ask them. They
-are found in the folder that MINISFT_ENGINES names (`.engines` without it), which `make engines` fills, or on the PATH.
+are found in the folder that MINISFT_ENGINES names, else in `.engines` beside the source code, or on the PATH;
+`make engines` installs them.
 """
 
 import contextlib
@@ -36,7 +37,11 @@ class EngineError(Exception):
 
 
 def engines_folder() -> Path:
-    return Path(os.environ.get("MINISFT_ENGINES") or ".engines")
+    """Return the folder of the engines: what MINISFT_ENGINES names, else `.engines` beside the source code.
+
+    Never one of the current folder, which may be someone else's run: its programs would run.
+    """
+    return Path(os.environ.get("MINISFT_ENGINES") or Path(__file__).parents[3] / ".engines")
 
 
 def installed_llama_cpp() -> Path | None:

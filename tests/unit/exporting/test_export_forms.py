@@ -1,0 +1,85 @@
+"""`minisft export` through the command line: the forms, and what is refused."""
+
+import json
+
+import gguf
+import pytest
+
+from minisft.exporting.proof import VERIFIED
+from tests.command import refused, run
+
+
+def statuses(folder):
+    return {name: entry["status"] for name, entry in json.loads((folder / VERIFIED).read_text())["engine"].items()}
+
+
+def test_a_gguf_file_is_written_and_verified(capsys, answering_run, tmp_path):
+    done = run(capsys, "export", answering_run, tmp_path / "out", "--to", "gguf", "--engine", "transformers")
+    assert done.status == 0, done.err
+    assert "verified with transformers: 6 of 6 prompts, 6 of 6 answers equal" in done.out
+    assert {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")} == {
+        "model.gguf", "verified.json", "README.md", "loss.png"
+    }  # fmt: skip
+    assert statuses(tmp_path / "out") == {"transformers": "ok", "llama.cpp": "not run", "vllm": "not run"}
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    assert "[assistant]" in reader.fields["tokenizer.chat_template"].contents()
+
+
+def test_merged_adapters_become_a_quantised_file_for_ollama(capsys, lora_run, tmp_path):
+    words = ("--to", "ollama", "--dtype", "q8_0", "--engine", "transformers")
+    done = run(capsys, "export", lora_run, tmp_path / "out", *words)
+    assert done.status == 0, done.err
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\n")
+    assert 'PARAMETER stop "</s>"' in text
+    assert "[INST]" in text
+    assert statuses(tmp_path / "out")["transformers"] == "ok"
+
+
+def test_a_checkpoint_of_a_run_is_exported_without_verification(capsys, answering_run, tmp_path):
+    words = ("--to", "gguf", "--no-verify", "--checkpoint", "checkpoint-60", "--dtype", "f16")
+    done = run(capsys, "export", answering_run, tmp_path / "out", *words)
+    assert done.status == 0, done.err
+    assert set(statuses(tmp_path / "out").values()) == {"not run"}
+
+
+def test_a_template_without_a_go_form_is_refused(capsys, answering_run, tmp_path):
+    said = refused(capsys, "export", answering_run, tmp_path / "out", "--to", "ollama")
+    assert "no Go form" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--dtype", "q8_0"), "a model folder has no quantised number format"),
+        (("--to", "gguf", "--dtype", "f16", "--max-kl", "0.1"), "a quantised model"),
+        (("--to", "gguf", "--dtype", "q8_0", "--max-kl", "-1"), "a positive limit"),
+        (("--to", "ollama", "--no-merge"), "one merged model"),
+        (("--engine", "llama.cpp"), "it reads GGUF files only"),
+        (("--to", "gguf", "--engine", "vllm"), "complete model folders only"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(capsys, answering_run, tmp_path, words, said):
+    assert said in refused(capsys, "export", answering_run, tmp_path / "out", *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_engines_that_are_not_installed_are_named(capsys, answering_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINISFT_ENGINES", str(tmp_path / "none"))
+    monkeypatch.setenv("PATH", "")
+    done = run(capsys, "export", answering_run, tmp_path / "out", "--to", "gguf")
+    assert done.status == 0, done.err
+    assert "not verified with llama.cpp: llama-server is not installed" in done.err
+    said = refused(capsys, "export", answering_run, tmp_path / "more", "--to", "gguf", "--engine", "llama.cpp")
+    assert "llama-server is not installed" in said
+    said = refused(capsys, "export", answering_run, tmp_path / "more", "--to", "gguf", "--dtype", "q4_k_m")
+    assert "llama-quantize" in said
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_quantised_model_that_differs_too_much_is_refused(capsys, answering_run, tmp_path):
+    words = ("--to", "gguf", "--dtype", "q8_0", "--engine", "transformers", "--max-kl", "1e-12")
+    said = refused(capsys, "export", answering_run, tmp_path / "out", *words)
+    assert "mean KL divergence" in said
+    assert list(tmp_path.iterdir()) == []
