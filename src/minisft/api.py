@@ -363,18 +363,10 @@ def export(
     from minisft.exporting.export import ExportOptions
     from minisft.exporting.export import export as export_model
 
+    tools = None if llama_cpp is None else expand_user_path(str(llama_cpp), "--llama-cpp")
     options = ExportOptions(
-        to=to,
-        checkpoint=checkpoint,
-        merge=merge,
-        dtype=dtype,
-        engine=engine,
-        llama_cpp=None if llama_cpp is None else expand_user_path(str(llama_cpp), "--llama-cpp"),
-        max_kl=max_kl,
-        allow_unverified=allow_unverified,
-        license=license,
-        force=force,
-    )
+        to, checkpoint, merge, dtype, engine, tools, max_kl, allow_unverified, license, force
+    )  # in the order of its fields
     source = export_model(found, target, options)
     say(f"written: {target}, from {source}")
     return target

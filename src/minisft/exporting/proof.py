@@ -73,12 +73,13 @@ class Verified:
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the engines are compared with."""
+    """What the engines are compared with; `model_context` is the most tokens that the model supports, if known."""
 
     encoder: "Encoder"
     prompts: list[HeldOutPrompt]
     answers: list[EngineAnswer]
     max_new_tokens: int
+    model_context: int | None = None
 
     @property
     def is_sentencepiece(self) -> bool:
@@ -89,7 +90,8 @@ class _Reference:
     def context(self) -> int:
         """The number of tokens that the longest prompt and its answer need, rounded up."""
         longest = max(len(prompt.ids) for prompt in self.prompts) + self.max_new_tokens
-        return -(-(longest + 1) // 256) * 256
+        rounded = -(-(longest + 1) // 256) * 256
+        return min(rounded, self.model_context or rounded)
 
 
 def prove(
@@ -184,6 +186,7 @@ def _reference(exported: ExportedModel, recipe: Recipe) -> _Reference:
     import torch
 
     from minisft.data.encoder import Encoder
+    from minisft.evaluation.generation import context_length
 
     output, trusted = Path(recipe.output), recipe.trust_remote_code
     folder = resolve_model(recipe.model, trusted, weights=False).folder
@@ -195,7 +198,7 @@ def _reference(exported: ExportedModel, recipe: Recipe) -> _Reference:
     model = load_model(exported.source, dtype=torch.float32, trust_remote_code=trusted, base=exported.base)
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     answers = reference_answers(model.to(device).eval(), encoder, prompts, most)
-    return _Reference(encoder, prompts, answers, most)
+    return _Reference(encoder, prompts, answers, most, context_length(model.config))
 
 
 def _run(engine: Engine, exported: ExportedModel, reference: _Reference, max_kl: float | None) -> dict[str, Any]:
