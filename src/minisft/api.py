@@ -635,6 +635,9 @@ def serve(
 
     require_libraries()
     if backend != "transformers":
+        if memory is not None:
+            fix = "leave --memory out: the engine has its own options"
+            raise UserError("--memory", f"{backend} loads the model itself", fix)
         from minisft.run_folder import load_run
         from minisft.serving.engine_proxy import serve_with_engine
 

@@ -6,9 +6,11 @@ are found in the folder that MINISFT_ENGINES names, else in `.engines` beside th
 """
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.exporting.verification import TOP, EngineAnswer, HeldOutPrompt, Position
+from minisft.processes import exit_with_parent
 from minisft.text import first_line
 
 SERVED_NAME = "final"  # of the model, in requests
@@ -36,6 +39,10 @@ class EngineError(Exception):
     """An engine did not start, or refused a request; its text says why."""
 
 
+class EngineStartError(EngineError):
+    """An engine did not start for a reason that need not be the model: its version, its options, the memory."""
+
+
 def engines_folder() -> Path:
     """Return the folder of the engines: what MINISFT_ENGINES names, else `.engines` beside the source code.
 
@@ -44,32 +51,24 @@ def engines_folder() -> Path:
     return Path(os.environ.get("MINISFT_ENGINES") or Path(__file__).parents[3] / ".engines")
 
 
-def installed_llama_cpp() -> Path | None:
-    """Return the folder of llama.cpp among the installed engines; None if it is not there."""
-    folder = engines_folder() / "llama.cpp"
-    return folder if folder.is_dir() else None
-
-
 def find_llama_cpp(folder: Path | None = None) -> Path | None:
-    """Return the path of llama.cpp's server; None if there is none.
-
-    Args:
-        folder: A folder of llama.cpp that the user named; None: that of the engines, then the PATH.
-    """
-    return _find_program("llama-server", folder or engines_folder() / "llama.cpp", on_path=folder is None)
+    """Return the path of llama.cpp's server; None if there is none. `folder` is one that the user named."""
+    return find_program("llama-server", "llama.cpp", folder)
 
 
 def find_vllm() -> Path | None:
     """Return the path of the program `vllm`; None if there is none."""
     beside = Path(sys.executable).with_name("vllm")
-    return _find_program("vllm", engines_folder() / "vllm", on_path=True) or (beside if beside.exists() else None)
+    return find_program("vllm", "vllm") or (beside if beside.exists() else None)
 
 
-def _find_program(name: str, folder: Path, *, on_path: bool) -> Path | None:
-    for path in (folder / "bin" / name, folder / "build" / "bin" / name, folder / name):
-        if path.is_file() and os.access(path, os.X_OK):
-            return path.absolute()
-    found = shutil.which(name) if on_path else None
+def find_program(name: str, engine: str, named: Path | None = None) -> Path | None:
+    """Return the path of an engine's program: in the folder that the user named, among the engines, or on the PATH."""
+    for folder in (named, engines_folder() / engine):
+        for path in (folder / "bin" / name, folder / "build" / "bin" / name, folder / name) if folder else ():
+            if path.is_file() and os.access(path, os.X_OK):
+                return path.absolute()
+    found = shutil.which(name)
     return Path(found) if found else None
 
 
@@ -81,35 +80,43 @@ class TransformersEngine:
         folder: The exported folder.
         gguf: Name of a GGUF file in the folder, which transformers reads; "": a model folder.
         weights_only: Take the ids of the prompts as they are: transformers reads the SentencePiece vocabulary of a
-            GGUF file otherwise than llama.cpp, so that its ids say nothing.
+            GGUF file differently from llama.cpp, so that its ids say nothing.
+        stop_token_ids: The trained terminators, for a GGUF file, beside which there is no generation config.
+        base: Folder of the base model, for a folder of adapters.
         trust_remote_code: Run code from the folder.
     """
 
     folder: Path
     gguf: str = ""
     weights_only: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    base: Path | None = None
     trust_remote_code: bool = False
 
     def answer(self, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> list[EngineAnswer]:
-        """Return the greedy answers; on a CPU the weights are computed with in fp32, whatever their format."""
+        """Return the greedy answers, computed in fp32 from the exported weights, whatever their format."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         from minisft.models import hide_gguf_progress, is_adapter, quiet_loading
 
         options: dict[str, Any] = {"gguf_file": self.gguf} if self.gguf else {}
         options["trust_remote_code"] = self.trust_remote_code
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype: Any = "auto" if device == "cuda" and not self.gguf else torch.float32
+        dtype = torch.float32
         try:
             with quiet_loading(), hide_gguf_progress():
                 tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, **options)
                 if is_adapter(self.folder):
-                    from peft import AutoPeftModelForCausalLM
+                    from peft import PeftModel
 
-                    model: Any = AutoPeftModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+                    base = AutoModelForCausalLM.from_pretrained(str(self.base), dtype=dtype, **options)
+                    model: Any = PeftModel.from_pretrained(base, self.folder)
+                    model.generation_config = GenerationConfig.from_pretrained(self.folder)
                 else:
                     model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, **options)
+                if self.gguf:
+                    model.generation_config = GenerationConfig(eos_token_id=list(self.stop_token_ids))
             model = model.to(device).eval()
             vocabulary = model.get_output_embeddings().weight.shape[0]
             batch = max(1, min(_BATCH, _LOGITS // (vocabulary * max_new_tokens)))
@@ -174,20 +181,23 @@ class LlamaCppEngine:
         model: Path of the GGUF file.
         context: Number of tokens of the context.
         adapter: Path of a LoRA adapter as GGUF; None: none.
+        proof: One request at a time and keys and values in f32; False: the server's own settings.
     """
 
     server: Path
     model: Path
     context: int
     adapter: Path | None = None
+    proof: bool = True
 
     def words(self, port: int) -> list[str]:
         """Return the command that serves the model on a port."""
         words = [
             str(self.server), "--model", str(self.model), "--host", "127.0.0.1", "--port", str(port),
-            "--ctx-size", str(self.context), "--parallel", "1", "--cache-type-k", "f32", "--cache-type-v", "f32",
-            "--flash-attn", "off", "--jinja", "--no-webui", "--alias", SERVED_NAME,
+            "--ctx-size", str(self.context), "--jinja", "--no-webui", "--alias", SERVED_NAME,
         ]  # fmt: skip
+        if self.proof:
+            words += ["--parallel", "1", "--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
         return words + (["--lora", str(self.adapter)] if self.adapter else [])
 
     @property
@@ -202,7 +212,8 @@ class LlamaCppEngine:
             EngineError: The server does not start, or refuses a request.
         """
         answers = []
-        with served_by(self) as url:
+        with served_by(self) as server:
+            url = server.address
             for prompt in prompts:
                 body = _chat_body(prompt, max_new_tokens)
                 text = _post(f"{url}/apply-template", body)["prompt"]
@@ -225,23 +236,24 @@ class VllmEngine:
         program: Path of `vllm`.
         folder: The model folder.
         context: Number of tokens of the context.
-        dtype: Number format of its arithmetic, such as float32.
+        proof: Compute in fp32, as it is written; False: vLLM's own settings.
         trust_remote_code: Run code from the folder.
     """
 
     program: Path
     folder: Path
     context: int
-    dtype: str = "float32"
+    proof: bool = True
     trust_remote_code: bool = False
 
     def words(self, port: int) -> list[str]:
         """Return the command that serves the model on a port."""
         words = [
             str(self.program), "serve", str(self.folder), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1",
-            "--port", str(port), "--max-model-len", str(self.context), "--dtype", self.dtype,
-            "--max-logprobs", str(TOP), "--enforce-eager",
+            "--port", str(port), "--max-model-len", str(self.context), "--max-logprobs", str(TOP),
         ]  # fmt: skip
+        if self.proof:
+            words += ["--dtype", "float32", "--enforce-eager"]
         return words + (["--trust-remote-code"] if self.trust_remote_code else [])
 
     @property
@@ -250,7 +262,7 @@ class VllmEngine:
         return {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4"),  # GiB
             # Its own programs, such as ninja, are beside it.
             "PATH": os.pathsep.join([str(self.program.parent), os.environ.get("PATH", "")]),
         }
@@ -262,9 +274,12 @@ class VllmEngine:
             EngineError: The server does not start, or refuses a request.
         """
         answers = []
-        with served_by(self) as url:
+        with served_by(self) as server:
+            url = server.address
             for prompt in prompts:
                 body = _chat_body(prompt, max_new_tokens) | {"model": SERVED_NAME, "return_tokens_as_token_ids": True}
+                if prompt.tools:
+                    body["tool_choice"] = "none"  # the tools stay in the prompt; a parser of calls is not set
                 asked = {key: body[key] for key in ("model", "messages", "tools") if key in body}
                 tokenized = _post(f"{url}/tokenize", asked | {"add_generation_prompt": True})
                 reply = _post(f"{url}/v1/chat/completions", body)
@@ -307,9 +322,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@dataclass(frozen=True)
+class RunningServer:
+    """An engine's server: its address, http://HOST:PORT, and its process."""
+
+    address: str
+    process: "subprocess.Popen[bytes]"
+
+    def stop(self) -> None:
+        """End the server and the processes that it started, which are all in its session."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1 if number == signal.SIGTERM else 20)
+
+
 @contextlib.contextmanager
-def served_by(engine: "LlamaCppEngine | VllmEngine") -> Iterator[str]:
-    """Start an engine's server, wait until it has loaded the model, and yield its address; it is stopped at the end.
+def served_by(engine: "LlamaCppEngine | VllmEngine") -> Iterator["RunningServer"]:
+    """Start an engine's server, wait until it has loaded the model, and yield it; it is stopped at the end.
 
     Raises:
         EngineError: It ended, or was not ready in time.
@@ -318,13 +349,13 @@ def served_by(engine: "LlamaCppEngine | VllmEngine") -> Iterator[str]:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             engine.words(port), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-            env={**os.environ, **engine.settings}, start_new_session=True,
+            env={**os.environ, **engine.settings}, start_new_session=True, preexec_fn=exit_with_parent,
         )  # fmt: skip
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
-            yield f"http://127.0.0.1:{port}"
+            yield RunningServer(f"http://127.0.0.1:{port}", process)
         finally:
-            _stop(process)
+            RunningServer("", process).stop()
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Any) -> None:
@@ -334,24 +365,15 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Any) ->
             log.seek(0)
             lines = [line.strip() for line in log.read().splitlines() if line.strip()]
             wrong = [line for line in lines if "rror" in line] or lines or ["it said nothing"]
-            told = next((line for line in wrong if "error loading" in line), wrong[-1])
-            raise EngineError(f"the server ended with status {process.returncode}: {told[:300]}")
+            refused = [line for line in wrong if "error loading model" in line]  # llama.cpp's words
+            if refused:
+                raise EngineError(f"the server refuses the model: {refused[0][:300]}")
+            raise EngineStartError(f"the server ended with status {process.returncode}: {wrong[-1][:300]}")
         with contextlib.suppress(OSError), _opener().open(f"{url}/health", timeout=5) as reply:
             if reply.status == 200:
                 return
         time.sleep(0.2)
-    raise EngineError(f"the server was not ready after {_START:.0f} seconds")
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and the processes that it started, which are all in its session."""
-    import signal
-
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
+    raise EngineStartError(f"the server was not ready after {_START:.0f} seconds")
 
 
 def _opener() -> urllib.request.OpenerDirector:
@@ -373,5 +395,5 @@ def _post(url: str, body: dict[str, Any]) -> Any:
     except urllib.error.HTTPError as error:
         told = error.read().decode("utf-8", "replace")[:300]
         raise EngineError(f"the server refuses {url.rsplit('/', 1)[-1]} ({error.code}): {told}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise EngineError(f"the server does not answer ({first_line(error)})") from None

@@ -5,14 +5,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minisft.errors import UserError
-from minisft.exporting.engines import ENGINES, installed_llama_cpp
+from minisft.exporting.engines import ENGINES
 from minisft.exporting.model_card import write_card
-from minisft.exporting.model_folder import make_readable, write_weights
-from minisft.exporting.proof import VERIFIED, ExportedModel, prove
+from minisft.exporting.model_folder import make_readable, number_format_of, write_weights
+from minisft.exporting.proof import VERIFIED, ExportedModel, prove, require_engine
 from minisft.files import apply_umask, write_atomically
 from minisft.manifest import record_folder, write_marker
 from minisft.models import is_adapter, load_config, load_tokenizer, resolve_model, weights_fingerprint
@@ -121,6 +121,7 @@ def export(recipe: Recipe, folder: Path, options: ExportOptions) -> Path:
         problem = "adapters that are not merged are copied in their own number format"
         raise UserError("--no-merge --dtype", problem, "leave out one of the two")
     _refuse_taken_folder(folder, recipe, options.force)
+    require_engine(options.engine, options.to, options.merge or not adapters, options.llama_cpp)
     base = None
     if adapters:  # the base must be what they were trained on
         resolved = resolve_model(recipe.model, recipe.trust_remote_code)
@@ -132,16 +133,18 @@ def export(recipe: Recipe, folder: Path, options: ExportOptions) -> Path:
         exported = ExportedModel(new, source, base, options.number_format, merged=options.merge or not adapters)
         if options.to == "folder":
             _write_folder(exported, recipe)
+            if exported.merged:
+                exported = replace(exported, dtype=number_format_of(new, recipe.trust_remote_code))
         else:
             exported = _write_gguf_forms(exported, recipe, options)
         # 3. Compare what engines make of it with the trained model.
         verified = prove(exported, recipe, options.engine, options.llama_cpp, options.max_kl)
         if verified.problem and not options.allow_unverified:
-            fix = "report it, or keep the export as it is with --allow-unverified"
+            fix = "report it, or keep the export as it is: --allow-unverified; another engine: --engine NAME"
             raise UserError(folder, f"the export is not served as the model was trained: {verified.problem}", fix)
         write_atomically(new / VERIFIED, dump_json({"engine": verified.engines}, indent=1) + "\n")
         # 4. Write the model card, and give the folder its name.
-        write_card(new, recipe, source, options.to, verified.engines, options.license)
+        write_card(new, recipe, exported, verified.engines, options.license)
         record_folder(new, new)
         apply_umask(new)
     return source
@@ -166,12 +169,14 @@ def _write_gguf_forms(exported: ExportedModel, recipe: Recipe, options: ExportOp
     plain = new / ".model"
     if base is not None and not exported.merged:
         shutil.copytree(base, plain, copy_function=os.symlink)
+        for path in source.iterdir():  # a copy would be written through the link, into the base model
+            (plain / path.name).unlink(missing_ok=True)
     copy_model(source, plain, ignore=("adapter_*",) if base is not None and not exported.merged else ())
     if base is not None and exported.merged:
         write_weights(plain, source, base, "f32", recipe.trust_remote_code)
     # 2. The files of the engine.
-    dtype = exported.dtype or _number_format_of(plain)
-    write_any_gguf(plain, new / GGUF, dtype, options.llama_cpp or installed_llama_cpp())
+    dtype = exported.dtype or number_format_of(plain, recipe.trust_remote_code)
+    write_any_gguf(plain, new / GGUF, dtype, options.llama_cpp)
     adapter = ""
     if base is not None and not exported.merged:
         from minisft.exporting.gguf_writer import write_adapter_gguf
@@ -200,12 +205,6 @@ def _modelfile(folder: Path, recipe: Recipe) -> str:
         num_ctx=min(context, context_length(config) or context),
         model=f"./{GGUF}",
     )
-
-
-def _number_format_of(folder: Path) -> str:
-    """Return the number format of a model folder's weights."""
-    kind = str(getattr(load_config(folder), "dtype", None) or "float32").removeprefix("torch.")
-    return {"float16": "f16", "bfloat16": "bf16"}.get(kind, "f32")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ What the file must hold is given by the GGUF specification (ggml/docs/gguf.md) a
 """
 
 import contextlib
+import errno
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8
 _BLOCK = 32  # numbers that share a scale in q8_0
 _LARGEST_F16 = 65504.0
 _ROPE_FACTORS = "rope_freqs.weight"
-_FIX = "pass --llama-cpp DIR with llama.cpp's own converter, or export a plain folder"
+_FIX = "pass --llama-cpp FOLDER with llama.cpp's own converter, or export a plain folder"
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,12 @@ def open_writer(target: Path, architecture: str) -> "Iterator[gguf.GGUFWriter]":
             os.fsync(file.fileno())
         writer.close()
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # closing writes what is buffered
             writer.close()
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is None:  # numpy's, where a disk took only a part of an array
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
         raise
 
 

@@ -1,16 +1,16 @@
 """GGUF files that need llama.cpp's own tools: families that our writer does not know, and q4_k_m.
 
-`convert_hf_to_gguf.py` and `llama-quantize` run as processes of their own, from the folder that the user names, or
-from the PATH.
+`convert_hf_to_gguf.py` and `llama-quantize` run as processes of their own, from the folder that the user names or from
+the installed engines; the quantiser also from the PATH.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from minisft.errors import UserError
+from minisft.exporting.engines import engines_folder, find_program
 from minisft.exporting.gguf_writer import ARCHITECTURES, DTYPES, write_gguf
 from minisft.manifest import record_files
 from minisft.models import load_config
@@ -26,8 +26,7 @@ def write_any_gguf(folder: Path, target: Path, dtype: str, llama_cpp: Path | Non
         folder: Plain model folder.
         target: Path of the file, in a folder that exists.
         dtype: One of `gguf_writer.DTYPES`, or q4_k_m.
-        llama_cpp: Folder with convert_hf_to_gguf.py, llama-quantize (there or in bin or build/bin), or both; None: only
-            `llama-quantize` is looked for, on the PATH.
+        llama_cpp: Folder with convert_hf_to_gguf.py, llama-quantize (there or in bin or build/bin), or both.
 
     Returns:
         What wrote it: "minisft", "convert_hf_to_gguf.py", or either "with llama-quantize".
@@ -41,10 +40,10 @@ def write_any_gguf(folder: Path, target: Path, dtype: str, llama_cpp: Path | Non
         raise UserError(f"--dtype {dtype}", "there is no such number format for GGUF", f"choose among {known}")
     if dtype in DTYPES:
         return _write_unquantised(folder, target, dtype, llama_cpp)
-    quantiser = find_quantiser(llama_cpp)
+    quantiser = find_program(_QUANTISER, "llama.cpp", llama_cpp)
     if quantiser is None:
         problem = f"{dtype} is made by llama.cpp's {_QUANTISER}, and there is none"
-        fix = f"pass --llama-cpp DIR with a folder that holds {_QUANTISER}, or use --dtype q8_0"
+        fix = f"pass --llama-cpp FOLDER, with a folder that holds {_QUANTISER}, or use --dtype q8_0"
         raise UserError(f"--dtype {dtype}", problem, fix)
     whole, quantised = (_beside(target, part) for part in ("f32", "quantised"))
     try:
@@ -58,18 +57,9 @@ def write_any_gguf(folder: Path, target: Path, dtype: str, llama_cpp: Path | Non
 
 
 def find_converter(llama_cpp: Path | None) -> Path | None:
-    """Return llama.cpp's converter in the folder that the user names."""
-    path = llama_cpp / _CONVERTER if llama_cpp else None
-    return path if path and path.is_file() else None
-
-
-def find_quantiser(llama_cpp: Path | None) -> Path | None:
-    """Return llama-quantize of the folder that the user names, else that of the PATH."""
-    for folder in [llama_cpp, llama_cpp / "bin", llama_cpp / "build" / "bin"] if llama_cpp else []:
-        if os.access(folder / _QUANTISER, os.X_OK):
-            return folder / _QUANTISER
-    found = shutil.which(_QUANTISER)
-    return Path(found) if found else None
+    """Return llama.cpp's converter: in the folder that the user names, or among the installed engines."""
+    folders = [folder for folder in (llama_cpp, engines_folder() / "llama.cpp") if folder]
+    return next((folder / _CONVERTER for folder in folders if (folder / _CONVERTER).is_file()), None)
 
 
 def _write_unquantised(folder: Path, target: Path, dtype: str, llama_cpp: Path | None) -> str:
@@ -81,7 +71,7 @@ def _write_unquantised(folder: Path, target: Path, dtype: str, llama_cpp: Path |
     converter = find_converter(llama_cpp)
     if converter is None:
         problem = f"the GGUF writer knows {', '.join(ARCHITECTURES)}, and not {family}"
-        raise UserError(folder, problem, f"pass --llama-cpp DIR with a folder that holds {_CONVERTER}")
+        raise UserError(folder, problem, f"pass --llama-cpp FOLDER, with a folder that holds {_CONVERTER}")
     converted = _beside(target, "converted")
     try:
         # llama.cpp's own version of the package gguf comes with its converter.

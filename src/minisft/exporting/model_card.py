@@ -8,8 +8,9 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from minisft.exporting.model_folder import public_name
 from minisft.files import write_atomically
 from minisft.models import weights_fingerprint
 from minisft.recipe import Recipe
@@ -22,6 +23,9 @@ from minisft.run_folder import RunFolder
 from minisft.text import printable
 from minisft.version import __version__
 
+if TYPE_CHECKING:
+    from minisft.exporting.proof import ExportedModel
+
 _CURVE = "loss.png"
 _KEYS = (
     "epochs", "max_steps", "batch_size", "gradient_accumulation", "processes", "strategy", "learning_rate",
@@ -32,8 +36,7 @@ _KEYS = (
 def write_card(
     folder: Path,
     recipe: Recipe,
-    source: Path,
-    form: str,
+    exported: "ExportedModel",
     engines: Mapping[str, Mapping[str, Any]],
     license_id: str | None = None,
 ) -> None:
@@ -42,20 +45,21 @@ def write_card(
     Args:
         folder: The exported folder.
         recipe: The run's recipe.
-        source: Folder of the model or checkpoint that was exported.
-        form: The form of the export: folder, gguf or ollama.
+        exported: What was exported.
         engines: The entries of verified.json.
         license_id: Identifier of the model's licence on the hub; None: that of the base model's card, if it has one.
     """
     run = read_run(RunFolder(Path(recipe.output)).root)
-    name = folder_name(recipe.output)
-    parts = [f"# {as_text(name)}", _summary(run, recipe, source)]
+    name, source = folder_name(recipe.output), exported.source
+    if source.parent.name != "checkpoints":  # the final model is the last checkpoint
+        source = (RunFolder(run.root).list_checkpoints() or [source])[-1]
+    parts = [f"# {as_text(name)}", _summary(run, recipe, exported.source)]
     parts += _training(run, recipe, folder)
-    parts += _scores(run, source)
+    parts += _scores(run)
     parts += ["## Verified", _verified_table(engines)]
-    parts += ["## Use", *_usage(form, folder)]
-    parts += ["## Hashes", _hashes(run, recipe, source)]
-    metadata = card_metadata(run, recipe, name, license_id)
+    parts += ["## Use", *_usage(exported)]
+    parts += ["## Hashes", _hashes(run, exported.source)]
+    metadata = card_metadata(run, recipe, name, source.name, exported, license_id)
     write_atomically(folder / "README.md", printable(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
@@ -63,18 +67,16 @@ def folder_name(path: str) -> str:
     return Path(path).resolve().name
 
 
-def public_name(name: str) -> str:
-    """Return the name of a model or a data source without a path of this machine."""
-    return Path(name).name if Path(name).expanduser().exists() or Path(name).is_absolute() else name
-
-
-def card_metadata(run: RunFiles, recipe: Recipe, name: str, license_id: str | None) -> Any:
-    """Return the card's metadata as huggingface_hub's `ModelCardData`, with the scores of the best checkpoint.
+def card_metadata(
+    run: RunFiles, recipe: Recipe, name: str, checkpoint: str, exported: "ExportedModel", license_id: str | None
+) -> Any:
+    """Return the card's metadata as huggingface_hub's `ModelCardData`, with the scores of the exported checkpoint.
 
     The specification is https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
+    scores = dict(run.systems).get(checkpoint, {})
     results = [
         EvalResult(
             task_type="text-generation",
@@ -82,18 +84,19 @@ def card_metadata(run: RunFiles, recipe: Recipe, name: str, license_id: str | No
             dataset_name="held-out conversations",
             metric_type=metric,
             metric_name=METRIC_NAMES[metric],
-            metric_value=round(run.best[metric]["score"], 4),
+            metric_value=round(scores[metric]["score"], 4),
         )
-        for metric in (metrics_of(run) if run.best else [])
-        if run.best and run.best.get(metric)
+        for metric in (metrics_of(run) if run.results else [])
+        if scores.get(metric)
     ]
+    is_adapter = bool(recipe.training.lora) and not exported.merged
     base = hub_name(recipe.model)
     return ModelCardData(
         model_name=name,
         base_model=base,
-        base_model_relation=("adapter" if recipe.training.lora else "finetune") if base else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base else None,
         license=license_id or license_of_base(recipe.model),
-        library_name="transformers",
+        library_name="gguf" if exported.gguf else "peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["minisft", "sft"],
         eval_results=results or None,
@@ -161,7 +164,7 @@ def _training(run: RunFiles, recipe: Recipe, folder: Path) -> list[str]:
     return parts
 
 
-def _scores(run: RunFiles, source: Path) -> list[str]:
+def _scores(run: RunFiles) -> list[str]:
     if run.results is None:
         return ["## Scores", "The run was not evaluated."]
     heads, rows = score_table(run)
@@ -194,27 +197,30 @@ def _verified_table(engines: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(heads, rows).rstrip()
 
 
-def _usage(form: str, folder: Path) -> list[str]:
+def _usage(exported: "ExportedModel") -> list[str]:
     """Return the commands that use the model, FOLDER being where the reader has it."""
-    if form == "folder" and (folder / "adapter_config.json").is_file():
+    if not exported.gguf and not exported.merged:
         return [
             "```python\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
             'model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")\n'
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
         ]
-    if form == "folder":
+    if not exported.gguf:
         return [
             "```python\nfrom transformers import pipeline\n\n"
             'chat = pipeline("text-generation", "FOLDER")\n'
             'print(chat([{"role": "user", "content": "Hello"}])[0]["generated_text"][-1]["content"])\n```',
             "```\nvllm serve FOLDER\ntransformers serve FOLDER\n```",
+            "For llama.cpp and Ollama, export it again with `--to gguf` or `--to ollama`, or convert it with "
+            "llama.cpp's `convert_hf_to_gguf.py`.",
         ]
-    lora = " --lora adapter.gguf" if (folder / "adapter.gguf").is_file() else ""
-    ollama = ["```\nollama create my-model -f Modelfile\nollama run my-model\n```"] if form == "ollama" else []
+    lora = f" --lora {exported.adapter_gguf}" if exported.adapter_gguf else ""
+    is_for_ollama = (exported.folder / "Modelfile").is_file()
+    ollama = ["```\nollama create my-model -f Modelfile\nollama run my-model\n```"] if is_for_ollama else []
     return [f"```\nllama-server -m model.gguf{lora} --jinja\n```", *ollama]
 
 
-def _hashes(run: RunFiles, recipe: Recipe, source: Path) -> str:
+def _hashes(run: RunFiles, source: Path) -> str:
     """Return the hashes of the data, the template, the base model and the trained weights (SHA-256)."""
     made_from = (run.ledger or {}).get("made_from", {})
     rows = [

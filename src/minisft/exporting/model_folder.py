@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minisft.console import warn
 from minisft.files import write_atomically
-from minisft.models import is_adapter, load_model
+from minisft.models import SMOLLM2_HUB_ID, is_adapter, load_config, load_model
+from minisft.recipe import BUILT_IN_MODELS
 
 TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _SHARD_SIZE = 5_000_000_000  # bytes
@@ -14,6 +16,12 @@ _WEIGHTS = "model.safetensors"
 _TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 # Where files keep a path of the machine that wrote them.
 _PATHS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
+
+
+def number_format_of(folder: Path, trust_remote_code: bool = False) -> str:
+    """Return the number format of a model folder's weights, as its configuration names it: f32, f16 or bf16."""
+    kind = str(getattr(load_config(folder, trust_remote_code), "dtype", None) or "float32").removeprefix("torch.")
+    return {"float16": "f16", "bfloat16": "bf16"}.get(kind, "f32")
 
 
 def write_weights(folder: Path, source: Path, base: Path | None, dtype: str, trust_remote_code: bool) -> None:
@@ -54,10 +62,17 @@ def make_readable(folder: Path, base_name: str) -> None:
     if (folder / "tokenizer_config.json").is_file():
         _change_json(folder / "tokenizer_config.json", _tokenizer_for_version_4)
     if is_adapter(folder):
-        name = Path(base_name).name if Path(base_name).expanduser().exists() else base_name
-        _change_json(folder / "adapter_config.json", lambda entries: entries | {"base_model_name_or_path": name})
+        named = {"base_model_name_or_path": public_name(base_name)}
+        _change_json(folder / "adapter_config.json", lambda entries: entries | named)
     elif (folder / _WEIGHTS).is_file():
         divide_weights(folder, _SHARD_SIZE)
+
+
+def public_name(name: str) -> str:
+    """Return the name of a model or a data source for other machines: its hub id, or the last part of a path."""
+    if name in BUILT_IN_MODELS:
+        return SMOLLM2_HUB_ID
+    return Path(name).name if Path(name).expanduser().exists() or Path(name).is_absolute() else name
 
 
 def _change_json(path: Path, change: Any) -> None:
@@ -84,6 +99,8 @@ def _with_version_4_keys(config: dict[str, Any]) -> dict[str, Any]:
             completed["partial_rotary_factor"] = rope["partial_rotary_factor"]
     elif isinstance(rope, dict) and "full_attention" in rope:  # Gemma 3 and others: one set for each kind of layer
         # `rope_scaling` is left out: version 5 would take it for all kinds.
+        if rope["full_attention"].get("rope_type", "default") != "default":
+            warn("the configuration's RoPE scaling has no form that transformers 4 and 5 both read: use version 5")
         completed["rope_parameters"] = rope
         completed["rope_theta"] = rope["full_attention"]["rope_theta"]
         if "sliding_attention" in rope:

@@ -1,6 +1,5 @@
 """The proof of an export: each installed engine answers held-out prompts, and is compared with the trained model."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from minisft.errors import UserError
 from minisft.exporting.engines import (
     ENGINES,
     EngineError,
+    EngineStartError,
     LlamaCppEngine,
     TransformersEngine,
     VllmEngine,
@@ -17,7 +17,6 @@ from minisft.exporting.engines import (
     find_vllm,
 )
 from minisft.exporting.verification import (
-    Engine,
     EngineAnswer,
     HeldOutPrompt,
     Tolerance,
@@ -26,7 +25,7 @@ from minisft.exporting.verification import (
     not_run,
     reference_answers,
 )
-from minisft.models import load_config, load_model, load_tokenizer, resolve_model
+from minisft.models import load_config, load_model, load_tokenizer
 from minisft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -82,9 +81,9 @@ class _Reference:
     model_context: int | None = None
 
     @property
-    def is_sentencepiece(self) -> bool:
-        """Whether the vocabulary is of SentencePiece's kind, which writes spaces as ▁."""
-        return "▁" in "".join(list(self.encoder.tokenizer.get_vocab())[:2000])
+    def is_byte_level(self) -> bool:
+        """Whether the tokenizer works on bytes, and not on SentencePiece's pieces."""
+        return '"ByteLevel"' in self.encoder.tokenizer.backend_tokenizer.to_str()
 
     @property
     def context(self) -> int:
@@ -92,6 +91,19 @@ class _Reference:
         longest = max(len(prompt.ids) for prompt in self.prompts) + self.max_new_tokens
         rounded = -(-(longest + 1) // 256) * 256
         return min(rounded, self.model_context or rounded)
+
+
+def require_engine(engine: str, form: str, merged: bool, llama_cpp: Path | None) -> None:
+    """Refuse an engine that was named and cannot verify a form, before anything is written.
+
+    Raises:
+        UserError: It does not read the form, or it is not installed.
+    """
+    if engine in ("auto", "none"):
+        return
+    reason = _reason_against(engine, form != "folder", merged, llama_cpp)
+    if reason:
+        raise UserError(f"--engine {engine}", reason, "use --engine auto, or install it")
 
 
 def prove(
@@ -107,120 +119,137 @@ def prove(
         max_kl: The largest accepted mean KL divergence of a quantised model; None: that of the format.
 
     Raises:
-        UserError: The engine that was named is not installed, or does not read this form.
+        UserError: The engine that was named cannot be used.
     """
-    found = _engines(exported, llama_cpp)
-    if engine not in ("auto", "none") and isinstance(found[engine], str):
-        raise UserError(f"--engine {engine}", str(found[engine]), "use --engine auto, or install it")
     verified = Verified({name: not_run("--engine none") for name in ENGINES})
     if engine == "none":
         return verified
-    reference: _Reference | None = None
+    reference: _Reference | str | None = None
     for name in ENGINES:
-        builder = found[name] if engine in ("auto", name) else f"--engine {engine}"
-        if not isinstance(builder, str):
+        if engine not in ("auto", name):
+            verified.engines[name] = not_run(f"--engine {engine}")
+            continue
+        reason = _reason_against(name, bool(exported.gguf), exported.merged, llama_cpp)
+        if not reason and name == "transformers" and exported.gguf:
+            reason = _unread_by_transformers(exported, recipe)
+        if not reason:
             reference = reference or _reference(exported, recipe)
-            if reference.prompts:
-                verified.engines[name] = _run(builder(reference), exported, reference, max_kl)
-                _tell(name, verified, reference)
+            if not isinstance(reference, str):
+                verified.engines[name] = _run(name, exported, recipe, reference, llama_cpp, max_kl, engine == name)
+                _tell(name, verified)
                 continue
-            builder = "the run has no held-out conversations"
-        verified.engines[name] = not_run(builder)
-        if engine == "auto" and builder not in _INAPPLICABLE:
-            warn(f"not verified with {name}: {builder}")
+            reason = reference
+        verified.engines[name] = not_run(reason)
+        if reason not in _INAPPLICABLE:
+            warn(f"not verified with {name}: {reason}")
     return verified
 
 
-def _engines(exported: ExportedModel, llama_cpp: Path | None) -> dict[str, "str | Callable[[_Reference], Engine]"]:
-    """Return each engine for an export, or the reason why it does not run."""
-    folder, server, vllm = exported.folder, find_llama_cpp(llama_cpp), find_vllm()
-    model = folder / exported.gguf
-    adapter = folder / exported.adapter_gguf if exported.adapter_gguf else None
-    found: dict[str, str | Callable[[_Reference], Engine]] = {}
-    if adapter:
-        found["transformers"] = _NO_ADAPTERS
-    elif exported.gguf and (reason := _unread_by_transformers(exported)):
-        found["transformers"] = reason
-    else:
-        found["transformers"] = lambda reference: TransformersEngine(
-            folder, exported.gguf, weights_only=reference.is_sentencepiece and bool(exported.gguf)
-        )
-    if not exported.gguf:
-        found["llama.cpp"] = _GGUF_ONLY
-    elif server is None:
-        found["llama.cpp"] = f"llama-server is not installed; {_INSTALL}"
-    else:
-        program = server
-        found["llama.cpp"] = lambda reference: LlamaCppEngine(program, model, reference.context, adapter)
-    if exported.gguf or not exported.merged:
-        found["vllm"] = _FOLDERS_ONLY
-    elif vllm is None:
-        found["vllm"] = f"it is not installed; {_INSTALL}"
-    else:
-        program_of_vllm, dtype = vllm, _vllm_dtype(exported)
-        found["vllm"] = lambda reference: VllmEngine(program_of_vllm, folder, reference.context, dtype)
-    return found
+def _reason_against(engine: str, is_gguf: bool, merged: bool, llama_cpp: Path | None) -> str:
+    """Return why an engine cannot verify an export; "" if it can."""
+    if engine == "transformers":
+        return _NO_ADAPTERS if is_gguf and not merged else ""
+    if engine == "llama.cpp":
+        if not is_gguf:
+            return _GGUF_ONLY
+        return "" if find_llama_cpp(llama_cpp) else f"llama-server is not installed; {_INSTALL}"
+    if is_gguf or not merged:
+        return _FOLDERS_ONLY
+    return "" if find_vllm() else f"it is not installed; {_INSTALL}"
 
 
-def _unread_by_transformers(exported: ExportedModel) -> str:
+def _unread_by_transformers(exported: ExportedModel, recipe: Recipe) -> str:
     """Return why transformers cannot read the GGUF file of this kind of model; "" if it can."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    kind = load_config(exported.base or exported.source).model_type
+    kind = load_config(exported.base or exported.source, recipe.trust_remote_code).model_type
     if kind in GGUF_SUPPORTED_ARCHITECTURES:
         return ""
     return f"it does not read GGUF files of {kind} models"
 
 
-def _vllm_dtype(exported: ExportedModel) -> str:
-    """Return the number format of vLLM's arithmetic: fp32 on a CPU, elsewhere that of the weights."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "float32"
-    return {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}.get(exported.dtype or "", "auto")
-
-
-def _reference(exported: ExportedModel, recipe: Recipe) -> _Reference:
-    """Answer the held-out prompts with the run's own model, in fp32."""
+def _reference(exported: ExportedModel, recipe: Recipe) -> _Reference | str:
+    """Answer the held-out prompts with the run's own model, in fp32; return the reason where that is not possible."""
     import torch
 
     from minisft.data.encoder import Encoder
     from minisft.evaluation.generation import context_length
 
     output, trusted = Path(recipe.output), recipe.trust_remote_code
-    folder = resolve_model(recipe.model, trusted, weights=False).folder
-    encoder = Encoder(load_tokenizer(folder, trusted), recipe.data.template, recipe.data.template_options)
-    prompts = held_out_prompts(output, encoder)
+    encoder = Encoder(load_tokenizer(exported.source, trusted), "auto")
+    if not (output / "dataset" / "ledger.json").is_file():
+        return "the run has no prepared data, which the held-out conversations are part of"
     most = min(NEW_TOKENS, recipe.evaluation.max_new_tokens)
+    context = context_length(load_config(exported.base or exported.source, trusted))
+    listed = held_out_prompts(output, encoder)
+    prompts = [prompt for prompt in listed if context is None or len(prompt.ids) + most <= context]
+    if len(prompts) < len(listed):
+        warn(f"{len(listed) - len(prompts)} held-out prompts leave no room for an answer, and are not compared")
     if not prompts:
-        return _Reference(encoder, [], [], most)
+        return "the run has no held-out conversations that could be answered"
     model = load_model(exported.source, dtype=torch.float32, trust_remote_code=trusted, base=exported.base)
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     answers = reference_answers(model.to(device).eval(), encoder, prompts, most)
-    return _Reference(encoder, prompts, answers, most, context_length(model.config))
+    return _Reference(encoder, prompts, answers, most, context)
 
 
-def _run(engine: Engine, exported: ExportedModel, reference: _Reference, max_kl: float | None) -> dict[str, Any]:
-    """Return the entry of one engine in verified.json."""
+def _engine(
+    name: str, exported: ExportedModel, recipe: Recipe, reference: _Reference, llama_cpp: Path | None
+) -> TransformersEngine | LlamaCppEngine | VllmEngine:
+    folder, trusted = exported.folder, recipe.trust_remote_code
+    if name == "transformers":
+        return TransformersEngine(
+            folder,
+            exported.gguf,
+            weights_only=bool(exported.gguf) and not reference.is_byte_level,
+            stop_token_ids=tuple(reference.encoder.stop_token_ids),
+            base=exported.base,
+            trust_remote_code=trusted,
+        )
+    if name == "llama.cpp":
+        server = find_llama_cpp(llama_cpp)
+        assert server is not None
+        adapter = folder / exported.adapter_gguf if exported.adapter_gguf else None
+        return LlamaCppEngine(server, folder / exported.gguf, reference.context, adapter)
+    program = find_vllm()
+    assert program is not None
+    return VllmEngine(program, folder, reference.context, trust_remote_code=trusted)
+
+
+def _run(
+    name: str,
+    exported: ExportedModel,
+    recipe: Recipe,
+    reference: _Reference,
+    llama_cpp: Path | None,
+    max_kl: float | None,
+    is_named: bool,
+) -> dict[str, Any]:
+    """Return the entry of one engine in verified.json; one that does not start was `not run`, unless it was named."""
+    engine = _engine(name, exported, recipe, reference, llama_cpp)
     try:
         answers = engine.answer(reference.prompts, reference.max_new_tokens)
+    except EngineStartError as error:
+        return not_run(str(error)) | ({"status": "failed"} if is_named else {})
     except EngineError as error:
         return not_run(str(error)) | {"status": "failed"}
     tolerance = Tolerance.of(exported.dtype or "f32", max_kl)
     entry = compare(reference.prompts, reference.answers, answers, reference.encoder, tolerance).as_report()
     if isinstance(engine, TransformersEngine) and engine.weights_only:
         entry["prompt_ids_equal"] = None
-        entry["reason"] = entry["reason"] or "only the weights: it reads this vocabulary otherwise than llama.cpp"
+        entry["reason"] = entry["reason"] or "only the weights: it reads this vocabulary differently from llama.cpp"
     return entry
 
 
-def _tell(name: str, verified: Verified, reference: _Reference) -> None:
+def _tell(name: str, verified: Verified) -> None:
     """Print the result of one engine, and note its fault."""
     entry = verified.engines[name]
     if entry["status"] == "failed":
         verified.problem = verified.problem or f"{name}: {entry['reason']}"
         warn(f"{name}: {entry['reason']}")
+        return
+    if entry["status"] == "not run":
+        warn(f"not verified with {name}: {entry['reason']}")
         return
     count = entry["prompts"]
     equal = entry["prompt_ids_equal"]

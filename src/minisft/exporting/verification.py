@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PROMPTS = 64  # the most held-out conversations that are compared
 TOP = 20  # the likeliest tokens of each position whose probabilities are compared
 # The largest difference of a token's log-probability that is accepted, in nats, by number format.
+_QUANTISED_TIE = 0.25  # nats: what quantisation may change about where an answer ends
 BOUNDS = {"f32": 1e-3, "f16": 5e-2, "bf16": 5e-2}
 MAX_KL = {"q8_0": 0.05, "q4_k_m": 0.5}  # the same for the mean KL divergence, in nats per token
 Status = Literal["ok", "failed", "not run"]
@@ -125,10 +126,10 @@ class Comparison:
 
     def as_report(self) -> dict[str, Any]:
         """Return the entry of an engine in verified.json."""
-        status: Status = "failed" if self.problem else "ok"
+        status: Status = "failed" if self.problem else "ok" if self.prompts else "not run"
         return {
             "status": status,
-            "reason": self.problem,
+            "reason": self.problem or ("" if self.prompts else "the text of every prompt spells a control token"),
             "prompts": self.prompts,
             "prompts_with_markers": self.with_markers,
             "prompt_ids_equal": self.prompt_ids_equal,
@@ -251,6 +252,8 @@ def compare(
         result.prompt_ids_equal += 1
         problem = _compare_answer(prompt, expected, given, stops, encoder, tolerance, result)
         result.problem = result.problem or problem
+    if result.prompt_ids_equal and not result._divergences:
+        result.problem = result.problem or "the engine generated no token"
     if result._divergences:
         result.mean_kl = sum(result._divergences) / len(result._divergences)
     if not result.problem and tolerance.logprob is not None and result.max_logprob_difference > tolerance.logprob:
@@ -331,12 +334,13 @@ def _different_token(
 
     Two tokens are a tie if the reference gives them log-probabilities closer than twice the tolerance.
     """
-    if tolerance.logprob is None:
+    if tolerance.logprob is None and token is not None:
         return ""  # a quantised model: its mean KL divergence decides
+    limit = _QUANTISED_TIE if tolerance.logprob is None else tolerance.logprob
     other = position.top.get(token, -math.inf) if token is not None else -math.inf
     if token is None:
         other = max((position.top.get(stop, -math.inf) for stop in encoder.stop_token_ids), default=-math.inf)
-    if position.top[position.token] - other <= 2 * tolerance.logprob:
+    if position.top[position.token] - other <= 2 * limit:
         return ""
     theirs = "the end of the answer" if token is None else _token_text([token], encoder)
     return (

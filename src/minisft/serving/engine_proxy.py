@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import secrets
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,15 +55,22 @@ def serve_with_engine(recipe: Recipe, backend: str, *, host: str, port: int, api
         to = "folder" if backend == "vllm" else "gguf"
         export(recipe, folder, ExportOptions(to=to, engine=backend))
         try:
-            with served_by(_engine(backend, folder, recipe)) as address:
-                app = Guard(make_proxy(address, Path(recipe.output).resolve().name), host, port_of(listening), api_key)
-                listen(app, listening, host)
+            with stopping_by_signal(), served_by(_engine(backend, folder, recipe)) as engine:
+                app = make_proxy(engine.address, Path(recipe.output).resolve().name)
+                port = int(listening.getsockname()[1])
+                listen(Guard(app, host, port, api_key), listening, host, engine.stop)
         except EngineError as error:
             raise UserError(f"--backend {backend}", str(error), "see its own documentation") from None
 
 
-def port_of(listening: Any) -> int:
-    return int(listening.getsockname()[1])
+@contextlib.contextmanager
+def stopping_by_signal() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that the engine does not stay; `listen` sets its own handler."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _engine(backend: str, folder: Path, recipe: Recipe) -> LlamaCppEngine | VllmEngine:
@@ -75,10 +83,10 @@ def _engine(backend: str, folder: Path, recipe: Recipe) -> LlamaCppEngine | Vllm
     if backend == "vllm":
         program = find_vllm()
         assert program is not None
-        return VllmEngine(program, folder, context, "auto")
+        return VllmEngine(program, folder, context, proof=False, trust_remote_code=recipe.trust_remote_code)
     server = find_llama_cpp()
     assert server is not None
-    return LlamaCppEngine(server, folder / GGUF, context)
+    return LlamaCppEngine(server, folder / GGUF, context, proof=False)
 
 
 def make_proxy(address: str, title: str) -> FastAPI:
@@ -130,7 +138,7 @@ def _ask(address: str, path: str, body: dict[str, Any]) -> tuple[http.client.HTT
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         return connection.getresponse(), connection.close
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         connection.close()
         raise ApiError(502, f"the engine does not answer ({error})") from None
 

@@ -74,6 +74,7 @@ class ModelPool:
         self.strict = memory is not None  # a model above the user's limit is refused; above a guess it is tried
         self.loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         self._contexts: dict[str, int | None] = {}
+        self._base: Path | None = None
         run = RunFolder(Path(name))
         self.run = run if run.is_run() else None
         self.recipe: Recipe | None = load_run(run.root, trust_remote_code=trust_remote_code) if self.run else None
@@ -181,7 +182,9 @@ class ModelPool:
 
     def _base_folder(self) -> Path:
         assert self.recipe is not None
-        return resolve_model(self.recipe.model, self.trust).folder
+        if self._base is None:  # looked up once: a hub may have to be asked
+            self._base = resolve_model(self.recipe.model, self.trust).folder
+        return self._base
 
     def _folders(self, model: ServedModel) -> tuple[Path, Path | None]:
         """Return a model's folder, and for adapters the folder of their base model."""

@@ -129,7 +129,7 @@ def _check_values(entry: dict[str, Any]) -> None:
     for number, message in enumerate(messages, 1):
         content = message.get("content") if isinstance(message, dict) else None
         valid = isinstance(message, dict) and message.get("role") in _ROLES and isinstance(content, str | None)
-        if not valid or _depth(message) > _DEEPEST:
+        if not valid or _is_deeper(message, _DEEPEST):
             problem = "this is not a message with a role and a text"
             raise UserError(f"{_WHERE}: messages, message {number}", problem, f"use the roles {', '.join(_ROLES)}")
     if (
@@ -142,15 +142,17 @@ def _check_values(entry: dict[str, Any]) -> None:
         raise UserError(f"{_WHERE}: settings", problem, "send the sampling settings of the request")
 
 
-def _depth(value: Any) -> int:
-    """Return how many levels of lists and objects a value of JSON has."""
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Return whether a value of JSON has more than so many levels of lists and objects."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, inner), default=0)
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in inner)
 
 
 def _append_line(path: Path, line: bytes) -> None:
     """Append a line to a regular file in full, or leave the file as it was; a link in its place is an error."""
-    taken = UserError(path, "this name is MiniSFT's file of preferences, and something else has it", "move that")
+    taken = UserError(
+        path, "this name is MiniSFT's file of preferences, and something else has it", "move it elsewhere"
+    )
     if not os.path.lexists(path):
         record_files(path)
     try:

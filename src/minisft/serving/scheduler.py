@@ -216,14 +216,16 @@ class Scheduler:
 
     def _step(self, group: _Group, _: Sequence[tuple[Job, int]]) -> None:
         for number, generated in group.decoder.step().items():
-            job, row = group.rows.pop(number)
+            job, row = group.rows[number]
+            piece = job.texts[row].finish(generated.finish)
+            del group.rows[number]
             with self._lock:
                 if job.over:  # cancelled since this step began
                     continue
                 self._count -= 1
                 job.unfinished -= 1
                 job.over = job.unfinished == 0
-            job.deliver(row, job.texts[row].finish(generated.finish))
+            job.deliver(row, piece)
 
     def _guarded(self, name: str, action: Callable[..., None], rows: Sequence[tuple[Job, int]] = ()) -> None:
         """Do something with a model's group; an error ends all its jobs, and the next ones get a new decoder."""

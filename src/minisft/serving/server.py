@@ -170,7 +170,8 @@ class Service:
 
 def _tool_names(request: ChatRequest) -> frozenset[str]:
     tools = json.loads(request.conversation.tools or "[]")
-    return frozenset(str(tool.get("function", tool).get("name")) for tool in tools if isinstance(tool, dict))
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    return frozenset(str(function.get("name")) for function in functions if isinstance(function, dict))
 
 
 def _room(prompt: int, wanted: int | None, context: int | None) -> int:

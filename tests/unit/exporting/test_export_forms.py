@@ -1,6 +1,7 @@
 """`minisft export` through the command line: the forms, and what is refused."""
 
 import json
+import shutil
 
 import gguf
 import pytest
@@ -34,6 +35,28 @@ def test_merged_adapters_become_a_quantised_file_for_ollama(capsys, lora_run, tm
     assert 'PARAMETER stop "</s>"' in text
     assert "[INST]" in text
     assert statuses(tmp_path / "out")["transformers"] == "ok"
+
+
+@pytest.mark.parametrize("form", ["gguf", "folder"])
+def test_adapters_without_merging_leave_the_base_model_as_it_is(capsys, lora_run, tmp_path, form):
+    base = lora_run.parent / "model"
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    done = run(capsys, "export", lora_run, tmp_path / "out", "--no-merge", "--to", form)
+    assert done.status == 0, done.err
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    assert run(capsys, "export", lora_run, tmp_path / "again", "--no-verify").status == 0  # the base is the run's still
+    if form == "folder":
+        assert "verified with transformers: 6 of 6 prompts, 6 of 6 answers equal" in done.out
+        assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_without_its_data_is_exported_unverified(capsys, answering_run, tmp_path):
+    copied = shutil.copytree(answering_run, tmp_path / "run")
+    shutil.rmtree(copied / "dataset")
+    done = run(capsys, "export", copied, tmp_path / "out")
+    assert done.status == 0, done.err
+    assert "not verified with transformers: the run has no prepared data" in done.err
+    assert set(statuses(tmp_path / "out").values()) == {"not run"}
 
 
 def test_a_checkpoint_of_a_run_is_exported_without_verification(capsys, answering_run, tmp_path):

@@ -85,6 +85,15 @@ def test_another_terminator_is_found(answering_run, folder):
     assert "the end of the answer in place of" in problem(answering_run, folder)
 
 
+def test_a_terminator_too_many_is_found_in_a_quantised_file(answering_run, tmp_path):
+    export(load_run(answering_run), tmp_path / "out", ExportOptions(to="gguf", dtype="q8_0", engine="none"))
+    letter = json.loads((RunFolder(answering_run).model / "tokenizer.json").read_text())["model"]["vocab"]["a"]
+    set_number(tmp_path / "out", "tokenizer.ggml.eos_token_id", letter)
+    model = ExportedModel(tmp_path / "out", RunFolder(answering_run).model, None, "q8_0", gguf=GGUF)
+    found = prove(model, load_run(answering_run), "llama.cpp", None, None).problem
+    assert "the end of the answer in place of" in found
+
+
 def test_a_transposed_tensor_is_found(answering_run, folder):
     reader = gguf.GGUFReader(folder / GGUF, "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.attn_output.weight")

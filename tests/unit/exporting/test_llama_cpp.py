@@ -23,7 +23,7 @@ from minisft.data.conversation import Message
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.exporting.gguf_writer import write_adapter_gguf, write_gguf
-from minisft.exporting.llama_cpp import find_quantiser, write_any_gguf
+from minisft.exporting.llama_cpp import find_program, write_any_gguf
 from minisft.models import load_tokenizer
 from tests.unit.data import mistral
 from tests.unit.data.toys import bpe_tokenizer, sentencepiece_tokenizer
@@ -59,11 +59,16 @@ def tool(path, text):
     return path
 
 
-def test_q4_k_m_without_llama_quantize_is_refused(tmp_path):
+@pytest.fixture
+def no_engines(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINISFT_ENGINES", str(tmp_path / "none"))
+
+
+def test_q4_k_m_without_llama_quantize_is_refused(tmp_path, no_engines):
     folder = write_family(tmp_path / "model", "llama")
     with pytest.raises(UserError, match="llama-quantize") as error:
         write_any_gguf(folder, tmp_path / "model.gguf", "q4_k_m")
-    assert "--llama-cpp DIR" in error.value.fix
+    assert "--llama-cpp FOLDER" in error.value.fix
     with pytest.raises(UserError, match="no such number format"):
         write_any_gguf(folder, tmp_path / "model.gguf", "q5_1")
 
@@ -88,7 +93,7 @@ def test_a_quantiser_that_fails_leaves_nothing(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_another_family_goes_to_the_converter(tmp_path):
+def test_another_family_goes_to_the_converter(tmp_path, no_engines):
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(vocab_size=99, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
@@ -96,7 +101,7 @@ def test_another_family_goes_to_the_converter(tmp_path):
     target = tmp_path / "model.gguf"
     with pytest.raises(UserError, match="not opt") as error:
         write_any_gguf(tmp_path / "model", target, "f16")
-    assert "--llama-cpp DIR" in error.value.fix
+    assert "--llama-cpp FOLDER" in error.value.fix
     script = (
         "import os, sys\nopen(sys.argv[3], 'w').write(' '.join([sys.argv[1], sys.argv[5], os.environ['PYTHONPATH']]))"
     )
@@ -107,11 +112,15 @@ def test_another_family_goes_to_the_converter(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "model", "model.gguf"]
 
 
-def test_a_quantiser_on_the_path_is_found(tmp_path, monkeypatch):
-    assert find_quantiser(None) is None
+def test_a_quantiser_on_the_path_is_found(tmp_path, monkeypatch, no_engines):
+    assert find_program("llama-quantize", "llama.cpp", None) is None
     path = tool(tmp_path / "llama-quantize", "#!/bin/sh\n")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_quantiser(None) == find_quantiser(tmp_path / "other") == path
+    assert (
+        find_program("llama-quantize", "llama.cpp", None)
+        == find_program("llama-quantize", "llama.cpp", tmp_path / "other")
+        == path
+    )
 
 
 # --- the real llama.cpp -----------------------------------------------------------------------------------
