@@ -129,6 +129,7 @@ class VllmModel:
             trust_remote_code=trust_remote_code,
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes longer than it saves
             generation_config="vllm",  # vLLM would otherwise take the temperature of the folder's file as a default
         )
 

@@ -21,9 +21,11 @@ class LLM:
         trust_remote_code: bool,
         tensor_parallel_size: int,
         gpu_memory_utilization: float,
+        enforce_eager: bool,
         generation_config: str,
     ) -> None:
         assert (dtype, generation_config) == ("float32", "vllm")
+        assert enforce_eager or torch.cuda.is_available()
         assert (tensor_parallel_size, gpu_memory_utilization) == (1, 0.9)
         self.model = TransformersModel(Path(model), torch.float32, trust_remote_code)
         self.settings: list[Any] = []
