@@ -113,6 +113,7 @@ class Comparison:
         mean_kl: Mean of the KL divergence of the engine's distribution from the reference, in nats per token. Beyond
             the likeliest tokens, all others count as one, so that it is a lower bound.
         problem: The first fault, as a sentence; "": none.
+        first_difference: The first log-probability beyond the tolerance, as a clause; "": none.
     """
 
     prompts: int = 0
@@ -122,6 +123,7 @@ class Comparison:
     max_logprob_difference: float = 0.0
     mean_kl: float = 0.0
     problem: str = ""
+    first_difference: str = ""
     _divergences: list[float] = field(default_factory=list, repr=False)
 
     def as_report(self) -> dict[str, Any]:
@@ -258,8 +260,8 @@ def compare(
         result.mean_kl = sum(result._divergences) / len(result._divergences)
     if not result.problem and tolerance.logprob is not None and result.max_logprob_difference > tolerance.logprob:
         result.problem = (
-            f"the log-probabilities differ by up to {result.max_logprob_difference:.2g} nats, and at most "
-            f"{tolerance.logprob:g} is accepted"
+            f"{result.first_difference}; the log-probabilities differ by up to "
+            f"{result.max_logprob_difference:.2g} nats, and at most {tolerance.logprob:g} is accepted"
         )
     if not result.problem and tolerance.mean_kl is not None and result.mean_kl > tolerance.mean_kl:
         result.problem = (
@@ -304,8 +306,13 @@ def _compare_answer(
             break
         other = given.positions[place]
         if position.token in other.top:
-            difference = abs(position.top[position.token] - other.top[position.token])
-            result.max_logprob_difference = max(result.max_logprob_difference, difference)
+            ours, theirs = position.top[position.token], other.top[position.token]
+            result.max_logprob_difference = max(result.max_logprob_difference, abs(ours - theirs))
+            if tolerance.logprob is not None and abs(ours - theirs) > tolerance.logprob and not result.first_difference:
+                result.first_difference = (
+                    f"row {prompt.id}: the log-probability of token {place} of the answer, "
+                    f"{_token_text([position.token], encoder)}, is {theirs:.4f} in place of {ours:.4f}"
+                )
         result._divergences.append(divergence(position.top, other.top))
         if other.token != position.token:
             return _different_token(prompt, place, position, other.token, encoder, tolerance)
