@@ -157,9 +157,11 @@ def _training(run: RunFiles, recipe: Recipe, folder: Path) -> list[str]:
     if recipe.training.lora:
         settings.append(["`lora`", f"`rank {recipe.training.lora.rank}, alpha {recipe.training.lora.alpha}`"])
     parts.append(markdown_table(["setting", "value"], settings).rstrip())
-    curve = next((path for path in draw_curves(run.root) if path.name == _CURVE), None)
+    drawn = draw_curves(run.root, folder)  # into the export: the run may be read-only
+    curve = next((path for path in drawn if path.name == _CURVE), None)
     if curve is not None:
-        shutil.copy(curve, folder / _CURVE)
+        curve.replace(folder / _CURVE)
+        shutil.rmtree(curve.parent)
         parts.append(f"![training and held-out loss by step]({_CURVE})")
     return parts
 

@@ -9,6 +9,7 @@ import http.client
 import json
 import secrets
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,7 +54,8 @@ def serve_with_engine(recipe: Recipe, backend: str, *, host: str, port: int, api
     with bind(host, port) as listening, tempfile.TemporaryDirectory(prefix="minisft-") as name:
         folder = Path(name) / FINAL
         to = "folder" if backend == "vllm" else "gguf"
-        export(recipe, folder, ExportOptions(to=to, engine=backend))
+        with contextlib.redirect_stdout(sys.stderr):  # stdout has one line: that the server is ready
+            export(recipe, folder, ExportOptions(to=to, engine=backend))
         try:
             with stopping_by_signal(), served_by(_engine(backend, folder, recipe)) as engine:
                 app = make_proxy(engine.address, Path(recipe.output).resolve().name)

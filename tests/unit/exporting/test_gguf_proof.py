@@ -10,10 +10,12 @@ import gguf
 import numpy as np
 import pytest
 
+from minisft.api import load
 from minisft.exporting.engines import find_llama_cpp
 from minisft.exporting.export import ADAPTER_GGUF, GGUF, ExportOptions, export
 from minisft.exporting.proof import VERIFIED, ExportedModel, prove
 from minisft.run_folder import RunFolder, load_run
+from tests.served import Served, say
 from tests.unit.exporting.test_verification import names_a_token
 
 pytestmark = pytest.mark.skipif(find_llama_cpp() is None, reason="llama.cpp is not installed: make engines")
@@ -128,3 +130,17 @@ def test_an_adapter_of_another_scale_is_found(lora_run, tmp_path):
     del reader
     found = prove(model, load_run(lora_run), "llama.cpp", None, None).problem
     assert names_a_token(found)
+
+
+def test_the_real_llama_cpp_answers_behind_the_page(answering_run):
+    server = Served(answering_run, "--backend", "llama.cpp").ready()
+    try:
+        status, reply = server.ask("/v1/chat/completions", say("0?", max_tokens=8))
+        assert (status, reply["model"]) == (200, "final")
+        assert reply["choices"][0]["message"]["content"] == load(answering_run).chat("0?", max_new_tokens=8)
+        assert server.ask("/v1/chat/completions", say("0?"), Origin="http://evil.example")[0] == 403
+        assert b"<html" in server.ask("/")[1]
+    finally:
+        status, seconds = server.stop()
+    assert status == 0
+    assert seconds < 5
