@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.exporting.verification import TOP, EngineAnswer, HeldOutPrompt, Position
+from minisft.exporting.answer_comparison import TOP, EngineAnswer, HeldOutPrompt, Position
 from minisft.processes import exit_with_parent
 from minisft.text import first_line
 

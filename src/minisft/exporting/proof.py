@@ -6,6 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from minisft.console import say, warn
 from minisft.errors import UserError
+from minisft.exporting.answer_comparison import (
+    EngineAnswer,
+    HeldOutPrompt,
+    Tolerance,
+    compare,
+    held_out_prompts,
+    not_run,
+    reference_answers,
+)
 from minisft.exporting.engines import (
     ENGINES,
     EngineError,
@@ -15,15 +24,6 @@ from minisft.exporting.engines import (
     VllmEngine,
     find_llama_cpp,
     find_vllm,
-)
-from minisft.exporting.verification import (
-    EngineAnswer,
-    HeldOutPrompt,
-    Tolerance,
-    compare,
-    held_out_prompts,
-    not_run,
-    reference_answers,
 )
 from minisft.models import load_config, load_model, load_tokenizer
 from minisft.recipe import Recipe

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from minisft.exporting.answer_comparison import Tolerance, divergence
 from minisft.exporting.export import ExportOptions, export
 from minisft.exporting.proof import VERIFIED, ExportedModel, prove
-from minisft.exporting.verification import Tolerance, divergence
 from minisft.run_folder import RunFolder, load_run
 
 
