@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,21 +211,17 @@ class LlamaCppEngine:
         Raises:
             EngineError: The server does not start, or refuses a request.
         """
-        answers = []
         with served_by(self) as server:
-            url = server.address
-            for prompt in prompts:
-                body = _chat_body(prompt, max_new_tokens)
-                text = _post(f"{url}/apply-template", body)["prompt"]
-                # As the server tokenizes the prompt of a chat (tools/server/server-context.cpp).
-                tokenized = _post(f"{url}/tokenize", {"content": text, "add_special": True, "parse_special": True})
-                reply = _post(f"{url}/v1/chat/completions", body)
-                positions = [
-                    Position(entry["id"], {top["id"]: top["logprob"] for top in (*entry["top_logprobs"], entry)})
-                    for entry in _entries(reply)
-                ]
-                answers.append(EngineAnswer(tokenized["tokens"], positions, _finish(reply) != "length"))
-        return answers
+            return [self.ask(server.address, prompt, max_new_tokens) for prompt in prompts]
+
+    def ask(self, url: str, prompt: HeldOutPrompt, max_new_tokens: int) -> EngineAnswer:
+        """Return the greedy answer of the running server to one prompt."""
+        body = _chat_body(prompt, max_new_tokens)
+        text = _post(f"{url}/apply-template", body)["prompt"]
+        # As the server tokenizes the prompt of a chat (tools/server/server-context.cpp).
+        tokenized = _post(f"{url}/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        reply = _post(f"{url}/v1/chat/completions", body)
+        return _engine_answer(tokenized["tokens"], reply, lambda entry: int(entry["id"]))
 
 
 @dataclass(frozen=True)
@@ -273,23 +269,18 @@ class VllmEngine:
         Raises:
             EngineError: The server does not start, or refuses a request.
         """
-        answers = []
         with served_by(self) as server:
-            url = server.address
-            for prompt in prompts:
-                body = _chat_body(prompt, max_new_tokens) | {"model": SERVED_NAME, "return_tokens_as_token_ids": True}
-                if prompt.tools:
-                    body["tool_choice"] = "none"  # the tools stay in the prompt; a parser of calls is not set
-                asked = {key: body[key] for key in ("model", "messages", "tools") if key in body}
-                tokenized = _post(f"{url}/tokenize", asked | {"add_generation_prompt": True})
-                reply = _post(f"{url}/v1/chat/completions", body)
-                positions = []
-                for entry in _entries(reply):
-                    listed = (*entry["top_logprobs"], entry)
-                    top = {int(one["token"].removeprefix("token_id:")): one["logprob"] for one in listed}
-                    positions.append(Position(int(entry["token"].removeprefix("token_id:")), top))
-                answers.append(EngineAnswer(tokenized["tokens"], positions, _finish(reply) != "length"))
-        return answers
+            return [self.ask(server.address, prompt, max_new_tokens) for prompt in prompts]
+
+    def ask(self, url: str, prompt: HeldOutPrompt, max_new_tokens: int) -> EngineAnswer:
+        """Return the greedy answer of the running server to one prompt."""
+        body = _chat_body(prompt, max_new_tokens) | {"model": SERVED_NAME, "return_tokens_as_token_ids": True}
+        if prompt.tools:
+            body["tool_choice"] = "none"  # the tools stay in the prompt; a parser of calls is not set
+        asked = {key: body[key] for key in ("model", "messages", "tools") if key in body}
+        tokenized = _post(f"{url}/tokenize", asked | {"add_generation_prompt": True})
+        reply = _post(f"{url}/v1/chat/completions", body)
+        return _engine_answer(tokenized["tokens"], reply, lambda entry: int(entry["token"].removeprefix("token_id:")))
 
 
 def _chat_body(prompt: HeldOutPrompt, max_new_tokens: int) -> dict[str, Any]:
@@ -304,12 +295,16 @@ def _chat_body(prompt: HeldOutPrompt, max_new_tokens: int) -> dict[str, Any]:
     return body | ({"tools": prompt.tools} if prompt.tools else {})
 
 
-def _entries(reply: dict[str, Any]) -> list[dict[str, Any]]:
-    return list((reply["choices"][0].get("logprobs") or {}).get("content") or [])
-
-
-def _finish(reply: dict[str, Any]) -> str:
-    return str(reply["choices"][0]["finish_reason"])
+def _engine_answer(
+    prompt_ids: list[int], reply: dict[str, Any], id_of: Callable[[dict[str, Any]], int]
+) -> EngineAnswer:
+    """Return a reply in OpenAI's form with the ids of its tokens, which each engine writes in its own way."""
+    choice = reply["choices"][0]
+    positions = []
+    for entry in (choice.get("logprobs") or {}).get("content") or []:
+        top = {id_of(one): float(one["logprob"]) for one in (*entry["top_logprobs"], entry)}
+        positions.append(Position(id_of(entry), top))
+    return EngineAnswer(prompt_ids, positions, choice["finish_reason"] != "length")
 
 
 # --- servers on this machine ------------------------------------------------------------------------------

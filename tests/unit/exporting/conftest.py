@@ -44,27 +44,25 @@ def short_answers(tmp_path_factory):
     return path
 
 
+def train(folder, tokenizer, data, training, *overrides):
+    """Train a tiny model in `folder`, and return the folder of the run."""
+    recipe = write_recipe(folder, write_tiny_model(folder / "model", tokenizer=tokenizer), data, training)
+    assert main(["train", str(recipe), *overrides]) == 0
+    return folder / "run"
+
+
 @pytest.fixture(scope="session")
 def answering_run(tmp_path_factory, short_answers, merging_tokenizer):
     """Return the folder of a run whose answers end by the terminator."""
     folder = tmp_path_factory.mktemp("answering")
-    training = "{max_steps: 60, save_every: 60, learning_rate: 1.0e-2, precision: fp32}"
-    recipe = write_recipe(
-        folder, write_tiny_model(folder / "model", tokenizer=merging_tokenizer), short_answers, training
-    )
     template = folder / "template.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
-    assert main(["train", str(recipe), f"data.template={template}"]) == 0
-    return folder / "run"
+    training = "{max_steps: 60, save_every: 60, learning_rate: 1.0e-2, precision: fp32}"
+    return train(folder, merging_tokenizer, short_answers, training, f"data.template={template}")
 
 
 @pytest.fixture(scope="session")
 def lora_run(tmp_path_factory, short_answers, merging_tokenizer):
     """Return the folder of a run that trained adapters."""
-    folder = tmp_path_factory.mktemp("lora")
     training = "{max_steps: 30, save_every: 30, learning_rate: 2.0e-2, precision: fp32, lora: {rank: 4}}"
-    recipe = write_recipe(
-        folder, write_tiny_model(folder / "model", tokenizer=merging_tokenizer), short_answers, training
-    )
-    assert main(["train", str(recipe)]) == 0
-    return folder / "run"
+    return train(tmp_path_factory.mktemp("lora"), merging_tokenizer, short_answers, training)
