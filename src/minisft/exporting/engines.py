@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.exporting.answer_comparison import TOP, EngineAnswer, HeldOutPrompt, Position
-from minisft.processes import exit_with_parent
+from minisft.processes import exit_with_parent, handle_stop_signals
 from minisft.text import first_line
 
 SERVED_NAME = "final"  # of the model, in requests
@@ -337,11 +337,16 @@ class RunningServer:
 def served_by(engine: "LlamaCppEngine | VllmEngine") -> Iterator["RunningServer"]:
     """Start an engine's server, wait until it has loaded the model, and yield it; it is stopped at the end.
 
+    SIGTERM ends the block as Ctrl-C does: a server's own processes would outlive this one.
+
     Raises:
         EngineError: It ended, or was not ready in time.
     """
     port = free_port()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        handle_stop_signals(signal.default_int_handler),
+    ):
         process = subprocess.Popen(
             engine.words(port), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             env={**os.environ, **engine.settings}, start_new_session=True, preexec_fn=exit_with_parent,

@@ -8,7 +8,6 @@ import contextlib
 import http.client
 import json
 import secrets
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -57,22 +56,12 @@ def serve_with_engine(recipe: Recipe, backend: str, *, host: str, port: int, api
         with contextlib.redirect_stdout(sys.stderr):  # stdout has one line: that the server is ready
             export(recipe, folder, ExportOptions(to=to, engine=backend))
         try:
-            with stopping_by_signal(), served_by(_engine(backend, folder, recipe)) as engine:
+            with served_by(_engine(backend, folder, recipe)) as engine:
                 app = make_proxy(engine.address, Path(recipe.output).resolve().name)
                 port = int(listening.getsockname()[1])
                 listen(Guard(app, host, port, api_key), listening, host, engine.stop)
         except EngineError as error:
             raise UserError(f"--backend {backend}", str(error), "see its own documentation") from None
-
-
-@contextlib.contextmanager
-def stopping_by_signal() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that the engine does not stay; `listen` sets its own handler."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _engine(backend: str, folder: Path, recipe: Recipe) -> LlamaCppEngine | VllmEngine:

@@ -1,7 +1,12 @@
 """`minisft export` through the command line: the forms, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import gguf
 import pytest
@@ -106,3 +111,25 @@ def test_a_quantised_model_that_differs_too_much_is_refused(capsys, answering_ru
     said = refused(capsys, "export", answering_run, tmp_path / "out", *words)
     assert "mean KL divergence" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_ends_the_engine_with_its_own_processes(answering_run, tmp_path):
+    program = tmp_path / "engines" / "llama.cpp" / "bin" / "llama-server"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path / 'started'}\nwait\n")
+    program.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minisft", "export", answering_run, tmp_path / "out", "--to", "gguf", "--engine",
+         "llama.cpp"],
+        env={**os.environ, "MINISFT_ENGINES": str(tmp_path / "engines")},
+    )  # fmt: skip
+    until = time.monotonic() + 120
+    while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text().strip():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 1
+    status = Path("/proc", (tmp_path / "started").read_text().strip(), "status")
+    assert not status.exists() or "State:\tZ" in status.read_text()  # dead, if not yet reaped
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out.new-*"))
