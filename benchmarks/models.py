@@ -38,6 +38,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from minisft import api
 from minisft.errors import UserError
@@ -46,7 +47,7 @@ from minisft.run_folder import RunFolder
 from minisft.training.run_training import make_trainer, take_steps
 from minisft.training.zero import set_deepspeed_environment
 
-SECONDS, MEMORY = 60, 8 << 30  # limits of one class
+SECONDS, MEMORY = 180, 8 << 30  # limits of one class
 LARGEST = 20_000_000  # parameters of a model that counts as tiny
 TOLERANCE, GRADIENT_TOLERANCE, HALF_TOLERANCE = 2e-4, 5e-3, 2e-2  # relative differences
 CONVERSATIONS = 5
@@ -170,9 +171,12 @@ class KeepGradients(TrainerCallback):
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
+        self.transposed: set[str] = set()  # layers that store (in, out)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Copy them."""
+        layers = kwargs["model"].named_modules()
+        self.transposed = {name for name, layer in layers if isinstance(layer, Conv1D)}
         for name, weight in kwargs["model"].named_parameters():
             if weight.grad is not None:
                 self.gradients[name] = weight.grad.detach().float().clone()
@@ -250,7 +254,7 @@ def _answer(sender: Connection, function: Any, arguments: tuple[Any, ...]) -> No
 def describe(error: Exception) -> str:
     """Return an error in one short line without the bars of a table."""
     text = error.problem if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split()).replace("|", "/")[:160]
+    return " ".join(text.split()).replace("|", "/")[:240]
 
 
 # --- tiny models
@@ -406,8 +410,8 @@ def lora_difference(found: Step, kept: KeepGradients, expected: Step, scale: flo
         first = kept.weights[name.replace("lora_B", "lora_A")]
         if of_weight is None or of_weight.ndim != 2:
             continue
-        if of_weight.shape[1] != first.shape[1]:
-            of_weight = of_weight.T  # of a layer that stores (in, out)
+        if name.replace("lora_B.default.weight", "base_layer") in kept.transposed:
+            of_weight = of_weight.T
         wanted = scale * of_weight @ first.T
         error = float((gradient - wanted).norm() / (wanted.norm() + 1e-5 * expected.norm))
         if not error <= GRADIENT_TOLERANCE:

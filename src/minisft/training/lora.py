@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import set_seed
+from transformers.pytorch_utils import Conv1D
 
 from minisft.errors import UserError
 from minisft.recipe import LoraRecipe
@@ -19,6 +20,10 @@ from minisft.text import first_line
 from minisft.training.device import on_cpu
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Modules that the kernels of a Mamba layer read without their adapters, and the model types whose layers have them:
+# peft 0.21, `_check_lora_target_modules_mamba`. It refuses adapters there, with `all-linear` too.
+_MAMBA_MODULES = ["conv1d", "out_proj"]
+_MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 # peft writes a model card, a form to fill in.
 _MODEL_CARD = "README.md"
 
@@ -72,11 +77,13 @@ def add_lora(model: Any, lora: LoraRecipe, *, base_name: str, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    everywhere = lora.target_modules == "all-linear"
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft computes with it as it is
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        exclude_modules=modules_without_adapters(model) if everywhere else None,
         base_model_name_or_path=base_name,
         task_type="CAUSAL_LM",
     )
@@ -89,8 +96,14 @@ def add_lora(model: Any, lora: LoraRecipe, *, base_name: str, seed: int) -> Any:
         raise UserError(
             "training.lora.target_modules",
             first_line(error),
-            f"use all-linear, or names among {', '.join(_names_of_linears(model))}",
+            f"name some of {', '.join(_names_of_linears(model))}" + ("" if everywhere else ", or use all-linear"),
         ) from None
+
+
+def modules_without_adapters(model: Any) -> list[str] | None:
+    """Return the names of the linear modules that `all-linear` leaves out of this model; None: it leaves out none."""
+    excluded = _MAMBA_MODULES if model.config.model_type in _MAMBA_TYPES else []
+    return [name for name in excluded if name in _names_of_linears(model)] or None
 
 
 def has_adapters(model: Any) -> bool:
@@ -119,7 +132,11 @@ def save_adapters(model: Any, folder: Path, state_dict: dict[str, Any] | None) -
     config_file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _names_of_linears(model: torch.nn.Module) -> list[str]:
+def _names_of_linears(model: Any) -> list[str]:
     return sorted(
-        {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+        {
+            name.rpartition(".")[2]
+            for name, part in model.named_modules()
+            if isinstance(part, (torch.nn.Linear, Conv1D)) and part is not model.get_output_embeddings()
+        }
     )

@@ -321,7 +321,7 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
     from transformers import set_seed
 
     from minisft.training import attention
-    from minisft.training.lora import add_lora, frozen_dtype, quantised_loading
+    from minisft.training.lora import add_lora, frozen_dtype, modules_without_adapters, quantised_loading
 
     lora, precision = recipe.training.lora, choose_precision(recipe.training.precision)
     set_seed(recipe.seed)
@@ -349,7 +349,12 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.max_length > limit:
         say(f"note: the model knows {limit} positions, and data.max_length allows {recipe.data.max_length}")
-    return model if lora is None else add_lora(model, lora, base_name=resolved.loads_as, seed=recipe.seed)
+    if lora is None:
+        return model
+    excluded = modules_without_adapters(model) if lora.target_modules == "all-linear" else None
+    if excluded is not None:
+        say(f"note: no adapters for {', '.join(excluded)}: the kernels of Mamba layers would not read them")
+    return add_lora(model, lora, base_name=resolved.loads_as, seed=recipe.seed)
 
 
 def _trainer(

@@ -1,5 +1,7 @@
 """In fp16 no row of the output layer loses a gradient: it is multiplied by the loss scale before it is rounded."""
 
+import multiprocessing
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from minisft.recipe import load_recipe
 from minisft.run_folder import RunFolder
 from minisft.training import attention, loss
 from minisft.training.run_training import make_trainer
+from minisft.training.zero import deepspeed_config, set_deepspeed_environment
 from tests.tiny import byte_tokenizer
 from tests.unit.training.test_loss_in_chunks import make_row
 
@@ -99,6 +102,75 @@ def test_the_step_of_the_trainer_passes_the_loss_scale(recipe_file, tmp_path):
     found = {name: weight.grad for name, weight in trainer.model.named_parameters()}
     assert lost_rows(found["lm_head.weight"], exact["lm_head.weight"]) == 0
     assert max(relative_error(found, exact).values()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "strategy", ["zero2", pytest.param("zero1", marks=pytest.mark.long), pytest.param("zero3", marks=pytest.mark.long)]
+)
+def test_gradients_are_those_of_a_deepspeed_engine_in_fp16(strategy, tmp_path, monkeypatch):
+    """The engine's own backward of all logits, ours of the supervised ones, and ours under torch's scaler."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in (address | {"DS_ACCELERATOR": "cpu"}).items():
+        monkeypatch.setenv(name, value)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=write_engine_gradients, args=(strategy, tmp_path / "gradients.pt"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    engines = torch.load(tmp_path / "gradients.pt", weights_only=True)
+
+    model, row = confident_model(), make_row()
+    factor = 1 / len(row.targets)
+    exact = plain_gradients(model, row, SCALE * factor)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        share = loss.row_loss(model, row, backward_factor=SCALE * factor) * factor
+    torch.amp.GradScaler("cpu", init_scale=SCALE).scale(share).backward()
+    scaled = {name: weight.grad.float() for name, weight in model.named_parameters()}
+
+    for found in (engines["all logits"], engines["ours"], scaled):
+        assert max(relative_error(found, exact).values()) < 0.005
+        assert lost_rows(found["lm_head.weight"], exact["lm_head.weight"]) == 0
+    assert max(relative_error(engines["ours"], engines["all logits"]).values()) < 0.001
+    assert lost_rows(engines["ours without the scale"]["lm_head.weight"], exact["lm_head.weight"]) > 0.5
+
+
+def write_engine_gradients(strategy, file):
+    """Write gradients, multiplied by the loss scale, of an engine whose weights are fp16; in a process of its own."""
+    set_deepspeed_environment(on_cpu=True)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import safe_get_full_grad
+
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast kernels, and torch has slow ones too
+    deepspeed.init_distributed("gloo")
+    model, row = confident_model(), make_row()
+    factor = 1 / len(row.targets)
+    config = deepspeed_config(strategy, precision="fp16", max_grad_norm=1e9, batch_size=1, offload=None, on_cpu=True)
+    assert config is not None
+    config["fp16"] |= {"initial_scale_power": 15}
+    engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), config=config)[0]
+
+    def all_logits():
+        logits = loss.forward_row(engine, row)[0].float()
+        return torch.nn.functional.cross_entropy(logits, row.targets, reduction="sum")
+
+    losses = {
+        "all logits": all_logits,
+        "ours": lambda: loss.row_loss(engine, row, backward_factor=SCALE * factor),
+        "ours without the scale": lambda: loss.row_loss(engine, row, backward_factor=factor),
+    }
+    found = {}
+    for name, loss_of in losses.items():
+        assert float(engine.optimizer.loss_scale) == SCALE
+        engine.backward(loss_of() * factor)
+        weights = engine.module.named_parameters()
+        found[name] = {key: safe_get_full_grad(weight).float().clone() for key, weight in weights}
+        engine.step()
+    torch.save(found, file)
 
 
 def make_prepared_trainer(recipe_file, model):
