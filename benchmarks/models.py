@@ -172,11 +172,14 @@ class KeepGradients(TrainerCallback):
         self.gradients: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.transposed: set[str] = set()  # layers that store (in, out)
+        self.shared: set[str] = set()  # layers whose weight other layers use too, each with adapters of its own
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Copy them."""
-        layers = kwargs["model"].named_modules()
-        self.transposed = {name for name, layer in layers if isinstance(layer, Conv1D)}
+        layers = {name: layer for name, layer in kwargs["model"].named_modules() if name.endswith("base_layer")}
+        uses = Counter(id(layer.weight) for layer in layers.values())
+        self.transposed = {name for name, layer in layers.items() if isinstance(layer, Conv1D)}
+        self.shared = {name for name, layer in layers.items() if uses[id(layer.weight)] > 1}
         for name, weight in kwargs["model"].named_parameters():
             if weight.grad is not None:
                 self.gradients[name] = weight.grad.detach().float().clone()
@@ -406,11 +409,12 @@ def lora_difference(found: Step, kept: KeepGradients, expected: Step, scale: flo
         if "lora_B" not in name:
             continue
         weight = name.removeprefix("base_model.model.").replace(".lora_B.default", "")
-        of_weight = expected.gradients.get(weight)
+        layer = name.replace("lora_B.default.weight", "base_layer")
+        of_weight = None if layer in kept.shared else expected.gradients.get(weight)
         first = kept.weights[name.replace("lora_B", "lora_A")]
         if of_weight is None or of_weight.ndim != 2:
             continue
-        if name.replace("lora_B.default.weight", "base_layer") in kept.transposed:
+        if layer in kept.transposed:
             of_weight = of_weight.T
         wanted = scale * of_weight @ first.T
         error = float((gradient - wanted).norm() / (wanted.norm() + 1e-5 * expected.norm))
