@@ -41,7 +41,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VERBS = (
-    "demo", "prepare", "inspect", "check", "plan", "train", "evaluate", "compare", "report", "export", "push",
+    "demo", "init", "prepare", "inspect", "check", "plan", "train", "evaluate", "compare", "report", "export", "push",
     "serve", "chat",
 )  # fmt: skip
 WORK = "minisft-behaviour"  # folder under the one for temporary files

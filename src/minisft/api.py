@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from minisft.planning.planner import Plan
     from minisft.recipe import Recipe
 
-__all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "load", "note_unread", "plan", "prepare", "push",
+__all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "init", "load", "note_unread", "plan", "prepare", "push",
            "read_recipe", "serve", "train"]  # fmt: skip
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
@@ -370,6 +370,38 @@ def export(
     source = export_model(found, target, options)
     say(f"written: {target}, from {source}")
     return target
+
+
+def init(
+    data: Any,
+    *,
+    model: str | Path = "smollm2-135m",
+    output_recipe: str | Path = "recipe.yaml",
+    gpu: str | None = None,
+    count: int | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Look at data, model and machine, and write a recipe in which each value has its reason; return its path.
+
+    Args:
+        data: Rows (dicts or a `datasets.Dataset`), or a value of the recipe's key `data.source`.
+        model: Value of the recipe's key `model`.
+        output_recipe: Path of the YAML file to write; it must not exist.
+        gpu: "h100", "a100", "l40s", "4090" or "cpu": the machine to train on; None: this machine.
+        count: Number of GPUs; None: one of `gpu`, or all of this machine.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UserError: The data are no conversations, the model or the machine is unknown, or the recipe exists or cannot be
+            written.
+    """
+    set_library_environment()
+    path = expand_user_path(str(output_recipe), "--output-recipe")
+    from minisft.data.in_memory import source_of
+    from minisft.new_recipe.init import InitOptions
+    from minisft.new_recipe.init import init as write_new_recipe
+
+    return write_new_recipe(InitOptions(source_of(data), str(model), path, gpu, count, trust_remote_code))
 
 
 def plan(

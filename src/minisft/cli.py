@@ -227,6 +227,24 @@ def serve(arguments: Arguments) -> None:
     api.leave_server()
 
 
+def init(arguments: Arguments) -> None:
+    from minisft import api
+
+    if keys := [word for word in arguments.words if "=" in word and not Path(word).exists()]:
+        fix = f"leave it out, and change the key in the recipe that init writes ({arguments.output_recipe})"
+        raise UserError(keys[0], "init takes data, and no keys of a recipe", fix)
+    data = arguments.words if len(arguments.words) > 1 else arguments.words[0]
+    _announce(arguments, " ".join(arguments.words), arguments.output_recipe)
+    api.init(
+        data,
+        model=arguments.model,
+        output_recipe=arguments.output_recipe,
+        gpu=arguments.gpu,
+        count=arguments.count,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
 def demo(arguments: Arguments) -> None:
     from minisft import api
 
@@ -292,6 +310,14 @@ def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
 
 VERBS = {
     "demo": Verb(demo, "the main job on the built-in recipe: fine-tune, score, show answers", "", options.force),
+    "init": Verb(
+        init,
+        "look at your data, model and machine, and write a commented recipe",
+        "DATA",
+        options.init,
+        options.trust,
+        takes_keys=False,
+    ),
     "prepare": Verb(
         prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", options.force, options.trust
     ),

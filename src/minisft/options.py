@@ -7,6 +7,7 @@ from minisft.errors import UserError
 
 Arguments = argparse.Namespace
 
+_DATA_HELP = "a file, a folder, a pattern such as 'data/*.jsonl', or a hub id; several are trained on together"
 _WORDS_HELP = "followed by keys of the recipe to change, such as training.epochs=3"
 
 
@@ -14,22 +15,30 @@ class Verb:
     """A verb with its help; `options` are small functions that add options to a parser."""
 
     def __init__(
-        self, run: Callable[[Arguments], int | None], summary: str, words: str, *options: Callable[["Parser"], None]
+        self,
+        run: Callable[[Arguments], int | None],
+        summary: str,
+        words: str,
+        *options: Callable[["Parser"], None],
+        takes_keys: bool = True,
     ) -> None:
         self.run = run
         self.summary = summary
         self.words = words
         self.options = options
+        self.takes_keys = takes_keys
 
     def parser(self, name: str) -> "Parser":
+        keys = "[key=value ...]" if self.takes_keys else ""
         parser = Parser(
             prog=f"minisft {name}",
-            usage=f"minisft {name} {self.words + ' ' if self.words else ''}[key=value ...] [options]",
+            usage=" ".join(filter(None, (f"minisft {name}", self.words, keys, "[options]"))),
             description=self.summary,
             allow_abbrev=False,  # `--forc` must not delete a run
         )
         nargs = "+" if self.words else "*"
-        parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=_WORDS_HELP)
+        words_help = _WORDS_HELP if self.takes_keys else _DATA_HELP
+        parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=words_help)
         for option in self.options:
             option(parser)
         return parser
@@ -53,6 +62,21 @@ def _at_least_1(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, and is {number}")
     return number
+
+
+def init(parser: Parser) -> None:
+    parser.add_argument(
+        "--model", default="smollm2-135m", metavar="NAME",
+        help="a hub id, a folder, a .gguf file or smollm2-135m, the default, which a CPU can train",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output-recipe", default="recipe.yaml", metavar="FILE", help="file to write (default recipe.yaml)"
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, 4090 or cpu; default: this machine")
+    parser.add_argument(
+        "--count", type=_at_least_1, metavar="N", help="number of GPUs; default: 1, or all of this machine"
+    )
+    parser.add_argument("--yes", action="store_true", help="for scripts; init asks nothing, so that it changes nothing")
 
 
 def inspect(parser: Parser) -> None:

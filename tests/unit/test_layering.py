@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "report": LEAVES - {"models"},
     "checking": LEAVES | {"data", "training", "evaluation", "planning", "chat"},
     "planning": LEAVES | {"data", "training"},
+    "new_recipe": LEAVES | {"data", "training", "planning"},
     "comparison": LEAVES | {"report"},
     "demo": LEAVES,
     "runner": LEAVES | {"data", "training", "planning", "report"},

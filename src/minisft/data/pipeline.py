@@ -146,7 +146,7 @@ def _render_rows(
         repairs: tuple[str, ...] = ()
         try:
             if task.data.invalid == "repair":
-                conversation, repairs = _repaired(row, location, format)
+                conversation, repairs = repaired_conversation(row, location, format)
             else:
                 conversation = to_conversation(row, location, format)
                 check_order(conversation.messages)
@@ -157,7 +157,7 @@ def _render_rows(
         except RowError as error:
             repairable = True
             try:
-                _repaired(row, location, format)
+                repaired_conversation(row, location, format)
             except (RowError, RecursionError):
                 repairable = False
             stats.skip(RowProblem(location, error.reason, error.problem, error.fix, repairable))
@@ -176,7 +176,7 @@ def _render_rows(
     return read
 
 
-def _repaired(row: Any, location: str, format: str) -> tuple[Conversation, tuple[str, ...]]:
+def repaired_conversation(row: Any, location: str, format: str) -> tuple[Conversation, tuple[str, ...]]:
     """Return the row's conversation in order, and the names of the repairs.
 
     Raises:

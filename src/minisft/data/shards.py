@@ -73,7 +73,7 @@ def encode_sources(
     import pyarrow as pa
 
     streams = [read_source(source, index, recipe.seed) for index, source in enumerate(sources)]
-    chunks, detected = _with_formats(streams, sources, recipe.data)
+    chunks, detected = with_formats(streams, sources, recipe.data)
     task = ChunkTask(recipe.data, tuple(detected), recipe.seed)
     kinds = (np.uint64, np.uint64, np.int32, np.int32)
     columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in kinds]
@@ -95,10 +95,14 @@ def encode_sources(
     return EncodedShard(path, keys, identities, rows, lengths, formats)
 
 
-def _with_formats(
+def with_formats(
     streams: Sequence[Iterator[Chunk]], sources: Sequence[Source], data: DataRecipe
 ) -> tuple[Iterator[Chunk], list[str]]:
-    """Return all chunks in order, and the format of each source, stated or detected from its first rows."""
+    """Return all chunks in order, and the format of each source, stated or detected from its first rows.
+
+    Raises:
+        UserError: A source cannot be read, or none of its first rows has a known format.
+    """
     formats: list[str] = []
     opened: list[Iterable[Chunk]] = []
     for stream, source in zip(streams, sources, strict=True):
