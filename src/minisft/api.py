@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from minisft.planning.planner import Plan
     from minisft.recipe import Recipe
 
-__all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "init", "load", "note_unread", "plan", "prepare", "push",
-           "read_recipe", "serve", "train"]  # fmt: skip
+__all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "init", "load", "note_unread", "plan", "prepare",
+           "push", "read_recipe", "serve", "train"]  # fmt: skip
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
 # Takes outputs, references and prompts of all held-out answers, in order, and returns one number for each.

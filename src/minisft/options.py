@@ -74,7 +74,7 @@ def init(parser: Parser) -> None:
     )
     parser.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, 4090 or cpu; default: this machine")
     parser.add_argument(
-        "--count", type=_at_least_1, metavar="N", help="number of GPUs; default: 1, or all of this machine"
+        "--count", type=_at_least_1, metavar="N", help="number of GPUs; default: 1, or all that are here"
     )
     parser.add_argument("--yes", action="store_true", help="for scripts; init asks nothing, so that it changes nothing")
 

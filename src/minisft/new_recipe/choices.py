@@ -100,14 +100,14 @@ def choose_learning_rate(parameters: int, lora: bool) -> Choice:
     full = min(_SMALL_RATE, _SMALL_RATE * (parameters / _SMALL) ** exponent)
     source = (
         f"The larger the model, the smaller the rate: 2e-4 works for SmolLM2-135M (docs/results.md), 8e-6 is the "
-        f"published rate at 7B, and between them a line in log-log gives {_one_digit(full):.0e} for "
+        f"published rate at 7B, and between them a line in log-log gives {rate_text(_one_digit(full))} for "
         f"{count_text(parameters)} parameters."
     )
     if not lora:
         return Choice(
             _one_digit(full),
-            f"{source} Others train with up to ten times as much on far more data. Compare: "
-            "minisft compare RECIPE --vary training.learning_rate=...",
+            f"{source} On a million conversations, others take ten times as much. Alternative: compare some values "
+            "with `minisft compare RECIPE --vary training.learning_rate=...`.",
         )
     rate = min(_MOST_LORA_RATE, _LORA_FACTOR * full)
     return Choice(
@@ -138,18 +138,41 @@ def choose_epochs(train_rows: int) -> Choice:
     )
 
 
-def choose_global_batch(train_rows: int, epochs: float) -> Choice:
-    """Choose the number of conversations of an optimizer step: a power of two that leaves enough steps."""
+@dataclass(frozen=True)
+class BatchChoice:
+    """The conversations of an optimizer step, divided into `batch_size` a process and `accumulation` micro-steps."""
+
+    batch_size: int
+    accumulation: int
+    reason: str
+
+
+def choose_batch(train_rows: int, epochs: float, processes: int) -> BatchChoice:
+    """Choose the number of conversations of an optimizer step: a power of two that leaves enough steps.
+
+    Every process gets at least one conversation, and at most 8 in a micro-step.
+    """
     seen = train_rows * epochs
-    value = _LARGEST_BATCH
-    while value > _SMALLEST_BATCH and seen / value < (_ENOUGH_STEPS if value > _USUAL_BATCH else _FEW_STEPS):
-        value //= 2
-    steps = max(1, math.ceil(train_rows / value)) * epochs
-    return Choice(
-        value,
-        f"{value} conversations a step give {steps:,.0f} steps. The rule: 8, fewer where there would be less than "
-        f"{_FEW_STEPS} steps, and more (at most {_LARGEST_BATCH}) while there are at least {_ENOUGH_STEPS:,}.",
+    wanted = _LARGEST_BATCH
+    while wanted > _SMALLEST_BATCH and seen / wanted < (_ENOUGH_STEPS if wanted > _USUAL_BATCH else _FEW_STEPS):
+        wanted //= 2
+    each = max(1, round(wanted / processes))
+    accumulation = max(1, each // _USUAL_BATCH)
+    batch_size = each // accumulation
+    value = batch_size * accumulation * processes
+    steps = math.ceil(train_rows / value) * epochs
+    why = f"{value} conversations in an optimizer step give {steps:,.0f} steps."
+    if processes > 1 or accumulation > 1:
+        why += f" They are {batch_size} for each of {processes} process(es)"
+        why += f" in each of {accumulation} micro-steps." if accumulation > 1 else "."
+    if value > wanted:
+        why += f" {wanted} would suit these rows, but every process needs one."
+    why += (
+        f" The rule: {_USUAL_BATCH}, {_SMALLEST_BATCH} where there would be fewer than {_FEW_STEPS} steps, and up to "
+        f"{_LARGEST_BATCH} where {_ENOUGH_STEPS:,} steps are left. A larger batch needs no more memory here: its rows "
+        "are computed one after another."
     )
+    return BatchChoice(batch_size, accumulation, why)
 
 
 def choose_test_fraction(rows: int) -> Choice:
@@ -158,9 +181,7 @@ def choose_test_fraction(rows: int) -> Choice:
     share = min(wanted / max(1, rows), _MOST_TEST_SHARE)
     share = float(f"{share:.2g}")
     held_out = round(share * rows)
-    why = (
-        f"About {held_out:,} of {rows:,} conversations are held out, by their first prompt, to score every checkpoint."
-    )
+    why = f"About {held_out:,} of {rows:,} conversations are held out, by their first prompt, to score checkpoints."
     if held_out < ENOUGH_TEST_ROWS:
         why += f" Fewer than {ENOUGH_TEST_ROWS} are too few to tell checkpoints apart: give more data, or data.test."
     elif share < _TEST_SHARE:
@@ -191,11 +212,11 @@ def choose_evaluation(
         models: Number of models that are scored: the base model and every checkpoint.
         training_seconds: Predicted seconds of the training.
     """
-    affordable, turns, answers = 0, "last", 1.0
-    for turns, answers in (("all", answers_each), ("last", 1.0)):
-        affordable = int(training_seconds / (models * answers * answer_seconds))
-        if answers_each > 1 and affordable >= min(held_out, _SCORED):
-            break
+    affordable = int(training_seconds / (models * answers_each * answer_seconds))
+    turns, answers = "all", answers_each
+    if answers_each <= 1 or affordable < min(held_out, _SCORED):
+        affordable = int(training_seconds / (models * answer_seconds))
+        turns, answers = "last", 1.0
     if turns == "all":
         why = (
             f"Every answer of a held-out conversation is scored ({answers_each:.1f} each), since every answer is "
@@ -208,10 +229,12 @@ def choose_evaluation(
     limit, limited = None, "All held-out conversations are scored."
     if affordable < held_out:
         limit = min(held_out, max(ENOUGH_TEST_ROWS, affordable // 10 * 10))
-        limited = (
-            f"{limit:,} of about {held_out:,} held-out conversations are scored, so that the evaluation of {models} "
-            "models takes about as long as the training, or less. Alternative: null scores all."
-        )
+        limited = f"{limit:,} of about {held_out:,} held-out conversations are scored, "
+        if limit > affordable:
+            limited += f"since fewer give no interval, although the {models} models then take longer than the training."
+        else:
+            limited += f"so that the evaluation of {models} models takes no longer than the training."
+        limited += " Alternative: null scores all." if limit < held_out else ""
     scored = held_out if limit is None else limit
     seconds = scored * answers * answer_seconds * models
     return EvaluationChoice(Choice(turns, why), Choice(limit, limited), seconds)
@@ -234,6 +257,12 @@ def count_text(number: float) -> str:
 def percent(share: float) -> str:
     """Return a share as text; a share that would be written as 0 % has more digits."""
     return f"{share:.1%}".replace("%", " %") if share == 0 or share >= 0.001 else f"{share:.2g}"
+
+
+def rate_text(value: float) -> str:
+    """Return a learning rate as text, such as 2e-4."""
+    mantissa, _, exponent = f"{value:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _one_digit(value: float) -> float:

@@ -140,9 +140,9 @@ def survey_rows(data: OpenedData, seed: int = 0) -> RowSurvey:
                 break
     if not survey.conversations + survey.repairable:
         assert first_problem is not None
-        location, error = first_problem
-        problem = f"none of the {survey.parsed:,} rows is a conversation to train on; of the first, {error.problem}"
-        raise UserError(location, problem, error.fix)
+        location, row_error = first_problem
+        problem = f"none of the {survey.parsed:,} rows is a conversation to train on; of the first, {row_error.problem}"
+        raise UserError(location, problem, row_error.fix)
     # 3. The sample as chunks, in the order of the rows' sources.
     drawn.sort(key=lambda item: item[0])
     survey.near_duplicates = int(finder.near_duplicates().sum())

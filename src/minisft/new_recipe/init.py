@@ -18,7 +18,7 @@ from minisft.errors import UserError
 from minisft.files import expand_user_path
 from minisft.models import load_tokenizer, resolve_model
 from minisft.new_recipe import choices
-from minisft.new_recipe.choices import Choice, EvaluationChoice, count_text, percent
+from minisft.new_recipe.choices import BatchChoice, Choice, EvaluationChoice, count_text, percent
 from minisft.new_recipe.data_survey import (
     MOST_PARSED,
     RowSurvey,
@@ -46,6 +46,7 @@ _MOST_REFUSED = 0.05  # share of the sample that the model's own template may re
 # `transformers` decoding takes at least 30 ms, however small the model is.
 _DECODING_SHARE, _GPU_STEP_SECONDS = 0.5, 0.03
 _EVALUATION_BATCH = 64
+_ANOTHER_FILE = "name another one with --output-recipe, or move this one"
 _DISK_SHARE = 0.8  # of the free space that a run may take before fewer checkpoints are kept
 
 
@@ -122,7 +123,7 @@ def init(options: InitOptions) -> Path:
     config = read_config(model.folder, options.trust_remote_code)
     tokenizer = load_tokenizer(model.folder, options.trust_remote_code)
     rows = survey_rows(data)
-    template, encoder, tokens = _choose_template(tokenizer, rows)
+    template, tokens = _choose_template(tokenizer, rows)
     text_config = config.get_text_config()
     found = Found(
         options=options,
@@ -158,7 +159,7 @@ def _require_writable(path: Path) -> None:
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(path, "a recipe is a YAML file", "give --output-recipe a name that ends in .yaml")
     if path.exists() or path.is_symlink():
-        raise UserError(path, "this file exists, and is not replaced", "name another one: --output-recipe NAME.yaml")
+        raise UserError(path, "this file exists, and is not replaced", _ANOTHER_FILE)
     folder = path.absolute().parent
     if not folder.is_dir():
         raise UserError(folder, "there is no such folder", "create it, or name another file with --output-recipe")
@@ -177,8 +178,8 @@ def _require_machine(options: InitOptions) -> None:
         require_count(machine, 1 if options.count is None else options.count, 1)
 
 
-def _choose_template(tokenizer: Any, rows: RowSurvey) -> tuple[str, Encoder, TokenSurvey]:
-    """Return the template to train with, its encoder, and the sample in it.
+def _choose_template(tokenizer: Any, rows: RowSurvey) -> tuple[str, TokenSurvey]:
+    """Return the template to train with, and the sample in it.
 
     It is the model's own one, unless there is none, or it refuses many conversations and another one refuses fewer.
     """
@@ -189,18 +190,16 @@ def _choose_template(tokenizer: Any, rows: RowSurvey) -> tuple[str, Encoder, Tok
     except UserError as error:
         if error.where != "data.template" or "no chat template" not in error.problem:
             raise
-        encoder = Encoder(tokenizer, other)
-        return other, encoder, survey_tokens(rows, encoder)
+        return other, survey_tokens(rows, Encoder(tokenizer, other))
     tokens = None
     with contextlib.suppress(UserError):  # it can write none of the rows
         tokens = survey_tokens(rows, encoder)
         if tokens.refused <= _MOST_REFUSED * (tokens.refused + tokens.conversations):
-            return "auto", encoder, tokens
-    other_encoder = Encoder(tokenizer, other)
-    other_tokens = survey_tokens(rows, other_encoder)
+            return "auto", tokens
+    other_tokens = survey_tokens(rows, Encoder(tokenizer, other))
     if tokens is not None and tokens.refused <= other_tokens.refused:
-        return "auto", encoder, tokens
-    return other, other_encoder, other_tokens
+        return "auto", tokens
+    return other, other_tokens
 
 
 # --- the summary of the data ------------------------------------------------------------------------------
@@ -214,9 +213,7 @@ def data_lines(found: Found) -> list[str]:
         f"data       {rows.rows:,} rows{more} in {found.data_name}, format {', '.join(dict.fromkeys(rows.formats))}"
     ]
     if rows.parsed < rows.rows or not rows.all_read:
-        lines.append(
-            f"           the first {rows.parsed:,} rows are looked at; the others are only counted and sampled"
-        )
+        lines.append(f"           the first {rows.parsed:,} rows are looked at; the others are counted and sampled")
     turns = ", ".join(f"{name} {number:,}" for name, number in rows.turns.most_common())
     lines.append(f"turns      {turns}")
     if rows.problems:
@@ -231,10 +228,10 @@ def data_lines(found: Found) -> list[str]:
         lines.append(f"holds      {', '.join(held)} conversations")
     lines.append(f"scripts    {', '.join(f'{name} {percent(share)}' for name, share in tokens.scripts.items())}")
     points = np.percentile(tokens.lengths, (5, 50, 95, 99, 100), method="nearest").astype(int)
-    named = ", ".join(
-        f"{name} {point:,}" for name, point in zip(("5%", "50%", "95%", "99%", "max"), points, strict=True)
-    )
-    lines.append(f"lengths    {named} tokens, of {found.sample} in the template {tokens.template}")
+    names = ("5%", "50%", "95%", "99%", "max")
+    named = ", ".join(f"{name} {point:,}" for name, point in zip(names, points, strict=True))
+    template = "the model's own template" if found.own_template else f"the template {tokens.template}"
+    lines.append(f"lengths    {named} tokens, of {found.sample} in {template}")
     share = tokens.supervised.sum() / tokens.lengths.sum()
     answer = np.percentile(tokens.answers, (50, 99, 100), method="nearest").astype(int)
     lines.append(
@@ -268,12 +265,11 @@ def _make_recipe(found: Found, model_folder: Path) -> MadeRecipe:
     held_out = round(rows.usable * test_fraction.value)
     train_rows = max(1, rows.usable - held_out)
     epochs = choices.choose_epochs(train_rows)
-    batch = choices.choose_global_batch(train_rows, epochs.value)
     # 2. The machine and its number of processes.
     machine = machine_named(options.gpu, options.count or 1)
     processes = options.count or (torch.cuda.device_count() if options.gpu is None and machine.kind == "gpu" else 1)
     require_count(machine, processes, 1)
-    batch_size, accumulation = _split_batch(batch.value, processes)
+    batch = choices.choose_batch(train_rows, epochs.value, processes)
     draft = make_recipe(
         [
             ("model", options.model),
@@ -284,8 +280,8 @@ def _make_recipe(found: Found, model_folder: Path) -> MadeRecipe:
             ("data.test_fraction", test_fraction.value),
             ("training.processes", processes),
             ("training.epochs", epochs.value),
-            ("training.batch_size", batch_size),
-            ("training.gradient_accumulation", accumulation),
+            ("training.batch_size", batch.batch_size),
+            ("training.gradient_accumulation", batch.accumulation),
             ("trust_remote_code", options.trust_remote_code),
         ]
     )
@@ -341,13 +337,6 @@ def _rows_of_run(found: Found, train_conversations: int) -> int:
     return max(1, round(train_conversations * each))
 
 
-def _split_batch(batch: int, processes: int) -> tuple[int, int]:
-    """Return conversations for each process, and micro-steps: a process takes at most 8 conversations at once."""
-    each = max(1, round(batch / processes))
-    accumulation = max(1, each // 8)
-    return each // accumulation, accumulation
-
-
 def _fit(draft: Recipe, job: Job) -> tuple[Recipe, Prediction, str]:
     """Return the recipe in the simplest form that fits the machine, its prediction, and the reason."""
     strategies = STRATEGIES if job.processes > 1 else ("vanilla",)
@@ -358,13 +347,12 @@ def _fit(draft: Recipe, job: Job) -> tuple[Recipe, Prediction, str]:
         tried.append(replace(draft, training=training))
         predictions = [predict_recipe(tried[-1], job, strategy) for strategy in strategies]
         chosen, reason = choose(predictions)
-        name = "LoRA" if lora else "full fine-tuning"
-        name += " with gradient checkpointing" if checkpointing else ""
+        name = ("LoRA" if lora else "full fine-tuning") + (", gradient checkpointing" if checkpointing else "")
         if chosen is not None:
             before = f"; {'; '.join(reasons)}" if reasons else ""
             strategy: Any = chosen.setting.strategy
             fitted = replace(tried[-1], training=replace(training, strategy=strategy))
-            return fitted, chosen, f"{name}: {reason}{before}"
+            return fitted, chosen, f"{name} with {reason}{before}"
         least = min(predictions, key=needed_bytes)
         reasons.append(f"{name} would need {gigabytes(needed_bytes(least))}")
     least = min(predictions, key=needed_bytes)
@@ -424,9 +412,7 @@ def _write(path: Path, made: MadeRecipe) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(made.text)
     except FileExistsError:
-        raise UserError(
-            path, "this file exists, and is not replaced", "name another one with --output-recipe"
-        ) from None
+        raise UserError(path, "this file exists, and is not replaced", _ANOTHER_FILE) from None
     except OSError as error:
         fix = "give --output-recipe a file in a folder of your own, or free some space"
         raise UserError(path, f"the recipe cannot be written ({error.strerror})", fix) from None
@@ -500,22 +486,20 @@ def _data_entries(found: Found, max_length: Choice, test_fraction: Choice) -> li
 
 
 def _training_entries(
-    recipe: Recipe, epochs: Choice, batch: Choice, rate: Choice, memory_reason: str, keep: int | None
+    recipe: Recipe, epochs: Choice, batch: BatchChoice, rate: Choice, memory_reason: str, keep: int | None
 ) -> list[Entry]:
     training = recipe.training
     several = " Every strategy takes the same steps." if training.processes > 1 else ""
     entries = [
         Entry(
             "training.strategy", training.strategy,
-            f"As planned: {memory_reason}.{several} Alternative: auto plans and tries it when training starts.",
+            f"Planned: {memory_reason}.{several} Alternative: auto plans and tries it when training starts.",
         )
     ]  # fmt: skip
     if training.processes > 1:
         entries.append(Entry("training.processes", training.processes, "One process for each GPU."))
     if training.gradient_checkpointing:
-        why = (
-            "Activations are computed again in the backward pass, which saves memory and costs about a third more time."
-        )
+        why = "Activations are computed again in the backward pass: less memory, about a third more time."
         entries.append(Entry("training.gradient_checkpointing", True, why))
     if training.lora is not None:
         why = (
@@ -524,11 +508,7 @@ def _training_entries(
         )
         entries.append(Entry("training.lora", {"rank": training.lora.rank, "alpha": training.lora.alpha}, why))
     entries.append(Entry("training.epochs", epochs.value, epochs.reason))
-    each = training.batch_size * training.gradient_accumulation * training.processes
-    split = f" In one step: {training.batch_size} for each of {training.processes} processes"
-    split += f", {training.gradient_accumulation} times." if training.gradient_accumulation > 1 else "."
-    why = batch.reason + (split if each > training.batch_size else "") + " It costs no memory: rows are not padded."
-    entries.append(Entry("training.batch_size", training.batch_size, why))
+    entries.append(Entry("training.batch_size", training.batch_size, batch.reason))
     if training.gradient_accumulation > 1:
         why = "Micro-steps of an optimizer step."
         entries.append(Entry("training.gradient_accumulation", training.gradient_accumulation, why))
