@@ -1,6 +1,7 @@
 """Paths, atomic writes, reading with clear messages, and locks."""
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import glob
@@ -54,6 +55,16 @@ def expand_user_path(text: str, where: str = "") -> Path:
         problem = f"{path.parts[0]} stands for a home folder that does not exist"
         fix = f"write ./{text} for a name that begins with ~, or the full path"
         raise UserError(where or text, problem, fix) from None
+
+
+def nearest_path(path: Path) -> str:
+    """Return the path in the same folder whose name is the most similar to one that does not exist; "" for none."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return str(path.with_name(close[0])) if close else ""
 
 
 def is_pattern(path: Path) -> bool:

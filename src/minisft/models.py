@@ -7,6 +7,7 @@ No model repository is trusted: weights come from safetensors, and its code runs
 """
 
 import contextlib
+import difflib
 import functools
 import importlib.util
 import inspect
@@ -23,7 +24,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from minisft.console import warn
 from minisft.errors import UserError
-from minisft.files import apply_umask, cache_folder, hash_files, hold_lock, refuse_huge_files, write_folder_atomically
+from minisft.files import (
+    apply_umask,
+    cache_folder,
+    hash_files,
+    hold_lock,
+    nearest_path,
+    refuse_huge_files,
+    write_folder_atomically,
+)
 from minisft.recipe import BUILT_IN_MODELS
 from minisft.text import first_line
 
@@ -439,6 +448,9 @@ def _resolve_hub(name: str, trust_remote_code: bool, weights: bool) -> ResolvedM
     from huggingface_hub.utils import validate_repo_id
 
     fix = "give a hub id such as org/name, a local folder, a .gguf file or one of: " + ", ".join(BUILT_IN_MODELS)
+    built_in = difflib.get_close_matches(name, BUILT_IN_MODELS, n=1)
+    if close := built_in[0] if built_in else nearest_path(Path(name)):
+        fix = f"did you mean {close}? Else {fix}"
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -1,6 +1,5 @@
 """Sources as the recipe names them: files, folders, hub data sets, each with its limit and weight."""
 
-import difflib
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from minisft.data.readers import (
     row_chunks,
 )
 from minisft.errors import UserError
-from minisft.files import cache_folder, expand_pattern, expand_user_path, is_pattern
+from minisft.files import cache_folder, expand_pattern, expand_user_path, is_pattern, nearest_path
 from minisft.recipe import DataRecipe
 from minisft.text import first_line
 from minisft.yaml_tree import quoted
@@ -138,21 +137,11 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
     if exists or path.is_symlink():
         problem = "is neither a file nor a folder" if exists else "is a link that leads nowhere"
         raise UserError(source.path, problem, "give a file or a folder")
-    close = _nearest_file(path)
+    close = nearest_path(path)
     if _HUB_ID.match(source.path) and not (close and path.suffix.lower() in FILE_TYPES):
         return []
     fix = "give the path of an existing file, or a hub id as org/name"
     raise UserError(source.path, "there is no such file", f"did you mean {close}?" if close else fix)
-
-
-def _nearest_file(path: Path) -> str:
-    """Return the path in the same folder whose name is the most similar to one that does not exist, or ""."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return str(path.with_name(close[0])) if close else ""
 
 
 def require_sources(data: DataRecipe) -> None:

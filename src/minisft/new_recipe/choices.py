@@ -163,7 +163,8 @@ def choose_batch(train_rows: int, epochs: float, processes: int) -> BatchChoice:
     steps = math.ceil(train_rows / value) * epochs
     why = f"{value} conversations in an optimizer step give {steps:,.0f} steps."
     if processes > 1 or accumulation > 1:
-        why += f" They are {batch_size} for each of {processes} process(es)"
+        why += f" They are {batch_size}"
+        why += f" for each of {processes} processes" if processes > 1 else ""
         why += f" in each of {accumulation} micro-steps." if accumulation > 1 else "."
     if value > wanted:
         why += f" {wanted} would suit these rows, but every process needs one."

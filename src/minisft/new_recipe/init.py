@@ -1,7 +1,6 @@
 """The command `init`: looks at data, model and machine, and writes a commented recipe."""
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +45,9 @@ _MOST_REFUSED = 0.05  # share of the sample that the model's own template may re
 # `transformers` decoding takes at least 30 ms, however small the model is.
 _DECODING_SHARE, _GPU_STEP_SECONDS = 0.5, 0.03
 _EVALUATION_BATCH = 64
+_FIRST_ROWS = 400  # of a first look at what the model learns
+_LONG = 1800.0  # seconds of training from which a first look is proposed
+_OWN_FOLDER = "give --output-recipe a file in a folder of your own, or change the permissions"
 _ANOTHER_FILE = "name another one with --output-recipe, or move this one"
 _DISK_SHARE = 0.8  # of the free space that a run may take before fewer checkpoints are kept
 
@@ -148,6 +150,8 @@ def init(options: InitOptions) -> Path:
     say("next:")
     for line in _next_commands(options.output_recipe, made.recipe):
         say(line)
+    if made.first_look:
+        say(made.first_look)
     return options.output_recipe
 
 
@@ -163,9 +167,12 @@ def _require_writable(path: Path) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise UserError(folder, "there is no such folder", "create it, or name another file with --output-recipe")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        fix = "give --output-recipe a file in a folder of your own, or change the permissions"
-        raise UserError(folder, "the recipe cannot be written there (permission denied)", fix)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problem = f"the recipe cannot be written there ({error.strerror})"
+        raise UserError(folder, problem, _OWN_FOLDER) from None
 
 
 def _require_machine(options: InitOptions) -> None:
@@ -175,7 +182,10 @@ def _require_machine(options: InitOptions) -> None:
         raise UserError(f"--count {options.count}", "this machine has no GPU, and --gpu names none", fix)
     if options.gpu is not None and options.gpu.lower() != "cpu":
         machine = machine_named(options.gpu, 1)
-        require_count(machine, 1 if options.count is None else options.count, 1)
+        if options.count is not None and options.count > machine.per_node:
+            problem = f"init writes recipes for one machine, which has at most {machine.per_node} {machine.name}"
+            fix = f"give at most --count {machine.per_node}; `minisft plan` plans the recipe for several machines"
+            raise UserError(f"--count {options.count}", problem, fix)
 
 
 def _choose_template(tokenizer: Any, rows: RowSurvey) -> tuple[str, TokenSurvey]:
@@ -255,6 +265,7 @@ class MadeRecipe:
     text: str
     cost: tuple[str, ...]
     warnings: tuple[str, ...]
+    first_look: str
 
 
 def _make_recipe(found: Found, model_folder: Path) -> MadeRecipe:
@@ -328,7 +339,15 @@ def _make_recipe(found: Found, model_folder: Path) -> MadeRecipe:
         *cost,
     ]
     warnings = _warnings(found, chosen, prediction, job)
-    return MadeRecipe(chosen, recipe_text(head, entries), cost, warnings)
+    first_look = ""
+    if training_seconds > _LONG and rows.usable > 2 * _FIRST_ROWS:
+        seconds = training_seconds * _FIRST_ROWS / rows.usable
+        first_look = (
+            f"a first look, in about {duration(seconds)}: minisft train {options.output_recipe} "
+            f"data.limit={_FIRST_ROWS} {'training.gradient_accumulation=1 ' if batch.accumulation > 1 else ''}"
+            f"output={draft.output}-first"
+        )
+    return MadeRecipe(chosen, recipe_text(head, entries), cost, warnings, first_look)
 
 
 def _rows_of_run(found: Found, train_conversations: int) -> int:
@@ -414,8 +433,7 @@ def _write(path: Path, made: MadeRecipe) -> None:
     except FileExistsError:
         raise UserError(path, "this file exists, and is not replaced", _ANOTHER_FILE) from None
     except OSError as error:
-        fix = "give --output-recipe a file in a folder of your own, or free some space"
-        raise UserError(path, f"the recipe cannot be written ({error.strerror})", fix) from None
+        raise UserError(path, f"the recipe cannot be written ({error.strerror})", _OWN_FOLDER) from None
 
 
 # --- the entries ------------------------------------------------------------------------------------------
@@ -479,9 +497,9 @@ def _data_entries(found: Found, max_length: Choice, test_fraction: Choice) -> li
             "training and test, the scores are too good."
         )
     entries.append(Entry("data.test_fraction", test_fraction.value, fraction))
-    if rows.usable > 1_000:
+    if rows.usable > 2 * _FIRST_ROWS:
         why = "For a first run that takes minutes, read only the first rows:"
-        entries.append(Entry("data.limit", 400, why, as_comment=True))
+        entries.append(Entry("data.limit", _FIRST_ROWS, why, as_comment=True))
     return entries
 
 
