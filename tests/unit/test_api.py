@@ -17,7 +17,7 @@ import minisft
 from minisft.data.in_memory import source_of
 from minisft.recipe import load_recipe, make_recipe
 
-FUNCTIONS = ("train", "prepare", "evaluate", "export", "plan", "check", "load", "push", "serve")
+FUNCTIONS = ("train", "prepare", "evaluate", "export", "init", "plan", "check", "load", "push", "serve")
 SETTINGS = {
     "data.template": "mistral", "data.max_length": 256, "training.max_steps": 2, "training.precision": "fp32",
     "evaluation.max_new_tokens": 4,

@@ -8,6 +8,7 @@ from minisft.cli import VERBS
 
 OPTIONS = {
     "demo": ["--force"],
+    "init": ["--gpu", "h100"],
     "prepare": ["--force"],
     "inspect": ["--row", "3"],
     "check": ["--quick"],

@@ -329,6 +329,7 @@ def _make_recipe(found: Found, model_folder: Path) -> MadeRecipe:
         f"machine    {_machine_text(job, options)}",
         f"cost       {_cost_text(chosen, prediction, evaluation)}; {disk}",
     )
+    warnings = _warnings(found, chosen, prediction, job)
     head = [
         f"Written by `minisft init {found.data_name}` of MiniSFT {__version__}. Each value has its reason above it; "
         "docs/init.md has the rules and their sources. A key that is not here has its default (docs/recipe.md).",
@@ -337,8 +338,8 @@ def _make_recipe(found: Found, model_folder: Path) -> MadeRecipe:
         "",
         *data_lines(found),
         *cost,
+        *(f"warning: {warning}" for warning in warnings),
     ]
-    warnings = _warnings(found, chosen, prediction, job)
     first_look = ""
     if training_seconds > _LONG and rows.usable > 2 * _FIRST_ROWS:
         seconds = training_seconds * _FIRST_ROWS / rows.usable
@@ -524,7 +525,7 @@ def _training_entries(
             "Adapters beside frozen weights, since training all weights does not fit (see strategy). rank 16 and alpha "
             "32 are the defaults. Alternative: {rank: 64, alpha: 128} learns more, at little memory."
         )
-        entries.append(Entry("training.lora", {"rank": training.lora.rank, "alpha": training.lora.alpha}, why))
+        entries.append(Entry("training.lora", {"rank": training.lora.rank, "alpha": round(training.lora.alpha)}, why))
     entries.append(Entry("training.epochs", epochs.value, epochs.reason))
     entries.append(Entry("training.batch_size", training.batch_size, batch.reason))
     if training.gradient_accumulation > 1:
@@ -599,7 +600,7 @@ def _warnings(found: Found, recipe: Recipe, prediction: Prediction, job: Job) ->
     rows, tokens = found.rows, found.tokens
     warnings = []
     if not prediction.fits:
-        fixes = "; ".join(make_plan(recipe, job).suggestions) or "a smaller model, or --gpu for another machine"
+        fixes = "; ".join((*make_plan(recipe, job).suggestions, "a smaller --model, or another machine with --gpu"))
         warnings.append(f"this recipe does not fit the machine. What would fit: {fixes}")
     if dropped := tokens.stats.count("findings", "reasoning_dropped"):
         warnings.append(
