@@ -8,6 +8,8 @@ Read the files in this order:
 - data_survey.py: what the rows hold, and their lengths in the model's tokens
 - near_duplicates.py: texts that nearly repeat another
 - choices.py: the rule and the source of each value
+- machine_fit.py: full fine-tuning, checkpointing or LoRA, by what fits, and what it costs
+- findings.py: what was found and chosen, as lines and as entries of the recipe
 - recipe_text.py: values and their reasons as YAML
 
 What holds:

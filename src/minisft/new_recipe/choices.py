@@ -257,7 +257,7 @@ def count_text(number: float) -> str:
 
 def percent(share: float) -> str:
     """Return a share as text; a share that would be written as 0 % has more digits."""
-    return f"{share:.1%}".replace("%", " %") if share == 0 or share >= 0.001 else f"{share:.2g}"
+    return f"{100 * share:.1f} %" if share == 0 or share >= 0.001 else f"{100 * share:.2g} %"
 
 
 def rate_text(value: float) -> str:

@@ -108,12 +108,11 @@ def survey_rows(data: OpenedData, seed: int = 0) -> RowSurvey:
             # 1. Reservoir sampling (Vitter 1985, algorithm R), of lines that are not decoded yet.
             raw = [*chunk.rows, *((f"{chunk.name}:{number}", line) for number, line in chunk.lines)]
             for location, row in raw:
-                place = len(drawn) if len(drawn) < MOST_TOKENIZED else draw.randrange(survey.rows + 1)
-                if place == len(drawn):
-                    drawn.append((chunk.source, location, row))
-                elif place < MOST_TOKENIZED:
-                    drawn[place] = (chunk.source, location, row)
                 survey.rows += 1
+                if len(drawn) < MOST_TOKENIZED:
+                    drawn.append((chunk.source, location, row))
+                elif (place := draw.randrange(survey.rows)) < MOST_TOKENIZED:
+                    drawn[place] = (chunk.source, location, row)
             # 2. What the rows hold.
             for location, row in chunk.parsed() if survey.parsed < MOST_PARSED else ():
                 survey.parsed += 1
@@ -202,7 +201,7 @@ class TokenSurvey:
         answers: (answers,) Tokens of each supervised answer, its terminator included.
         ends: (answers,) Number of tokens of the row up to the end of the answer.
         is_last: (answers,) Whether the answer is the last one of its row.
-        characters: Characters of the messages of the sample.
+        characters: Characters of these answers.
         scripts: Share of the letters by Unicode script, the largest first.
         stats: Counts of the preparation: skipped rows by reason, and findings.
     """
@@ -228,9 +227,10 @@ class TokenSurvey:
         """Number of conversations of the sample that this template cannot write."""
         return self.stats.skipped
 
-    def share_beyond(self, max_length: int) -> float:
-        """Return the share of the answers that are cut or left out at a `data.max_length`."""
-        return float((self.ends > max_length).mean())
+    @property
+    def per_character(self) -> float:
+        """Tokens for each character of the answers, without terminators."""
+        return float(self.answers.sum() - self.answers.size) / max(1, self.characters)
 
 
 def survey_tokens(survey: RowSurvey, encoder: Encoder, seed: int = 0) -> TokenSurvey:
@@ -251,10 +251,11 @@ def survey_tokens(survey: RowSurvey, encoder: Encoder, seed: int = 0) -> TokenSu
         labels = batch.column("labels")
         parts.append(answer_places(labels.flatten().to_numpy(), labels.offsets.to_numpy()))
         conversations += len(result.keys)
-        texts = "".join(batch.column("messages").flatten().field("content").to_pylist())
-        if characters < _MOST_SCRIPT_CHARACTERS:
-            letters.update(texts)
-        characters += len(texts)
+        messages = batch.column("messages").flatten()
+        texts = messages.field("content")
+        if letters.total() < _MOST_SCRIPT_CHARACTERS:
+            letters.update("".join(texts.to_pylist()))
+        characters += sum(map(len, texts.filter(messages.field("supervised")).to_pylist()))
         stats.merge(result.stats)
     unusable = Counter(survey.problems)
     for reason in [*stats.counts["skipped"]]:  # what is wrong with the rows, whatever the template, is known already
