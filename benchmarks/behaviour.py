@@ -110,6 +110,8 @@ def helps() -> list[Command]:
 
 def preparing() -> list[Command]:
     return [
+        Command("init", "init talks.jsonl --model model --gpu h100 --output-recipe made.yaml"),
+        Command("init-exists", "init talks.jsonl --model model --gpu h100 --output-recipe made.yaml"),
         Command("prepare", "prepare recipe.yaml"),
         Command("prepare-again", "prepare recipe.yaml"),
         Command("prepare-mixed", "prepare mixed.yaml"),

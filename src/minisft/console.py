@@ -42,11 +42,14 @@ _LINE_INTERVAL, _UPDATE_INTERVAL = 10.0, 0.2
 
 
 @contextlib.contextmanager
-def row_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int], None]]:
+def row_progress(
+    clock: Callable[[], float] = time.monotonic, done_word: str = "prepared"
+) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of rows prepared so far; their total is not known.
 
     Args:
         clock: Returns the time in seconds.
+        done_word: What has been done with the rows.
     """
     printed = clock()
     with error_console.status("reading") if error_console.is_terminal else contextlib.nullcontext() as status:
@@ -58,9 +61,9 @@ def row_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Callab
                 return
             printed = now
             if status:
-                status.update(f"{done:,} rows prepared")
+                status.update(f"{done:,} rows {done_word}")
             else:
-                error_console.print(f"{done:,} rows prepared", markup=False)
+                error_console.print(f"{done:,} rows {done_word}", markup=False)
 
         yield show
 

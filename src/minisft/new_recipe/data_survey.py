@@ -103,7 +103,7 @@ def survey_rows(data: OpenedData, seed: int = 0) -> RowSurvey:
     drawn: list[tuple[int, str, Any]] = []  # source, location, row or undecoded line
     first_problem: tuple[str, RowError] | None = None
     local = all(source_files(source) for source in data.sources)
-    with row_progress() as progress:
+    with row_progress(done_word="read") as progress:
         for chunk in data.chunks:
             # 1. Reservoir sampling (Vitter 1985, algorithm R), of lines that are not decoded yet.
             raw = [*chunk.rows, *((f"{chunk.name}:{number}", line) for number, line in chunk.lines)]

@@ -1,5 +1,6 @@
 """What `init` found and chose, as the lines that it prints and as the entries of the recipe."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,8 @@ def warnings_of(found: Found, chosen: Chosen) -> list[str]:
 
 def next_commands(path: Path, output: str) -> list[str]:
     """Return the commands to go on with; a text that begins with spaces is a command."""
-    return [f"  minisft train {path}", f"  minisft evaluate {output}", f"  minisft report {output}"]
+    folder = shlex.quote(output)
+    return [f"  minisft train {shlex.quote(str(path))}", f"  minisft evaluate {folder}", f"  minisft report {folder}"]
 
 
 def first_look(found: Found, chosen: Chosen, path: Path) -> list[str]:
@@ -183,7 +185,7 @@ def first_look(found: Found, chosen: Chosen, path: Path) -> list[str]:
     about = duration(seconds * FIRST_ROWS / found.rows.usable)
     return [
         f"a first look, in about {about}:",
-        f"  minisft train {path} data.limit={FIRST_ROWS} {single}output={output}-first",
+        f"  minisft train {shlex.quote(str(path))} data.limit={FIRST_ROWS} {single}output={shlex.quote(output)}-first",
     ]
 
 
