@@ -76,7 +76,7 @@ def init(parser: Parser) -> None:
     parser.add_argument(
         "--count", type=_at_least_1, metavar="N", help="number of GPUs; default: 1, or all that are here"
     )
-    parser.add_argument("--yes", action="store_true", help="for scripts; init asks nothing, so that it changes nothing")
+    parser.add_argument("--yes", action="store_true", help="accepted for scripts: init asks nothing")
 
 
 def inspect(parser: Parser) -> None:
