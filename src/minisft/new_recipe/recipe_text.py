@@ -1,5 +1,6 @@
 """Values and their reasons as the YAML text of a recipe."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,10 @@ def _lines(text: str, width: int) -> list[str]:
     plain = " ".join(printable(text).splitlines())
     if plain.startswith(" "):
         return [plain]
-    return textwrap.wrap(plain, width, break_long_words=False, break_on_hyphens=False) or [""]
+    column = re.match(r"\S+ {2,}", plain)  # the name of a row of a table
+    indent = " " * column.end() if column else ""
+    lines = textwrap.wrap(plain, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines or [""]
 
 
 def _scalar(value: Any) -> str:

@@ -19,7 +19,7 @@ def test_a_value_reads_back(value):
 
 def test_sections_comments_and_the_head():
     text = recipe_text(
-        ["Head.", "", "  minisft train recipe.yaml"],
+        ["Head.", "", "  minisft train recipe.yaml", "lengths    " + "12 " * 50],
         [
             Entry("model", "m", "The model."),
             Entry("data.source", "d.jsonl", "word " * 60),
@@ -29,6 +29,8 @@ def test_sections_comments_and_the_head():
     )
     lines = text.splitlines()
     assert lines[:3] == ["# Head.", "#", "#   minisft train recipe.yaml"]
+    assert lines[3].startswith("# lengths    12 12")
+    assert lines[4].startswith("#            12 12")
     assert "  # limit: 400" in lines
     assert max(map(len, lines)) <= 110
     assert text.count("data:") == 1
