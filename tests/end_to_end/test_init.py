@@ -99,6 +99,19 @@ def test_invalid_rows_are_repaired_and_the_recipe_says_why(capsys, here, talks, 
     assert prepare(load_recipe(Path("recipe.yaml"))).ledger["rows"]["skipped"] == 0
 
 
+@pytest.mark.parametrize("count", [1, 6])
+def test_data_of_which_nothing_can_be_held_out_still_train(capsys, here, tiny_model, count):
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    Path("rows.jsonl").write_text(f"{json.dumps(row)}\n" * count)
+    status, out, err = run(capsys, "init", "rows.jsonl", "--model", tiny_model)
+    assert status == 0
+    assert "no conversation can be held out" in err
+    assert "minisft evaluate" not in out
+    assert sections()["data"]["test_fraction"] == 0.0
+    assert run(capsys, "train", "recipe.yaml", "training.max_steps=1").status == 0
+    assert run(capsys, "report", "outputs/rows").status == 0
+
+
 def test_a_recipe_elsewhere_has_full_paths(capsys, here, talks, tiny_model):
     shutil.copy(talks, here / "talks.jsonl")
     shutil.copytree(tiny_model, here / "model")

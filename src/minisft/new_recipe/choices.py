@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minisft.data.split import choose_test
 from minisft.data.stats import ENOUGH_TEST_ROWS
 from minisft.training.batching import Sizes
 
@@ -176,12 +177,30 @@ def choose_batch(train_rows: int, epochs: float, processes: int) -> BatchChoice:
     return BatchChoice(batch_size, accumulation, why)
 
 
-def choose_test_fraction(rows: int) -> Choice:
-    """Choose `data.test_fraction`: a tenth, and at least 50 and at most 1,000 conversations where possible."""
+@dataclass(frozen=True)
+class HeldOutChoice:
+    """`data.test_fraction`, and the number of conversations that it holds out."""
+
+    fraction: float
+    conversations: int
+    reason: str
+
+
+def choose_held_out(rows: int, keys: np.ndarray) -> HeldOutChoice:
+    """Choose `data.test_fraction`: a tenth, and at least 50 and at most 1,000 conversations where possible.
+
+    Args:
+        rows: Number of conversations.
+        keys: (conversations,) Split keys of all or of the first of them (`data.split`): conversations with the same
+            first prompt have the same key, and are held out together.
+    """
     wanted = min(max(_TEST_SHARE * rows, _GOOD_TEST_ROWS), _MOST_TEST_ROWS)
     share = min(wanted / max(1, rows), _MOST_TEST_SHARE)
     share = float(f"{share:.2g}")
-    held_out = round(share * rows)
+    held_out = round(float(choose_test(keys, share).mean()) * rows)
+    if not held_out:
+        why = "None can be held out, since all conversations begin with the same prompt. Give held-out data: data.test."
+        return HeldOutChoice(0.0, 0, why)
     why = f"About {held_out:,} of {rows:,} conversations are held out, by their first prompt, to score checkpoints."
     if held_out < ENOUGH_TEST_ROWS:
         why += f" Fewer than {ENOUGH_TEST_ROWS} are too few to tell checkpoints apart: give more data, or data.test."
@@ -189,7 +208,7 @@ def choose_test_fraction(rows: int) -> Choice:
         why += " More than 1,000 would cost time and hardly narrow the interval."
     elif share > _TEST_SHARE:
         why += " It is more than a tenth, since scores of few conversations say little."
-    return Choice(share, f"{why} Alternative: data.test names a file of your own.")
+    return HeldOutChoice(share, held_out, f"{why} Alternative: data.test names a file of your own.")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from minisft.data.pipeline import ChunkTask, process_chunks, repaired_conversati
 from minisft.data.readers import CHUNK_ROWS, Chunk, parse_json
 from minisft.data.shards import with_formats
 from minisft.data.sources import Source, read_source, source_files
-from minisft.data.split import identity_key
+from minisft.data.split import identity_key, prompt_key
 from minisft.data.stats import DatasetStats
 from minisft.errors import UserError
 from minisft.new_recipe.near_duplicates import NearDuplicateFinder
@@ -48,6 +48,7 @@ class RowSurvey:
         with_reasoning: Conversations whose answers separate their reasoning, or hold it in <think> tags.
         duplicates: Conversations that repeat an earlier one.
         near_duplicates: Other conversations that nearly repeat an earlier one (see `near_duplicates`).
+        keys: (conversations,) Split keys of the conversations that are kept, uint64.
         sample: At most MOST_TOKENIZED rows as chunks, each row equally likely.
     """
 
@@ -64,6 +65,7 @@ class RowSurvey:
     with_reasoning: int = 0
     duplicates: int = 0
     near_duplicates: int = 0
+    keys: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
     sample: tuple[Chunk, ...] = ()
 
     @property
@@ -95,11 +97,15 @@ def open_data(sources: Sequence[Source]) -> OpenedData:
 def survey_rows(data: OpenedData, seed: int = 0) -> RowSurvey:
     """Read all rows, look at the first MOST_PARSED of them, and draw the sample.
 
+    Args:
+        data: The opened sources.
+        seed: The recipe's seed, by which rows are drawn and prompts are hashed.
+
     Raises:
         UserError: A file is damaged, the rows of a source have two formats, or no row is a conversation.
     """
     survey, draw = RowSurvey(formats=data.formats), random.Random(seed)
-    finder, identities = NearDuplicateFinder(seed), set[int]()
+    finder, identities, keys = NearDuplicateFinder(seed), set[int](), list[int]()
     drawn: list[tuple[int, str, Any]] = []  # source, location, row or undecoded line
     first_problem: tuple[str, RowError] | None = None
     local = all(source_files(source) for source in data.sources)
@@ -127,6 +133,7 @@ def survey_rows(data: OpenedData, seed: int = 0) -> RowSurvey:
                     first_problem = first_problem or (location, error)
                     continue
                 _count(conversation, survey)
+                keys.append(prompt_key(conversation, seed))
                 identity = identity_key(conversation)
                 if identity in identities:
                     survey.duplicates += 1
@@ -144,6 +151,7 @@ def survey_rows(data: OpenedData, seed: int = 0) -> RowSurvey:
         raise UserError(location, problem, row_error.fix)
     # 3. The sample as chunks, in the order of the rows' sources.
     drawn.sort(key=lambda item: item[0])
+    survey.keys = np.array(keys, dtype=np.uint64)
     survey.near_duplicates = int(finder.near_duplicates().sum())
     survey.sample = tuple(_as_chunks(drawn))
     return survey

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minisft.files import expand_user_path, is_pattern
-from minisft.new_recipe.choices import BatchChoice, Choice, EvaluationChoice, count_text, percent
+from minisft.new_recipe.choices import BatchChoice, Choice, EvaluationChoice, HeldOutChoice, count_text, percent
 from minisft.new_recipe.data_survey import RowSurvey, TokenSurvey
 from minisft.new_recipe.machine_fit import FittedRun
 from minisft.new_recipe.recipe_text import Entry
@@ -66,7 +66,7 @@ class Chosen:
     """
 
     max_length: Choice
-    test_fraction: Choice
+    held_out: HeldOutChoice
     epochs: Choice
     batch: BatchChoice
     run: FittedRun
@@ -144,10 +144,12 @@ def warnings_of(found: Found, chosen: Chosen) -> list[str]:
     if not run.prediction.fits:
         fixes = [*make_plan(run.recipe, run.job).suggestions, "a smaller --model", "another machine with --gpu"]
         warnings.append(f"this recipe does not fit the machine. What would fit: {'; '.join(fixes)}")
+    if not chosen.held_out.conversations:
+        warnings.append("no conversation can be held out, and nothing can be scored: give held-out data as data.test")
     if dropped := tokens.stats.count("findings", "reasoning_dropped"):
         warnings.append(
-            f"{dropped:,} of the sample hold reasoning that the template {tokens.template} does not write: it is not "
-            "learned (see data.template)"
+            f"{dropped:,} of the sample hold reasoning that the template does not write: it is not learned (see "
+            "data.template)"
         )
     machine = run.job.machine
     if machine.measured and (load := load_of_machine()) > machine.per_node / 2:
@@ -170,10 +172,11 @@ def warnings_of(found: Found, chosen: Chosen) -> list[str]:
     return warnings
 
 
-def next_commands(path: Path, output: str) -> list[str]:
+def next_commands(chosen: Chosen, path: Path) -> list[str]:
     """Return the commands to go on with; a text that begins with spaces is a command."""
-    folder = shlex.quote(output)
-    return [f"  minisft train {shlex.quote(str(path))}", f"  minisft evaluate {folder}", f"  minisft report {folder}"]
+    folder = shlex.quote(chosen.run.recipe.output)
+    verbs = ("evaluate", "report") if chosen.held_out.conversations else ("report", "chat")
+    return [f"  minisft train {shlex.quote(str(path))}", *(f"  minisft {verb} {folder}" for verb in verbs)]
 
 
 def first_look(found: Found, chosen: Chosen, path: Path) -> list[str]:
@@ -231,8 +234,9 @@ def _data_entries(found: Found, chosen: Chosen, path: Path) -> list[Entry]:
             f"The model has no template of its own that can write these conversations; an answer ends with {stops}. "
             "Alternatives: mistral, llama3, zephyr, or a .jinja file."
         )
-    fraction = chosen.test_fraction.reason
-    if repeated := rows.duplicates + rows.near_duplicates:
+    fraction = chosen.held_out.reason
+    repeated = rows.duplicates + rows.near_duplicates
+    if repeated and chosen.held_out.conversations:
         fraction += (
             f" {repeated:,} conversations repeat another one or nearly do; where such a pair is divided between "
             "training and test, the scores are too good."
@@ -245,7 +249,7 @@ def _data_entries(found: Found, chosen: Chosen, path: Path) -> list[Entry]:
         Entry("data.template", found.template, template),
         Entry("data.max_length", chosen.max_length.value, chosen.max_length.reason),
         *_invalid_entry(found),
-        Entry("data.test_fraction", chosen.test_fraction.value, fraction),
+        Entry("data.test_fraction", chosen.held_out.fraction, fraction),
     ]  # fmt: skip
     if len(formats := set(rows.formats)) == 1:
         why = "Found in the rows. Alternative: auto finds it each time."
@@ -308,8 +312,9 @@ def _training_entries(chosen: Chosen) -> list[Entry]:
         why = "Micro-steps of an optimizer step."
         entries.append(Entry("training.gradient_accumulation", chosen.batch.accumulation, why))
     entries.append(Entry("training.learning_rate", chosen.learning_rate.value, chosen.learning_rate.reason))
-    why = "The held-out loss after each epoch, in the log and on the page. Alternative: null saves that time."
-    entries.append(Entry("training.eval_every", "epoch", why))
+    if chosen.held_out.conversations:
+        why = "The held-out loss after each epoch, in the log and on the page. Alternative: null saves that time."
+        entries.append(Entry("training.eval_every", "epoch", why))
     if chosen.keep_checkpoints is not None:
         why = "The disk has no room for all checkpoints; the newest and the best ones are kept."
         entries.append(Entry("training.keep_checkpoints", chosen.keep_checkpoints, why))

@@ -95,12 +95,12 @@ def init(options: InitOptions) -> Path:
         say(line)
     # 3. The values, and the recipe with its reasons.
     chosen = _choose(found, options, model.folder)
-    recipe, costs, warnings = chosen.run.recipe, cost_lines(found, chosen, options.gpu), warnings_of(found, chosen)
+    costs, warnings = cost_lines(found, chosen, options.gpu), warnings_of(found, chosen)
     head = [
         f"Written by `minisft init {found.data_name}` of MiniSFT {__version__}. Each value has its reason above it; "
         "docs/init.md has the rules and their sources. A key that is not here has its default (docs/recipe.md).",
         "",
-        *next_commands(path, recipe.output),
+        *next_commands(chosen, path),
         "",
         *data_lines(found),
         *costs,
@@ -114,7 +114,7 @@ def init(options: InitOptions) -> Path:
         warn(f"warning: {line}")
     say(f"written: {path}; each value has its reason there")
     say("next:")
-    for line in (*next_commands(path, recipe.output), *first_look(found, chosen, path)):
+    for line in (*next_commands(chosen, path), *first_look(found, chosen, path)):
         say(line)
     return path
 
@@ -124,9 +124,8 @@ def _choose(found: Found, options: InitOptions, model_folder: Path) -> Chosen:
     rows, tokens = found.rows, found.tokens
     # 1. What depends on the data and the number of processes.
     max_length = choices.choose_max_length(tokens.lengths, tokens.ends, found.context, found.sample)
-    test_fraction = choices.choose_test_fraction(rows.usable)
-    held_out = round(rows.usable * test_fraction.value)
-    train_rows = max(1, rows.usable - held_out)
+    held_out = choices.choose_held_out(rows.usable, rows.keys)
+    train_rows = max(1, rows.usable - held_out.conversations)
     epochs = choices.choose_epochs(train_rows)
     processes = processes_of_machine(options.gpu, options.count)
     batch = choices.choose_batch(train_rows, epochs.value, processes)
@@ -137,7 +136,7 @@ def _choose(found: Found, options: InitOptions, model_folder: Path) -> Chosen:
             ("data.source", options.source),
             ("data.template", found.template),
             ("data.max_length", max_length.value),
-            ("data.test_fraction", test_fraction.value),
+            ("data.test_fraction", held_out.fraction),
             ("training.processes", processes),
             ("training.epochs", epochs.value),
             ("training.batch_size", batch.batch_size),
@@ -154,14 +153,14 @@ def _choose(found: Found, options: InitOptions, model_folder: Path) -> Chosen:
     new_tokens = choices.choose_max_new_tokens(tokens.answers, tokens.is_last, found.context)
     checkpoints = math.ceil(epochs.value)
     evaluation = choices.choose_evaluation(
-        max(1, held_out),
+        held_out.conversations,
         tokens.answers.size / tokens.conversations,
         answer_seconds(run.job, tokens, new_tokens.value),
         1 + checkpoints,
         run.training_seconds,
     )
     disk, keep = choose_disk(run.recipe, model_folder, checkpoints, here=options.gpu is None)
-    return Chosen(max_length, test_fraction, epochs, batch, run, rate, new_tokens, evaluation, keep, disk)
+    return Chosen(max_length, held_out, epochs, batch, run, rate, new_tokens, evaluation, keep, disk)
 
 
 def _free_output(data_name: str) -> str:

@@ -9,10 +9,10 @@ from minisft.new_recipe.choices import (
     choose_batch,
     choose_epochs,
     choose_evaluation,
+    choose_held_out,
     choose_learning_rate,
     choose_max_length,
     choose_max_new_tokens,
-    choose_test_fraction,
     count_text,
     percent,
     sizes_of_run,
@@ -144,12 +144,26 @@ def test_a_batch_that_the_processes_enlarge_is_named():
     [(10, 0.2), (250, 0.2), (251, 0.2), (400, 0.12), (500, 0.1), (10_000, 0.1), (20_000, 0.05), (1_000_000, 0.001)],
 )
 def test_a_tenth_is_held_out_but_neither_few_nor_many(rows, share):
-    assert choose_test_fraction(rows).value == pytest.approx(share)
+    found = choose_held_out(rows, np.arange(min(rows, 1000), dtype=np.uint64))
+    assert found.fraction == pytest.approx(share)
+    assert found.conversations == pytest.approx(share * rows, rel=0.1)
 
 
 def test_too_few_held_out_conversations_are_named():
-    assert "too few to tell checkpoints apart" in choose_test_fraction(90).reason
-    assert "too few" not in choose_test_fraction(100).reason
+    assert "too few to tell checkpoints apart" in choose_held_out(90, np.arange(90, dtype=np.uint64)).reason
+    assert "too few" not in choose_held_out(100, np.arange(100, dtype=np.uint64)).reason
+
+
+@pytest.mark.parametrize("rows", [1, 2, 500])
+def test_conversations_with_one_and_the_same_first_prompt_cannot_be_divided(rows):
+    found = choose_held_out(rows, np.zeros(rows, dtype=np.uint64))
+    assert (found.fraction, found.conversations) == (0.0, 0)
+    assert "data.test" in found.reason
+
+
+def test_conversations_with_the_same_first_prompt_are_held_out_together():
+    keys = np.repeat(np.arange(5, dtype=np.uint64), 100)  # a tenth of 500 is half of a group
+    assert choose_held_out(500, keys).conversations == 100
 
 
 # --- evaluation -------------------------------------------------------------------------------------------
