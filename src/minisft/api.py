@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from minisft.recipe import Recipe
 
 __all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "load", "note_unread", "plan", "prepare", "push",
-           "read_recipe", "serve", "train"]  # fmt: skip
+           "read_recipe", "schema", "serve", "train"]  # fmt: skip
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
 # Takes outputs, references and prompts of all held-out answers, in order, and returns one number for each.
@@ -472,6 +472,17 @@ def check(
     else:
         say(f"{summary(results)}; written: {run.check}")
     return results
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe (draft 2020-12): keys, types, choices, defaults and descriptions.
+
+    Raises:
+        UserError: The installation is incomplete.
+    """
+    from minisft.recipe_schema import recipe_schema
+
+    return recipe_schema()
 
 
 # --- the other verbs of the command line ------------------------------------------------------------------

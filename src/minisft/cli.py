@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from minisft import options
 from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.options import Arguments, Verb
+from minisft.text import dump_json
 from minisft.version import __version__
 
 if TYPE_CHECKING:
@@ -227,6 +228,12 @@ def serve(arguments: Arguments) -> None:
     api.leave_server()
 
 
+def schema(arguments: Arguments) -> None:
+    from minisft import api
+
+    print(dump_json(api.schema(), indent=2))
+
+
 def demo(arguments: Arguments) -> None:
     from minisft import api
 
@@ -365,6 +372,7 @@ VERBS = {
         options.serve,
         options.trust,
     ),
+    "schema": Verb(schema, "print the JSON Schema of a recipe, for editors and agents", "", reads_keys=False),
 }
 
 

@@ -11,25 +11,44 @@ _WORDS_HELP = "followed by keys of the recipe to change, such as training.epochs
 
 
 class Verb:
-    """A verb with its help; `options` are small functions that add options to a parser."""
+    """A verb with its help; `options` are small functions that add options to a parser.
+
+    Args:
+        run: The function of `cli` that carries it out.
+        summary: What it does, in a line.
+        words: Names of its arguments, for the help; "" if it has none.
+        *options: Functions that add options to a parser.
+        reads_keys: Whether a recipe or a run is named and keys of the recipe may follow; otherwise `options` add the
+            arguments too.
+    """
 
     def __init__(
-        self, run: Callable[[Arguments], int | None], summary: str, words: str, *options: Callable[["Parser"], None]
+        self,
+        run: Callable[[Arguments], int | None],
+        summary: str,
+        words: str,
+        *options: Callable[["Parser"], None],
+        reads_keys: bool = True,
     ) -> None:
         self.run = run
         self.summary = summary
         self.words = words
         self.options = options
+        self.reads_keys = reads_keys
 
     def parser(self, name: str) -> "Parser":
+        usage = ["minisft", name, self.words, "[key=value ...]" if self.reads_keys else "", "[options]"]
         parser = Parser(
             prog=f"minisft {name}",
-            usage=f"minisft {name} {self.words + ' ' if self.words else ''}[key=value ...] [options]",
+            usage=" ".join(filter(None, usage)),
             description=self.summary,
             allow_abbrev=False,  # `--forc` must not delete a run
         )
-        nargs = "+" if self.words else "*"
-        parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=_WORDS_HELP)
+        if self.reads_keys:
+            nargs = "+" if self.words else "*"
+            parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=_WORDS_HELP)
+        else:
+            parser.set_defaults(words=[])
         for option in self.options:
             option(parser)
         return parser

@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "exporting": LEAVES | {"data", "training", "evaluation", "report"},
     "serving": LEAVES | {"data", "evaluation", "exporting"},
     "chat": LEAVES | {"data", "evaluation"},
+    "recipe_schema": {"errors", "recipe"},
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},
     "notebook": {"errors", "report"},
     # The command line parses words and prints errors; all else is the API's. It takes the recipe for a type only.
@@ -63,6 +64,7 @@ LIGHT = (
     "cli",
     "api",
     "recipe_argument",
+    "recipe_schema",
     "runner",
     "options",
     "processes",
