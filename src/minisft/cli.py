@@ -228,6 +228,21 @@ def serve(arguments: Arguments) -> None:
     api.leave_server()
 
 
+def runs(arguments: Arguments) -> None:
+    from minisft import api
+
+    api.show_runs(arguments.folder, as_json=arguments.json)
+
+
+def watch(arguments: Arguments) -> int:
+    from minisft import api
+
+    try:
+        return 0 if api.watch(arguments.run) else 1
+    except KeyboardInterrupt:  # the end of a look at it, and of nothing else
+        return 0
+
+
 def schema(arguments: Arguments) -> None:
     from minisft import api
 
@@ -371,6 +386,12 @@ VERBS = {
         "RUN|MODEL|RECIPE.yaml",
         options.serve,
         options.trust,
+    ),
+    "runs": Verb(
+        runs, "list the runs below a folder: state, steps, best score, size", "[FOLDER]", options.runs, reads_keys=False
+    ),
+    "watch": Verb(
+        watch, "show a training of another process or machine until it ends", "RUN", options.watch, reads_keys=False
     ),
     "schema": Verb(schema, "print the JSON Schema of a recipe, for editors and agents", "", reads_keys=False),
 }

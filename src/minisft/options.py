@@ -100,6 +100,15 @@ def plan(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
 
 
+def runs(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", default="outputs", metavar="FOLDER", help="default: outputs")
+    parser.add_argument("--json", action="store_true", help="print the runs as JSON instead of a table")
+
+
+def watch(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder, the output of the recipe that is being trained")
+
+
 def report(parser: Parser) -> None:
     parser.add_argument("--to", metavar="FOLDER", help="folder to write to, in place of the run folder")
 

@@ -21,6 +21,7 @@ LEAVES = {
     "models",
     "console",
     "output_filters",
+    "progress_table",
     "version",
 }
 MAY_IMPORT = {
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "recipe": {"errors", "text", "files", "yaml_tree"},
     "options": {"errors"},
     "console": {"text"},
+    "progress_table": {"text"},
     "output_filters": {"text"},
     "models": {"errors", "text", "recipe", "files", "console"},
     "run_folder": {"errors", "recipe", "manifest", "files", "replacement", "console"},
@@ -53,6 +55,9 @@ MAY_IMPORT = {
     "serving": LEAVES | {"data", "evaluation", "exporting"},
     "chat": LEAVES | {"data", "evaluation"},
     "recipe_schema": {"errors", "recipe"},
+    "run_progress": {"files", "recipe", "run_folder"},
+    "run_list": {"errors", "text", "manifest", "recipe", "results", "run_folder", "run_progress", "console"},
+    "run_watch": {"errors", "recipe", "run_folder", "run_progress", "run_list", "console", "progress_table"},
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},
     "notebook": {"errors", "report"},
     # The command line parses words and prints errors; all else is the API's. It takes the recipe for a type only.
@@ -65,6 +70,8 @@ LIGHT = (
     "api",
     "recipe_argument",
     "recipe_schema",
+    "run_list",
+    "run_progress",
     "runner",
     "options",
     "processes",
