@@ -569,15 +569,20 @@ def compare(
     evaluate: bool = True,
     force: bool = False,
     trust_remote_code: bool = False,
+    on_result: Callable[[dict[str, Any]], object] | None = None,
 ) -> int:
-    """Run a recipe under several strategies or settings; return the exit status of the command line."""
+    """Run a recipe under several strategies or settings; return the exit status of the command line.
+
+    `on_result` is called with the content of comparison.json.
+    """
     from minisft.comparison.compare import CompareOptions
     from minisft.comparison.compare import compare as compare_variants
     from minisft.run_folder import TRUST_OVERRIDE
 
     words = (*overrides, *([TRUST_OVERRIDE] if trust_remote_code else []))
     return compare_variants(
-        CompareOptions(Path(recipe), words, strategies=strategies, varied=tuple(vary), evaluate=evaluate, force=force)
+        CompareOptions(Path(recipe), words, strategies=strategies, varied=tuple(vary), evaluate=evaluate, force=force),
+        on_result,
     )
 
 
@@ -621,6 +626,13 @@ def show_runs(folder: str | Path, *, as_json: bool = False) -> None:
     from minisft.run_list import show_runs as print_table
 
     print_table(found, Path(folder))
+
+
+def read_verification(folder: Path) -> dict[str, Any]:
+    """Return the content of verified.json of an export: what each engine gave."""
+    from minisft.files import read_json
+
+    return read_json(folder / "verified.json", "export again", engine=dict)
 
 
 def push(

@@ -64,6 +64,10 @@ def trust(parser: Parser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=problem)
 
 
+def prints_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and all else on stderr")
+
+
 def _at_least_1(text: str) -> int:
     try:
         number = int(text)

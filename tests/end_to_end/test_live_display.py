@@ -59,4 +59,3 @@ def test_a_training_is_one_table_and_messages_appear_above_it(tmp_path, tiny_mod
     assert "trained: " in lines[title + len(ROWS) + 1]
     assert session.raw.count(b"\x1b[?25l") == session.raw.count(b"\x1b[?25h")  # the cursor is shown again
     assert any("preparing the first step" in screen for screen in session.screens)
-    assert any("saving checkpoint-4" in screen for screen in session.screens)

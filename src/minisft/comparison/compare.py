@@ -53,8 +53,12 @@ class CompareOptions:
     force: bool = False
 
 
-def compare(options: CompareOptions) -> int:
+def compare(options: CompareOptions, on_result: Callable[[dict[str, Any]], object] | None = None) -> int:
     """Run every variant that is not done yet, one after the other, and write what they measured.
+
+    Args:
+        options: What to compare.
+        on_result: Called with the content of comparison.json at the end.
 
     Returns:
         The exit status: 0 if all variants succeeded, 2 if the user can fix every failure, else 1.
@@ -93,6 +97,8 @@ def compare(options: CompareOptions) -> int:
             statuses.append(status)
             comparison = write_comparison(output, entries)
         print_comparison(comparison)
+    if on_result is not None:
+        on_result(comparison)
     say(f"written: {output / 'comparison.html'} (and .json, .md, .png beside it)")
     return 1 if 1 in statuses else max(statuses)
 
