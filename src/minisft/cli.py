@@ -262,6 +262,12 @@ def schema(arguments: Arguments) -> None:
     print(dump_json(api.schema(), indent=2))
 
 
+def completion(arguments: Arguments) -> None:
+    from minisft.completion import completion_script
+
+    print(completion_script(arguments.shell, VERBS))
+
+
 def demo(arguments: Arguments) -> None:
     from minisft import api
 
@@ -430,6 +436,13 @@ VERBS = {
     ),
     "watch": Verb(
         watch, "show a training of another process or machine until it ends", "RUN", options.watch, reads_keys=False
+    ),
+    "completion": Verb(
+        completion,
+        "print the script that completes commands, options and keys in a shell",
+        "bash|zsh|fish",
+        options.completion,
+        reads_keys=False,
     ),
     "schema": Verb(schema, "print the JSON Schema of a recipe, for editors and agents", "", reads_keys=False),
 }

@@ -109,6 +109,10 @@ def runs(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the runs as JSON instead of a table")
 
 
+def completion(parser: Parser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
 def watch(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder, the output of the recipe that is being trained")
 

@@ -55,13 +55,26 @@ MAY_IMPORT = {
     "serving": LEAVES | {"data", "evaluation", "exporting"},
     "chat": LEAVES | {"data", "evaluation"},
     "recipe_schema": {"errors", "recipe"},
+    "completion": {"options", "recipe_schema"},
     "run_progress": {"files", "recipe", "run_folder"},
     "run_list": {"errors", "text", "manifest", "recipe", "results", "run_folder", "run_progress", "console"},
     "run_watch": {"errors", "recipe", "run_folder", "run_progress", "run_list", "console", "progress_table"},
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},
     "notebook": {"errors", "report"},
     # The command line parses words and prints errors; all else is the API's. It takes the recipe for a type only.
-    "cli": {"", "version", "api", "options", "console", "errors", "text", "files", "output_filters", "recipe"},
+    "cli": {
+        "",
+        "version",
+        "api",
+        "options",
+        "console",
+        "errors",
+        "text",
+        "files",
+        "output_filters",
+        "recipe",
+        "completion",
+    },
 }
 # The API may import everything but the command line.
 MAY_IMPORT["api"] = {*MAY_IMPORT, "console", "output_filters"} - {"cli", "options"}
