@@ -122,7 +122,13 @@ def _summarise(run: RunFolder) -> RunSummary:
         reason = f"{error.problem} ({error.where})"
     except OSError as error:
         reason = f"{os.strerror(error.errno) if error.errno else first_line(error)} ({error.filename or run.root})"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a file of another form than MiniSFT writes
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # a file of another form than MiniSFT writes
         reason = f"a file in it has an unknown form ({type(error).__name__}: {first_line(error)})"
     return RunSummary(state="broken", reason=reason, **about)
 

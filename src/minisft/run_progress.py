@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from minisft.errors import UserError
 from minisft.files import is_lock_held
 from minisft.recipe import Recipe
 from minisft.run_folder import RunFolder
@@ -32,11 +33,11 @@ class MetricLines:
 
         Raises:
             OSError: The file cannot be read.
+            UserError: It is not a regular file.
         """
-        try:
-            stat = self.path.stat()
-        except FileNotFoundError:
+        if not self._exists():
             return False, []
+        stat = self.path.stat()
         replaced = self._inode is not None and (stat.st_ino != self._inode or stat.st_size < self._position)
         if self._inode is None or replaced:
             self._inode, self._position = stat.st_ino, 0
@@ -52,14 +53,25 @@ class MetricLines:
 
         Raises:
             OSError: The file cannot be read.
+            UserError: It is not a regular file.
         """
-        if not self.path.exists():
+        if not self._exists():
             return []
         with self.path.open("rb") as file:
             start = max(0, self.path.stat().st_size - _END_BYTES)
             file.seek(start)
             content = file.read(_END_BYTES)
         return _parse(content if start == 0 else content.partition(b"\n")[2])
+
+    def _exists(self) -> bool:
+        """Return whether the file exists.
+
+        Raises:
+            UserError: Its name leads to something else, such as a pipe, which would be waited for.
+        """
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(self.path, "this is not a regular file", "remove it")
+        return self.path.exists()
 
 
 def _parse(content: bytes) -> list[dict[str, Any]]:

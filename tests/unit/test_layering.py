@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "chat": LEAVES | {"data", "evaluation"},
     "recipe_schema": {"errors", "recipe"},
     "completion": {"options", "recipe_schema"},
-    "run_progress": {"files", "recipe", "run_folder"},
+    "run_progress": {"errors", "files", "recipe", "run_folder"},
     "run_list": {"errors", "text", "manifest", "recipe", "results", "run_folder", "run_progress", "console"},
     "run_watch": {"errors", "recipe", "run_folder", "run_progress", "run_list", "console", "progress_table"},
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},

@@ -92,6 +92,11 @@ def odd_metrics(root):
     (root / "metrics.jsonl").mkdir()
 
 
+def pipe_in_place_of_metrics(root):
+    (root / "metrics.jsonl").unlink()
+    os.mkfifo(root / "metrics.jsonl")
+
+
 def link_in_place_of_lock(root):
     (root / ".lock").unlink()
     (root / ".lock").symlink_to("/etc/passwd")
@@ -104,7 +109,8 @@ def link_in_place_of_lock(root):
         (remove_recipe, "not a run folder"),
         (break_results, "damaged"),
         (empty_results, "unknown form"),
-        (odd_metrics, "directory"),
+        (odd_metrics, "not a regular file"),
+        (pipe_in_place_of_metrics, "not a regular file"),
         (link_in_place_of_lock, "lock file"),
     ],
 )
