@@ -337,7 +337,8 @@ def test_templates_that_are_bombs_are_stopped(run, capsys, monkeypatch, verb):
     if verb == "resume":
         assert status == 2, said
         assert "the tokenizer" in said, "it is another than the data was prepared with"
-    elif verb not in ("report", "export", "plan", "runs", "watch"):  # which render nothing, or say that the data cannot be prepared
+    # the others render nothing, or say that the data cannot be prepared
+    elif verb not in ("report", "export", "plan", "runs", "watch"):
         assert status == 2, said
         assert "template" in said
 
