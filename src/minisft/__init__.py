@@ -7,7 +7,22 @@ from minisft.version import __version__
 
 TYPE_CHECKING = False  # a type checker takes it for true; importing it from typing would take longer than all the rest
 if TYPE_CHECKING:
-    from minisft.api import Run, check, evaluate, export, init, load, plan, prepare, push, serve, train
+    from minisft.api import (
+        Run,
+        check,
+        evaluate,
+        export,
+        init,
+        load,
+        plan,
+        prepare,
+        push,
+        runs,
+        schema,
+        serve,
+        train,
+        watch,
+    )
     from minisft.data.prepared_data import PreparedData
     from minisft.errors import StoppedError, UserError, WorkerError
     from minisft.recipe import Recipe
@@ -28,13 +43,32 @@ __all__ = [
     "plan",
     "prepare",
     "push",
+    "runs",
+    "schema",
     "serve",
     "train",
+    "watch",
 ]
 
 _MODULES = {
     **dict.fromkeys(
-        ("train", "prepare", "evaluate", "export", "init", "plan", "check", "load", "push", "serve", "Run"), "api"
+        (
+            "train",
+            "prepare",
+            "evaluate",
+            "export",
+            "init",
+            "plan",
+            "check",
+            "load",
+            "push",
+            "runs",
+            "schema",
+            "serve",
+            "watch",
+            "Run",
+        ),
+        "api",
     ),
     "PreparedData": "data.prepared_data",
     **dict.fromkeys(("UserError", "StoppedError", "WorkerError"), "errors"),

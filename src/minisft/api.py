@@ -19,6 +19,7 @@ from minisft.recipe_argument import (
     set_library_environment,
 )
 from minisft.runner import (
+    IMPORTING,
     dry_run_training,
     prepare_run,
     refuse_callbacks_elsewhere,
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
     from minisft.data.prepared_data import PreparedData
     from minisft.planning.planner import Plan
     from minisft.recipe import Recipe
+    from minisft.run_list import RunSummary
 
 __all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "init", "load", "note_unread", "plan", "prepare",
-           "push", "read_recipe", "serve", "train"]  # fmt: skip
+           "push", "read_recipe", "runs", "schema", "serve", "train", "watch"]  # fmt: skip
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
 # Takes outputs, references and prompts of all held-out answers, in order, and returns one number for each.
@@ -359,9 +361,11 @@ def export(
     """
     target = expand_user_path(str(folder), "the folder to write")
     found = _recipe_or_run("export", run, overrides, trust_remote_code)
-    from minisft.console import say
-    from minisft.exporting.export import ExportOptions
-    from minisft.exporting.export import export as export_model
+    from minisft.console import say, waiting
+
+    with waiting(IMPORTING):
+        from minisft.exporting.export import ExportOptions
+        from minisft.exporting.export import export as export_model
 
     tools = None if llama_cpp is None else expand_user_path(str(llama_cpp), "--llama-cpp")
     options = ExportOptions(
@@ -437,10 +441,13 @@ def plan(
         UserError: The machine or the count is impossible, or the configuration of the model cannot be used.
     """
     found = _recipe("plan", recipe, overrides, trust_remote_code, model, data, test, output)
-    from minisft.planning.plan_table import plan_as_json, show_plan
-    from minisft.planning.planner import PlanOptions, plan_for
+    from minisft.console import waiting
 
-    made = plan_for(found, PlanOptions(gpu, count, nodes))
+    with waiting("computing memory and time"):
+        from minisft.planning.plan_table import plan_as_json, show_plan
+        from minisft.planning.planner import PlanOptions, plan_for
+
+        made = plan_for(found, PlanOptions(gpu, count, nodes))
     if as_json:
         print(dump_json(plan_as_json(made), indent=1))
     else:
@@ -480,19 +487,20 @@ def check(
         UserError: The checks cannot be made.
     """
     found = _recipe("check", recipe, overrides, trust_remote_code, model, data, test, output)
-    from minisft.console import say
+    from minisft.console import say, waiting
     from minisft.files import write_atomically
     from minisft.run_start import open_run
     from minisft.training.device import on_cpu
     from minisft.training.zero import set_deepspeed_environment
 
     set_deepspeed_environment(on_cpu())  # before transformers is imported
-    if not quick:
-        from minisft.training.run_training import require_feasible
+    with waiting(IMPORTING):
+        if not quick:
+            from minisft.training.run_training import require_feasible
 
-        require_feasible(found)
-    from minisft.checking.context import CheckContext
-    from minisft.checking.run_checks import as_report, run_checks, show, summary
+            require_feasible(found)
+        from minisft.checking.context import CheckContext
+        from minisft.checking.run_checks import as_report, run_checks, show, summary
 
     with open_run(found, prepares_only=True) as run:
         on_result = (lambda _: None) if as_json else show
@@ -504,6 +512,47 @@ def check(
     else:
         say(f"{summary(results)}; written: {run.check}")
     return results
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe (draft 2020-12): keys, types, choices, defaults and descriptions.
+
+    Raises:
+        UserError: The installation is incomplete.
+    """
+    from minisft.recipe_schema import recipe_schema
+
+    return recipe_schema()
+
+
+def runs(folder: str | Path = "outputs") -> "list[RunSummary]":
+    """Return the runs in a folder and below it, in the order of their last change; broken ones too, with the reason.
+
+    Nothing is loaded or changed, and no run is trusted.
+
+    Args:
+        folder: Path of a folder of run folders, or of one run.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    from minisft.run_list import list_runs
+
+    return list_runs(expand_user_path(str(folder), "the folder of the runs"))
+
+
+def watch(folder: str | Path) -> bool:
+    """Show the training of another process until it ends; return whether the run is trained.
+
+    Args:
+        folder: Path of its run folder, which may be on a file system shared with another machine.
+
+    Raises:
+        UserError: It is not a run folder, or no training begins in it.
+    """
+    from minisft.run_watch import watch as watch_run
+
+    return watch_run(expand_user_path(str(folder), "the run folder"))
 
 
 # --- the other verbs of the command line ------------------------------------------------------------------
@@ -552,15 +601,20 @@ def compare(
     evaluate: bool = True,
     force: bool = False,
     trust_remote_code: bool = False,
+    on_result: Callable[[dict[str, Any]], object] | None = None,
 ) -> int:
-    """Run a recipe under several strategies or settings; return the exit status of the command line."""
+    """Run a recipe under several strategies or settings; return the exit status of the command line.
+
+    `on_result` is called with the content of comparison.json.
+    """
     from minisft.comparison.compare import CompareOptions
     from minisft.comparison.compare import compare as compare_variants
     from minisft.run_folder import TRUST_OVERRIDE
 
     words = (*overrides, *([TRUST_OVERRIDE] if trust_remote_code else []))
     return compare_variants(
-        CompareOptions(Path(recipe), words, strategies=strategies, varied=tuple(vary), evaluate=evaluate, force=force)
+        CompareOptions(Path(recipe), words, strategies=strategies, varied=tuple(vary), evaluate=evaluate, force=force),
+        on_result,
     )
 
 
@@ -569,7 +623,7 @@ def report(
 ) -> list[Path]:
     """Write report.html and results.md of a run, into it or into the folder `to`; return both paths."""
     output = Path(_recipe_or_run("report", run, overrides, False).output)
-    from minisft.console import say
+    from minisft.console import say, waiting
     from minisft.report.markdown import write_results
     from minisft.report.page import require_target, write_report
     from minisft.run_start import refuse_untrusted_links
@@ -580,7 +634,8 @@ def report(
     else:
         require_target(target)
     try:
-        written = [write_report(output, target), write_results(output, target)]
+        with waiting("writing the report"):
+            written = [write_report(output, target), write_results(output, target)]
     except OSError as error:
         if error.errno not in WRITE_ERRNOS:
             raise
@@ -592,6 +647,24 @@ def report(
     for path in written:
         say(f"written: {path}")
     return written
+
+
+def show_runs(folder: str | Path, *, as_json: bool = False) -> None:
+    """Print the runs in a folder as a table or as JSON; see `runs`."""
+    found = runs(folder)
+    if as_json:
+        print(dump_json({"folder": str(folder), "runs": [run.as_dict() for run in found]}, indent=1))
+        return
+    from minisft.run_list import show_runs as print_table
+
+    print_table(found, Path(folder))
+
+
+def read_verification(folder: Path) -> dict[str, Any]:
+    """Return the content of verified.json of an export: what each engine gave."""
+    from minisft.files import read_json
+
+    return read_json(folder / "verified.json", "export again", engine=dict)
 
 
 def push(
@@ -619,8 +692,11 @@ def push(
         UserError: The export is refused, or the hub refuses it or cannot be reached.
     """
     found = _recipe_or_run("push", run, overrides, trust_remote_code)
-    from minisft.exporting.export import ExportOptions
-    from minisft.exporting.hub import push as push_model
+    from minisft.console import waiting
+
+    with waiting(IMPORTING):
+        from minisft.exporting.export import ExportOptions
+        from minisft.exporting.hub import push as push_model
 
     return push_model(found, name, ExportOptions(**options), private=private, dry_run=dry_run)
 
@@ -628,7 +704,10 @@ def push(
 def chat(folder: str | Path, **options: Any) -> None:
     """Chat in the terminal with the model of a run or of a model folder; for the options see `chat.terminal.chat`."""
     set_library_environment()
-    from minisft.chat.terminal import chat as start_chat
+    from minisft.console import waiting
+
+    with waiting(IMPORTING):
+        from minisft.chat.terminal import chat as start_chat
 
     start_chat(folder, **options)
 
@@ -784,11 +863,14 @@ def _evaluate(
     shown: Callable[[Path], object] | None = None,
 ) -> dict[str, Any]:
     """Score the run, call `shown` with its folder, and then refuse checkpoints that are damaged."""
-    from minisft.evaluation.run_evaluation import evaluate as score_checkpoints
-    from minisft.evaluation.run_evaluation import require_all_scored
-    from minisft.report.plots import draw_curves
+    from minisft.console import waiting
     from minisft.run_folder import RunFolder
     from minisft.run_start import refuse_untrusted_links
+
+    with waiting(IMPORTING):
+        from minisft.evaluation.run_evaluation import evaluate as score_checkpoints
+        from minisft.evaluation.run_evaluation import require_all_scored
+        from minisft.report.plots import draw_curves
 
     output = Path(recipe.output)
     refuse_untrusted_links(output)

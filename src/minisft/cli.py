@@ -1,14 +1,17 @@
 """The command line: one function for each command. They import the API when they are called, so that --help is fast."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft import options
 from minisft.errors import StoppedError, UserError, WorkerError
 from minisft.options import Arguments, Verb
+from minisft.text import dump_json
 from minisft.version import __version__
 
 if TYPE_CHECKING:
@@ -72,22 +75,25 @@ def _run(words: list[str]) -> int:
 def prepare(arguments: Arguments) -> None:
     from minisft import api
 
-    api.prepare(_load(arguments), force=arguments.force)
+    with _json_alone(arguments) as print_json:
+        print_json(api.prepare(_load(arguments), force=arguments.force).ledger)
 
 
 def inspect(arguments: Arguments) -> None:
     from minisft import api
 
-    api.inspect(
-        _recipe_or_run(arguments),
-        split=arguments.split,
-        rows=arguments.row,
-        ids=arguments.id,
-        worst=arguments.worst,
-        only_findings=arguments.findings,
-        count=arguments.count,
-        html=arguments.html,
-    )
+    with _json_alone(arguments) as print_json:
+        rows = api.inspect(
+            _recipe_or_run(arguments),
+            split=arguments.split,
+            rows=arguments.row,
+            ids=arguments.id,
+            worst=arguments.worst,
+            only_findings=arguments.findings,
+            count=arguments.count,
+            html=arguments.html,
+        )
+        print_json({"rows": [asdict(row) for row in rows]})
 
 
 def check(arguments: Arguments) -> None:
@@ -137,21 +143,25 @@ def compare(arguments: Arguments) -> int:
     path, *overrides = arguments.words
     if Path(path).is_file():  # else it is refused
         _announce(arguments, path)
-    return api.compare(
-        path,
-        overrides,
-        strategies=arguments.strategies,
-        vary=arguments.vary,
-        evaluate=arguments.evaluate,
-        force=arguments.force,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    with _json_alone(arguments) as print_json:
+        return api.compare(
+            path,
+            overrides,
+            strategies=arguments.strategies,
+            vary=arguments.vary,
+            evaluate=arguments.evaluate,
+            force=arguments.force,
+            trust_remote_code=arguments.trust_remote_code,
+            on_result=print_json,
+        )
 
 
 def report(arguments: Arguments) -> None:
     from minisft import api
 
-    api.report(_recipe_or_run(arguments), to=arguments.to)
+    with _json_alone(arguments) as print_json:
+        page, results = api.report(_recipe_or_run(arguments), to=arguments.to)
+        print_json({"page": str(page), "results": str(results)})
 
 
 def export(arguments: Arguments) -> None:
@@ -161,16 +171,18 @@ def export(arguments: Arguments) -> None:
     if len(arguments.words) < 2 or "=" in arguments.words[1]:
         raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
     folder = expand_user_path(arguments.words.pop(1), "the folder to write")
-    api.export(
-        _recipe_or_run(arguments),
-        folder,
-        to=arguments.to,
-        merge=arguments.merge,
-        llama_cpp=arguments.llama_cpp,
-        max_kl=arguments.max_kl,
-        force=arguments.force,
-        **_export_options(arguments),
-    )
+    with _json_alone(arguments) as print_json:
+        api.export(
+            _recipe_or_run(arguments),
+            folder,
+            to=arguments.to,
+            merge=arguments.merge,
+            llama_cpp=arguments.llama_cpp,
+            max_kl=arguments.max_kl,
+            force=arguments.force,
+            **_export_options(arguments),
+        )
+        print_json({"folder": str(folder), **api.read_verification(folder)})
 
 
 def push(arguments: Arguments) -> None:
@@ -179,13 +191,15 @@ def push(arguments: Arguments) -> None:
     if len(arguments.words) < 2 or "=" in arguments.words[1]:
         raise UserError("minisft push", "no repository is named", "write: minisft push RUN ORG/NAME")
     name = arguments.words.pop(1)
-    api.push(
-        _recipe_or_run(arguments),
-        name,
-        private=arguments.private,
-        dry_run=arguments.dry_run,
-        **_export_options(arguments),
-    )
+    with _json_alone(arguments) as print_json:
+        address = api.push(
+            _recipe_or_run(arguments),
+            name,
+            private=arguments.private,
+            dry_run=arguments.dry_run,
+            **_export_options(arguments),
+        )
+        print_json({"folder" if arguments.dry_run else "address": address})
 
 
 def _export_options(arguments: Arguments) -> dict[str, Any]:
@@ -245,6 +259,33 @@ def init(arguments: Arguments) -> None:
     )
 
 
+def runs(arguments: Arguments) -> None:
+    from minisft import api
+
+    api.show_runs(arguments.folder, as_json=arguments.json)
+
+
+def watch(arguments: Arguments) -> int:
+    from minisft import api
+
+    try:
+        return 0 if api.watch(arguments.run) else 1
+    except KeyboardInterrupt:  # the end of a look at it, and of nothing else
+        return 0
+
+
+def schema(arguments: Arguments) -> None:
+    from minisft import api
+
+    print(dump_json(api.schema(), indent=2))
+
+
+def completion(arguments: Arguments) -> None:
+    from minisft.completion import completion_script
+
+    print(completion_script(arguments.shell, VERBS))
+
+
 def demo(arguments: Arguments) -> None:
     from minisft import api
 
@@ -290,6 +331,20 @@ def _model_to_use(arguments: Arguments) -> tuple[Path, bool]:
     return path, trusted
 
 
+@contextlib.contextmanager
+def _json_alone(arguments: Arguments) -> Iterator[Callable[[Any], None]]:
+    """Yield a function that prints a value on stdout under --json, where everything else then goes to stderr.
+
+    Without --json the function does nothing.
+    """
+    if not arguments.json:
+        yield lambda value: None
+        return
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield lambda value: print(dump_json(value, indent=1), file=stdout)
+
+
 def _announce(arguments: Arguments, subject: str, output: str = "") -> None:
     """Print the command and its subject before heavy libraries are imported, which takes several seconds.
 
@@ -316,16 +371,22 @@ VERBS = {
         "DATA",
         options.init,
         options.trust,
-        takes_keys=False,
+        reads_keys=False,
     ),
     "prepare": Verb(
-        prepare, "conversations to token ids and labels, with a ledger", "RECIPE.yaml", options.force, options.trust
+        prepare,
+        "conversations to token ids and labels, with a ledger",
+        "RECIPE.yaml",
+        options.force,
+        options.prints_json,
+        options.trust,
     ),
     "inspect": Verb(
         inspect,
         "show what the model learns from: tokens coloured by supervised or not",
         "RUN|RECIPE.yaml",
         options.inspect,
+        options.prints_json,
         options.trust,
     ),
     "check": Verb(
@@ -364,14 +425,18 @@ VERBS = {
         "the same recipe under several strategies or settings: curves, speed, memory, scores",
         "RECIPE.yaml",
         options.compare,
+        options.prints_json,
         options.trust,
     ),
-    "report": Verb(report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml", options.report),
+    "report": Verb(
+        report, "write one self-contained HTML page of a run", "RUN|RECIPE.yaml", options.report, options.prints_json
+    ),
     "export": Verb(
         export,
         "write a run's model for other tools, verified with their engines: a folder, GGUF or Ollama",
         "RUN|RECIPE.yaml FOLDER",
         options.export,
+        options.prints_json,
         options.trust,
     ),
     "push": Verb(
@@ -379,6 +444,7 @@ VERBS = {
         "publish a run's model and its model card on the Hugging Face hub",
         "RUN|RECIPE.yaml ORG/NAME",
         options.push,
+        options.prints_json,
         options.trust,
     ),
     "chat": Verb(
@@ -391,6 +457,20 @@ VERBS = {
         options.serve,
         options.trust,
     ),
+    "runs": Verb(
+        runs, "list the runs below a folder: state, steps, best score, size", "[FOLDER]", options.runs, reads_keys=False
+    ),
+    "watch": Verb(
+        watch, "show a training of another process or machine until it ends", "RUN", options.watch, reads_keys=False
+    ),
+    "completion": Verb(
+        completion,
+        "print the script that completes commands, options and keys in a shell",
+        "bash|zsh|fish",
+        options.completion,
+        reads_keys=False,
+    ),
+    "schema": Verb(schema, "print the JSON Schema of a recipe, for editors and agents", "", reads_keys=False),
 }
 
 

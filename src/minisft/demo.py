@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from minisft.console import say
-from minisft.results import read_results
+from minisft.results import METRIC_NAMES, read_results
 
 _SHOWN = 3
-_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 
 
 def show_demo(root: Path) -> None:
@@ -35,7 +34,7 @@ def _say_answers(root: Path, best: str | None) -> None:
 
 def _say_scores(results: dict[str, Any]) -> None:
     best = next((entry for entry in results["checkpoints"] if entry["checkpoint"] == results["best"]), None)
-    for metric, name in _NAMES.items():
+    for metric, name in METRIC_NAMES.items():
         if metric in results["base"]:
             below = ", below base" if best and best[metric]["score"] < results["base"][metric]["score"] else ""
             tuned = f"tuned ({best['checkpoint']}{below}) {best[metric]['score']:.1f}, " if best else ""

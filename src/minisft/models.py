@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from minisft.console import warn
+from minisft.console import waiting, warn
 from minisft.errors import UserError
 from minisft.files import (
     apply_umask,
@@ -265,9 +265,10 @@ def load_model(
         UserError: The folder holds no causal language model that transformers knows, or adapters without their base.
     """
     options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
-    if not is_adapter(folder):
-        return _load_plain(folder, options)
-    return _with_adapters(_load_plain(base or _base_of(folder, trust_remote_code), options), folder, merge)
+    with waiting("loading the model"):
+        if not is_adapter(folder):
+            return _load_plain(folder, options)
+        return _with_adapters(_load_plain(base or _base_of(folder, trust_remote_code), options), folder, merge)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -385,7 +386,8 @@ def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreT
 def weights_fingerprint(folder: Path) -> str:
     """Return a hash of a model folder's configuration, weights and tokenizer."""
     patterns = ("*.safetensors", "config.json", _ADAPTER_CONFIG, "tokenizer.json", _TEKKEN)
-    return hash_files(sorted(path for pattern in patterns for path in folder.glob(pattern)))
+    with waiting("hashing the weights"):
+        return hash_files(sorted(path for pattern in patterns for path in folder.glob(pattern)))
 
 
 @contextlib.contextmanager
@@ -509,7 +511,8 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(name, "this is not a GGUF file", "give a file that llama.cpp or a hub wrote as GGUF")
-    folder = cache_folder() / "models" / f"{path.stem}-{hash_files([path])[:16]}"
+    with waiting(f"hashing {path.name}"):
+        folder = cache_folder() / "models" / f"{path.stem}-{hash_files([path])[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder.with_suffix(".lock"), patience=math.inf):  # the first process converts
         if not folder.exists():
@@ -521,7 +524,7 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
 def _convert_gguf(path: Path, folder: Path) -> None:
     """Save the model and tokenizer of a GGUF file as a plain fp32 model folder."""
     warn(f"converting {path.name}, once; it is kept in the cache")
-    with quiet_loading(), hide_gguf_progress():
+    with waiting(f"converting {path.name}"), quiet_loading(), hide_gguf_progress():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

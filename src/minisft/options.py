@@ -12,7 +12,16 @@ _WORDS_HELP = "followed by keys of the recipe to change, such as training.epochs
 
 
 class Verb:
-    """A verb with its help; `options` are small functions that add options to a parser."""
+    """A verb with its help; `options` are small functions that add options to a parser.
+
+    Args:
+        run: The function of `cli` that carries it out.
+        summary: What it does, in a line.
+        words: Names of its arguments, for the help; "" if it has none.
+        *options: Functions that add options to a parser.
+        reads_keys: Whether a recipe or a run is named and keys of the recipe may follow; otherwise `options` add the
+            arguments too.
+    """
 
     def __init__(
         self,
@@ -20,25 +29,27 @@ class Verb:
         summary: str,
         words: str,
         *options: Callable[["Parser"], None],
-        takes_keys: bool = True,
+        reads_keys: bool = True,
     ) -> None:
         self.run = run
         self.summary = summary
         self.words = words
         self.options = options
-        self.takes_keys = takes_keys
+        self.reads_keys = reads_keys
 
     def parser(self, name: str) -> "Parser":
-        keys = "[key=value ...]" if self.takes_keys else ""
+        usage = ["minisft", name, self.words, "[key=value ...]" if self.reads_keys else "", "[options]"]
         parser = Parser(
             prog=f"minisft {name}",
-            usage=" ".join(filter(None, (f"minisft {name}", self.words, keys, "[options]"))),
+            usage=" ".join(filter(None, usage)),
             description=self.summary,
             allow_abbrev=False,  # `--forc` must not delete a run
         )
-        nargs = "+" if self.words else "*"
-        words_help = _WORDS_HELP if self.takes_keys else _DATA_HELP
-        parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=words_help)
+        if self.reads_keys:
+            nargs = "+" if self.words else "*"
+            parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=_WORDS_HELP)
+        else:
+            parser.set_defaults(words=[])
         for option in self.options:
             option(parser)
         return parser
@@ -54,6 +65,10 @@ def trust(parser: Parser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=problem)
 
 
+def prints_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and all else on stderr")
+
+
 def _at_least_1(text: str) -> int:
     try:
         number = int(text)
@@ -65,6 +80,7 @@ def _at_least_1(text: str) -> int:
 
 
 def init(parser: Parser) -> None:
+    parser.add_argument("words", nargs="+", metavar="DATA", help=_DATA_HELP)
     parser.add_argument(
         "--model", default="smollm2-135m", metavar="NAME",
         help="a hub id, a folder, a .gguf file or smollm2-135m, the default, which a CPU can train",
@@ -103,6 +119,19 @@ def plan(parser: Parser) -> None:
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="M", help="number of machines (default 1)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
+
+
+def runs(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", default="outputs", metavar="FOLDER", help="default: outputs")
+    parser.add_argument("--json", action="store_true", help="print the runs as JSON instead of a table")
+
+
+def completion(parser: Parser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def watch(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder, the output of the recipe that is being trained")
 
 
 def report(parser: Parser) -> None:

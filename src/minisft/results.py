@@ -10,6 +10,7 @@ from minisft.recipe import METRICS
 # With fewer held-out conversations, a bootstrap interval is too narrow and its p-value too small to report.
 # Conversations count, not answers: with `turns: all` the answers of one conversation are not independent of each other.
 MIN_CONVERSATIONS = 20
+METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}  # as the field writes them
 
 
 def results_path(root: Path) -> Path:

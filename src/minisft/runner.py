@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from minisft.errors import UserError
 
+IMPORTING = "importing torch and transformers"
+
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
@@ -27,12 +29,14 @@ def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None
         with_weights: Resolve the weights of the model too, and record their fingerprint.
         output: Path to print in messages, if the run will be renamed to it.
     """
-    from minisft.console import row_progress, say
-    from minisft.data.inspect import write_preview
-    from minisft.data.preparation import prepare as prepare_data
-    from minisft.data.stats import ledger_lines
-    from minisft.models import resolve_model, weights_fingerprint
+    from minisft.console import row_progress, say, waiting
     from minisft.run_folder import RunFolder, record_base_model
+
+    with waiting(IMPORTING):
+        from minisft.data.inspect import write_preview
+        from minisft.data.preparation import prepare as prepare_data
+        from minisft.data.stats import ledger_lines
+        from minisft.models import resolve_model, weights_fingerprint
 
     run = RunFolder(Path(recipe.output))
     resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=with_weights)
@@ -64,15 +68,18 @@ def train_run(
         UserError: The recipe, the data, the model or the machine does not allow it.
         StoppedError: SIGINT or SIGTERM was received, and a checkpoint was written.
     """
-    from minisft.data.sources import require_sources
-    from minisft.models import resolve_model
-    from minisft.report.plots import draw_curves
+    from minisft.console import waiting
     from minisft.run_start import start_run
-    from minisft.training.disk import require_disk
-    from minisft.training.run_training import extend_run, require_feasible
-    from minisft.training.run_training import train as start_training
 
-    require_feasible(recipe, nodes)
+    with waiting(IMPORTING):
+        from minisft.data.sources import require_sources
+        from minisft.models import resolve_model
+        from minisft.report.plots import draw_curves
+        from minisft.training.disk import require_disk
+        from minisft.training.run_training import extend_run, require_feasible
+        from minisft.training.run_training import train as start_training
+
+        require_feasible(recipe, nodes)
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
     require_sources(recipe.data)
     with start_run(recipe, force=force, resume=resume) as started:
@@ -96,16 +103,18 @@ def dry_run_training(recipe: "Recipe", *, force: bool, resume: bool, nodes: "Nod
     """
     import tempfile
 
-    from minisft.console import say
-    from minisft.data.sources import require_sources
+    from minisft.console import say, waiting
     from minisft.manifest import size_of_written_files
-    from minisft.models import resolve_model
     from minisft.run_folder import RunFolder, describe_run
     from minisft.run_start import open_run, refuse_start
-    from minisft.training.disk import require_disk
-    from minisft.training.run_training import require_feasible
 
-    require_feasible(recipe, nodes)
+    with waiting(IMPORTING):
+        from minisft.data.sources import require_sources
+        from minisft.models import resolve_model
+        from minisft.training.disk import require_disk
+        from minisft.training.run_training import require_feasible
+
+        require_feasible(recipe, nodes)
     resolve_model(recipe.model, recipe.trust_remote_code)
     require_sources(recipe.data)
     refuse_start(recipe, force=force, resume=resume)

@@ -34,6 +34,8 @@ VERBS = {
     "prepare": ["prepare", "RUN/recipe.yaml"],
     "plan": ["plan", "RUN/recipe.yaml", "--gpu", "h100"],
     "check": ["check", "--quick", "RUN/recipe.yaml"],
+    "runs": ["runs", "RUN"],
+    "watch": ["watch", "RUN"],
     "resume": ["train", "RUN/recipe.yaml", "--resume"],
 }
 every_verb = pytest.mark.parametrize("verb", VERBS)
@@ -226,7 +228,7 @@ def test_code_beside_the_weights_does_not_run(run, canary, capsys, verb):
     change_recipe(run.root, trust_remote_code=True)
     status, said = attempt(verb, run, capsys)
     assert not canary.exists()
-    if verb not in ("report", "export"):  # which load no model of it
+    if verb not in ("report", "export", "runs", "watch"):  # which load no model of it
         assert status == 2, said
         assert "--trust-remote-code" in said
 
@@ -335,7 +337,8 @@ def test_templates_that_are_bombs_are_stopped(run, capsys, monkeypatch, verb):
     if verb == "resume":
         assert status == 2, said
         assert "the tokenizer" in said, "it is another than the data was prepared with"
-    elif verb not in ("report", "export", "plan"):  # which render nothing, or say that the data cannot be prepared
+    # the others render nothing, or say that the data cannot be prepared
+    elif verb not in ("report", "export", "plan", "runs", "watch"):
         assert status == 2, said
         assert "template" in said
 

@@ -41,6 +41,7 @@ def test_an_installed_wheel_runs_the_demo_and_the_api_from_another_folder(tmp_pa
     for package in ("torch", wheel):
         call(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, package)
     minisft = tmp_path / "venv" / "bin" / "minisft"
+    call(minisft, "schema")
     few = ("training.max_steps=1", "data.limit=24", "evaluation.max_new_tokens=4", f"model={tiny_model}")
     call(minisft, "demo", "data.template=mistral", "output=demo", *few)
     assert (tmp_path / "demo" / "evaluation" / "results.json").is_file()

@@ -27,7 +27,7 @@ def commands():
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for found in re.finditer(r"(?:^|[`/ ])minisft ([a-z]+)( [^-`\n][^`\n]*)?(`?)", text, re.MULTILINE):
-            line = f"{found[1]}{found[2] or ''}".partition(" #")[0].strip()
+            line = f"{found[1]}{found[2] or ''}".partition(" #")[0].partition(" > ")[0].strip()
             whole = (found[2] or found[1] == "demo") and (found[3] or text[found.start()] != "`")
             if found[1] in VERBS and whole and "$" not in line and not (page.suffix == ".md" and "| " in line):
                 yield pytest.param(line, id=f"{page.name}:{text.count(chr(10), 0, found.start(1)) + 1}")

@@ -21,6 +21,7 @@ LEAVES = {
     "models",
     "console",
     "output_filters",
+    "progress_table",
     "version",
 }
 MAY_IMPORT = {
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "recipe": {"errors", "text", "files", "yaml_tree"},
     "options": {"errors"},
     "console": {"text"},
+    "progress_table": {"text"},
     "output_filters": {"text"},
     "models": {"errors", "text", "recipe", "files", "console"},
     "run_folder": {"errors", "recipe", "manifest", "files", "replacement", "console"},
@@ -53,10 +55,27 @@ MAY_IMPORT = {
     "exporting": LEAVES | {"data", "training", "evaluation", "report"},
     "serving": LEAVES | {"data", "evaluation", "exporting"},
     "chat": LEAVES | {"data", "evaluation"},
+    "recipe_schema": {"errors", "recipe"},
+    "completion": {"options", "recipe_schema"},
+    "run_progress": {"errors", "files", "recipe", "run_folder"},
+    "run_list": {"errors", "text", "manifest", "recipe", "results", "run_folder", "run_progress", "console"},
+    "run_watch": {"errors", "recipe", "run_folder", "run_progress", "run_list", "console", "progress_table"},
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},
     "notebook": {"errors", "report"},
     # The command line parses words and prints errors; all else is the API's. It takes the recipe for a type only.
-    "cli": {"", "version", "api", "options", "console", "errors", "text", "files", "output_filters", "recipe"},
+    "cli": {
+        "",
+        "version",
+        "api",
+        "options",
+        "console",
+        "errors",
+        "text",
+        "files",
+        "output_filters",
+        "recipe",
+        "completion",
+    },
 }
 # The API may import everything but the command line.
 MAY_IMPORT["api"] = {*MAY_IMPORT, "console", "output_filters"} - {"cli", "options"}
@@ -64,6 +83,9 @@ LIGHT = (
     "cli",
     "api",
     "recipe_argument",
+    "recipe_schema",
+    "run_list",
+    "run_progress",
     "runner",
     "options",
     "processes",

@@ -17,7 +17,7 @@ from minisft.checking import data_checks, loss_checks, overfit_check, serving_ch
 from minisft.checking.context import CheckContext
 from minisft.checking.result import Check, Failed, NotRun, Result
 from minisft.checking.scratch import quiet_consoles, quiet_libraries
-from minisft.console import console
+from minisft.console import console, waiting
 from minisft.errors import StoppedError, UserError
 from minisft.manifest import make_scratch_folder
 from minisft.processes import handle_stop_signals
@@ -145,7 +145,8 @@ def run_checks(
                     result = Result(check.name, check.description, "not run", f"because {reason}")
                 else:
                     started = time.perf_counter()
-                    result = _run_check(check, context)
+                    with waiting(f"{check.name}: {check.description}"):
+                        result = _run_check(check, context)
                     result = replace(result, seconds=round(time.perf_counter() - started, 2))
                 results[check.name] = result
                 on_result(result)

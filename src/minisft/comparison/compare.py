@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minisft.comparison.variants import FOLDER, Variant, choose_variants, read_axes, refuse_other_run, trajectory
-from minisft.console import console, say, warn
+from minisft.console import console, display, redraws, say, warn
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
 from minisft.manifest import record_files, record_folder, record_scratch_folder
@@ -53,8 +53,12 @@ class CompareOptions:
     force: bool = False
 
 
-def compare(options: CompareOptions) -> int:
+def compare(options: CompareOptions, on_result: Callable[[dict[str, Any]], object] | None = None) -> int:
     """Run every variant that is not done yet, one after the other, and write what they measured.
+
+    Args:
+        options: What to compare.
+        on_result: Called with the content of comparison.json at the end.
 
     Returns:
         The exit status: 0 if all variants succeeded, 2 if the user can fix every failure, else 1.
@@ -93,6 +97,8 @@ def compare(options: CompareOptions) -> int:
             statuses.append(status)
             comparison = write_comparison(output, entries)
         print_comparison(comparison)
+    if on_result is not None:
+        on_result(comparison)
     say(f"written: {output / 'comparison.html'} (and .json, .md, .png beside it)")
     return 1 if 1 in statuses else max(statuses)
 
@@ -196,15 +202,12 @@ def _progress_display(name: str) -> Iterator[Callable[[str], object]]:
 
     Lines on files that were kept instead of deleted are always printed.
     """
-    if not console.is_terminal:
-        yield lambda line: say(f"  {name}: {line}") if line.startswith("step ") or KEPT_REASON in line else None
-        return
-    with console.status(Text(name)) as status:
+    with display(waiting_for=name) as shown:
 
         def show_line(line: str) -> None:
-            if KEPT_REASON in line:
+            if KEPT_REASON in line or (line.startswith("step ") and not redraws()):
                 say(f"  {name}: {line}")
-            status.update(Text(f"{name}: {line}", overflow="ellipsis", no_wrap=True))
+            shown.waiting_for = f"{name}: {line}"
 
         yield show_line
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minisft.console import answer_progress, warn
+from minisft.console import answer_progress, waiting, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.backends import AnswerTask, LossTask, ModelSpec, Workers
@@ -92,7 +92,8 @@ class Evaluator:
             raise UserError(weights, problem, "keep more: training.keep_checkpoints")
         spec = replace(self.spec, weights=weights)
         cache = ResultCache(path, _cache_key(spec), _settings_hash(spec))
-        self._compute_loss(spec, cache)
+        with waiting(f"{name}: computing the held-out loss"):
+            self._compute_loss(spec, cache)
         # prompts that are also held-out examples are answered only once
         held_out = {tuple(example.prompt_ids) for example in self.held_out.examples}
         own = [prompt for prompt in self.prompts if tuple(prompt.prompt_ids) not in held_out]

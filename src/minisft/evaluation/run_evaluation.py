@@ -25,7 +25,14 @@ from minisft.evaluation.result_files import write_changes, write_side_by_side
 from minisft.files import hold_lock, write_atomically
 from minisft.models import load_config, load_tokenizer, resolve_model, weights_fingerprint
 from minisft.recipe import METRICS, EvaluationRecipe, Recipe
-from minisft.results import best_label, is_reliable, results_path, unreliability_reason, withhold_unreliable
+from minisft.results import (
+    METRIC_NAMES,
+    best_label,
+    is_reliable,
+    results_path,
+    unreliability_reason,
+    withhold_unreliable,
+)
 from minisft.run_folder import RunFolder, require_same_base_model
 from minisft.text import dump_json
 
@@ -279,7 +286,6 @@ def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     say(f"All answers and examples: {folder}")
 
 
-_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 _WIDE = 100  # characters; a narrower terminal shows neither perplexity nor seconds
 
 
@@ -292,14 +298,14 @@ def print_table(results: dict[str, Any]) -> None:
         return
     rows = [("base", results["base"]), *((c["checkpoint"], c) for c in results["checkpoints"])]
     rows.append(("constant", results["constant"]))
-    metrics = [metric for metric in _NAMES if metric in results["base"]]
+    metrics = [metric for metric in METRIC_NAMES if metric in results["base"]]
     columns = ["loss", "perplexity", *metrics, *results["base"].get("custom", {}), "exact", "seconds"]
     if console.width < _WIDE:
         columns = [column for column in columns if column not in ("perplexity", "seconds")]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for column in columns:
-        table.add_column(_NAMES.get(column, column), justify="right", no_wrap=True)
+        table.add_column(METRIC_NAMES.get(column, column), justify="right", no_wrap=True)
     for name, entry in rows:
         best = name == results["best"]
         cells = [f"{name} ({best_label(results)})" if best else name, *(_cell(column, entry) for column in columns)]
@@ -320,7 +326,7 @@ def _failure(failure: dict[str, Any]) -> str:
 
 def _cell(column: str, entry: dict[str, Any]) -> str:
     """Return the text of a model's score in one column."""
-    if column in _NAMES:
+    if column in METRIC_NAMES:
         score = entry[column]
         interval = f" [{score['low']:.1f}, {score['high']:.1f}]" if is_reliable(score) else ""
         return f"{score['score']:.1f}{interval}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minisft.console import waiting
 from minisft.errors import UserError
 from minisft.exporting.engines import ENGINES
 from minisft.exporting.model_card import write_card
@@ -131,12 +132,13 @@ def export(recipe: Recipe, folder: Path, options: ExportOptions) -> Path:
     with _replace_folder(folder) as new:
         # 2. Write the model in the form that was asked for.
         exported = ExportedModel(new, source, base, options.number_format, merged=options.merge or not adapters)
-        if options.to == "folder":
-            _write_folder(exported, recipe)
-            if exported.merged:
-                exported = replace(exported, dtype=number_format_of(new, recipe.trust_remote_code))
-        else:
-            exported = _write_gguf_forms(exported, recipe, options)
+        with waiting("writing the model"):
+            if options.to == "folder":
+                _write_folder(exported, recipe)
+                if exported.merged:
+                    exported = replace(exported, dtype=number_format_of(new, recipe.trust_remote_code))
+            else:
+                exported = _write_gguf_forms(exported, recipe, options)
         # 3. Compare what engines make of it with the trained model.
         verified = prove(exported, recipe, options.engine, options.llama_cpp, options.max_kl)
         if verified.problem and not options.allow_unverified:

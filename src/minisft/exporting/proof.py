@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft.console import say, warn
+from minisft.console import say, waiting, warn
 from minisft.errors import UserError
 from minisft.exporting.answer_comparison import (
     EngineAnswer,
@@ -133,9 +133,11 @@ def prove(
         if not reason and name == "transformers" and exported.gguf:
             reason = _unread_by_transformers(exported, recipe)
         if not reason:
-            reference = reference or _reference(exported, recipe)
+            with waiting("answering held-out prompts with the run's own model"):
+                reference = reference or _reference(exported, recipe)
             if not isinstance(reference, str):
-                verified.engines[name] = _run(name, exported, recipe, reference, llama_cpp, max_kl, engine == name)
+                with waiting(f"answering held-out prompts with {name}"):
+                    verified.engines[name] = _run(name, exported, recipe, reference, llama_cpp, max_kl, engine == name)
                 _tell(name, verified)
                 continue
             reason = reference

@@ -7,10 +7,9 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import read_json, read_json_lines
-from minisft.results import best_label, is_reliable, read_results
+from minisft.results import METRIC_NAMES, best_label, is_reliable, read_results
 from minisft.run_folder import RunFolder, read_metrics
 
-METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 CURVE_POINTS = 1500  # about as many points of a curve are on a page; longer curves are thinned
 EXAMPLE_BYTES = 1_500_000  # limit of the example text on the page; outputs.jsonl holds all of it
 CHANGED_ROWS = 5  # number of the most improved rows on the page, and of the most worsened ones

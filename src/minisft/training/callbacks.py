@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: metrics.jsonl, the progress line, held-out loss, and stopping at the end of a step.
+"""Callbacks of the Trainer: metrics.jsonl, the progress display, held-out loss, and stopping at the end of a step.
 
 In each step every process reports whether it was asked to stop, and all of them act on the same result: if one of
 them left alone, the others would wait for it for ever. The launcher asks the processes that `launch` started through a
@@ -16,13 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from minisft.console import error_console, warn
+from minisft.console import Display, display, error_console, redraws, warn
 from minisft.files import write_atomically
 from minisft.manifest import record_files
 from minisft.processes import handle_stop_signals
+from minisft.progress_table import ProgressTable, step_line
 from minisft.training.batching import StepSampler
 
 if TYPE_CHECKING:
@@ -77,50 +77,49 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(self._line) + "\n")
 
 
-class ProgressLine(TrainerCallback):
-    """A progress bar with loss, supervised tokens per second, memory and time left; plain lines without a terminal."""
+class ShowProgress(TrainerCallback):
+    """Show the steps: a table that is redrawn in a terminal, else a line now and then.
 
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-            TextColumn("left"), TimeRemainingColumn(), console=error_console,
-        )  # fmt: skip
+    Args:
+        title: The first line of the table.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.table = ProgressTable(title)
+        self.display: Display | None = None
         self.printed = 0.0
         self.started = 0.0
         self.first_step = 0
 
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the table until the block ends; the last state of it stays."""
+        with display(waiting_for="preparing the first step", keep=True) as self.display:
+            yield
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first_step = time.perf_counter(), state.global_step
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, status="")
-        if error_console.is_terminal:
-            self.progress.start()
+        self.table.step, self.table.last_step = state.global_step, state.max_steps
+        if self.display is not None:
+            self.display.body, self.display.waiting_for = self.table, ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        line = {"step": state.global_step, "epoch": state.epoch, **logs}
+        self.table.add(line)
+        if redraws():
+            return
         if "eval_loss" in logs:
             told = f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}"
             error_console.print(told, markup=False, highlight=False)
         if "loss" not in logs:
             return
-        status = (
-            f"epoch {state.epoch:.2f}  loss {logs['loss']:.4f}  "
-            f"{logs['supervised_tokens'] / logs['seconds']:.0f} supervised tokens/s  "
-            f"{logs['peak_memory_mb'] / 1000:.2f} GB"
-        )
-        self.progress.update(self.task, completed=state.global_step, status=status)
-        # Without a terminal: a line every few seconds, and one for the last step.
+        # A line every few seconds, and one for the last step.
         now = time.perf_counter()
-        due = now - self.printed >= _SECONDS_BETWEEN_LINES or state.global_step >= state.max_steps
-        if due and not error_console.is_terminal:
+        if now - self.printed >= _SECONDS_BETWEEN_LINES or state.global_step >= state.max_steps:
             self.printed = now
             pace = (now - self.started) / max(state.global_step - self.first_step, 1)
             left = pace * (state.max_steps - state.global_step)
-            error_console.print(
-                f"step {state.global_step}/{state.max_steps}  {status}  {left:.0f} s left", markup=False
-            )
-
-    def stop(self) -> None:
-        if self.progress.live.is_started:  # otherwise it would print an empty line
-            self.progress.stop()
+            error_console.print(step_line(line, state.max_steps, left), markup=False)
 
 
 class RestoreSampler(TrainerCallback):

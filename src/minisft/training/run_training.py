@@ -218,9 +218,9 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
 
 def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: Path | None = None) -> None:
     """Train, from the beginning or from a checkpoint, until the last step or until asked to stop."""
-    from minisft.training.callbacks import OnFirstStep, ProgressLine, truncate_metrics
+    from minisft.training.callbacks import OnFirstStep, ShowProgress, truncate_metrics
 
-    progress = ProgressLine()
+    progress = ShowProgress(f"training {run.root}")
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
     if trainer.args.should_save:
@@ -234,11 +234,8 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         trainer.on_probed = lambda result: write_environment(
             run, environment | {"probe": result.as_dict() | {"frozen": list(trainer.frozen)}}
         )
-    try:
-        with explain_failed_writes(run.root), listen_for_stop() as trainer.stop:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    finally:
-        progress.stop()  # otherwise an error would leave the terminal without its cursor
+    with progress.shown(), explain_failed_writes(run.root), listen_for_stop() as trainer.stop:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
 
 def _start_step(resume_from: Path | None) -> int:

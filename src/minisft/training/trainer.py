@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCall
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minisft.console import say
+from minisft.console import say, waiting
 from minisft.errors import UserError
 from minisft.files import apply_umask
 from minisft.models import model_class
@@ -283,7 +283,7 @@ class SupervisedTokenTrainer(Trainer):
         """Log the mean loss over the supervised tokens of the held-out rows, which the processes share."""
         assert self.held_out is not None
         started = time.perf_counter()
-        with self.compute_loss_context_manager():
+        with waiting("computing the held-out loss"), self.compute_loss_context_manager():
             share = self.held_out.sum_of_losses(
                 self.model_wrapped, lambda model, row: row_loss(model, row.to(self.args.device), self.call)
             )
@@ -340,20 +340,21 @@ class SupervisedTokenTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         staging = staging_folder(folder)
         self._staging, self._writing = str(staging), WriteErrors()
-        try:
-            with self._writing:
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        self._synchronise_write_errors(name)  # every process has written its part
-        if self.args.should_save:
-            self._writing(write_metadata, staging / name, self.strategy, self.args.world_size)
-            self._writing(apply_umask, staging / name)
-            self._writing(sync_folder, staging / name)
-            self._writing(publish, staging / name, folder / name)
-        self._synchronise_write_errors(name)
-        if self.args.should_save:
-            self.on_saved(folder / name)
+        with waiting(f"saving {name}"):
+            try:
+                with self._writing:
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self._synchronise_write_errors(name)  # every process has written its part
+            if self.args.should_save:
+                self._writing(write_metadata, staging / name, self.strategy, self.args.world_size)
+                self._writing(apply_umask, staging / name)
+                self._writing(sync_folder, staging / name)
+                self._writing(publish, staging / name, folder / name)
+            self._synchronise_write_errors(name)
+            if self.args.should_save:
+                self.on_saved(folder / name)
 
     def _synchronise_write_errors(self, name: str) -> None:
         """Agree over all processes whether the file system refused one of them a write.

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from minisft.console import warn
+from minisft.console import waiting, warn
 from minisft.errors import StoppedError, UserError
 from minisft.files import cache_folder
 from minisft.output_filters import drop_lines
@@ -319,7 +319,8 @@ def _compile_communication(where: str) -> None:
     with _extensions_guarded():
         if _is_built(extensions):  # built before, or by another process meanwhile
             return
-        reason = compile_in_subprocess(clean_up=lambda: _remove_locks(extensions / "deepspeed_shm_comm"))
+        with waiting("compiling DeepSpeed's communication"):
+            reason = compile_in_subprocess(clean_up=lambda: _remove_locks(extensions / "deepspeed_shm_comm"))
     if reason is not None:
         raise UserError(
             where,
