@@ -244,11 +244,11 @@ def serve(arguments: Arguments) -> None:
 def init(arguments: Arguments) -> None:
     from minisft import api
 
-    if keys := [word for word in arguments.words if "=" in word and not Path(word).exists()]:
+    if keys := [word for word in arguments.data if "=" in word and not Path(word).exists()]:
         fix = f"leave it out, and change the key in the recipe that init writes ({arguments.output_recipe})"
         raise UserError(keys[0], "init takes data, and no keys of a recipe", fix)
-    data = arguments.words if len(arguments.words) > 1 else arguments.words[0]
-    _announce(arguments, " ".join(arguments.words), arguments.output_recipe)
+    data = arguments.data if len(arguments.data) > 1 else arguments.data[0]
+    _announce(arguments, " ".join(arguments.data), arguments.output_recipe)
     api.init(
         data,
         model=arguments.model,

@@ -80,7 +80,7 @@ def _at_least_1(text: str) -> int:
 
 
 def init(parser: Parser) -> None:
-    parser.add_argument("words", nargs="+", metavar="DATA", help=_DATA_HELP)
+    parser.add_argument("data", nargs="+", metavar="DATA", help=_DATA_HELP)
     parser.add_argument(
         "--model", default="smollm2-135m", metavar="NAME",
         help="a hub id, a folder, a .gguf file or smollm2-135m, the default, which a CPU can train",
