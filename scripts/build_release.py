@@ -2,8 +2,8 @@
 
     python scripts/build_release.py
 
-The wheel is installed into an empty environment, without its dependencies, and must contain what users need from another
-folder: the command, the recipes, the templates of the pages, and the marker of typed packages. Nothing is published.
+The wheel must hold every file of the package and every recipe, and is installed into an empty environment without its
+dependencies, where its command prints the version. Nothing is published.
 """
 
 import shutil
@@ -55,7 +55,8 @@ def missing_files(wheel: Path) -> list[str]:
     for file in (ROOT / "src" / "minisft").rglob("*"):
         if file.is_file() and "__pycache__" not in file.parts:
             wanted.add(str(file.relative_to(ROOT / "src")))
-    return sorted(wanted - held) + [name for name in ("Summary", "License-Expression", "Classifier") if name not in fields]
+    described = ("Summary", "License-Expression", "Classifier", "Keywords")
+    return sorted(wanted - held) + [name for name in described if name not in fields]
 
 
 def installed_version(wheel: Path) -> str:
