@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         runs,
         schema,
         serve,
+        submit,
         train,
         watch,
     )
@@ -46,6 +47,7 @@ __all__ = [
     "runs",
     "schema",
     "serve",
+    "submit",
     "train",
     "watch",
 ]
@@ -65,6 +67,7 @@ _MODULES = {
             "runs",
             "schema",
             "serve",
+            "submit",
             "watch",
             "Run",
         ),

@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from minisft.planning.planner import Plan
     from minisft.recipe import Recipe
     from minisft.run_list import RunSummary
+    from minisft.slurm import Submission
 
 __all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "init", "load", "note_unread", "plan", "prepare",
-           "push", "read_recipe", "runs", "schema", "serve", "train", "watch"]  # fmt: skip
+           "push", "read_recipe", "runs", "schema", "serve", "submit", "train", "watch"]  # fmt: skip
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
 # Takes outputs, references and prompts of all held-out answers, in order, and returns one number for each.
@@ -268,8 +269,9 @@ def train(
     from minisft.training.distributed import adopt_slurm, is_joined
     from minisft.training.nodes import parse_nodes
 
-    adopt_slurm()
     machines = parse_nodes(nodes, node_rank, rendezvous)
+    if machines is None:
+        adopt_slurm()
     refuse_callbacks_elsewhere(found, machines, callbacks)
     if dry_run:
         dry_run_training(found, force=force, resume=resume, nodes=machines)
@@ -758,6 +760,67 @@ def serve(
     from minisft.serving.server import serve_folder
 
     serve_folder(str(folder), host=host, port=port, api_key=api_key, memory=memory, trust_remote_code=trust_remote_code)
+
+
+def submit(
+    recipe: "str | Path | Recipe | None" = None,
+    overrides: Overrides = None,
+    *,
+    model: str | Path | None = None,
+    data: Any = None,
+    test: Any = None,
+    output: str | Path | None = None,
+    nodes: int = 1,
+    time: str,
+    partition: str | None = None,
+    gpus_per_node: str | int | None = None,
+    cpus_per_task: int | None = None,
+    sbatch: Sequence[str] = (),
+    script: str | Path | None = None,
+    resume: bool = False,
+    evaluate: bool = True,
+    now: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> "Submission":
+    """Write the SLURM scripts that train a recipe and score its run, and submit them if that is wanted.
+
+    When its time ends or it is preempted, the job saves a checkpoint, goes back to the queue, and resumes.
+
+    Args:
+        recipe: Path of a recipe, a `Recipe`, or None with `model`, `data` and `output` in its place.
+        overrides: Values of other keys of the recipe by dotted key.
+        model: Value of the recipe's key `model`.
+        data: Rows, or a value of the recipe's key `data.source`.
+        test: Held-out rows, in the same forms as `data`.
+        output: Path of the run folder; all machines must have access to it.
+        nodes: Number of machines; `training.processes` counts the processes of all of them.
+        time: Time limit of the job in one of SLURM's formats, such as "8:00:00".
+        partition: Name of the partition; None: the cluster's default.
+        gpus_per_node: N or "TYPE:N"; None: one for each process of a machine; 0: none, to train on CPUs.
+        cpus_per_task: Cores of each machine; None: 4 for each process with a GPU, 1 for each without.
+        sbatch: Other options of sbatch, such as "account=NAME".
+        script: Path of the script to write; None: that of the run folder with the ending .sbatch.
+        resume: Resume an unfinished run.
+        evaluate: Also write a job that scores the run after training, and writes its report.
+        now: Submit the jobs.
+        force: Replace scripts that exist.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        A `Submission`: the files that were written, and the ids of the jobs.
+
+    Raises:
+        UserError: The recipe or an option is impossible, a script exists, or SLURM is not there or refuses the job.
+    """
+    found = _recipe("submit", recipe, overrides, trust_remote_code, model, data, test, output)
+    from minisft.slurm import SlurmOptions
+    from minisft.slurm import submit as submit_job
+
+    gpus = None if gpus_per_node is None else str(gpus_per_node)
+    options = SlurmOptions(nodes, time, partition, gpus, cpus_per_task, tuple(sbatch), resume, evaluate)
+    path = None if script is None else expand_user_path(str(script), "--script")
+    return submit_job(found, options, path, now=now, force=force)
 
 
 def demo(recipe: "Recipe", *, force: bool = False) -> None:

@@ -131,6 +131,14 @@ def train(arguments: Arguments) -> None:
         api.leave_launched_process()
 
 
+def submit(arguments: Arguments) -> None:
+    from minisft import api
+
+    names = ("nodes", "time", "partition", "gpus_per_node", "cpus_per_task", "sbatch", "script", "resume", "evaluate",
+             "now", "force")  # fmt: skip
+    api.submit(_load(arguments), **{name: getattr(arguments, name) for name in names})
+
+
 def evaluate(arguments: Arguments) -> None:
     from minisft import api
 
@@ -411,6 +419,13 @@ VERBS = {
         options.force,
         options.dry_run,
         options.machines,
+        options.trust,
+    ),
+    "submit": Verb(
+        submit,
+        "write or send the SLURM job that trains a recipe, resumes after preemption and scores the run",
+        "RECIPE.yaml",
+        options.submit,
         options.trust,
     ),
     "evaluate": Verb(

@@ -280,6 +280,40 @@ def dry_run(parser: Parser) -> None:
     )
 
 
+def submit(parser: Parser) -> None:
+    parser.add_argument(
+        "--nodes", type=_at_least_1, default=1, metavar="N",
+        help="number of machines (default 1); training.processes counts the processes of all of them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time", required=True, metavar="T",
+        help="time limit in SLURM's formats: 8:00:00 is 8 hours, 90 is 90 minutes, 2-12 is 2 days and 12 hours; at its "
+        "end the run is saved and requeued",
+    )  # fmt: skip
+    parser.add_argument("--partition", metavar="P", help="partition; default: the cluster's own")
+    parser.add_argument(
+        "--gpus-per-node", metavar="[TYPE:]N",
+        help="default: one for each process of a machine; 0 trains on CPUs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cpus-per-task", type=_at_least_1, metavar="N",
+        help="cores of each machine; default: 4 for each process with a GPU, 1 for each without",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION",
+        help="another option of sbatch without its dashes, such as account=NAME; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--script", metavar="FILE", help="script to write; default: OUTPUT.sbatch beside the run folder"
+    )
+    parser.add_argument("--now", action="store_true", help="submit the jobs, and print their ids")
+    parser.add_argument("--resume", action="store_true", help="resume an unfinished run")
+    parser.add_argument(
+        "--no-evaluate", dest="evaluate", action="store_false", help="without the job that scores the run"
+    )
+    parser.add_argument("--force", action="store_true", help="replace scripts that exist")
+
+
 def machines(parser: Parser) -> None:
     parser.add_argument(
         "--nodes", type=int, default=1, metavar="M", help="number of machines that train together (default 1)"

@@ -48,11 +48,14 @@ def hard_exit(status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def handle_stop_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Send SIGINT and SIGTERM to `handler` in the block; a signal that is ignored, as under nohup, stays ignored."""
+    """Send SIGINT, SIGTERM and SIGUSR1 to `handler` in the block; what is ignored, as under nohup, stays ignored.
+
+    SIGUSR1 is what batch schedulers are told to send before they end a job; without a handler it kills a process.
+    """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     before = {number: earlier for number, earlier in before.items() if earlier != signal.SIG_IGN}
     for number in before:
         signal.signal(number, handler)

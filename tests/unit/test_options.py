@@ -14,6 +14,7 @@ OPTIONS = {
     "check": ["--quick"],
     "plan": ["--gpu", "h100"],
     "train": ["--resume"],
+    "submit": ["--time", "8:00:00"],
     "evaluate": ["--follow"],
     "compare": ["--vary", "seed=1,2"],
     "report": ["--to", "folder"],

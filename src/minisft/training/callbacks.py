@@ -156,6 +156,7 @@ class StopRequest:
 
     file: Path | None = None
     signalled: bool = False
+    insisted: bool = False  # SIGINT or SIGTERM has come: the next one stops at once
 
     def asked(self) -> bool:
         return self.signalled or (self.file is not None and self.file.exists())
@@ -163,11 +164,17 @@ class StopRequest:
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Record a signal.
 
+        A scheduler may send SIGUSR1 before or after its SIGTERM, to ask for the same stop: it is not counted.
+
         Raises:
-            KeyboardInterrupt: It is the second signal.
+            KeyboardInterrupt: It is the second SIGINT or SIGTERM.
         """
+        if number != signal.SIGUSR1:
+            if self.insisted:
+                raise KeyboardInterrupt
+            self.insisted = True
         if self.signalled:
-            raise KeyboardInterrupt
+            return
         self.signalled = True
         if self.file is not None:
             self.file.touch()

@@ -314,6 +314,10 @@ def run_worker(work: Callable[[], None]) -> NoReturn:
     starts workers in sessions of their own, so they would continue to train without it.
     """
     _exit_with_launcher()
+    if STOP_FILE in os.environ:
+        signal.signal(
+            signal.SIGUSR1, signal.SIG_IGN
+        )  # a scheduler may send it to all processes: the launcher acts on it
     escape_library_output()
     hard_exit(_status_of(work))
 
