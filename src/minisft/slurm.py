@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from minisft.errors import UserError
@@ -191,7 +192,7 @@ def submit(recipe: Recipe, options: SlurmOptions, script: Path | None, *, now: b
     for file, text in texts.items():
         write_atomically(file, text)
     written = Submission(path, resolved, scored if options.evaluate else None)
-    _say_written(written, recipe, options, local, tested)
+    _say_written(written, recipe, options, local, tested=tested, now=now)
     return _submit_now(written) if now else written
 
 
@@ -357,17 +358,31 @@ def _job_id(printed: str) -> int:
     return int(printed.splitlines()[-1].partition(";")[0])
 
 
-def _say_written(written: Submission, recipe: Recipe, options: SlurmOptions, local: int, tested: bool) -> None:
+def _say_written(
+    written: Submission, recipe: Recipe, options: SlurmOptions, local: int, *, tested: bool, now: bool
+) -> None:
     from minisft.console import say
 
-    hours = time_limit(options.time) / 3600
+    limit = timedelta(seconds=time_limit(options.time))
     say(
         f"{options.nodes} machine(s) with {local} process(es) each, {recipe.training.strategy}; "
-        f"at most {hours:.4g} h in one go: then, or when preempted, the job is requeued and resumes"
+        f"time limit {limit}, at which, or when preempted, it is requeued and resumes"
     )
     say(
         f"written: {written.script}, for the recipe {written.recipe}"
         + (f", and {written.evaluation_script}, which scores the run" if written.evaluation_script else "")
     )
+    if not now:
+        scoring = written.evaluation_script
+        first = f"sbatch {shlex.quote(str(written.script))}"
+        after = (
+            ""
+            if scoring is None
+            else (
+                f"    or both: sbatch --dependency=afterok:$(sbatch --parsable {shlex.quote(str(written.script))}) "
+                f"--kill-on-invalid-dep=yes {shlex.quote(str(scoring))}"
+            )
+        )
+        say(f"next: {first}{after}")
     if not tested:
         say("sbatch is not installed here: SLURM has not tested the script")

@@ -179,7 +179,8 @@ class StopRequest:
         if self.file is not None:
             self.file.touch()
         name = signal.Signals(number).name
-        warn(f"{name}: stopping after this step, with a checkpoint; once more stops at once, without one")
+        again = "" if number == signal.SIGUSR1 else "; once more stops at once, without one"
+        warn(f"{name}: stopping after this step, with a checkpoint{again}")
 
 
 @contextlib.contextmanager
