@@ -23,6 +23,7 @@ def recipe(tmp_path_factory, tiny_model, conversations):
     ("strategy", "processes", "number"),
     [
         ("vanilla", 1, signal.SIGTERM),
+        ("vanilla", 1, signal.SIGUSR1),  # what a scheduler is told to send before it ends a job
         pytest.param("vanilla", 2, signal.SIGINT, marks=pytest.mark.long),
         pytest.param("zero2", 2, signal.SIGTERM, marks=pytest.mark.long),
         pytest.param("zero3", 2, signal.SIGINT, marks=pytest.mark.long),
@@ -59,6 +60,19 @@ def test_a_second_signal_stops_at_once(recipe, tmp_path):
     assert process.returncode == 1
     assert said.strip().endswith("minisft: stopped")
     assert not run.list_checkpoints()
+
+
+def test_a_signal_of_the_scheduler_and_its_sigterm_are_one_request(recipe, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    process = start(recipe, run, ["training.epochs=100000"])
+    os.kill(process.pid, signal.SIGSTOP)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+    os.kill(process.pid, signal.SIGCONT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "holds the complete state, and --resume continues" in said
+    assert len(run.list_checkpoints()) == 1
 
 
 def start(recipe, run, how):
