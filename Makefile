@@ -11,7 +11,7 @@ else
 DEMO := training.strategy=$(STRATEGY) training.processes=2 training.batch_size=4 output=outputs/demo-$(STRATEGY)
 endif
 
-.PHONY: setup demo test test-all test-lowest release lint format bench engines clean
+.PHONY: setup demo test test-all test-lowest release lint format bench engines docs clean
 
 setup: $(READY)
 
@@ -65,5 +65,18 @@ bench: setup
 engines: setup
 	$(BIN)/python scripts/install_engines.py
 
+# The documentation site, in site/. Its environment has neither torch nor transformers: pages are made from source text.
+DOCS := .venv-docs
+
+docs: $(DOCS)/.ready
+	PYTHONPATH=src $(DOCS)/bin/python scripts/build_docs.py
+
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "the documentation needs Python 3.11 or newer; name one: make PYTHON=python3.12 docs"; exit 2; }
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt zensical pyyaml rich
+	touch $(DOCS)/.ready
+
 clean:
-	rm -rf .venv .venv-lowest outputs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-lowest site outputs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def lowest_versions(pyproject: str) -> list[str]:
-    """Return a constraint such as `numpy==1.26` for each dependency of a project and of its extras, but for `dev`.
+    """Return a constraint such as `numpy==1.26` for each dependency of a project and of its extras, but for `dev` and `docs`.
 
     Args:
         pyproject: Text of a pyproject.toml (PEP 621).
@@ -29,7 +29,9 @@ def lowest_versions(pyproject: str) -> list[str]:
         ValueError: A dependency has no lower bound.
     """
     project = tomllib.loads(pyproject)["project"]
-    extras = {name: extra for name, extra in project.get("optional-dependencies", {}).items() if name != "dev"}
+    extras = {
+        name: extra for name, extra in project.get("optional-dependencies", {}).items() if name not in ("dev", "docs")
+    }
     pins = []
     for text in dict.fromkeys([*project["dependencies"], *(one for extra in extras.values() for one in extra)]):
         requirement = Requirement(text)
