@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def lowest_versions(pyproject: str) -> list[str]:
-    """Return a constraint such as `numpy==1.26` for each dependency of a project and of its extras, but for `dev` and `docs`.
+    """Return a constraint such as `numpy==1.26` for each dependency, and of the extras but for `dev` and `docs`.
 
     Args:
         pyproject: Text of a pyproject.toml (PEP 621).
