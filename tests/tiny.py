@@ -6,7 +6,13 @@ import random
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+
+from packaging.version import Version
+
+# Versions of transformers below this one read a GGUF file without merges, Gemma 2 and Doge otherwise.
+SINCE_TRANSFORMERS_5_20 = Version(version("transformers")) >= Version("5.20")
 
 WORDS = [
     "tea",

@@ -13,7 +13,7 @@ from minisft.run_folder import RunFolder
 from minisft.training.batching import measure_lengths, steps_of_epoch
 from tests.command import run as run_command
 from tests.padded import padded_loop
-from tests.tiny import byte_tokenizer, minisft, write_recipe
+from tests.tiny import SINCE_TRANSFORMERS_5_20, byte_tokenizer, minisft, write_recipe
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -93,7 +93,8 @@ def test_a_family_takes_the_steps_of_the_padded_loop(tmp_path, conversations, ca
         assert done.returncode == 0, done.stderr
     run = RunFolder(tmp_path / "run")
     probe = json.loads((run.root / "environment.json").read_text())["probe"]
-    assert probe["verdict"] == FAMILIES[kind][1]
+    at_once = FAMILIES[kind][1] == "right" and (SINCE_TRANSFORMERS_5_20 or kind != "gemma2")
+    assert probe["verdict"] == ("right" if at_once else "alone")
 
     from datasets import load_from_disk
 

@@ -178,7 +178,7 @@ def test_llms_txt_has_the_form_of_llmstxt_org(build, tmp_path):
 
 @pytest.mark.skipif(not (ROOT / ".venv-docs" / ".ready").exists(), reason="`make docs` has not been run here")
 def test_the_site_builds_without_a_warning(tmp_path):
-    for name in ("docs", "scripts", "src", "examples", "mkdocs.yml"):
+    for name in ("docs", "scripts", "src", "examples", "recipes", "mkdocs.yml"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "scripts", tmp_path / "own", ignore=shutil.ignore_patterns("__pycache__"))
     python = ROOT / ".venv-docs" / "bin" / "python"

@@ -77,7 +77,8 @@ def test_a_table_in_a_terminal_until_the_training_ends(root):
     steps = [
         int(number) for screen in session.screens for number in re.findall(r"^step +(\d) of 6 ", screen, re.MULTILINE)
     ]
-    assert len(set(steps)) >= 3
+    assert steps == sorted(steps)  # a busy machine draws few of the six
+    assert steps[-1] == 6
     assert steps[-1] == 6
     assert "loss 3.5000 at step 3" in session.last
 

@@ -42,7 +42,8 @@ def tekken_file(version: str, tokens: int = 3000) -> Path:
     Versions above v7 list their control tokens themselves.
     """
     content = json.loads((FOLDER / "tekken_240911.json").read_text(encoding="utf-8"))
-    names = [str(token["token_str"]) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    strings = [token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]  # or members of an enumeration
+    names = [str(getattr(string, "value", string)) for string in strings]
     names += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"] if version in ("v11", "v13", "v15") else []
     names += ["[MODEL_SETTINGS]", "[/MODEL_SETTINGS]"] if version == "v15" else []
     special = [{"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)]

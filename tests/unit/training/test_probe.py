@@ -15,6 +15,7 @@ from minisft.training import attention
 from minisft.training.batching import pack_sequences
 from minisft.training.loss import row_loss
 from minisft.training.probe import Probe, refuse_wrong_model
+from tests.tiny import SINCE_TRANSFORMERS_5_20
 
 SMALL = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -113,6 +114,8 @@ def test_models_that_run_across_the_row_are_right_with_one_conversation_in_a_row
     ],
 )
 def test_other_models_are_right_with_the_attention_of_transformers(kind, options, found, words):
+    if kind == "doge" and not SINCE_TRANSFORMERS_5_20:
+        pytest.skip("an older Doge is refused")
     model = make(kind, **options)
     result = probe(model)
     assert (result.verdict, result.attention, model.config._attn_implementation) == ("alone", found, found)
