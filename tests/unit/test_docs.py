@@ -113,3 +113,11 @@ def test_messages_and_comments_use_the_terms_of_the_field():
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if re.search(rf"\b(?:{OLD_WORDS})\b", line, re.IGNORECASE):
                 assert any(known in line for known in STANDARD), f"{path}:{number}: {line.strip()}"
+
+
+def test_the_messages_of_the_faq_are_those_of_the_code():
+    text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^### `(.+)`$", text, re.MULTILINE)
+    source = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
+    assert len(messages) > 20
+    assert [message for message in messages if message not in source] == []
