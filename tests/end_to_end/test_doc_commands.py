@@ -4,7 +4,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -44,8 +44,8 @@ class Block(NamedTuple):
     reason: str | None
 
 
-def blocks(language=None, run=None):
-    for page in PAGES:
+def blocks(language=None, run=None, pages=PAGES):
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         for found in BLOCK.finditer(text):
             block = Block(found[2], found[3], found[1])
@@ -130,12 +130,13 @@ def prepared(tmp_path_factory, tiny_model, scored_run):
     return folder
 
 
-@pytest.mark.parametrize("block", blocks("bash", run=True))
-def test_the_commands_of_a_block_run(block, prepared, monkeypatch, capsys):
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_the_commands_of_a_page_run(page, prepared, monkeypatch, capsys):
     """One block after another in one folder, as a reader of a page runs them."""
     monkeypatch.chdir(prepared)
     monkeypatch.setattr("sys.stdin", Path("/dev/null").open())  # noqa: SIM115 - `chat` ends with its input
-    for words in commands(block.text):
+    text = "".join(block.values[0].text for block in blocks("bash", run=True, pages=[page]))
+    for words in commands(text):
         own = own_words(words)
         assert own is not None, f"{words[0]}: mark the block with <!-- not run: REASON -->"
         force = ["--force"] if own[0] == "train" and "--resume" not in own else []
@@ -153,7 +154,7 @@ def test_the_python_of_a_block_runs(block, prepared, monkeypatch, tiny_model):
     settings = {"data.template": "mistral", "training.max_steps": 2, "training.precision": "fp32"}
     import minisft
 
-    train = minisft.train
+    train: Any = minisft.train
 
     def train_briefly(*words, overrides=None, **named):
         return train(*words, overrides={**(overrides or {}), **settings}, force=True, **named)
