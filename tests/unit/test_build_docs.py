@@ -156,6 +156,16 @@ def test_every_name_of_the_package_is_on_the_page_of_the_python_api(reference):
     assert "- `temperature`: 0 is greedy decoding, above 0 samples.\n" in page
 
 
+def test_the_pictures_of_the_concepts_are_those_of_the_script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    pictures = importlib.import_module("draw_concepts").PICTURES
+    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    for name, draw in pictures.items():
+        path = ROOT / "docs" / "images" / f"concept-{name}.svg"
+        assert path.read_text(encoding="utf-8") == draw().svg(), "run python scripts/draw_concepts.py"
+        assert f"(images/{path.name})" in page
+
+
 # --- for agents -------------------------------------------------------------------------------------------
 
 
