@@ -161,3 +161,15 @@ def test_the_python_of_a_block_runs(block, prepared, monkeypatch, tiny_model):
 
     monkeypatch.setattr(minisft, "train", train_briefly)
     exec(text, {"rows": rows, "more": rows})
+
+
+def test_the_page_of_the_run_folder_names_every_file_of_a_run(scored_run):
+    """Of a run that was trained, scored and reported; `*` on the page stands for any number of folders and files."""
+    text = (ROOT / "docs" / "run_folder.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \|", text, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    patterns = [re.escape(name).replace(r"\*", ".+").replace("NAME", "[^/]+").replace("checkpoint\\-N", r"checkpoint-\d+")
+                for name in named]  # fmt: skip
+    files = [path.relative_to(scored_run).as_posix() for path in scored_run.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert [file for file in files if not any(re.fullmatch(pattern, file) for pattern in patterns)] == []
