@@ -59,7 +59,7 @@ def _say_where(root: Path) -> None:
         say(f"  {root / path!s:<36} {meaning}")
     say("\nNext:")
     say(f"  minisft chat {root}")
-    say("  minisft train recipes/demo.yaml data.source=YOUR.jsonl output=outputs/mine")
+    say("  minisft init YOUR.jsonl              a recipe for your own conversations")
 
 
 def _outputs(root: Path, name: str) -> list[dict[str, Any]]:
