@@ -490,7 +490,7 @@ VERBS = {
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<12}{verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "MiniSFT: supervised fine-tuning with exact tokens, exact loss and every checkpoint scored",
