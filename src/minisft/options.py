@@ -48,6 +48,8 @@ class Verb:
         if self.reads_keys:
             nargs = "+" if self.words else "*"
             parser.add_argument("words", nargs=nargs, metavar=self.words or "key=value", help=_WORDS_HELP)
+        else:
+            parser.set_defaults(words=[])
         for option in self.options:
             option(parser)
         return parser
