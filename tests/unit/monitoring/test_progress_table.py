@@ -9,7 +9,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from minisft.monitoring.progress_table import ProgressTable, duration, spark_line, step_line, trend_of
+from minisft.monitoring.progress_table import ProgressTable, spark_line, step_line, trend_of
+from minisft.text import duration
 from tests.terminal import run_in_terminal
 
 ROWS = ["step", "epoch", "loss", "held-out", "speed", "memory", "left"]
