@@ -32,6 +32,7 @@ OTHERS = (
     "curl",
     "time",
     "eval",
+    "chromium",
 )
 DATA = ("mine.jsonl", "tm4_all.sharegpt.jsonl", "en_all_paths.sharegpt.jsonl", "recipes/demo.sharegpt.jsonl")
 

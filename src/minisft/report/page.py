@@ -83,13 +83,18 @@ def write_report(output: Path, to: Path | None = None) -> Path:
         UserError: The folder is not a run folder.
     """
     run = read_run(output)
-    path = (to or output) / "report.html"
-    write_atomically(path, whole_page(output.resolve().name, _KIND, _body(run), page_data(run), "page.js"))
+    path, data = (to or output) / "report.html", page_data(run)
+    write_atomically(path, whole_page(output.resolve().name, _KIND, _body(run, data["sources"]), data, "page.js"))
     return path
 
 
-def _body(run: RunFiles) -> str:
-    """Return the sections of the page for which the run folder holds the files."""
+def _body(run: RunFiles, sources: list[dict[str, Any]]) -> str:
+    """Return the sections of the page for which the run folder holds the files.
+
+    Args:
+        run: The files of the run.
+        sources: The loss of each source, of `page_data`.
+    """
     # 1. The overview: the verdict, the figures that matter, and the commands that start a conversation.
     best = run.results["best"] if run.results else None
     folder = run.root / "checkpoints" / best if best else run.root
@@ -105,7 +110,7 @@ def _body(run: RunFiles) -> str:
     if run.results is not None:
         parts += [_scores(run, run.results), _EXAMPLES]
     if run.steps or run.systems:
-        parts += [_LOSS, _sources(page_data(run)["sources"])]
+        parts += [_LOSS, _sources(sources)]
 
     # 3. The data.
     parts += [_ledger(run), _preview(run)]
@@ -188,7 +193,7 @@ def _tiles(run: RunFiles) -> str:
             f"at most {max(memory) / 1000:.2f} GB a process" if memory else "",
             f"and {duration(scoring)} to score" if scoring else "",
         ]
-        tiles.append((f"{unit} hours of the training", f"{processes * seconds / 3600:.2g}", notes))
+        tiles.append((f"{unit} hours", f"{processes * seconds / 3600:.2g}", notes))
 
     # 3. The data.
     rows = (run.ledger or {}).get("rows", {})
