@@ -33,6 +33,9 @@ OTHERS = (
     "time",
     "eval",
     "chromium",
+    "docker",
+    "sky",
+    "kubectl",
 )
 DATA = ("mine.jsonl", "tm4_all.sharegpt.jsonl", "en_all_paths.sharegpt.jsonl", "recipes/demo.sharegpt.jsonl")
 
