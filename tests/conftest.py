@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from tests.browser import Browser, find_browser
 from tests.tiny import write_conversations, write_recipe, write_tiny_model
 
 
@@ -57,3 +58,14 @@ def scored_run(tmp_path_factory, tiny_model, conversations):
 def run_folder(scored_run, tmp_path):
     """Return a copy of the trained and scored run, for a test to change."""
     return shutil.copytree(scored_run, tmp_path / "copied")
+
+
+@pytest.fixture(scope="session")
+def started_browser():
+    """Return a running Chromium; a test that uses it is skipped where there is none."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("there is no Chromium here; MINISFT_BROWSER names one")
+    browser = Browser(program)
+    yield browser
+    browser.close()

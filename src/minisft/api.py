@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from minisft.checking.result import Result
     from minisft.data.inspect import InspectedRow
     from minisft.data.prepared_data import PreparedData
+    from minisft.monitoring.run_list import RunSummary
     from minisft.planning.planner import Plan
     from minisft.recipe import Recipe
-    from minisft.run_list import RunSummary
     from minisft.slurm import Submission
 
 __all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "init", "load", "note_unread", "plan", "prepare",
@@ -538,7 +538,7 @@ def runs(folder: str | Path = "outputs") -> "list[RunSummary]":
     Raises:
         UserError: There is no such folder.
     """
-    from minisft.run_list import list_runs
+    from minisft.monitoring.run_list import list_runs
 
     return list_runs(expand_user_path(str(folder), "the folder of the runs"))
 
@@ -552,7 +552,7 @@ def watch(folder: str | Path) -> bool:
     Raises:
         UserError: It is not a run folder, or no training begins in it.
     """
-    from minisft.run_watch import watch as watch_run
+    from minisft.monitoring.run_watch import watch as watch_run
 
     return watch_run(expand_user_path(str(folder), "the run folder"))
 
@@ -657,7 +657,7 @@ def show_runs(folder: str | Path, *, as_json: bool = False) -> None:
     if as_json:
         print(dump_json({"folder": str(folder), "runs": [run.as_dict() for run in found]}, indent=1))
         return
-    from minisft.run_list import show_runs as print_table
+    from minisft.monitoring.run_list import show_runs as print_table
 
     print_table(found, Path(folder))
 

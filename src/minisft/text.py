@@ -1,4 +1,4 @@
-"""Text from data, models, file names and libraries, made safe to read in a terminal."""
+"""Text from data, models, file names and libraries, made safe to read in a terminal; times as text."""
 
 import json
 import re
@@ -27,6 +27,14 @@ def dump_json(value: Any, indent: int | None = None) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or the name of its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def duration(seconds: float) -> str:
+    """Return a time such as 42 s, 3 min 05 s or 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def _escape(code: int) -> str:

@@ -11,12 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import Browser, find_browser
 from tests.command import run as command
 from tests.served import Served
-
-PROGRAM = find_browser()
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium here; MINISFT_BROWSER names one")
 
 KEY = "a key that only the page's memory holds"
 QUESTION = "12: two cups please"
@@ -26,8 +22,8 @@ MESSAGE = "document.querySelector('#note').textContent"
 
 
 @pytest.fixture(scope="module")
-def served(scored_run, tmp_path_factory):
-    """A server of a copy of the run: the run's folder and the server's URL."""
+def served(started_browser, scored_run, tmp_path_factory):
+    """A server of a copy of the run, where there is a browser: the run's folder and the server's URL."""
     for name in ("fastapi", "uvicorn"):
         pytest.importorskip(name, reason="the server needs it")
     run = shutil.copytree(scored_run, tmp_path_factory.mktemp("served") / "tea")
@@ -36,21 +32,13 @@ def served(scored_run, tmp_path_factory):
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def started():
-    assert PROGRAM is not None
-    browser = Browser(PROGRAM)
-    yield browser
-    browser.close()
-
-
 @pytest.fixture
-def page(started, served):
+def page(started_browser, served):
     """The page, with the key given and 16 tokens for an answer; nothing but refusals without the key went wrong."""
-    open_page(started, served[1])
-    set_field(started, "max_tokens", 16)
-    yield started
-    assert unexpected(started) == []
+    open_page(started_browser, served[1])
+    set_field(started_browser, "max_tokens", 16)
+    yield started_browser
+    assert unexpected(started_browser) == []
 
 
 def open_page(browser, url, **window):
@@ -447,58 +435,60 @@ def test_every_answer_of_the_server_has_a_nonce_of_its_own(served):
     assert len(nonces) == 2
 
 
-def test_without_the_key_the_column_says_so(started, served):
-    started.open(served[1], width=1280, fresh=True)
-    started.wait_for("document.querySelector('#key-dialog').open")
-    started.send("Input.insertText", text="wrong")
-    started.press("Enter")
-    started.wait_for("document.querySelector('#key-problem').textContent.includes('not take')")
-    started.click("#key-cancel")
-    started.wait_for("document.querySelector('.failure')")
-    assert unexpected(started) == []
+def test_without_the_key_the_column_says_so(started_browser, served):
+    started_browser.open(served[1], width=1280, fresh=True)
+    started_browser.wait_for("document.querySelector('#key-dialog').open")
+    started_browser.send("Input.insertText", text="wrong")
+    started_browser.press("Enter")
+    started_browser.wait_for("document.querySelector('#key-problem').textContent.includes('not take')")
+    started_browser.click("#key-cancel")
+    started_browser.wait_for("document.querySelector('.failure')")
+    assert unexpected(started_browser) == []
 
 
-def test_a_phone_shows_one_model_at_a_time(started, served):
-    open_page(started, served[1], width=390, height=844, mobile=True)
-    started.click("#show-settings")
-    set_field(started, "max_tokens", 8)
-    started.press("Escape")
-    ask(started, QUESTION)
-    started.click("#add")
-    started.wait_for(IDLE)
+def test_a_phone_shows_one_model_at_a_time(started_browser, served):
+    open_page(started_browser, served[1], width=390, height=844, mobile=True)
+    started_browser.click("#show-settings")
+    set_field(started_browser, "max_tokens", 8)
+    started_browser.press("Escape")
+    ask(started_browser, QUESTION)
+    started_browser.click("#add")
+    started_browser.wait_for(IDLE)
     visible = "[...document.querySelectorAll('.answer')].map((node) => node.offsetWidth > 0)"
-    assert started.run(visible) == [False, True]
-    started.click("#tabs button")
-    assert started.run(visible) == [True, False]
-    assert started.run("document.documentElement.scrollWidth") <= 390
-    assert unexpected(started) == []
+    assert started_browser.run(visible) == [False, True]
+    started_browser.click("#tabs button")
+    assert started_browser.run(visible) == [True, False]
+    assert started_browser.run("document.documentElement.scrollWidth") <= 390
+    assert unexpected(started_browser) == []
 
 
-def test_the_page_is_dark_where_the_reader_wants_it(started, served):
+def test_the_page_is_dark_where_the_reader_wants_it(started_browser, served):
     for dark in (False, True):
-        open_page(started, served[1], dark=dark)
-        colors = started.run("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+        open_page(started_browser, served[1], dark=dark)
+        colors = started_browser.run(
+            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        )
         light = [sum(map(int, color[4:-1].split(","))) for color in colors]
         assert (light[0] > light[1]) == dark
-    assert unexpected(started) == []
+    assert unexpected(started_browser) == []
 
 
 @pytest.mark.skipif("MINISFT_AXE" not in os.environ, reason="MINISFT_AXE names no axe.min.js of axe-core")
 @pytest.mark.parametrize(
     "window", [{"width": 1280}, {"width": 390, "mobile": True}, {"width": 1280, "dark": True}], ids=str
 )
-def test_axe_finds_nothing_serious(started, served, window):
-    open_page(started, served[1], **window)
-    set_field(started, "max_tokens", 8)
-    ask(started, QUESTION)
-    started.click("#add")
-    started.wait_for(IDLE)
-    started.run("document.querySelector('#probabilities').click()")
-    set_field(started, "max_tokens", 100_000)
-    ask(started, "too long")
-    started.run(Path(os.environ["MINISFT_AXE"]).read_text(encoding="utf-8") + "; 0")
-    found = started.run(
+def test_axe_finds_nothing_serious(started_browser, served, window):
+    open_page(started_browser, served[1], **window)
+    set_field(started_browser, "max_tokens", 8)
+    ask(started_browser, QUESTION)
+    started_browser.click("#add")
+    started_browser.wait_for(IDLE)
+    started_browser.run("document.querySelector('#probabilities').click()")
+    set_field(started_browser, "max_tokens", 100_000)
+    ask(started_browser, "too long")
+    started_browser.run(Path(os.environ["MINISFT_AXE"]).read_text(encoding="utf-8") + "; 0")
+    found = started_browser.run(
         "axe.run().then(({violations}) => violations.map((one) => [one.impact, one.id, one.nodes[0].html]))"
     )
     assert [one for one in found if one[0] in ("serious", "critical")] == []
-    started.problems.clear()
+    started_browser.problems.clear()

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from minisft.evaluation.evaluator import Evaluator
-from tests.browser import Browser, find_browser
 from tests.command import run
 from tests.tiny import write_conversations, write_recipe
 
@@ -137,19 +136,15 @@ def test_a_comparison_of_few_conversations_is_marked_and_has_no_interval(run_fol
     assert not INTERVAL.search((run_folder.parent / "comparison.html").read_text().split("<script>")[0])
 
 
-@pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here; MINISFT_BROWSER names one")
-def test_the_page_draws_no_error_bars_for_few_rows(run_folder, all_knowing_base, capsys):
+def test_the_page_draws_no_error_bars_for_few_rows(started_browser, run_folder, all_knowing_base, capsys):
     assert run(capsys, "evaluate", run_folder)[0] == 0
     assert run(capsys, "report", run_folder)[0] == 0
-    browser = Browser(find_browser())
-    try:
-        browser.open(run_folder / "report.html")
-        assert browser.run("document.querySelectorAll('#chrf circle').length") == 3
-        assert browser.run("document.querySelectorAll('#chrf line.c1:not(.dash)').length") == 0
-        assert browser.run("document.querySelector('#chrf svg').getAttribute('aria-label')") == "chrF by step"
-        browser.hover("#chrf svg", 0.97, 0.5)
-        assert "[" not in browser.text("#chrf .tip")
-        assert "checkpoint-2 (best, but below base)" in browser.text("#cards")
-        assert browser.problems == []
-    finally:
-        browser.close()
+    browser = started_browser
+    browser.open(run_folder / "report.html")
+    assert browser.run("document.querySelectorAll('#chrf circle.dot').length") == 3
+    assert browser.run("document.querySelectorAll('#chrf line.c1:not(.dash)').length") == 0
+    assert browser.run("document.querySelector('#chrf svg').getAttribute('aria-label')") == "chrF by step"
+    browser.hover("#chrf svg", 0.97, 0.5)
+    assert "[" not in browser.text("#chrf .tip")
+    assert "checkpoint-2 (best, but below base)" in browser.text("#cards")
+    assert browser.problems == []

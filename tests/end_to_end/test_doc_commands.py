@@ -32,6 +32,10 @@ OTHERS = (
     "curl",
     "time",
     "eval",
+    "chromium",
+    "docker",
+    "sky",
+    "kubectl",
 )
 DATA = ("mine.jsonl", "tm4_all.sharegpt.jsonl", "en_all_paths.sharegpt.jsonl", "recipes/demo.sharegpt.jsonl")
 

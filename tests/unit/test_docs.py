@@ -79,8 +79,8 @@ STANDARD = {
 
 
 def listed_files():
-    """Return the files of the README's tree, by the indentation of its lines."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Return the files of the tree in docs/architecture.md, by the indentation of its lines."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     tree = text[text.index("```\nsrc/minisft/\n") : text.index("\nrecipes/  tests/")].splitlines()[2:]
     folders: list[str] = []
     for line in tree:
@@ -91,7 +91,7 @@ def listed_files():
             yield "".join(folders)
 
 
-def test_the_tree_of_the_readme_lists_exactly_the_modules():
+def test_the_tree_of_the_architecture_lists_exactly_the_modules():
     listed = list(listed_files())
     assert sorted(listed) == sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 

@@ -21,7 +21,6 @@ LEAVES = {
     "models",
     "console",
     "output_filters",
-    "progress_table",
     "version",
 }
 MAY_IMPORT = {
@@ -36,14 +35,13 @@ MAY_IMPORT = {
     "recipe": {"errors", "text", "files", "yaml_tree"},
     "options": {"errors"},
     "console": {"text"},
-    "progress_table": {"text"},
     "output_filters": {"text"},
     "models": {"errors", "text", "recipe", "files", "console"},
     "run_folder": {"errors", "recipe", "manifest", "files", "replacement", "console"},
     "run_start": {"errors", "recipe", "manifest", "files", "replacement", "console", "run_folder"},
     "results": {"errors", "recipe", "files"},
     "data": LEAVES,
-    "training": LEAVES | {"data"},
+    "training": LEAVES | {"data", "monitoring"},
     "evaluation": LEAVES | {"data"},
     "report": LEAVES - {"models"},
     "checking": LEAVES | {"data", "training", "evaluation", "planning", "chat"},
@@ -58,9 +56,7 @@ MAY_IMPORT = {
     "chat": LEAVES | {"data", "evaluation"},
     "recipe_schema": {"errors", "recipe"},
     "completion": {"options", "recipe_schema"},
-    "run_progress": {"errors", "files", "recipe", "run_folder"},
-    "run_list": {"errors", "text", "manifest", "recipe", "results", "run_folder", "run_progress", "console"},
-    "run_watch": {"errors", "recipe", "run_folder", "run_progress", "run_list", "console", "progress_table"},
+    "monitoring": LEAVES - {"models"},
     "recipe_argument": {"errors", "text", "recipe", "run_folder"},
     "notebook": {"errors", "report"},
     # The command line parses words and prints errors; all else is the API's. It takes the recipe for a type only.
@@ -85,8 +81,8 @@ LIGHT = (
     "api",
     "recipe_argument",
     "recipe_schema",
-    "run_list",
-    "run_progress",
+    "monitoring/run_list",
+    "monitoring/run_progress",
     "runner",
     "slurm",
     "options",
@@ -134,8 +130,10 @@ def test_imports_run_one_way(path):
             assert target == part or target in MAY_IMPORT[part], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", [p for p in modules() if part_of(p) == "report"], ids=lambda path: path.stem)
-def test_the_report_imports_no_torch(path):
+@pytest.mark.parametrize(
+    "path", [p for p in modules() if part_of(p) in ("report", "monitoring")], ids=lambda path: path.stem
+)
+def test_the_report_and_the_monitoring_import_no_torch(path):
     assert not {name.split(".")[0] for name in imports_of(path)} & {"torch", "transformers", "deepspeed"}
 
 

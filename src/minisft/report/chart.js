@@ -30,9 +30,11 @@ function ticks(low, high, log) {
   return marks;
 }
 
-// series: curves, each {name, points: [[x, y, low?, high?]], color, dots, level}; level: a dotted horizontal line
+// series: curves, each {name, points: [[x, y, low?, high?]], color, dots, level, levelName, ring, select}
+//   level: a dotted horizontal line; ring: the x of a point with a ring; select(index): called when a dot is clicked
+// options: {label: what the chart shows, unit: the name of its y axis, log, zero}
 function chart(figure, series, options) {
-  const width = 640, height = 320, left = 48, right = 20, top = 12, bottom = 46;
+  const width = 640, height = 340, left = 48, right = 20, top = options.unit ? 36 : 14, bottom = 46;
   const points = series.flatMap((curve) => curve.points);
   if (!points.length) { figure.replaceChildren(element("p", {class: "soft"}, "Nothing to draw yet.")); return; }
   const xs = points.map((point) => point[0]);
@@ -53,16 +55,24 @@ function chart(figure, series, options) {
   }
   for (const mark of ticks(x0, x1, false)) add("text", {x: X(mark), y: height - 27, "text-anchor": "middle"}, short(mark));
   add("text", {x: width - right, y: height - 5, "text-anchor": "end"}, "step");
+  if (options.unit) add("text", {x: 0, y: 18, class: "axis"}, options.unit);
   series.forEach((curve) => {
     if (curve.level !== undefined)
       add("line", {x1: left, x2: width - right, y1: Y(curve.level), y2: Y(curve.level), class: `dash ${curve.color}`});
     if (curve.points.length > 1)
       add("path", {d: "M" + curve.points.map((p) => `${X(p[0]).toFixed(1)} ${Y(p[1]).toFixed(1)}`).join("L"), class: curve.color});
     if (!curve.dots) return;
-    for (const p of curve.points) {
+    curve.points.forEach((p, index) => {
       if (p.length > 2) add("line", {x1: X(p[0]), x2: X(p[0]), y1: Y(p[2]), y2: Y(p[3]), class: curve.color});
-      add("circle", {cx: X(p[0]), cy: Y(p[1]), r: 3.5, class: `dot ${curve.color}`});
-    }
+      if (p[0] === curve.ring) add("circle", {cx: X(p[0]), cy: Y(p[1]), r: 8, class: `ring ${curve.color}`});
+      const dot = add("circle", {cx: X(p[0]), cy: Y(p[1]), r: 4, class: `dot ${curve.color}`});
+      if (!curve.select) return;
+      dot.classList.add("chosen");
+      dot.addEventListener("click", () => curve.select(index));
+    });
+  });
+  series.filter((curve) => curve.levelName).forEach((curve) => {
+    add("text", {x: width - right, y: Y(curve.level) - 6, "text-anchor": "end", class: "level"}, curve.levelName);
   });
   const cross = add("line", {y1: top, y2: height - bottom, class: "grid", visibility: "hidden"});
   const tip = element("div", {class: "tip"});
@@ -82,7 +92,39 @@ function chart(figure, series, options) {
     tip.style.left = crossX < width / 2 ? `${crossX / width * 100 + 2}%` : "auto";
     tip.style.right = crossX < width / 2 ? "auto" : `${102 - crossX / width * 100}%`;
   });
-  figure.replaceChildren(svg, tip, figure.querySelector("figcaption") || "");
+  const save = element("button", {type: "button", class: "save", title: "Save this picture as SVG, for slides and papers"}, "save");
+  save.setAttribute("aria-label", `Save as a picture: ${options.label}`);
+  save.addEventListener("click", () => savePicture(svg, series, options.label));
+  figure.replaceChildren(svg, tip, save, figure.querySelector("figcaption") || "");
+}
+
+// A chart as an SVG file of its own: its styles stand in its elements, with a title and the names of the curves above it.
+function savePicture(svg, series, label) {
+  const copy = svg.cloneNode(true), {width, height} = svg.viewBox.baseVal;
+  const kept = ["fill", "stroke", "stroke-width", "stroke-dasharray", "font-family", "paint-order"];
+  const drawn = [...svg.querySelectorAll("*")], copied = [...copy.querySelectorAll("*")];
+  drawn.forEach((node, index) => {
+    const style = getComputedStyle(node);
+    for (const name of kept) copied[index].style.setProperty(name, style.getPropertyValue(name));
+    if (node.tagName === "text") copied[index].style.setProperty("font-size", "13px");
+  });
+  const page = getComputedStyle(document.body), head = 56;
+  copy.setAttribute("viewBox", `0 ${-head} ${width} ${height + head}`);
+  copy.setAttribute("width", 2 * width);
+  copy.setAttribute("height", 2 * (height + head));
+  copy.prepend(element("svg:rect", {x: 0, y: -head, width, height: height + head, fill: page.backgroundColor}));
+  const write = (x, y, text, size, color) => copy.append(element("svg:text", {x, y, fill: color, style: `font: ${size}px ${page.fontFamily}`}, text));
+  write(4, -head + 22, label, 17, page.color);
+  let x = 4;
+  series.forEach((curve) => {
+    const line = svg.querySelectorAll(`path.${curve.color.split(" ")[0]}, circle.${curve.color.split(" ")[0]}`)[0];
+    write(x, -head + 44, `\u25cf ${curve.name}`, 14, line ? getComputedStyle(line).stroke : page.color);
+    x += 14 + 8.5 * (curve.name.length + 2);
+  });
+  const url = URL.createObjectURL(new Blob([new XMLSerializer().serializeToString(copy)], {type: "image/svg+xml"}));
+  const link = element("a", {href: url, download: `${label.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60)}.svg`});
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
 function smoothed(points, weight) {

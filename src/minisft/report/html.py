@@ -54,19 +54,33 @@ def _resource(name: str) -> str:
     return (files("minisft.report") / name).read_text(encoding="utf-8")
 
 
-def table(heads: list[str], rows: list[tuple[list[str], bool]]) -> str:
-    """Return a table of text cells; the rows marked True are the best ones."""
+def table(heads: list[str], rows: list[tuple[list[str], bool]], repeat_heads: bool = False) -> str:
+    """Return a table of text cells; the rows marked True are the best ones.
+
+    Args:
+        heads: The heads of the columns.
+        rows: The cells of each row, and whether it is marked.
+        repeat_heads: Whether each cell has its head in `data-head`, which page.css shows on a narrow screen.
+    """
+
+    def cell(text: str, head: str) -> str:
+        label = f' data-head="{escape(head, quote=True)}"' if repeat_heads and head else ""
+        return f"<td{label}>{escape(text)}</td>"
+
     head = "".join(f'<th scope="col">{escape(text)}</th>' if text else "<td></td>" for text in heads)
     body = "".join(
-        f"<tr{' class=best' if best else ''}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        for cells, best in rows
+        f"<tr{' class=best' if best else ''}>{''.join(map(cell, cells, heads))}</tr>" for cells, best in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def scrolling_table(heading_id: str, heads: list[str], rows: list[tuple[list[str], bool]]) -> str:
-    """Return a table that scrolls sideways on a narrow screen, labelled by the heading with the given id."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{heading_id}">{table(heads, rows)}</div>\n'
+    """Return a wide table, labelled by the heading with the given id.
+
+    It scrolls sideways where it does not fit; on a phone each row is a block with a line for each cell.
+    """
+    inner = table(heads, rows, repeat_heads=True)
+    return f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{heading_id}">{inner}</div>\n'
 
 
 def environment() -> str:

@@ -1,5 +1,6 @@
 """The page of a run: one file that opens offline, loads nothing from anywhere, and shows untrusted text as text."""
 
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -8,10 +9,12 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.files import write_atomically
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, table, whole_page
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of, page_data, read_run
-from minisft.report.tables import score_table
+from minisft.report.run_data import RunFiles, metric_name, metrics_of, page_data, read_run
+from minisft.report.tables import format_score, score_table
 from minisft.report.verdict import verdict
 from minisft.results import is_reliable, unreliability_reason
+from minisft.text import duration
+from minisft.yaml_tree import parse
 
 _KIND = "MiniSFT report"
 _REPORT_FILES = ("report.html", "results.md", "evaluation")
@@ -24,17 +27,31 @@ _LOSS = f"""<h2 id="curves">Loss</h2>
 <span class="key1">the held-out rows at each checkpoint</span>.</figcaption></figure>
 """
 _EXAMPLES = """<h2 id="examples">Answers side by side</h2>
+<div class="controls"><label>model <select id="system"></select></label>
+<label>order <select id="order"><option value="worst">worst first</option>
+<option value="worsened">most worsened first</option><option value="improved">most improved first</option>
+<option value="file">as in the data</option></select></label>
+<label>by <select id="metric"></select></label>
+<label>mark words that differ from <select id="against"><option value="reference">the reference</option>
+<option value="base">the base model</option><option value="nothing">nothing</option></select></label></div>
 <div class="controls"><label>search <input type="search" id="search"></label>
 <label>row <select id="pick"></select></label>
 <button type="button" id="previous">previous</button><button type="button" id="next">next</button>
 <span id="position" class="soft" role="status"></span>
 <label><input type="checkbox" id="all"> every checkpoint</label></div>
-<div class="pair"><div><h3>Prompt</h3><pre id="asked" tabindex="0"></pre></div>
+<div class="pair shown"><div><h3>Prompt</h3><pre id="asked" tabindex="0"></pre></div>
 <div id="known"><h3>Reference</h3><pre id="wanted" tabindex="0"></pre></div></div>
 <div class="cards" id="cards"></div>
-<p class="soft">First your own prompts, if there are any, then the first rows, the most improved and the most worsened
-ones, and as many others as fit; evaluation/NAME/outputs.jsonl holds all of them.</p>
+<div class="printed" id="printed"></div>
+<p class="soft">In an answer, words that the other text does not have are <del>struck out</del>; in the reference, words
+that the answer lacks are <ins>underlined</ins>. The page holds your own prompts, if there are any, the worst answers of
+every model, the most worsened and most improved ones, and as many others as fit, in a random order;
+evaluation/NAME/outputs.jsonl holds all of them.</p>
 """
+_SECTIONS = {
+    "scores": "Scores", "examples": "Answers", "curves": "Loss", "by-source": "Sources", "ledger": "Data",
+    "preview": "What is learned", "speed": "Speed", "recipe": "Recipe",
+}  # fmt: skip
 
 
 def require_target(folder: Path) -> None:
@@ -66,27 +83,34 @@ def write_report(output: Path, to: Path | None = None) -> Path:
         UserError: The folder is not a run folder.
     """
     run = read_run(output)
-    path = (to or output) / "report.html"
-    write_atomically(path, whole_page(output.resolve().name, _KIND, _body(run), page_data(run), "page.js"))
+    path, data = (to or output) / "report.html", page_data(run)
+    write_atomically(path, whole_page(output.resolve().name, _KIND, _body(run, data["sources"]), data, "page.js"))
     return path
 
 
-def _body(run: RunFiles) -> str:
-    """Return the sections of the page for which the run folder holds the files."""
-    # 1. The verdict, and the commands that start a conversation: with the best model, and with all of them.
+def _body(run: RunFiles, sources: list[dict[str, Any]]) -> str:
+    """Return the sections of the page for which the run folder holds the files.
+
+    Args:
+        run: The files of the run.
+        sources: The loss of each source, of `page_data`.
+    """
+    # 1. The overview: the verdict, the figures that matter, and the commands that start a conversation.
     best = run.results["best"] if run.results else None
     folder = run.root / "checkpoints" / best if best else run.root
-    parts = [
+    overview = [
         f'<p class="verdict">{escape(verdict(run))}</p>\n',
+        _tiles(run),
         f"<p>Talk to it: <code>minisft chat {escape(str(folder))}</code>, or in the browser, next to the base model "
         f"and every checkpoint: <code>minisft serve {escape(str(run.root))}</code></p>\n",
     ]
 
-    # 2. The curves, the scores, and the answers side by side.
-    if run.steps or run.systems:
-        parts += [_LOSS, _sources(page_data(run)["sources"])]
+    # 2. The scores, the answers side by side, and the curves.
+    parts: list[str] = []
     if run.results is not None:
         parts += [_scores(run, run.results), _EXAMPLES]
+    if run.steps or run.systems:
+        parts += [_LOSS, _sources(sources)]
 
     # 3. The data.
     parts += [_ledger(run), _preview(run)]
@@ -123,22 +147,95 @@ def _body(run: RunFiles) -> str:
         if probe := recorded.get("probe"):
             parts.append(f'<p id="probe">{escape(_probe_text(probe))}</p>\n')
     parts.append(f'<p class="soft">This page was written with {escape(environment())}.</p>\n')
-    return "".join(parts)
+
+    # 6. Links to the sections that there are.
+    body = "".join(parts)
+    links = [f'<a href="#{key}">{name}</a>' for key, name in _SECTIONS.items() if f'<h2 id="{key}">' in body]
+    return f'<nav aria-label="Sections">{"".join(links)}</nav>\n{"".join(overview)}{body}'
+
+
+def _tiles(run: RunFiles) -> str:
+    """Return the best score, the loss, the time, the cost and the data of a run, as far as its files tell them."""
+    tiles: list[tuple[str, str, list[str]]] = []  # name, figure, notes
+
+    # 1. Score and loss of the best checkpoint, beside those of the base model.
+    base, best = (run.results["base"], run.best) if run.results else ({}, None)
+    if best is not None and run.results is not None and (metrics := metrics_of(run)):
+        key = metrics[0]
+        interval = f"95 %: {best[key]['low']:.1f} to {best[key]['high']:.1f}" if is_reliable(best[key]) else ""
+        constant = format_score(run.results["constant"].get(key), interval=False)
+        others = f"base {format_score(base[key], interval=False)}" + (f", constant {constant}" if constant else "")
+        score = format_score(best[key], interval=False)
+        tiles.append((f"{metric_name(key)} of {best['checkpoint']}", score, [interval, others]))
+    if best is not None and best.get("loss") is not None:
+        before = f"base {base['loss']:.4g}" if base.get("loss") is not None else ""
+        tiles.append(("held-out loss", f"{best['loss']:.4g}", [before, f"perplexity {best['perplexity']:.4g}"]))
+    elif losses := [line["loss"] for line in run.steps if line.get("loss") is not None]:
+        tiles.append(("training loss, last step", f"{losses[-1]:.4g}", [f"{losses[0]:.4g} in the first step"]))
+
+    # 2. Time and cost of the training; those of the evaluation as a note.
+    timed = [line for line in run.steps if line.get("seconds")]
+    if timed:
+        seconds = sum(line["seconds"] for line in timed)
+        supervised = sum(line.get("supervised_tokens") or 0 for line in timed)
+        tiles.append(
+            (
+                "training time",
+                duration(seconds),
+                [f"{len(timed):,} steps", f"{supervised / seconds:,.0f} supervised tokens/s"],
+            )
+        )
+        unit = "GPU" if (run.environment or {}).get("devices") else "process"
+        processes = _processes(run)
+        memory = [line["peak_memory_mb"] for line in timed if line.get("peak_memory_mb")]
+        scoring = sum(entry.get("seconds") or 0 for _, entry in run.systems)
+        notes = [
+            f"at most {max(memory) / 1000:.2f} GB a process" if memory else "",
+            f"and {duration(scoring)} to score" if scoring else "",
+        ]
+        tiles.append((f"{unit} hours", f"{processes * seconds / 3600:.2g}", notes))
+
+    # 3. The data.
+    rows = (run.ledger or {}).get("rows", {})
+    if "train" in rows:
+        supervised = (run.ledger or {}).get("tokens", {}).get("supervised")
+        notes = [f"{rows.get('test', 0):,} held out", f"{supervised:,} supervised tokens" if supervised else ""]
+        tiles.append(("conversations to learn", f"{rows['train']:,}", notes))
+    parts = []
+    for name, figure, notes in tiles:
+        lines = "".join(f"<dd>{escape(note)}</dd>" for note in notes if note)
+        parts.append(f'<div><dt>{escape(name)}</dt><dd class="figure">{escape(figure)}</dd>{lines}</div>')
+    return f'<dl class="tiles">{"".join(parts)}</dl>\n' if parts else ""
+
+
+def _processes(run: RunFiles) -> int:
+    """Return the number of processes that trained, which recipe.yaml tells; 1 if it does not."""
+    with suppress(UserError, AttributeError, TypeError, ValueError):
+        return int(parse(run.recipe, "recipe.yaml").plain().get("training", {}).get("processes") or 1)
+    return 1
 
 
 def _sources(curves: list[dict[str, Any]]) -> str:
     """Return the figure and the table of the loss by source; nothing for a run with one source."""
     if not curves:
         return ""
-    keys = ", ".join(f'<span class="key{place % 8}">{escape(one["name"])}</span>' for place, one in enumerate(curves))
+    keys = ", ".join(f'<span class="key{place % 8}">{escape(one["short"])}</span>' for place, one in enumerate(curves))
     rows = [
-        ([one["name"], f"{one['tokens']:,}", "" if one["last"] is None else f"{one['last']:.4f}"], False)
+        (
+            [
+                one["name"],
+                f"{one['tokens']:,}",
+                *("" if one[at] is None else f"{one[at]:.4f}" for at in ("first", "last")),
+            ],
+            False,
+        )
         for one in curves
     ]
+    heads = ["source", "supervised tokens", "loss, first tenth of its steps", "last tenth"]
     return (
         '<h2 id="by-source">Loss by source</h2>\n<figure id="sources"><figcaption>Mean over the supervised tokens of '
         f"each source in a training step: {keys}.</figcaption></figure>\n"
-        f"{table(['source', 'supervised tokens', 'loss in its last step'], rows)}\n"
+        f"{scrolling_table('by-source', heads, rows)}"
     )
 
 
@@ -177,14 +274,14 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
         return failures
     intervals = ", 95 % intervals" if is_reliable(results) else ""
     figures = "".join(
-        f'<figure id="{metric}"><figcaption>{METRIC_NAMES[metric]}{intervals}; dotted: the constant baseline.'
-        "</figcaption></figure>"
+        f'<figure id="{escape(metric, quote=True)}"><figcaption>{escape(metric_name(metric))}{intervals}; dotted: the '
+        "constant baseline. A click on a point shows the worst answers behind it.</figcaption></figure>"
         for metric in metrics
     )
     if is_reliable(results):
         significance = (
-            f"p is the p-value of the difference in {METRIC_NAMES[metrics[0]]} from base, constant and best (paired "
-            "bootstrap)"
+            f"p is the p-value of the difference in {escape(metric_name(metrics[0]))} from base, constant and best "
+            "(paired bootstrap)"
         )
     else:
         significance = unreliability_reason(results)
@@ -192,8 +289,8 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
     return (
         f'<h2 id="scores">Scores on {results.get("answers", "the")} held-out answers</h2>\n'
         f'<div class="pair">{figures}</div>\n{scrolling_table("scores", *score_table(run))}{failures}'
-        f'<p class="soft">constant is the constant baseline: every prompt is answered with {constant}, the training '
-        f"answer that scores best. {significance}.</p>\n"
+        '<p class="soft">A score in the table leads to the worst answers behind it. constant is the constant baseline: '
+        f"every prompt is answered with {constant}, the training answer that scores best. {significance}.</p>\n"
     )
 
 

@@ -1,6 +1,7 @@
 """What the report knows of a run, read from its folder, and the data that the page's scripts draw."""
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from minisft.run_folder import RunFolder, read_metrics
 
 CURVE_POINTS = 1500  # about as many points of a curve are on a page; longer curves are thinned
 EXAMPLE_BYTES = 1_500_000  # limit of the example text on the page; outputs.jsonl holds all of it
-CHANGED_ROWS = 5  # number of the most improved rows on the page, and of the most worsened ones
+CHOSEN_ROWS = 5  # number of the worst rows of a model on the page, of the most improved and of the most worsened ones
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,18 @@ def _read_optional_json(path: Path, fix: str, **fields: type) -> dict[str, Any] 
 
 
 def metrics_of(run: RunFiles) -> list[str]:
-    """Return the keys of the metrics that the run was scored with."""
-    return [metric for metric in METRIC_NAMES if run.results is not None and metric in run.results["base"]]
+    """Return the keys of the metrics that the run was scored with: each entry of results.json that has a score."""
+    scored = [key for key, value in (run.results or {"base": {}})["base"].items() if _is_score(value)]
+    return [*(key for key in METRIC_NAMES if key in scored), *(key for key in scored if key not in METRIC_NAMES)]
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("score"), (int, float))
+
+
+def metric_name(key: str) -> str:
+    """Return the name of a metric as the field writes it; the key itself for a metric that has no such name."""
+    return METRIC_NAMES.get(key, key)
 
 
 def read_answers(run: RunFiles, system: str, name: str) -> list[dict[str, Any]]:
@@ -110,10 +121,15 @@ def page_data(run: RunFiles) -> dict[str, Any]:
     scores: dict[str, Any] | None = None
     if run.results is not None:
         keys = ("score", "low", "high") if is_reliable(run.results) else ("score",)
+        constant = run.results["constant"]
         scores = {
             metric: {
-                "points": [[entry["step"], *(rounded(entry[metric][key]) for key in keys)] for _, entry in run.systems],
-                "constant": rounded(run.results["constant"][metric]["score"]),
+                "points": [
+                    [entry["step"], *(rounded(entry[metric][key]) for key in keys)]
+                    for _, entry in run.systems
+                    if metric in entry
+                ],
+                "constant": rounded(constant[metric]["score"]) if metric in constant else None,
             }
             for metric in metrics_of(run)
         }
@@ -122,7 +138,7 @@ def page_data(run: RunFiles) -> dict[str, Any]:
     prompts = [read_answers(run, name, "prompts.jsonl") for name, _ in run.systems]
     same_prompts = all([row["id"] for row in rows] == [row["id"] for row in prompts[0]] for rows in prompts)
     examples = [
-        _example(list(rows), f"your {rows[0]['id']}", None)
+        _example(list(rows), f"your {rows[0]['id']}", [])
         for rows in (zip(*prompts, strict=True) if same_prompts else ())
     ]
     examples += _held_out_examples(run)
@@ -135,7 +151,8 @@ def page_data(run: RunFiles) -> dict[str, Any]:
         "systems": [name for name, _ in run.systems],
         "best": run.results["best"] if run.results else None,
         "bestLabel": best_label(run.results) if run.results else None,
-        "scoreName": "chrF" if "chrf" in metrics_of(run) else "BLEU",
+        "metrics": {metric: metric_name(metric) for metric in metrics_of(run)},
+        "answerMetric": answer_metric(metrics_of(run)),
         "examples": examples,
     }
 
@@ -143,20 +160,40 @@ def page_data(run: RunFiles) -> dict[str, Any]:
 def _source_curves(run: RunFiles) -> list[dict[str, Any]]:
     """Return a curve for each source of the training data, (step, mean loss); [] for a run with one source."""
     names = list(dict.fromkeys(name for line in run.steps for name in line.get("sources") or {}))
+    short = [Path(name).name for name in names]
+    is_clear = len(set(short)) == len(short)
     curves = []
-    for name in names if len(names) > 1 else ():
+    for place, name in enumerate(names if len(names) > 1 else ()):
         steps = [(line["step"], (line.get("sources") or {}).get(name)) for line in run.steps]
         points = [
             [step, rounded(one["loss_sum"] / one["supervised_tokens"])]
             for step, one in steps
             if one and one["supervised_tokens"]
         ]
-        tokens = sum(one["supervised_tokens"] for _, one in steps if one)
-        stride = max(1, len(points) // CURVE_POINTS)
+        counted = [one for _, one in steps if one and one["supervised_tokens"]]
+        tenth = -(-len(counted) // 10)  # steps; the loss of one step alone depends on its few rows of a source
         curves.append(
-            {"name": name, "points": points[::stride], "tokens": tokens, "last": points[-1][1] if points else None}
+            {
+                "name": name,
+                "short": short[place] if is_clear else name,
+                "points": points[:: max(1, len(points) // CURVE_POINTS)],
+                "tokens": sum(one["supervised_tokens"] for one in counted),
+                "first": _mean_loss(counted[:tenth]),
+                "last": _mean_loss(counted[-tenth:]),
+            }
         )
     return curves
+
+
+def _mean_loss(steps: list[dict[str, Any]]) -> float | None:
+    """Return the mean over the supervised tokens of these steps; None if there are none."""
+    tokens = sum(one["supervised_tokens"] for one in steps)
+    return rounded(sum(one["loss_sum"] for one in steps) / tokens) if tokens else None
+
+
+def answer_metric(metrics: list[str]) -> str | None:
+    """Return the metric by which single answers are ordered: chrF if it is there, since BLEU needs a corpus."""
+    return "chrf" if "chrf" in metrics else next(iter(metrics), None)
 
 
 def rounded(value: float) -> float:
@@ -165,34 +202,41 @@ def rounded(value: float) -> float:
 
 
 def _held_out_examples(run: RunFiles) -> list[dict[str, Any]]:
-    """Return held-out rows with the answers of all systems, as many as EXAMPLE_BYTES allow."""
-    answers = [read_answers(run, name, "outputs.jsonl") for name, _ in run.systems]
+    """Return held-out rows with the answers of all systems, as many as EXAMPLE_BYTES allow.
+
+    In this order: the worst answers of the best checkpoint, those that worsened and improved most against the base
+    model, the worst answers of every other system by every metric, and the other rows in a random order.
+    """
+    names = [name for name, _ in run.systems]
+    answers = [read_answers(run, name, "outputs.jsonl") for name in names]
     if not answers or not all(len(rows) == len(answers[0]) for rows in answers):
         return []
-    metric = "chrf" if "chrf" in metrics_of(run) else "bleu"
+    metrics = [
+        metric
+        for metric in metrics_of(run)
+        if all(isinstance(row.get(metric), (int, float)) for rows in answers for row in rows)
+    ]
 
-    # 1. Title suffix by row number, in the order of the page: the first rows, then those that improved or worsened
-    #    most from the base model to the best checkpoint.
-    suffixes = dict.fromkeys(range(min(3, len(answers[0]))), "")
-    names = [name for name, _ in run.systems]
+    # 1. The rows by their number in the file; a dict keeps the first place of each.
+    numbers: dict[int, None] = {}
     best = run.results["best"] if run.results else None
-    if best in names and answers[0] and metric in answers[0][0]:
-        after = answers[names.index(best)]
-        gains = [tuned[metric] - base[metric] for base, tuned in zip(answers[0], after, strict=True)]
-        order = sorted(range(len(gains)), key=lambda number: -gains[number])
-        changed = [number for number in order[:CHANGED_ROWS] if gains[number] > 0]
-        changed += [number for number in order[::-1][:CHANGED_ROWS] if gains[number] < 0]
-        for number in changed:
-            word = "improved" if gains[number] > 0 else "worsened"
-            suffixes[number] = f" ({word}: {gains[number]:+.1f} {METRIC_NAMES[metric]})"
+    if (metric := answer_metric(metrics)) is not None and best in names:
+        tuned = [row[metric] for row in answers[names.index(best)]]
+        gains = [after - before[metric] for before, after in zip(answers[0], tuned, strict=True)]
+        numbers |= dict.fromkeys(_lowest(tuned))
+        numbers |= dict.fromkeys(number for number in _lowest(gains) if gains[number] < 0)
+        numbers |= dict.fromkeys(number for number in _lowest([-gain for gain in gains]) if gains[number] > 0)
+    for rows in answers:
+        for metric in metrics:
+            numbers |= dict.fromkeys(_lowest([row[metric] for row in rows]))
+    others = [number for number in range(len(answers[0])) if number not in numbers]
+    random.Random(0).shuffle(others)
 
-    # 2. All other rows follow, until the page is full.
-    others = (number for number in range(len(answers[0])) if number not in suffixes)
+    # 2. Until the page is full.
     examples, size = [], 0
-    for number in [*suffixes, *others]:
+    for number in [*numbers, *others]:
         rows = [system_answers[number] for system_answers in answers]
-        title = f"{rows[0]['id']}, answer {rows[0]['turn']}{suffixes.get(number, '')}"
-        example = _example(rows, title, metric)
+        example = _example(rows, f"{rows[0]['id']}, answer {rows[0]['turn']}", metrics) | {"number": number}
         size += len(json.dumps(example, ensure_ascii=False).encode())
         if size > EXAMPLE_BYTES:
             break
@@ -200,8 +244,13 @@ def _held_out_examples(run: RunFiles) -> list[dict[str, Any]]:
     return examples
 
 
-def _example(answers: list[dict[str, Any]], title: str, metric: str | None) -> dict[str, Any]:
-    """Return one prompt with the answers of all systems; each distinct text is stored once."""
+def _lowest(values: list[float]) -> list[int]:
+    """Return the places of the CHOSEN_ROWS lowest values, the lowest first."""
+    return sorted(range(len(values)), key=lambda place: values[place])[:CHOSEN_ROWS]
+
+
+def _example(answers: list[dict[str, Any]], title: str, metrics: list[str]) -> dict[str, Any]:
+    """Return one prompt with the answers of all systems and their scores; each distinct text is stored once."""
     written = [_with_reasoning(answer) for answer in answers]
     texts = list(dict.fromkeys(written))  # many checkpoints give the same answer
     indices = {text: index for index, text in enumerate(texts)}
@@ -211,7 +260,7 @@ def _example(answers: list[dict[str, Any]], title: str, metric: str | None) -> d
         "reference": answers[0].get("reference"),
         "texts": texts,
         "outputs": [indices[text] for text in written],
-        "scores": [round(answer[metric], 1) if metric in answer else None for answer in answers],
+        "scores": {metric: [rounded(answer[metric]) for answer in answers] for metric in metrics},
     }
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of
+from minisft.report.run_data import METRIC_NAMES, RunFiles, metric_name, metrics_of
 from minisft.results import best_label, is_below_base, is_reliable
 
 _RIVALS = ("base", "constant", "best")  # the systems that every other one is tested against
@@ -21,7 +21,7 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
     rivals = _RIVALS if metrics and is_reliable(run.results) else ()
 
     # 1. The heads.
-    heads = ["", "step", "loss", "perplexity", *(METRIC_NAMES[metric] for metric in metrics)]
+    heads = ["", "step", "loss", "perplexity", *(metric_name(metric) for metric in metrics)]
     heads += [f"p: {rival}" for rival in rivals]
     heads += [*(["exact"] if metrics else []), *run.results["base"].get("custom", {}), "seconds"]
 
@@ -29,13 +29,13 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
     rows = []
     for name, entry in [*run.systems, *([("constant", run.results["constant"])] if metrics else [])]:
         below = name == best and is_below_base(run.results)
-        p_values = entry[metrics[0]].get("p", {}) if metrics else {}
+        p_values = entry.get(metrics[0], {}).get("p", {}) if metrics else {}
         cells = [
             f"{name} ({best_label(run.results)})" if below else name,
             entry.get("step"),
             entry.get("loss"),
             entry.get("perplexity"),
-            *(format_score(entry[metric]) for metric in metrics),
+            *(format_score(entry.get(metric)) for metric in metrics),
             *(format_p_value(p_values.get(rival)) for rival in rivals),
             *([f"{100 * entry.get('exact_match', 0):.0f} %"] if metrics else []),
             *(format_score(score, digits=".4g") for score in entry.get("custom", {}).values()),

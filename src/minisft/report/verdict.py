@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of
+from minisft.report.run_data import METRIC_NAMES, RunFiles, metric_name, metrics_of
 from minisft.report.tables import format_p_value, format_score
 from minisft.results import MIN_CONVERSATIONS, is_reliable, unreliability_reason
 
@@ -20,8 +20,8 @@ def verdict(run: RunFiles) -> str:
     best = run.best
     if best is None:
         return "No checkpoint could be scored."
-    metric = "bleu" if "bleu" in best else "chrf"
-    name, label = METRIC_NAMES[metric], results["best"]
+    metric = metrics_of(run)[0]
+    name, label = metric_name(metric), results["best"]
     score, base, constant = best[metric], results["base"][metric], results["constant"][metric]
 
     # 1. Against the base model.

@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from minisft.console import Display, display, error_console, redraws, warn
 from minisft.files import write_atomically
 from minisft.manifest import record_files
+from minisft.monitoring.progress_table import ProgressTable, step_line
 from minisft.processes import handle_stop_signals
-from minisft.progress_table import ProgressTable, step_line
 from minisft.training.batching import StepSampler
 
 if TYPE_CHECKING:

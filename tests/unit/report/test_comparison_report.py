@@ -9,7 +9,6 @@ import pytest
 from minisft.errors import UserError
 from minisft.report.comparison import Entry, differences, measure, relative_difference, write_comparison
 from minisft.report.run_data import read_run
-from tests.browser import Browser, find_browser
 from tests.unit.report.test_page import Elements
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/INST] | &amp;"
@@ -190,30 +189,26 @@ def test_differences_are_relative_and_cover_common_steps_only():
     assert relative_difference(0.0, 0.0) == 0.0
 
 
-@pytest.mark.skipif(find_browser() is None, reason="there is no Chromium here; MINISFT_BROWSER names one")
-def test_the_page_draws_every_variant_in_a_browser(tmp_path):
+def test_the_page_draws_every_variant_in_a_browser(started_browser, tmp_path):
     """The page draws a curve for each variant, shows its values, logs no error, and runs no script of untrusted text."""
     make_run(tmp_path / "compare/vanilla")
     make_run(tmp_path / "compare/zero2", seconds=2.0)
     entries = [entry("vanilla"), entry("zero2"), entry("bad", status="failed", failed_at="train", error=NASTY)]
     write_comparison(tmp_path, entries)
-    browser = Browser(find_browser())
-    try:
-        browser.open(tmp_path / "comparison.html")
-        for figure in ("loss", "grad_norm"):
-            assert browser.run(f"document.querySelectorAll('#{figure} path').length") == 2
-        assert browser.text("pre") == NASTY
-        shape = "document.querySelector('#loss path').getAttribute('d')"
-        before = browser.run(shape)
-        browser.click("#log")
-        assert browser.run(shape) != before
-        browser.hover("#loss svg", 0.97, 0.5)
-        assert browser.text("#loss .tip") == "step 10\nvanilla: 0.4000\nzero2: 0.4000"
-        browser.open(tmp_path / "comparison.html", width=390, dark=True)
-        assert browser.run("document.documentElement.scrollWidth") <= 390
-        assert browser.problems == []
-    finally:
-        browser.close()
+    browser = started_browser
+    browser.open(tmp_path / "comparison.html")
+    for figure in ("loss", "grad_norm"):
+        assert browser.run(f"document.querySelectorAll('#{figure} path').length") == 2
+    assert browser.text("pre") == NASTY
+    shape = "document.querySelector('#loss path').getAttribute('d')"
+    before = browser.run(shape)
+    browser.click("#log")
+    assert browser.run(shape) != before
+    browser.hover("#loss svg", 0.97, 0.5)
+    assert browser.text("#loss .tip") == "step 10\nvanilla: 0.4000\nzero2: 0.4000"
+    browser.open(tmp_path / "comparison.html", width=390, dark=True)
+    assert browser.run("document.documentElement.scrollWidth") <= 390
+    assert browser.problems == []
 
 
 def test_an_error_and_its_fix_are_two_sentences(tmp_path):

@@ -94,7 +94,12 @@ def test_what_a_model_wrote_stays_text(tmp_path):
 def test_the_page_loads_nothing(tmp_path):
     page = write_report(make_run(tmp_path)).read_text()
     elements = Elements(page)
-    assert not [a for _, a in elements.found if {"src", "href"} & set(a)]
+    assert not [a for _, a in elements.found if "src" in a]
+    ids = {a["id"] for _, a in elements.found if "id" in a}
+    links = [a["href"] for _, a in elements.found if "href" in a]
+    assert links
+    assert {link[1:] for link in links} <= ids
+    assert all(link.startswith("#") for link in links)
     assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg"}
     assert "default-src 'none'" in page
 
@@ -111,7 +116,71 @@ def test_the_page_holds_every_section(tmp_path):
     assert "checkpoint-10 could not be scored" in page
     data = json.loads(Elements(page).data)
     assert len(data["train"]) <= 2000
-    assert [row["title"] for row in data["examples"]][3] == "row3, answer 1 (improved: +3.0 chrF)"
+
+
+def test_the_overview_comes_first_with_score_loss_time_cost_and_data(tmp_path):
+    folder = make_run(tmp_path)
+    (folder / "recipe.yaml").write_text("model: tiny\ntraining: {processes: 3}\n")
+    ledger = json.loads((folder / "dataset/ledger.json").read_text())
+    ledger["rows"] |= {"train": 1045, "test": 5}
+    (folder / "dataset/ledger.json").write_text(json.dumps(ledger))
+    page = write_report(folder).read_text()
+    found = re.findall(r'<div><dt>(.*?)</dt><dd class="figure">(.*?)</dd>((?:<dd>.*?</dd>)*)</div>', page)
+    assert [(name, figure) for name, figure, _ in found] == [
+        ("BLEU of checkpoint-9", "20.0"), ("held-out loss", "2"), ("training time", "2 h 46 min"),
+        ("process hours", "8.3"), ("conversations to learn", "1,045"),
+    ]  # fmt: skip
+    notes = [re.findall(r"<dd>(.*?)</dd>", more) for _, _, more in found]
+    assert notes[0] == ["95 %: 18.0 to 22.0", "base 3.0, constant 10.0"]
+    assert notes[2] == ["4,999 steps", "10 supervised tokens/s"]
+    assert page.index('verdict">') < page.index('tiles">') < page.index('id="scores"') < page.index('id="examples"')
+
+
+def test_the_worst_answers_of_the_best_checkpoint_come_before_all_others(tmp_path):
+    data = json.loads(Elements(write_report(make_run(tmp_path, rows=40)).read_text()).data)
+    numbers = [row["number"] for row in data["examples"]]
+    assert numbers[:5] == [0, 1, 2, 3, 4]  # chrF of the checkpoint is 3 n, of the base model 2 n
+    assert numbers[5:10] == [39, 38, 37, 36, 35]  # none is worse than the base model's; these improved most
+    assert sorted(numbers) == list(range(40))
+    assert numbers[10:] != sorted(numbers[10:])  # the others in a random order, the same each time
+    again = json.loads(Elements(write_report(tmp_path).read_text()).data)
+    assert [row["number"] for row in again["examples"]] == numbers
+
+
+def test_a_metric_that_this_version_does_not_know_has_its_column_its_figure_and_its_rows(tmp_path):
+    folder = make_run(tmp_path)
+    path = folder / "evaluation/results.json"
+    results = json.loads(path.read_text())
+    for place in (results["base"], *results["checkpoints"], results["constant"]):
+        place["new_metric"] = score(0.5)
+    path.write_text(json.dumps(results))
+    for name in ("base", "checkpoint-9"):
+        outputs = folder / "evaluation" / name / "outputs.jsonl"
+        lines = [
+            json.loads(line) | {"new_metric": 1 - n / 8} for n, line in enumerate(outputs.read_text().splitlines())
+        ]
+        outputs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(folder).read_text()
+    data = json.loads(Elements(page).data)
+    assert list(data["metrics"]) == ["bleu", "chrf", "new_metric"]
+    assert ("figure", {"id": "new_metric"}) in Elements(page).found
+    assert '<th scope="col">new_metric</th>' in page
+    assert data["examples"][0]["scores"]["new_metric"] == [1.0, 1.0]
+
+
+def test_each_source_has_its_loss_at_the_beginning_and_at_the_end(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: tiny\n")
+    steps = [
+        {"step": n, "loss": 1.0, "sources": {"d/a.jsonl": {"loss_sum": 4.0 * (41 - n), "supervised_tokens": 4},
+                                             "d/b.jsonl": {"loss_sum": 0.0, "supervised_tokens": n % 2}}}
+        for n in range(1, 41)
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    page = write_report(tmp_path).read_text()
+    first, second = json.loads(Elements(page).data)["sources"]
+    assert (first["short"], first["tokens"], first["first"], first["last"]) == ("a.jsonl", 160, 38.5, 2.5)
+    assert (second["tokens"], second["first"], second["last"]) == (20, 0.0, 0.0)
+    assert '<td data-head="source">d/a.jsonl</td><td data-head="supervised tokens">160</td>' in page
 
 
 @pytest.mark.parametrize(
@@ -160,7 +229,7 @@ def test_the_users_own_prompts_come_first(tmp_path):
     first, second, *_ = json.loads(Elements(write_report(folder).read_text()).data)["examples"]
     assert first == {
         "title": "your prompt-1", "prompt": "Mine?", "reference": None, "texts": ["base", "checkpoint-9"],
-        "outputs": [0, 1], "scores": [None, None],
+        "outputs": [0, 1], "scores": {},
     }  # fmt: skip
     assert second["title"] == "row0, answer 1"
 

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from minisft.text import printable
+from minisft.text import duration, printable
 
 _BAR_WIDTH, _TREND_WIDTH = 32, 24  # characters
 _RECENT = 20  # logged steps of which the speed is the mean
@@ -113,14 +113,6 @@ def trend_of(values: list[float]) -> str:
     if abs(now - before) <= _LEVEL * abs(before):
         return "level"
     return "falling" if now < before else "rising"
-
-
-def duration(seconds: float) -> str:
-    """Return a time such as 42 s, 3 min 05 s or 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def step_line(line: Mapping[str, Any], last_step: int | None, seconds_left: float | None) -> str:

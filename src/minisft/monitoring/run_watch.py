@@ -7,11 +7,11 @@ from typing import Any
 
 from minisft.console import console, display, redraws, say, warn
 from minisft.errors import UserError
-from minisft.progress_table import ProgressTable, step_line
+from minisft.monitoring.progress_table import ProgressTable, step_line
+from minisft.monitoring.run_list import describe_best, run_scores
+from minisft.monitoring.run_progress import MetricLines, is_at_work, number_of_steps
 from minisft.recipe import Recipe
 from minisft.run_folder import RunFolder, load_run
-from minisft.run_list import describe_best, run_scores
-from minisft.run_progress import MetricLines, is_at_work, number_of_steps
 
 _POLL_SECONDS = 1.0
 _START_SECONDS = 60.0  # the time that a training which is started together with `watch` has to begin

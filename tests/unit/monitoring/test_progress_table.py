@@ -9,7 +9,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from minisft.progress_table import ProgressTable, duration, spark_line, step_line, trend_of
+from minisft.monitoring.progress_table import ProgressTable, spark_line, step_line, trend_of
+from minisft.text import duration
 from tests.terminal import run_in_terminal
 
 ROWS = ["step", "epoch", "loss", "held-out", "speed", "memory", "left"]
@@ -18,7 +19,7 @@ COLOURS = re.compile(rb"\x1b\[[\d;]*3[0-7][\d;]*m")
 SCRIPT = """
 import sys, time
 from minisft.console import display, redraws, say, waiting, warn
-from minisft.progress_table import ProgressTable, step_line
+from minisft.monitoring.progress_table import ProgressTable, step_line
 
 table = ProgressTable("training \\x1b]0;evil\\x07 run")
 table.last_step = 4

@@ -12,8 +12,8 @@ import pytest
 import minisft
 from minisft.errors import UserError
 from minisft.files import hold_lock
+from minisft.monitoring.run_watch import watch
 from minisft.run_folder import RunFolder
-from minisft.run_watch import watch
 from tests.command import refused, run
 from tests.terminal import run_in_terminal
 
@@ -99,7 +99,7 @@ def test_a_line_for_each_step_in_a_pipe(root):
             (root / "model").mkdir()
             (root / "model" / "config.json").write_text("{}")
 
-    import minisft.run_watch as module
+    import minisft.monitoring.run_watch as module
 
     with hold_lock(root / ".lock"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "say", lines.append)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from minisft.errors import UserError
 from minisft.manifest import MARKER, read_marker
+from minisft.monitoring.run_progress import MetricLines, is_at_work, number_of_steps
 from minisft.recipe import METRICS, Recipe
 from minisft.results import METRIC_NAMES, is_reliable, read_results
 from minisft.run_folder import RUN_KIND, RunFolder, load_run
-from minisft.run_progress import MetricLines, is_at_work, number_of_steps
 from minisft.text import first_line, printable
 
 if TYPE_CHECKING:
