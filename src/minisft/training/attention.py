@@ -153,7 +153,17 @@ def flash_attn(
     ends, longest = _ends(lengths, shape.device), max(lengths)
     window = (-1, -1) if shape.window is None else (shape.window - 1, 0)
     return flash_attn_varlen_func(  # type: ignore[no-any-return]
-        q, k, v, ends, ends, longest, longest, softmax_scale=shape.scaling, causal=True, window_size=window
+        q,
+        k,
+        v,
+        ends,
+        ends,
+        longest,
+        longest,
+        softmax_scale=shape.scaling,
+        causal=True,
+        window_size=window,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds up atomically otherwise
     )
 
 
