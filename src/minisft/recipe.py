@@ -105,6 +105,7 @@ class TrainingRecipe:
     lora: LoraRecipe | None = None
     offload: Literal["optimizer", "parameters"] | None = None
     gradient_checkpointing: bool = False
+    deterministic: bool = False
     row_tokens: int | None = None
     memory_limit_gb: float | None = None
     report_to: list[str] = field(default_factory=list)

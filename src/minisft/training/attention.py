@@ -71,6 +71,7 @@ def padding_free_attention(
     """
     _refuse(module, attention_mask, conversation_lengths, kwargs)
     lengths = tuple(conversation_lengths or ())
+    query, key, value = in_autocast_type(query, key, value)
     window = sliding_window if sliding_window is not None and max(lengths) > sliding_window else None
     shape = Shape(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device, scaling, window, softcap)
     rows = [one[0].transpose(0, 1) for one in (query, key, value)]  # (tokens, heads, head size)
@@ -78,6 +79,18 @@ def padding_free_attention(
     if kernel is None:
         return per_conversation_attention(rows[0], rows[1], rows[2], lengths, shape, dropout, s_aux)[None], None
     return kernel(rows[0], rows[1], rows[2], lengths, shape)[None], None
+
+
+def in_autocast_type(*heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return queries, keys and values in the number format of autocast, in which a GPU's kernels compute.
+
+    Rotary embeddings and norms return fp32 queries and keys under autocast, beside bf16 values, and no kernel takes
+    those. On a CPU they stay as they are: attention is computed in fp32 there.
+    """
+    device = heads[0].device.type
+    if device == "cpu" or not torch.is_autocast_enabled(device):
+        return heads
+    return tuple(one.to(torch.get_autocast_dtype(device)) for one in heads)
 
 
 def _refuse(
@@ -140,7 +153,17 @@ def flash_attn(
     ends, longest = _ends(lengths, shape.device), max(lengths)
     window = (-1, -1) if shape.window is None else (shape.window - 1, 0)
     return flash_attn_varlen_func(  # type: ignore[no-any-return]
-        q, k, v, ends, ends, longest, longest, softmax_scale=shape.scaling, causal=True, window_size=window
+        q,
+        k,
+        v,
+        ends,
+        ends,
+        longest,
+        longest,
+        softmax_scale=shape.scaling,
+        causal=True,
+        window_size=window,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds up atomically otherwise
     )
 
 
@@ -178,7 +201,9 @@ KERNELS: tuple[Kernel, ...] = (flash_attn, torch_varlen, torch_varlen_repeated)
 @lru_cache(maxsize=8)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return the start of each conversation and the end of the row, (conversations + 1,); cached for all layers."""
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    # Pinned, so that the copy is put in the GPU's queue and the CPU does not wait for what the GPU still computes.
+    return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends.to(device)
 
 
 def select_kernel(shape: Shape, dropout: float) -> Kernel | None:

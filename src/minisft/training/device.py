@@ -1,10 +1,11 @@
 """The machine: devices, cores, number formats and versions."""
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -110,6 +111,35 @@ def keeps_freed_memory(strategy: str, *, half: bool) -> bool:
     0.5 GB more for a 135M model would save 4 % of a step.
     """
     return strategy == "vanilla" and not half
+
+
+def use_deterministic_kernels(asked: bool) -> None:
+    """Let torch take only kernels that give the same bits every time; call it before the first one.
+
+    On a GPU, others add up in the order in which threads finish (torch's notes: "Reproducibility"). cuBLAS needs a
+    workspace of fixed size for it, which it reads from the environment (cuBLAS manual: "Results reproducibility").
+    """
+    if asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(asked)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it here
+
+
+@contextlib.contextmanager
+def explain_missing_kernels() -> Iterator[None]:
+    """Name the recipe's key where torch has no deterministic kernel of an operation.
+
+    Raises:
+        UserError: In place of torch's RuntimeError, which names the operation.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic implementation" not in str(error):
+            raise
+        operation = str(error).split(" does not have")[0].split(" only has")[0]
+        problem = f"torch has no deterministic kernel of {operation} on this GPU"
+        raise UserError("training.deterministic", problem, "set it to false, or use another model") from None
 
 
 def _keep_few_kernels() -> None:

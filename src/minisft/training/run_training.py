@@ -36,9 +36,11 @@ from minisft.training.device import (
     choose_precision,
     default_tokens_per_forward,
     describe_environment,
+    explain_missing_kernels,
     on_cpu,
     prepare_cpu_memory,
     require_processes,
+    use_deterministic_kernels,
 )
 from minisft.training.distributed import is_joined, launch
 from minisft.training.nodes import Nodes, local_processes, use_network_interface
@@ -51,6 +53,7 @@ from minisft.training.optimization import (
 )
 from minisft.training.step_metrics import start_counting
 from minisft.training.zero import (
+    COLLECTIVE_TIMEOUT,
     ZERO_STAGES,
     deepspeed_config,
     require_deepspeed,
@@ -204,6 +207,7 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
 
     suppress_known_warnings()
     prepare_cpu_memory(recipe.training.strategy, choose_precision(recipe.training.precision), on_cpu())
+    use_deterministic_kernels(recipe.training.deterministic)
     start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
         start_communication(on_cpu())
@@ -234,7 +238,12 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         trainer.on_probed = lambda result: write_environment(
             run, environment | {"probe": result.as_dict() | {"frozen": list(trainer.frozen)}}
         )
-    with progress.shown(), explain_failed_writes(run.root), listen_for_stop() as trainer.stop:
+    with (
+        progress.shown(),
+        explain_failed_writes(run.root),
+        explain_missing_kernels(),
+        listen_for_stop() as trainer.stop,
+    ):
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
 
@@ -296,6 +305,8 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         use_cpu=on_cpu(),
         ddp_backend=("gloo" if on_cpu() else "nccl") if is_joined() else None,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # buffers are constants here, such as the frequencies of rotary embeddings
+        ddp_timeout=int(COLLECTIVE_TIMEOUT.total_seconds()),
         remove_unused_columns=False,
         disable_tqdm=True,
         deepspeed=deepspeed_config(

@@ -5,8 +5,14 @@ import os
 import pytest
 import torch
 
+from minisft.errors import UserError
 from minisft.training.attention import Shape, per_conversation_attention
-from minisft.training.device import keeps_freed_memory, prepare_cpu_memory
+from minisft.training.device import (
+    explain_missing_kernels,
+    keeps_freed_memory,
+    prepare_cpu_memory,
+    use_deterministic_kernels,
+)
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -60,3 +66,21 @@ def test_attention_in_half_precision_is_computed_in_fp32(autocast):
     exact = per_conversation_attention(rows[0].float(), rows[1].float(), rows[2].float(), lengths, shape)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output, exact.bfloat16(), rtol=0, atol=0)
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a value that the user set stays
+    use_deterministic_kernels(True)
+    try:
+        named = r"training\.deterministic: torch has no deterministic kernel of put_"
+        with pytest.raises(UserError, match=named), explain_missing_kernels():
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    finally:
+        use_deterministic_kernels(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_another_error_stays_as_it_is():
+    with pytest.raises(RuntimeError, match="another"), explain_missing_kernels():
+        raise RuntimeError("another")
