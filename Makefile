@@ -11,7 +11,7 @@ else
 DEMO := training.strategy=$(STRATEGY) training.processes=2 training.batch_size=4 output=outputs/demo-$(STRATEGY)
 endif
 
-.PHONY: setup demo test test-all test-lowest release lint format bench engines docs clean
+.PHONY: setup demo test test-all test-gpu test-lowest release lint format bench engines docs clean
 
 setup: $(READY)
 
@@ -42,6 +42,10 @@ test: lint
 # What takes minutes: long property tests, every strategy through the command line.
 test-all: test
 	$(BIN)/pytest -n 2 --dist worksteal -m long
+
+# What only a GPU can show. Without one, every test is named and skipped.
+test-gpu: setup
+	$(BIN)/pytest -n 0 -vv --durations 5 tests/gpu
 
 # The fast tests with the oldest versions that pyproject.toml admits; torch, and the tools of `dev`, as constraints.txt.
 test-lowest: setup

@@ -1,6 +1,10 @@
-"""The independent reference of training: a plain padded loop, without the Trainer."""
+"""The independent reference of training: a plain padded loop, without the Trainer; and what a run did."""
+
+import json
 
 import torch
+
+from minisft.training.batching import measure_lengths, steps_of_epoch
 
 
 def padded_loop(model, dataset, steps, learning_rates, dtype=torch.float32):
@@ -23,3 +27,24 @@ def padded_loop(model, dataset, steps, learning_rates, dtype=torch.float32):
         optimizer.step()
         optimizer.zero_grad()
     return came_out
+
+
+def logged_steps(run):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def train_rows(run):
+    from datasets import load_from_disk
+
+    return load_from_disk(str(run.dataset / "train"))
+
+
+def conversations_of_steps(run, *, global_batch, pack_tokens=None):
+    """The rows that make each step that the run took."""
+    lengths = measure_lengths(train_rows(run)).tokens
+    count, steps = len(logged_steps(run)), []
+    for epoch in range(count):
+        how = {"global_batch": global_batch, "pack_tokens": pack_tokens, "seed": 0, "epoch": epoch}
+        steps += [step.tolist() for step in steps_of_epoch(lengths, **how)]
+    return steps[:count]

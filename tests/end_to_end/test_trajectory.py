@@ -13,9 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minisft.run_folder import RunFolder
-from minisft.training.batching import measure_lengths, steps_of_epoch
 from minisft.training.resharding import ShardedState
-from tests.padded import padded_loop
+from tests.padded import conversations_of_steps, logged_steps, padded_loop, train_rows
 from tests.tiny import minisft, write_conversations, write_recipe, write_tiny_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory.jsonl"
@@ -37,7 +36,7 @@ def reference_of(recipe, tiny_model, tmp_path_factory):
     def of(layout):
         run = train(recipe, tmp_path_factory.mktemp(layout) / "run", layout)
         steps = conversations_of_steps(run, global_batch=8, pack_tokens=PACK_TOKENS if layout == "packed" else None)
-        rates = [line["learning_rate"] for line in metrics(run)]
+        rates = [line["learning_rate"] for line in logged_steps(run)]
         model, exact = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))
         expected = padded_loop(model, train_rows(run), steps, rates)
         checked = padded_loop(exact, train_rows(run), steps, rates, torch.float64)
@@ -55,26 +54,6 @@ def train(recipe, output, layout, *, accumulation=1, processes=1, strategy="vani
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return RunFolder(output)
-
-
-def metrics(run):
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
-
-
-def train_rows(run):
-    from datasets import load_from_disk
-
-    return load_from_disk(str(run.dataset / "train"))
-
-
-def conversations_of_steps(run, *, global_batch, pack_tokens=None):
-    """The rows that make each step that the run took."""
-    lengths = measure_lengths(train_rows(run)).tokens
-    count, steps = len(metrics(run)), []
-    for epoch in range(count):
-        how = {"global_batch": global_batch, "pack_tokens": pack_tokens, "seed": 0, "epoch": epoch}
-        steps += [step.tolist() for step in steps_of_epoch(lengths, **how)]
-    return steps[:count]
 
 
 CASES = [
@@ -98,7 +77,7 @@ def test_every_way_takes_the_steps_of_the_padded_loop(
         recipe, tmp_path / "run", layout, accumulation=accumulation, processes=processes, strategy=strategy
     )  # fmt: skip
     expected, weights = reference_of(layout)
-    ours = [(line["loss"], line["grad_norm"]) for line in metrics(run)]
+    ours = [(line["loss"], line["grad_norm"]) for line in logged_steps(run)]
     assert len(ours) == 8
     np.testing.assert_allclose(ours, expected, rtol=2e-4)
     final = AutoModelForCausalLM.from_pretrained(run.model)
@@ -122,7 +101,7 @@ def test_a_short_last_batch(recipe, tmp_path, strategy):
         command = [sys.executable, *map(str, launcher if processes > 1 else []), *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        logs.append(metrics(run))
+        logs.append(logged_steps(run))
         rows.append(train_rows(run))
     assert [len(log) for log in logs] == [6, 6, 6]
     tokens = [len(ids) for ids in rows[0]["input_ids"]]
@@ -165,7 +144,7 @@ def test_the_recorded_trajectory(tmp_path):
     recipe = write_recipe(tmp_path, model, talks, SETTINGS)
     run = train(recipe, tmp_path / "run", "padding-free")
     keys = ("step", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
-    lines = [{key: line[key] for key in keys} for line in metrics(run)]
+    lines = [{key: line[key] for key in keys} for line in logged_steps(run)]
     if os.environ.get("MINISFT_WRITE_GOLDEN"):
         GOLDEN.write_text("".join(json.dumps(line) + "\n" for line in lines))
     recorded = [json.loads(line) for line in GOLDEN.read_text().splitlines()]

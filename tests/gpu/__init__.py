@@ -1,0 +1,1 @@
+"""What only a GPU can show; every test is skipped by name where there is none."""
