@@ -17,7 +17,7 @@ _LEFT, _RIGHT, _TOP = 84, 24, 18
 _SLICE_HEIGHT, _SLICE_BOTTOM = 330, 76
 _PARALLEL_HEIGHT, _PARALLEL_TOP, _PARALLEL_BOTTOM = 380, 78, 30
 _LABEL = 92  # least distance of two labels side by side
-_CHARACTER = 9  # width of a character between that of a screen and that of a phone
+_CHARACTER = 11  # width of a character on a phone
 _FEW = 6  # as many different numbers are labels themselves; else round numbers are
 _LOG_FROM = 5  # a scale is logarithmic if its largest value is at least this many times its smallest
 
