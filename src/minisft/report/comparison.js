@@ -14,3 +14,5 @@ if (document.getElementById("loss")) {
   drawCurves();
   for (const id of ["log", "smooth"]) document.getElementById(id).addEventListener("input", drawCurves);
 }
+if (document.getElementById("rungs"))
+  chart(document.getElementById("rungs"), data.rungs, {label: "Held-out results of each trial at its rungs, by step"});

@@ -10,20 +10,27 @@ from minisft.files import read_json, write_atomically
 from minisft.report.comparison import curves_section
 from minisft.report.html import environment, scrolling_table, whole_page
 from minisft.report.tables import format_score
-from minisft.results import METRIC_NAMES
+from minisft.report.verdict import SAME_SPEED
+from minisft.results import METRIC_NAMES, MIN_CONVERSATIONS
 from minisft.run_folder import RunFolder, read_metrics
 from minisft.search.charts import Mark, bar_chart, in_drawing_order, parallel_chart, slice_chart, style, text_of
+from minisft.search.statistics import cheapest
 
-_STATES = {"complete": "ran to the end", "pruned": "stopped early", "failed": "failed"}
+_STATES = {
+    "complete": "ran to the end",
+    "pruned": "stopped early",
+    "running": "not at their end yet",
+    "failed": "failed",
+}
 _KINDS = {  # the legend of all charts, in the order in which it is read
     "best": "the best trial",
     "tied": "cannot be told apart from it",
     "worse": "worse",
-    "stopped": "stopped early, so with fewer steps",
+    "stopped": "trained for fewer steps",
 }
 _NOTES = """<p class="soft">Trials are compared row by row on the same held-out rows (paired bootstrap, model confidence
-set), so two trials may differ although their intervals overlap. A trial that was stopped early has the {objective} of
-its last rung.</p>
+set), so two trials may differ although their intervals overlap. A trial that was stopped early is compared with the
+best one at its last rung, and has the {objective} of that rung.</p>
 """
 
 
@@ -56,30 +63,46 @@ def search_verdict(study: dict[str, Any]) -> list[str]:
     overview = f"{number} trial{'s' if number != 1 else ''}{f': {listed}' if listed else ''}."
     if study["best"] is None:
         return [f"No trial has finished. {overview}"]
-    name, best = _objective_name(study), trials[study["best"]["number"]]
-    sentences = [
-        f"Trial {best['number']} is best, with {settings_text(best['settings'])}: {name} {_objective_text(best)}.",
-        overview,
-    ]
-    tied = [number for number in study["indistinguishable"] if number in trials]
-    if not tied:
-        sentences.insert(1, "Every other trial is worse than it by more than chance.")
-    elif len(tied) == 1:
-        sentences.insert(1, f"Trial {tied[0]} cannot be told apart from it.")
-    else:
-        sentences.insert(1, f"{len(tied)} trials cannot be told apart from it: {', '.join(map(str, sorted(tied)))}.")
-    cheapest = study.get("cheapest")
-    if tied and cheapest in trials and cheapest != best["number"]:
-        settings = settings_text(trials[cheapest]["settings"])
-        sentences.insert(2, f"The cheapest of these settings is that of trial {cheapest}: {settings}.")
-    elif tied and cheapest == best["number"]:
-        sentences.insert(2, "It is also the cheapest of these.")
+    best = trials[study["best"]["number"]]
+    tied = sorted(number for number in study["indistinguishable"] if number in trials)
+    settings = settings_text(best["settings"])
+    sentences = [f"Trial {best['number']} is best, with {settings}: {_objective_name(study)} {_objective_text(best)}."]
+    if len(tied) == 1:
+        sentences.append(f"Trial {tied[0]} cannot be told apart from it.")
+    elif tied:
+        sentences.append(f"{len(tied)} trials cannot be told apart from it: {', '.join(map(str, tied))}.")
+    elif sum(trial.get("objective") is not None for trial in trials.values()) > 1:
+        sentences.append("Every other trial that was scored is worse than it by more than chance.")
+    sentences += [*_cost_sentences(best, [trials[number] for number in tied]), overview]
+    rows = study.get("validation_rows")
+    if rows is not None and rows < MIN_CONVERSATIONS:
+        sentences.append(f"Only {rows} rows were held out: fewer than {MIN_CONVERSATIONS} do not support an interval.")
     return sentences
+
+
+def _cost_sentences(best: dict[str, Any], tied: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence on the cheapest of the settings that cannot be told apart; none if their costs are unknown."""
+    seconds = {trial["number"]: _seconds_of_run(trial) for trial in (best, *tied)}
+    known = {number: cost for number, cost in seconds.items() if cost is not None}
+    if not tied or len(known) < len(seconds):
+        return []
+    chosen = cheapest(list(seconds), known)
+    share = known[chosen] / known[best["number"]]
+    if share >= 1 - SAME_SPEED:
+        return ["None of these is cheaper than the best one."]
+    settings = next(settings_text(trial["settings"]) for trial in tied if trial["number"] == chosen)
+    return [f"Of these, trial {chosen} is the cheapest, with {settings}: a whole run takes {share:.0%} of the time."]
 
 
 def settings_text(settings: dict[str, Any]) -> str:
     """Return a trial's settings as `key=value, ...`, or "the recipe as it is" if it changes none."""
     return ", ".join(f"{key}={text_of(value)}" for key, value in settings.items()) or "the recipe as it is"
+
+
+def _seconds_of_run(trial: dict[str, Any]) -> float | None:
+    """Return what a trial takes when trained to its end, from its seconds up to the last rung; None if unknown."""
+    rungs, seconds = trial.get("rungs"), trial.get("seconds")
+    return seconds / rungs[-1]["fraction"] if rungs and seconds else None
 
 
 def _read_study(output: Path) -> dict[str, Any]:
@@ -137,37 +160,46 @@ def _mark(trial: dict[str, Any], study: dict[str, Any]) -> Mark:
 
 def _body(output: Path, study: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the sections of the page as HTML, and the data of the script that draws its curves."""
-    name, trials = _objective_name(study), study["trials"]
-    marks = [_mark(trial, study) for trial in trials]
+    marks = [_mark(trial, study) for trial in study["trials"]]
     legend = ", ".join(
         f'<span class="{_key_class(kind)}">{text}</span>'
         for kind, text in _KINDS.items()
         if any(mark.kind == kind for mark in marks)
     )
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in search_verdict(study))
+    curves, data = _curves(output, study, marks, legend)
+    parts = [
+        f'<div class="verdict">{sentences}</div>\n',
+        _failures(study["trials"]),
+        _recipes(output, study),
+        _test_scores(study),
+        _charts(study, marks, legend),
+        curves,
+        _trials(study, marks),
+        f'<p class="soft">This page was written with {escape(environment())}.</p>\n',
+    ]
+    return "".join(parts), data
 
-    # 1. The verdict, and the errors of failed trials.
-    lines = "".join(f"<p>{escape(sentence)}</p>" for sentence in search_verdict(study))
-    parts = [f'<div class="verdict">{lines}</div>\n']
+
+def _failures(trials: list[dict[str, Any]]) -> str:
+    """Return the settings and the errors of the trials that failed."""
+    parts = []
     for trial in trials:
         if trial["state"] == "failed":
-            parts.append(
-                f'<p class="bad">Trial {trial["number"]} failed, the others continued: '
-                f"{escape(settings_text(trial['settings']))}</p>\n"
-            )
+            settings = escape(settings_text(trial["settings"]))
+            parts.append(f'<p class="bad">Trial {trial["number"]} failed, the others continued: {settings}</p>\n')
             if trial.get("error"):
                 parts.append(f'<pre tabindex="0">{escape(str(trial["error"]))}</pre>\n')
+    return "".join(parts)
 
-    # 2. The recipe to use, and the scores on the test rows.
-    parts += [_recipes(output, study), _test_scores(study)]
 
-    # 3. A slice for each key, and how much each key matters.
-    keys = list(dict.fromkeys(key for trial in trials for key in trial["settings"]))
-    slices = {key: slice_chart(key, marks, name) for key in keys}
+def _charts(study: dict[str, Any], marks: list[Mark], legend: str) -> str:
+    """Return a slice for each varied key, how much each key matters, and a line through all keys for each trial."""
+    name, keys, parts = _objective_name(study), _keys(study), []
     figures = "".join(
-        f"<figure>{chart}<figcaption>{escape(f'{name[:1].upper()}{name[1:]} by {key}')}, 95 % intervals.</figcaption>"
-        "</figure>\n"
-        for key, chart in slices.items()
-        if chart
+        f"<figure>{chart}<figcaption>{escape(f'{_capital(name)} by {key}')}, 95 % intervals.</figcaption></figure>\n"
+        for key in keys
+        if (chart := slice_chart(key, marks, name))
     )
     if figures:
         parts.append(
@@ -184,38 +216,57 @@ def _body(output: Path, study: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             f'<h2 id="parallel">All keys of each trial</h2>\n<figure>{chart}<figcaption>A line is a trial: {legend}.'
             "</figcaption></figure>\n"
         )
+    return "".join(parts)
 
-    # 4. The curves, those of the best trial last, so that nothing covers them.
-    runs = {f"trial {trial['number']}": output / str(trial.get("run") or "") for trial in trials if trial.get("run")}
-    drawn = [f"trial {trials[marks.index(mark)]['number']}" for mark in in_drawing_order(marks)]
-    steps = {name: read_metrics(RunFolder(runs[name])) for name in drawn if name in runs}
-    steps = {name: lines for name, lines in steps.items() if lines}
-    styles = [style(mark.kind) for mark, name in zip(in_drawing_order(marks), drawn, strict=True) if name in steps]
+
+def _curves(output: Path, study: dict[str, Any], marks: list[Mark], legend: str) -> tuple[str, dict[str, Any]]:
+    """Return the curves of all trials, and their data: those of the best trial last, so that nothing covers them."""
+    steps: dict[str, list[dict[str, Any]]] = {}
+    styles, rungs = [], []
+    trials = {id(mark): trial for mark, trial in zip(marks, study["trials"], strict=True)}
+    for mark in in_drawing_order(marks):
+        trial = trials[id(mark)]
+        name = f"trial {trial['number']}"
+        if trial.get("run") and (lines := read_metrics(RunFolder(output / str(trial["run"])))):
+            steps[name] = lines
+            styles.append(style(mark.kind))
+        if points := _rung_points(trial):
+            rungs.append({"name": name, "points": points, "color": style(mark.kind), "dots": True})
     section, data = curves_section(steps, styles, legend)
-    parts.append(section)
+    if rungs:
+        caption = f"{escape(_capital(_objective_name(study)))} at the rungs, 95 % intervals: {legend}."
+        section += f'<figure id="rungs"><figcaption>{caption}</figcaption></figure>\n'
+    return section, {**data, "rungs": rungs}
 
-    # 5. All trials.
-    heads = ["trial", *keys, "state", "steps", name, "run"]
-    rows = [
-        (
-            [
-                str(trial["number"]),
-                *(text_of(trial["settings"][key]) if key in trial["settings"] else "" for key in keys),
-                "cannot be told apart" if mark.kind == "tied" else "best" if mark.kind == "best" else trial["state"],
-                "" if trial.get("steps") is None else f"{trial['steps']:,}",
-                _objective_text(trial),
-                str(trial.get("run") or ""),
-            ],
-            mark.kind == "best",
-        )
-        for trial, mark in zip(trials, marks, strict=True)
-    ]
-    parts.append(
-        f'<h2 id="trials">Trials</h2>\n{scrolling_table("trials", heads, rows)}{_NOTES.format(objective=escape(name))}'
+
+def _trials(study: dict[str, Any], marks: list[Mark]) -> str:
+    """Return the table of all trials."""
+    name, keys, rows = _objective_name(study), _keys(study), []
+    for trial, mark in zip(study["trials"], marks, strict=True):
+        state = {"best": "best", "tied": "cannot be told apart"}.get(mark.kind, trial["state"])
+        steps = trial.get("steps")
+        settings = [text_of(trial["settings"][key]) if key in trial["settings"] else "" for key in keys]
+        cells = [state, "" if steps is None else f"{steps:,}", _objective_text(trial), str(trial.get("run") or "")]
+        rows.append(([str(trial["number"]), *settings, *cells], mark.kind == "best"))
+    table = scrolling_table("trials", ["trial", *keys, "state", "steps", name, "run"], rows)
+    return (
+        f'<h2 id="trials">Trials</h2>\n{table}{_NOTES.format(objective=escape(name))}'
         '<p class="soft">Each is a run folder, which evaluate, chat, report and export accept.</p>\n'
-        f'<p class="soft">This page was written with {escape(environment())}.</p>\n'
     )
-    return "".join(parts), data
+
+
+def _keys(study: dict[str, Any]) -> list[str]:
+    """Return the varied keys in the order in which the trials name them."""
+    return list(dict.fromkeys(key for trial in study["trials"] for key in trial["settings"]))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _rung_points(trial: dict[str, Any]) -> list[list[float]]:
+    """Return step, objective and interval of a trial at each of its rungs."""
+    return [[rung[key] for key in ("step", "objective", "low", "high")] for rung in trial.get("rungs") or []]
 
 
 def _key_class(kind: str) -> str:
@@ -250,9 +301,11 @@ def _test_scores(study: dict[str, Any]) -> str:
         return ""
     columns: dict[str, dict[str, str]] = {}  # cells by head and system
     for system, score in scores.items():
-        for key, value in (score if isinstance(score, dict) else {study["objective"]: score}).items():
+        named = score if isinstance(score, dict) else {study["objective"]: score}
+        loss = {"score": named.get("loss"), **{key: named[key] for key in ("low", "high") if key in named}}
+        for key, value in (("loss", loss), *((metric, named.get(metric)) for metric in METRIC_NAMES)):
             if text := _score_text(key, value):
-                columns.setdefault(METRIC_NAMES.get(str(key), str(key)), {})[system] = text
+                columns.setdefault(METRIC_NAMES.get(key, key), {})[system] = text
     rows = [([system, *(cells.get(system, "") for cells in columns.values())], system == "best") for system in scores]
     return (
         f'<h2 id="test">On the test rows</h2>\n{scrolling_table("test", ["", *columns], rows)}'

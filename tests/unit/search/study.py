@@ -25,8 +25,15 @@ def write_study(folder, trials=8, failed=(7,), keys=("training.learning_rate",),
             "run": f"trials/{number}",
             **scores,
         }
+        entry["seconds"] = 10.0 * steps
+        entry["rungs"] = [
+            {"fraction": step / 24, "step": step, "objective": loss + 1 / step, "low": loss, "high": loss + 2 / step}
+            for step in (3, 6, 12, 24)
+            if step <= steps
+        ]
         if number in failed:
             entry |= {"state": "failed", "objective": None, "low": None, "high": None, "error": "out of memory"}
+            entry["rungs"] = []
         run = folder / "trials" / str(number)
         run.mkdir(parents=True)
         lines = [
@@ -43,7 +50,12 @@ def write_study(folder, trials=8, failed=(7,), keys=("training.learning_rate",),
         "trials": entries,
         "best": {"number": 3, "settings": settings, "run": "trials/3", "recipe": "best.yaml"},
         "indistinguishable": [4],
-        "test": {"base": {"loss": 3.1}, "defaults": {"loss": 1.9}, "best": {"loss": 1.4}},
+        "validation_rows": 40,
+        "test": {
+            "base": {"loss": 3.1, "low": 3.0, "high": 3.2, "rows": 50, "bleu": {"score": 0.4, "low": 0.1, "high": 0.8}},
+            "defaults": None,
+            "best": {"loss": 1.4, "low": 1.3, "high": 1.5, "rows": 50, "bleu": {"score": 9.1, "low": 8.0, "high": 9.9}},
+        },
         **more,
     }
     (folder / "search.json").write_text(json.dumps(study), encoding="utf-8")

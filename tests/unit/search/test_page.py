@@ -88,7 +88,7 @@ def test_hostile_settings_and_errors_are_text(tmp_path):
     for trial in study["trials"]:
         trial["settings"][NASTY] = [NASTY] if trial["number"] % 2 else NASTY
     study["trials"][7]["error"] = study["trials"][2]["run"] = study["objective"] = NASTY
-    study["test"] = {NASTY: {NASTY: 1.0}}
+    study["test"] = {NASTY: {"loss": 1.0}}
     (tmp_path / "search.json").write_text(json.dumps(study), encoding="utf-8")
     (tmp_path / "best.yaml").write_text(NASTY, encoding="utf-8")
     page = Page(write_search_page(tmp_path))
@@ -100,20 +100,48 @@ def test_hostile_settings_and_errors_are_text(tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentences"),
     [
-        ({"indistinguishable": []}, ["Every other trial is worse than it by more than chance."]),
-        (
-            {"cheapest": 4},
-            ["Trial 4 cannot be told apart from it.", "The cheapest of these settings is that of trial 4"],
-        ),
-        ({"cheapest": 3}, ["Trial 4 cannot be told apart from it.", "It is also the cheapest of these."]),
+        ({"indistinguishable": []}, ["Every other trial that was scored is worse than it by more than chance."]),
+        ({}, ["Trial 4 cannot be told apart from it. None of these is cheaper than the best one."]),
+        ({"validation_rows": 12}, ["Only 12 rows were held out: fewer than 20 do not support an interval."]),
         ({"indistinguishable": [4, 2]}, ["2 trials cannot be told apart from it: 2, 4."]),
         ({"best": None}, ["No trial has finished.", "8 trials: 2 ran to the end, 5 stopped early, 1 failed."]),
     ],
-    ids=["clear", "tie", "best-is-cheapest", "ties", "none"],
+    ids=["clear", "tie", "few-rows", "ties", "none"],
 )
 def test_the_verdict_in_words(tmp_path, more, sentences):
     text = " ".join(search_verdict(write_study(tmp_path, **more)))
     assert all(sentence in text for sentence in sentences), text
+
+
+def test_the_cheapest_of_the_best_settings_is_named_by_the_time_of_its_whole_run(tmp_path):
+    """Trial 2 stopped at a quarter of its run, which had taken a tenth of the time of the best one's whole run."""
+    study = write_study(tmp_path, indistinguishable=[2, 4])
+    study["trials"][2]["seconds"] = 24.0
+    text = " ".join(search_verdict(study))
+    assert "Of these, trial 2 is the cheapest, with training.learning_rate=3.162e-5: a whole run takes 40% of" in text
+
+
+def test_the_test_scores_are_in_a_table_with_their_intervals(tmp_path):
+    write_study(tmp_path)
+    text = write_search_page(tmp_path).read_text(encoding="utf-8")
+    for cell in ("3.1000 [3.0000, 3.2000]", "1.4000 [1.3000, 1.5000]", "9.1 [8.0, 9.9]"):
+        assert f"<td>{cell}</td>" in text
+    assert "<td>defaults</td>" not in text
+
+
+def test_held_out_losses_at_the_rungs_are_drawn_with_their_intervals(tmp_path):
+    write_study(tmp_path)
+    rungs = Page(write_search_page(tmp_path)).data["rungs"]
+    assert len(rungs) == 7  # the failed trial has reached none
+    assert (rungs[-1]["name"], len(rungs[-1]["points"])) == ("trial 3", 4)
+    assert rungs[-1]["points"][0][0] == 3
+
+
+def test_a_search_under_way_has_a_page(tmp_path):
+    study = write_study(tmp_path, best=None, indistinguishable=[])
+    study["trials"][3]["state"] = "running"
+    (tmp_path / "search.json").write_text(json.dumps(study), encoding="utf-8")
+    assert "1 not at their end yet" in write_search_page(tmp_path).read_text(encoding="utf-8")
 
 
 def test_a_study_in_which_nothing_was_measured_has_a_page(tmp_path):
@@ -146,6 +174,7 @@ def test_in_a_browser_the_curves_are_drawn_and_a_phone_needs_no_sideways_scrolli
     try:
         browser.open(path)
         assert browser.run("document.querySelectorAll('#loss path').length") == 38
+        assert browser.run("document.querySelectorAll('#rungs circle').length") == 2 * 4 + 36 * 2
         browser.hover("#loss svg", 0.9, 0.5)
         assert "trial 3: " in browser.text("#loss .tip")
         browser.open(path, width=390, mobile=True)
