@@ -26,7 +26,7 @@ _KINDS = {  # the legend of all charts, in the order in which it is read
     "best": "the best trial",
     "tied": "cannot be told apart from it",
     "worse": "worse",
-    "stopped": "trained for fewer steps",
+    "stopped": "trained for fewer steps, so pale",
 }
 _NOTES = """<p class="soft">Trials are compared row by row on the same held-out rows (paired bootstrap, model confidence
 set), so two trials may differ although their intervals overlap. A trial that was stopped early is compared with the
