@@ -125,8 +125,8 @@ def test_the_test_scores_are_in_a_table_with_their_intervals(tmp_path):
     write_study(tmp_path)
     text = write_search_page(tmp_path).read_text(encoding="utf-8")
     for cell in ("3.1000 [3.0000, 3.2000]", "1.4000 [1.3000, 1.5000]", "9.1 [8.0, 9.9]"):
-        assert f"<td>{cell}</td>" in text
-    assert "<td>defaults</td>" not in text
+        assert f">{cell}</td>" in text
+    assert ">defaults</td>" not in text
 
 
 def test_held_out_losses_at_the_rungs_are_drawn_with_their_intervals(tmp_path):
