@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "planning": LEAVES | {"data", "training"},
     "new_recipe": LEAVES | {"data", "training", "planning"},
     "comparison": LEAVES | {"report"},
+    "search": LEAVES | {"data", "training", "evaluation", "report", "runner"},
     "demo": LEAVES,
     "slurm": LEAVES | {"data"},
     "runner": LEAVES | {"data", "training", "planning", "report"},

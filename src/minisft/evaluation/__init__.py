@@ -11,6 +11,7 @@ In reading order:
 - backends: transformers or vLLM, in this process or in several
 - generation, kv_cache: the only decoding loop, with sampling and streaming; chat and the server use it too
 - metrics: BLEU, chrF, exact match, intervals and p-values, held-out loss, the constant baseline
+- resampling: the bootstrap resamples of rows behind every interval and p-value
 - custom_metrics: the caller's own metrics
 - result_files: the result cache, and the files for people to read
 

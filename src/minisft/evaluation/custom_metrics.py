@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minisft.errors import UserError
-from minisft.evaluation.metrics import RESAMPLES, SEED
+from minisft.evaluation.resampling import percentile_interval, resampled_rows
 from minisft.recipe import METRICS
 
 # Called with outputs, references and prompts, one text of each per answer; returns one number per answer.
@@ -72,13 +72,11 @@ def score_custom(
             raise UserError(where, problem, "correct the function; the answers are kept") from error
         values = _check_values(given, len(outputs), where)
         array = np.array(values)
-        draws = np.random.default_rng(SEED).choice(len(array), size=(RESAMPLES, len(array)), replace=True)
-        ordered = np.sort(array[draws].mean(axis=1))
-        tail = RESAMPLES // 40  # 2.5 % of the resamples on each side
+        low, high = percentile_interval(array[resampled_rows(len(array))].mean(axis=1))
         scores[name] = {
             "score": float(array.mean()),
-            "low": float(ordered[tail]),
-            "high": float(ordered[-tail - 1]),
+            "low": low,
+            "high": high,
             "values": values,
         }
     return scores

@@ -17,11 +17,9 @@ from sacrebleu.metrics.helpers import extract_all_word_ngrams
 from transformers import PreTrainedModel
 
 from minisft.data.encoder import IGNORED
+from minisft.evaluation.resampling import RESAMPLES, SEED, percentile_interval, resampled_rows
 from minisft.models import forward_arguments
 
-# sacrebleu's defaults: its `--confidence` draws the same resamples.
-RESAMPLES = 1000
-SEED = 12345
 _ORDER = 4  # the order of BLEU's longest n-grams
 
 
@@ -79,7 +77,7 @@ class CorpusScore:
     def resamples(self) -> np.ndarray:
         """Scores [1000] of seeded resamples; they draw the same rows for every system with the same number of rows."""
         counts = self.counts.astype("float32")  # as in sacrebleu, so that the bits are the same
-        draws = np.random.default_rng(SEED).choice(len(counts), size=(RESAMPLES, len(counts)), replace=True)
+        draws = resampled_rows(len(counts))
         return np.array([self._metric._compute_score_from_stats(counts[rows].sum(0)).score for rows in draws])
 
     def rows(self) -> list[float]:
@@ -88,12 +86,10 @@ class CorpusScore:
 
     def interval(self) -> Interval:
         """Return the score with its 95 % bootstrap interval, as `sacrebleu --confidence` computes it."""
-        ordered = np.sort(self.resamples)
-        tail = len(ordered) // 40  # 2.5 % of the resamples on each side
-        half = 0.5 * (ordered[-tail - 1] - ordered[tail])
+        low, high = percentile_interval(self.resamples)
         self._metric.n_bootstrap, self._metric.seed = RESAMPLES, SEED
         signature = str(self._metric.get_signature())
-        return Interval(self.score, float(ordered.mean()), float(half), signature)
+        return Interval(self.score, float(np.sort(self.resamples).mean()), 0.5 * (high - low), signature)
 
     def _of(self, counts: np.ndarray) -> float:
         return float(self._metric._compute_score_from_stats(counts).score)

@@ -1,7 +1,7 @@
 """Several runs side by side: what each measured, as JSON, Markdown, PNG curves and a page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from itertools import product
@@ -195,18 +195,12 @@ def comparison_page(output: Path, comparison: dict[str, Any], steps: dict[str, l
     variants = comparison["variants"]
     parts = [_verdict(comparison)]
 
-    # 1. The curves, which comparison.js draws: finite values, thinned to about CURVE_POINTS steps.
-    curves: dict[str, list[list[list[float]]]] = {key: [] for key in _CURVES}
-    for key, lines in product(_CURVES, steps.values()):
-        points = [[line["step"], rounded(line[key])] for line in lines if _is_finite(line.get(key))]
-        curves[key].append(points[:: max(1, len(points) // CURVE_POINTS)])
-    if steps:
-        names = ", ".join(f'<span class="key{i % COLORS}">{escape(name)}</span>' for i, name in enumerate(steps))
-        figures = "".join(
-            f'<figure id="{key}"><figcaption>{title}: {names}.</figcaption></figure>\n'
-            for key, title in _CURVES.items()
-        )
-        parts.append(f'<h2 id="curves">Curves</h2>\n{CURVE_CONTROLS}\n<div class="pair">{figures}</div>\n')
+    # 1. The curves: the first ones are the widest, so that coinciding curves stay visible.
+    widest = min(len(steps), 4) - 1
+    styles = [f"c{index % COLORS} wide{max(0, widest - index)}" for index in range(len(steps))]
+    names = ", ".join(f'<span class="key{i % COLORS}">{escape(name)}</span>' for i, name in enumerate(steps))
+    section, curves = curves_section(steps, styles, names)
+    parts.append(section)
 
     # 2. What each variant cost.
     parts.append(_cost_charts(variants))
@@ -233,8 +227,29 @@ def comparison_page(output: Path, comparison: dict[str, Any], steps: dict[str, l
         "beside it.</p>\n"
     )
     parts.append(f'<p class="soft">Written with {escape(comparison["environment"])}.</p>\n')
-    data = {"names": list(steps), "curves": curves, "tolerance": comparison["tolerance"]}
+    data = {**curves, "tolerance": comparison["tolerance"]}
     return whole_page(output.resolve().name, "MiniSFT comparison", "".join(parts), data, "comparison.js")
+
+
+def curves_section(
+    steps: Mapping[str, Sequence[dict[str, Any]]], styles: Sequence[str], legend: str
+) -> tuple[str, dict[str, Any]]:
+    """Return the curves of several runs as a section of a page, "" without runs, and the data of comparison.js.
+
+    Args:
+        steps: The lines of metrics.jsonl by the run's name. Finite values are drawn, about CURVE_POINTS of each curve.
+        styles: The classes of page.css of each run's curves; later curves cover earlier ones.
+        legend: HTML that names the runs, in which untrusted text is escaped.
+    """
+    curves: dict[str, list[list[list[float]]]] = {key: [] for key in _CURVES}
+    for key, lines in product(_CURVES, steps.values()):
+        points = [[line["step"], rounded(line[key])] for line in lines if _is_finite(line.get(key))]
+        curves[key].append(points[:: max(1, len(points) // CURVE_POINTS)])
+    figures = "".join(
+        f'<figure id="{key}"><figcaption>{title}: {legend}.</figcaption></figure>\n' for key, title in _CURVES.items()
+    )
+    section = f'<h2 id="curves">Curves</h2>\n{CURVE_CONTROLS}\n<div class="pair">{figures}</div>\n' if steps else ""
+    return section, {"names": list(steps), "styles": list(styles), "curves": curves}
 
 
 def _verdict(comparison: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""The best settings within a budget."""
