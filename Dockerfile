@@ -29,9 +29,10 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ python3 
   && rm -rf /var/lib/apt/lists/*
 ENV VIRTUAL_ENV=/opt/minisft PATH=/opt/minisft/bin:$PATH
 COPY constraints.txt /opt/constraints.txt
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# The package index that pytorch.org names for CPUs makes the image several GB smaller; without it, torch comes with CUDA.
+ARG TORCH_INDEX=
 RUN python3 -m venv /opt/minisft \
-  && pip install --no-cache-dir --constraint /opt/constraints.txt --index-url "$TORCH_INDEX" torch
+  && pip install --no-cache-dir --constraint /opt/constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
   wheel="$(echo /wheels/minisft-*.whl)" \
   && pip install --no-cache-dir --constraint /opt/constraints.txt "minisft[deepspeed,serve] @ file://$wheel" \
@@ -50,10 +51,11 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ python3 
   && rm -rf /var/lib/apt/lists/*
 ENV VIRTUAL_ENV=/opt/minisft PATH=/opt/minisft/bin:$PATH
 COPY constraints.txt /opt/constraints.txt
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# A package index of pytorch.org for another CUDA than that of torch's default build.
+ARG TORCH_INDEX=
 # Refuse a build of torch for another CUDA than that of the image: DeepSpeed would fail only when a run starts.
 RUN python3 -m venv /opt/minisft \
-  && pip install --no-cache-dir --constraint /opt/constraints.txt --index-url "$TORCH_INDEX" torch \
+  && pip install --no-cache-dir --constraint /opt/constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch \
   && python -c "import os, torch; built, image = torch.version.cuda or 'none', os.environ['CUDA_VERSION']; \
 assert built.split('.')[0] == image.split('.')[0], f'torch is built for CUDA {built}, the image has {image}'"
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \

@@ -477,6 +477,7 @@ _PASSING = re.compile(r"\d+%\||\(load [\d.]+ ")  # a bar of tqdm; that the machi
 _STEP = re.compile(r"\bstep (\d+)/(\d+)  epoch ")  # a line every few seconds
 _SPENT = re.compile(r"(<td>[^<]*\b(?:seconds?|memory|[MG]B)\b[^<]*</td>\n<td>)[^<]*\d[^<]*")
 _BAR = re.compile(r'(<rect class="bar"[^>]* width=")[^"]*("[^>]*>\n<text x=")[^"]*("[^>]*>)[^<]*')
+_TILE = re.compile(r"<dt>(?:training time|(?:process|GPU) hours)</dt>.*?</div>", re.DOTALL)
 _RULES = re.compile(r"([─━═╌-])\1{3,}")
 
 
@@ -634,6 +635,7 @@ class Plain:
         text = text.replace("><", ">\n<")
         text = re.sub(r"<table>.*?</table>", without_html_columns, text, flags=re.DOTALL)
         text = _BAR.sub(r"\1<number>\2<number>\3<number>", _SPENT.sub(r"\1<number>", text))
+        text = _TILE.sub(lambda tile: re.sub(r">[^<]*\d[^<]*<", "><number><", tile[0]), text)
         return self.text(text, loose)
 
     def _arrow(self, path: Path, loose: bool) -> str:

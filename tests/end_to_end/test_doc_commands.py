@@ -36,6 +36,7 @@ OTHERS = (
     "docker",
     "sky",
     "kubectl",
+    "rsync",
 )
 DATA = ("mine.jsonl", "tm4_all.sharegpt.jsonl", "en_all_paths.sharegpt.jsonl", "recipes/demo.sharegpt.jsonl")
 

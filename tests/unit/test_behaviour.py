@@ -104,11 +104,17 @@ def test_html_is_a_tag_a_line_without_what_is_measured(plain, tmp_path):
 
 def test_speeds_on_a_page_are_replaced(plain, tmp_path):
     bar = '<rect class="bar" x="0" width="31" height="14"/><text x="37" y="3">0.02</text>'
-    (tmp_path / "a.html").write_text(f"<tr><td>tokens a second</td><td>15,656</td></tr><td>epochs</td><td>3</td>{bar}")
+    tile = '<div><dt>training time</dt><dd class="figure">2 min 54 s</dd><dd>57 supervised tokens/s</dd></div>'
+    loss = '<div><dt>held-out loss</dt><dd class="figure">0.256</dd></div>'
+    (tmp_path / "a.html").write_text(
+        f"<tr><td>tokens a second</td><td>15,656</td></tr><td>epochs</td><td>3</td>{bar}{tile}{loss}"
+    )
     found = plain.file(tmp_path / "a.html", loose=False)
     assert "<td>tokens a second</td>\n<td><number></td>" in found
     assert "<td>epochs</td>\n<td>3</td>" in found
     assert 'width="<number>" height="14"/>\n<text x="<number>" y="3"><number></text>' in found
+    assert '<dt>training time</dt>\n<dd class="figure"><number></dd>\n<dd><number></dd>' in found
+    assert '<dd class="figure">0.256</dd>' in found
 
 
 def test_what_is_no_text_has_a_word(plain, tmp_path):

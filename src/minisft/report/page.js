@@ -19,10 +19,8 @@ function drawSources() {
 }
 
 function drawScores() {
-  Object.entries(data.metrics).forEach(([metric, name], index) => {
-    const figure = get(metric);
-    if (!figure) return;
-    const {points, constant} = data.scores[metric];
+  Object.entries(data.scores).forEach(([metric, {title: name, figure: id, points, constant}], index) => {
+    const figure = get(id);
     const intervals = points.some((point) => point.length > 2) ? ", with 95 % intervals" : "";
     const best = points[data.systems.indexOf(data.best)];
     chart(figure, [{
@@ -38,12 +36,14 @@ function drawScores() {
 let shown = [], current = 0;
 
 const scoresOf = (row) => row.scores[get("metric").value];  // of all models; undefined for the user's own prompts
+const title = (metric) => data.scores[metric].title;
 const systemIndex = () => data.systems.indexOf(get("system").value);
 
 function key(row) {
   const scores = scoresOf(row), order = get("order").value;
   if (order === "file" || !scores) return row.number === undefined ? -1 : row.number;
-  const own = scores[systemIndex()], gain = own - scores[0];
+  const sign = data.scores[get("metric").value].lower ? -1 : 1;  // of a better score
+  const own = sign * scores[systemIndex()], gain = own - sign * scores[0];
   return order === "worst" ? own : order === "worsened" ? gain : -gain;
 }
 
@@ -74,7 +74,7 @@ function describe(row) {
   if (!scores) return row.title;
   const own = scores[systemIndex()], gain = own - scores[0];
   const change = systemIndex() === 0 ? "" : ` (${gain < 0 ? "\u2212" : "+"}${short(Math.abs(gain))})`;
-  return `${row.title}: ${data.metrics[get("metric").value]} ${short(own)}${change}`;
+  return `${row.title}: ${title(get("metric").value)} ${short(own)}${change}`;
 }
 
 function showExample() {
@@ -101,7 +101,7 @@ function cards(row) {
   const box = element("div", {class: "cards"});
   data.systems.forEach((name, index) => {
     if (!all && index !== 0 && index !== chosen) return;
-    const label = name + (name === data.best ? ` (${data.bestLabel})` : "") + (scores ? `, ${data.metrics[get("metric").value]} ${short(scores[index])}` : "");
+    const label = name + (name === data.best ? ` (${data.bestLabel})` : "") + (scores ? `, ${title(get("metric").value)} ${short(scores[index])}` : "");
     const text = row.texts[row.outputs[index]];
     // The base model's answer is usually another one throughout: marks are for the models that learned.
     const other = index === 0 && chosen !== 0 ? null : against === "base" ? row.texts[row.outputs[0]] : against === "reference" ? row.reference : null;
@@ -170,7 +170,7 @@ function linkScores() {
   if (!table || !data.examples.length) return;
   const heads = [...table.querySelector("thead tr").children].map((cell) => cell.textContent);
   [...table.querySelectorAll("tbody tr")].slice(0, data.systems.length).forEach((line, index) => {
-    for (const [metric, name] of Object.entries(data.metrics)) {
+    for (const [metric, {title: name}] of Object.entries(data.scores || {})) {
       const cell = line.children[heads.indexOf(name)];
       if (!cell || !cell.textContent) continue;
       const link = element("a", {href: "#examples", title: `The worst answers of ${data.systems[index]} by ${name}`}, cell.textContent);
@@ -187,8 +187,8 @@ if (get("loss")) {
 }
 if (data.scores) drawScores();
 if (get("cards")) {
-  const known = Object.keys(data.metrics).filter((metric) => data.examples.some((row) => row.scores[metric]));
-  get("metric").replaceChildren(...known.map((metric) => element("option", {value: metric}, data.metrics[metric])));
+  const known = Object.keys(data.scores || {}).filter((metric) => data.examples.some((row) => row.scores[metric]));
+  get("metric").replaceChildren(...known.map((metric) => element("option", {value: metric}, title(metric))));
   if (known.includes(data.answerMetric)) get("metric").value = data.answerMetric;
   get("system").replaceChildren(...data.systems.map((name) =>
     element("option", {value: name}, name + (name === data.best ? ` (${data.bestLabel})` : ""))));

@@ -9,8 +9,8 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.files import write_atomically
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, table, whole_page
-from minisft.report.run_data import RunFiles, metric_name, metrics_of, page_data, read_run
-from minisft.report.tables import format_score, score_table
+from minisft.report.run_data import RunFiles, figure_id, metric_title, metrics_of, page_data, read_run
+from minisft.report.tables import format_metric, score_table
 from minisft.report.verdict import verdict
 from minisft.results import is_reliable, unreliability_reason
 from minisft.text import duration
@@ -161,12 +161,17 @@ def _tiles(run: RunFiles) -> str:
     # 1. Score and loss of the best checkpoint, beside those of the base model.
     base, best = (run.results["base"], run.best) if run.results else ({}, None)
     if best is not None and run.results is not None and (metrics := metrics_of(run)):
-        key = metrics[0]
-        interval = f"95 %: {best[key]['low']:.1f} to {best[key]['high']:.1f}" if is_reliable(best[key]) else ""
-        constant = format_score(run.results["constant"].get(key), interval=False)
-        others = f"base {format_score(base[key], interval=False)}" + (f", constant {constant}" if constant else "")
-        score = format_score(best[key], interval=False)
-        tiles.append((f"{metric_name(key)} of {best['checkpoint']}", score, [interval, others]))
+        # The metric that chose the best checkpoint, if results.json names it and it is one of the scores.
+        wanted = run.results.get("best_by", {}).get("metric")
+        key = wanted if wanted in metrics else metrics[0]
+        bounds = [format_metric(key, {"score": best[key][end]}, interval=False) for end in ("low", "high")]
+        interval = f"95 %: {' to '.join(bounds)}" if is_reliable(best[key]) else ""
+        constant = format_metric(key, run.results["constant"].get(key), interval=False)
+        others = f"base {format_metric(key, base[key], interval=False)}" + (
+            f", constant {constant}" if constant else ""
+        )
+        score = format_metric(key, best[key], interval=False)
+        tiles.append((f"{metric_title(key)} of {best['checkpoint']}", score, [interval, others]))
     if best is not None and best.get("loss") is not None:
         before = f"base {base['loss']:.4g}" if base.get("loss") is not None else ""
         tiles.append(("held-out loss", f"{best['loss']:.4g}", [before, f"perplexity {best['perplexity']:.4g}"]))
@@ -274,13 +279,13 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
         return failures
     intervals = ", 95 % intervals" if is_reliable(results) else ""
     figures = "".join(
-        f'<figure id="{escape(metric, quote=True)}"><figcaption>{escape(metric_name(metric))}{intervals}; dotted: the '
-        "constant baseline. A click on a point shows the worst answers behind it.</figcaption></figure>"
+        f'<figure id="{escape(figure_id(metric), quote=True)}"><figcaption>{escape(metric_title(metric))}{intervals}; '
+        "dotted: the constant baseline. A click on a point shows the worst answers behind it.</figcaption></figure>"
         for metric in metrics
     )
     if is_reliable(results):
         significance = (
-            f"p is the p-value of the difference in {escape(metric_name(metrics[0]))} from base, constant and best "
+            f"p is the p-value of the difference in {escape(metric_title(metrics[0]))} from base, constant and best "
             "(paired bootstrap)"
         )
     else:

@@ -96,9 +96,14 @@ def _is_score(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("score"), (int, float))
 
 
-def metric_name(key: str) -> str:
+def metric_title(key: str) -> str:
     """Return the name of a metric as the field writes it; the key itself for a metric that has no such name."""
     return METRIC_NAMES.get(key, key)
+
+
+def figure_id(metric: str) -> str:
+    """Return the id of a metric's figure on the page; other elements have ids that a metric's key may equal."""
+    return metric if metric in METRIC_NAMES else f"score-{metric}"
 
 
 def read_answers(run: RunFiles, system: str, name: str) -> list[dict[str, Any]]:
@@ -130,6 +135,9 @@ def page_data(run: RunFiles) -> dict[str, Any]:
                     if metric in entry
                 ],
                 "constant": rounded(constant[metric]["score"]) if metric in constant else None,
+                "title": metric_title(metric),
+                "figure": figure_id(metric),
+                "lower": metric in run.results.get("lower_is_better", ()),  # whether a lower score is better
             }
             for metric in metrics_of(run)
         }
@@ -151,7 +159,6 @@ def page_data(run: RunFiles) -> dict[str, Any]:
         "systems": [name for name, _ in run.systems],
         "best": run.results["best"] if run.results else None,
         "bestLabel": best_label(run.results) if run.results else None,
-        "metrics": {metric: metric_name(metric) for metric in metrics_of(run)},
         "answerMetric": answer_metric(metrics_of(run)),
         "examples": examples,
     }
@@ -220,15 +227,21 @@ def _held_out_examples(run: RunFiles) -> list[dict[str, Any]]:
     # 1. The rows by their number in the file; a dict keeps the first place of each.
     numbers: dict[int, None] = {}
     best = run.results["best"] if run.results else None
+    lower = (run.results or {}).get("lower_is_better", ())
+
+    def goodness(rows: list[dict[str, Any]], metric: str) -> list[float]:
+        """Return the scores of a system's answers, negated where a lower one is better."""
+        return [-row[metric] if metric in lower else row[metric] for row in rows]
+
     if (metric := answer_metric(metrics)) is not None and best in names:
-        tuned = [row[metric] for row in answers[names.index(best)]]
-        gains = [after - before[metric] for before, after in zip(answers[0], tuned, strict=True)]
+        tuned = goodness(answers[names.index(best)], metric)
+        gains = [after - before for before, after in zip(goodness(answers[0], metric), tuned, strict=True)]
         numbers |= dict.fromkeys(_lowest(tuned))
         numbers |= dict.fromkeys(number for number in _lowest(gains) if gains[number] < 0)
         numbers |= dict.fromkeys(number for number in _lowest([-gain for gain in gains]) if gains[number] > 0)
     for rows in answers:
         for metric in metrics:
-            numbers |= dict.fromkeys(_lowest([row[metric] for row in rows]))
+            numbers |= dict.fromkeys(_lowest(goodness(rows, metric)))
     others = [number for number in range(len(answers[0])) if number not in numbers]
     random.Random(0).shuffle(others)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metric_name, metrics_of
+from minisft.report.run_data import METRIC_NAMES, RunFiles, metric_title, metrics_of
 from minisft.results import best_label, is_below_base, is_reliable
 
 _RIVALS = ("base", "constant", "best")  # the systems that every other one is tested against
@@ -21,7 +21,7 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
     rivals = _RIVALS if metrics and is_reliable(run.results) else ()
 
     # 1. The heads.
-    heads = ["", "step", "loss", "perplexity", *(metric_name(metric) for metric in metrics)]
+    heads = ["", "step", "loss", "perplexity", *(metric_title(metric) for metric in metrics)]
     heads += [f"p: {rival}" for rival in rivals]
     heads += [*(["exact"] if metrics else []), *run.results["base"].get("custom", {}), "seconds"]
 
@@ -35,7 +35,7 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
             entry.get("step"),
             entry.get("loss"),
             entry.get("perplexity"),
-            *(format_score(entry.get(metric)) for metric in metrics),
+            *(format_metric(metric, entry.get(metric)) for metric in metrics),
             *(format_p_value(p_values.get(rival)) for rival in rivals),
             *([f"{100 * entry.get('exact_match', 0):.0f} %"] if metrics else []),
             *(format_score(score, digits=".4g") for score in entry.get("custom", {}).values()),
@@ -59,6 +59,11 @@ def format_score(score: dict[str, Any] | None, interval: bool = True, digits: st
         return ""
     text = format(score["score"], digits)
     return f"{text} [{score['low']:{digits}}, {score['high']:{digits}}]" if interval and is_reliable(score) else text
+
+
+def format_metric(metric: str, score: dict[str, Any] | None, interval: bool = True) -> str:
+    """Return a score with the digits of its metric: BLEU and chrF go from 0 to 100."""
+    return format_score(score, interval, ".1f" if metric in METRIC_NAMES else ".4g")
 
 
 def comparison_table(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metric_name, metrics_of
+from minisft.report.run_data import METRIC_NAMES, RunFiles, metric_title, metrics_of
 from minisft.report.tables import format_p_value, format_score
 from minisft.results import MIN_CONVERSATIONS, is_reliable, unreliability_reason
 
@@ -21,7 +21,7 @@ def verdict(run: RunFiles) -> str:
     if best is None:
         return "No checkpoint could be scored."
     metric = metrics_of(run)[0]
-    name, label = metric_name(metric), results["best"]
+    name, label = metric_title(metric), results["best"]
     score, base, constant = best[metric], results["base"][metric], results["constant"][metric]
 
     # 1. Against the base model.

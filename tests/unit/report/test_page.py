@@ -162,10 +162,19 @@ def test_a_metric_that_this_version_does_not_know_has_its_column_its_figure_and_
         outputs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = write_report(folder).read_text()
     data = json.loads(Elements(page).data)
-    assert list(data["metrics"]) == ["bleu", "chrf", "new_metric"]
-    assert ("figure", {"id": "new_metric"}) in Elements(page).found
+    assert list(data["scores"]) == ["bleu", "chrf", "new_metric"]
+    assert ("figure", {"id": "score-new_metric"}) in Elements(page).found
     assert '<th scope="col">new_metric</th>' in page
     assert data["examples"][0]["scores"]["new_metric"] == [1.0, 1.0]
+
+
+def test_the_worst_answers_by_a_metric_whose_lower_score_is_better_are_the_highest(tmp_path):
+    path = make_run(tmp_path, rows=40) / "evaluation/results.json"
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps(results | {"lower_is_better": ["chrf"]}))
+    data = json.loads(Elements(write_report(tmp_path).read_text()).data)
+    assert [row["number"] for row in data["examples"]][:5] == [39, 38, 37, 36, 35]
+    assert (data["scores"]["chrf"]["lower"], data["scores"]["bleu"]["lower"]) == (True, False)
 
 
 def test_each_source_has_its_loss_at_the_beginning_and_at_the_end(tmp_path):

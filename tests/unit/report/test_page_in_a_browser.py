@@ -104,6 +104,16 @@ def test_the_rows_come_in_the_chosen_order(browser):
     assert shown_ids(browser)[1:4] == ["row0", "row1", "row2"]
 
 
+def test_where_a_lower_score_is_better_the_highest_is_the_worst(started_browser, tmp_path):
+    path = make_run(tmp_path, rows=30) / "evaluation/results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lower_is_better": ["chrf"]}))
+    started_browser.open(write_report(tmp_path))
+    assert shown_ids(started_browser)[:2] == ["row29", "row28"]
+    choose(started_browser, "#order", "improved")
+    assert shown_ids(started_browser)[0] == "row0"
+    assert started_browser.problems == []
+
+
 def test_a_score_of_the_table_and_a_point_of_a_figure_lead_to_the_worst_rows_behind_them(browser):
     browser.type("#search", "checkpoint-9 17 ")
     choose(browser, "#order", "improved")
