@@ -169,7 +169,7 @@ def train_in_this_process(
     callbacks: Sequence["TrainerCallback"] = (),
     pause_at: int | None = None,
 ) -> None:
-    """Train in this process to the end or to the step `pause_at`, and at the end make `model/` from the last checkpoint.
+    """Train in this process to the end, and make `model/` from the last checkpoint; or only to the step `pause_at`.
 
     Raises:
         UserError: The model or the data cannot be trained with this recipe.

@@ -437,7 +437,7 @@ class HeldOutLoss(TrainerCallback):
 
 
 class StopAtStepEnd(TrainerCallback):
-    """Save and end at the step of a pause, or at which the processes agreed to stop; an epoch's end does not save again."""
+    """Save and end at the step of a pause, or where the processes agreed to stop; an epoch's end saves no more."""
 
     def __init__(self, trainer: SupervisedTokenTrainer) -> None:
         self.trainer = trainer
