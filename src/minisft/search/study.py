@@ -167,12 +167,10 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # multivariate sampling is called experimental
             sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=BRACKET)
-        space = {axis.key: _distribution(axis) for axis in self.axes}
-        blank = optuna.create_trial(state=optuna.trial.TrialState.RUNNING)
-        drawn = sampler.sample_relative(self._study, blank, space)
-        for axis in self.axes:
-            if axis.key not in drawn:
-                drawn[axis.key] = sampler.sample_independent(self._study, blank, axis.key, space[axis.key])
+        # In a copy of the study: a trial of the study itself is added in one write, when its settings are complete.
+        copy = optuna.create_study(sampler=sampler)
+        copy.add_trials(self._study.get_trials())
+        drawn = copy.ask({axis.key: _distribution(axis) for axis in self.axes}).params
         return {axis.key: _as_value(axis, drawn[axis.key]) for axis in self.axes}
 
 
