@@ -20,7 +20,7 @@ def planted(trial, mean, seed, noise=0.05):
 
 def halve(means, seed, noise=0.05):
     """Run a bracket whose trial has these mean losses at the rungs; return the best trial and its ties."""
-    losses = {trial: [] for trial in range(len(means))}
+    losses: dict[int, list[RowLosses]] = {trial: [] for trial in range(len(means))}
     alive = list(losses)
     for rung in range(len(RUNGS)):
         for trial in alive:

@@ -20,29 +20,38 @@ from minisft.search.space import (
 RATE = "training.learning_rate"
 
 
+def is_logarithmic(option):
+    axis = read_axis(option)
+    return isinstance(axis, Range) and axis.logarithmic
+
+
+def values(option):
+    axis = read_axis(option)
+    assert isinstance(axis, Choices)
+    return [axis.value(text) for text in axis.texts]
+
+
 @pytest.fixture(scope="module")
 def recipe():
-    return make_recipe({"model": "m", "output": "o", "data.source": "d.jsonl"}.items())
+    return make_recipe([("model", "m"), ("output", "o"), ("data.source", "d.jsonl")])
 
 
 def test_a_range_of_rates_is_logarithmic_and_a_range_of_whole_numbers_is_whole():
     assert read_axis(f"{RATE}=1e-5..5e-4") == Range(RATE, 1e-5, 5e-4)
-    assert read_axis(f"{RATE}=1e-5..2e-5").logarithmic
+    assert is_logarithmic(f"{RATE}=1e-5..2e-5")
     assert read_axis("training.epochs=1..3") == Range("training.epochs", 1, 3, whole=True)
-    assert not read_axis("training.epochs=1..30").logarithmic
-    assert not read_axis("training.warmup_ratio=0.0..0.1").logarithmic
-    assert not read_axis("training.max_grad_norm=1.0..2.0").logarithmic
-    assert read_axis("training.max_grad_norm=0.1..2.0").logarithmic
+    assert not is_logarithmic("training.epochs=1..30")
+    assert not is_logarithmic("training.warmup_ratio=0.0..0.1")
+    assert not is_logarithmic("training.max_grad_norm=1.0..2.0")
+    assert is_logarithmic("training.max_grad_norm=0.1..2.0")
 
 
 def test_a_list_holds_any_yaml():
-    axis = read_axis("training.lora={rank: 8, alpha: 16},null,{rank: 64}")
-    assert isinstance(axis, Choices)
-    assert [axis.value(text) for text in axis.texts] == [{"rank": 8, "alpha": 16}, None, {"rank": 64}]
-    axis = read_axis("training.lora.target_modules=[q_proj, v_proj],all-linear")
-    assert [axis.value(text) for text in axis.texts] == [["q_proj", "v_proj"], "all-linear"]
-    axis = read_axis(f"{RATE}=8e-6,1.0e-5")
-    assert [axis.value(text) for text in axis.texts] == [8e-6, 1e-5]
+    mappings = values("training.lora={rank: 8, alpha: 16},null,{rank: 64}")
+    assert mappings == [{"rank": 8, "alpha": 16}, None, {"rank": 64}]
+    lists = values("training.lora.target_modules=[q_proj, v_proj],all-linear")
+    assert lists == [["q_proj", "v_proj"], "all-linear"]
+    assert values(f"{RATE}=8e-6,1.0e-5") == [8e-6, 1e-5]
 
 
 @pytest.mark.parametrize(
