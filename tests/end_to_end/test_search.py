@@ -158,7 +158,7 @@ def test_when_all_trials_fail_the_first_error_is_said(tmp_path, tiny_model, talk
     done = minisft("search", recipe, "--vary", "training.learning_rate=1e30,1e31", "--no-defaults")
     assert done.returncode == 2
     assert "trial 0 failed, and the others go on: " in done.stderr
-    assert "all 2 trials failed; the first: " in done.stderr
+    assert "all 2 trials failed, and none reached its end; the first: " in done.stderr
     assert "Traceback" not in done.stderr
     states = [trial["state"] for trial in read(tmp_path / "run" / "search.json")["trials"]]
     assert states == ["failed", "failed"]

@@ -26,7 +26,7 @@ from minisft.search.budget import (
     read_budget,
     trials_cost,
 )
-from minisft.search.halving import best_and_ties, decide
+from minisft.search.halving import best_and_ties, decide, mean_loss
 from minisft.search.page import write_search_page
 from minisft.search.progress import SearchProgress
 from minisft.search.rung_losses import read_losses, read_seconds, rung_steps
@@ -182,9 +182,10 @@ class _Search:
         for size in brackets:
             self._run_bracket(range(start, start + size))
             start += size
-        if best_and_ties(self.losses, self.options.seed) is None:
+        if self._best_and_ties() is None:
             first = min(self.failed)
-            problem = f"all {len(self.failed)} trials failed; the first: {self.failed[first]}"
+            count = f"all {start}" if len(self.failed) == start else f"{len(self.failed)} of {start}"
+            problem = f"{count} trials failed, and none reached its end; the first: {self.failed[first]}"
             raise UserError(self.output, problem, f"see {self._log(first)}; vary other values, or other keys")
 
     def _run_bracket(self, numbers: Sequence[int]) -> None:
@@ -194,18 +195,25 @@ class _Search:
         size = len(numbers)
         numbers = [number for number in numbers if number < len(self.study.settings)]
         alive = [number for number in numbers if self._load(number)]
+        stopped: dict[int, str] = {}  # at the rung before: kept until enough others have reached this one
         for rung, fraction in enumerate(RUNGS):
+            # 1. Train; the place of a trial that fails goes to the best of those that were stopped at the rung before.
             self._train(alive, rung)
+            spare = sorted(stopped, key=lambda number: mean_loss(self.losses[number][-1]))
+            while spare and sum(len(self.losses[number]) > rung for number in numbers) < len(alive):
+                self._train([spare[0]], rung)
+                stopped.pop(spare.pop(0))
+            for number, reason in stopped.items():
+                self._stop(number, reason)
+            # 2. Decide.
             reached = [[self.losses[n][r] for n in numbers if len(self.losses[n]) > r] for r in range(rung + 1)]
             if not reached[rung]:
                 return
             decision = decide(size, rung, reached, self.options.seed)
-            for number, reason in decision.stopped.items():
-                self._stop(number, reason)
-            alive = decision.going_on
+            alive, stopped = decision.going_on, dict(decision.stopped)
             if fraction == 1:
                 for number in alive:
-                    self.study.finish(number, "complete", self.losses[number][-1].sums.sum() / self._tokens(number))
+                    self.study.finish(number, "complete", mean_loss(self.losses[number][-1]))
             self.write()
 
     def _add_trial(self) -> bool:
@@ -216,13 +224,7 @@ class _Search:
 
     def _load(self, number: int) -> bool:
         """Read what is known of a trial, and make its run folder; return whether it can be trained."""
-        if number in self.failed:
-            return False
         self.losses.setdefault(number, [])
-        failure = self._failure_file(number)
-        if failure.exists():
-            self.failed[number] = str(json.loads(failure.read_text())["error"])
-            return False
         if number in self.steps:
             return True
         try:
@@ -236,11 +238,15 @@ class _Search:
 
     def _train(self, numbers: Sequence[int], rung: int) -> None:
         """Train trials to a rung, and read their losses there."""
-        missing = [number for number in numbers if not self._losses_file(number, rung).exists()]
-        jobs = {number: self._job(number, rung) for number in missing}
+        jobs = {}
         for number in numbers:
-            if number not in missing:
+            if self._losses_file(number, rung).exists():
                 self._reach(number, rung)
+            elif self._failure_file(number).exists():  # at this rung: it reached the ones before
+                self.failed[number] = str(json.loads(self._failure_file(number).read_text())["error"])
+                self.study.finish(number, "failed")
+            else:
+                jobs[number] = self._job(number, rung)
         self.progress.show(self.study.settings, self.result()["trials"], jobs.values(), rung, self.steps)
         with self.progress.waiting():
             for job, outcome in self.pool.perform(list(jobs.values()), self.progress.refresh):
@@ -281,7 +287,7 @@ class _Search:
         if len(self.losses[number]) > rung:
             return
         self.losses[number].append(read_losses(self._losses_file(number, rung), number))
-        self.study.report(number, rung, float(self.losses[number][rung].sums.sum() / self._tokens(number)))
+        self.study.report(number, rung, mean_loss(self.losses[number][rung]))
 
     def _fail(self, number: int, error: str) -> None:
         warn(f"trial {number} failed, and the others go on: {error}")
@@ -364,7 +370,7 @@ class _Search:
         Args:
             recipe: The recipe as the user gave it, with its test rows.
         """
-        found = best_and_ties(self.losses, self.options.seed)
+        found = self._best_and_ties()
         assert found is not None
         best, settings = found[0], self.study.settings[found[0]]
         own = replace(self._recipe_of(best), output=str(self.output / "best"))
@@ -462,6 +468,10 @@ class _Search:
                     return None
         return run
 
+    def _best_and_ties(self) -> tuple[int, list[int]] | None:
+        sound = {number: reached for number, reached in self.losses.items() if number not in self.failed}
+        return best_and_ties(sound, self.options.seed)
+
     # --- what is written
 
     def write(self) -> None:
@@ -470,7 +480,7 @@ class _Search:
 
     def result(self) -> dict[str, Any]:
         """Return the content of search.json."""
-        found = best_and_ties(self.losses, self.options.seed)
+        found = self._best_and_ties()
         best = None
         if found is not None:
             best = {
@@ -540,9 +550,6 @@ class _Search:
 
     def _log(self, number: int) -> Path:
         return self.output / "trials" / f"{number}.log"
-
-    def _tokens(self, number: int) -> int:
-        return int(self.losses[number][0].tokens.sum())
 
 
 # --- before the first trial -------------------------------------------------------------------------------
