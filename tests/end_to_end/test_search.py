@@ -123,6 +123,7 @@ def test_a_stopped_trial_has_no_optimizer_state(searched):
             assert not list((output / trial["run"]).glob("checkpoints/*/optimizer.pt"))
 
 
+@pytest.mark.long
 def test_a_second_call_needs_resume_which_repeats_nothing(searched):
     output, words, _, _ = searched
     refused = minisft(*words)
@@ -137,6 +138,7 @@ def test_a_second_call_needs_resume_which_repeats_nothing(searched):
     assert {path: path.read_text() for path in output.glob("trials/*.log")} == logs
 
 
+@pytest.mark.long
 def test_resume_refuses_another_recipe_and_other_data(searched, tmp_path, talks):
     _, words, _, _ = searched
     other = minisft(*words, "--resume", "training.weight_decay=0.1")
@@ -153,6 +155,7 @@ def test_resume_refuses_another_recipe_and_other_data(searched, tmp_path, talks)
     assert "choose another `output`" in moved.stderr
 
 
+@pytest.mark.long
 def test_when_all_trials_fail_the_first_error_is_said(tmp_path, tiny_model, talks):
     recipe = write_recipe(tmp_path, tiny_model, talks, SETTINGS)
     done = minisft("search", recipe, "--vary", "training.learning_rate=1e30,1e31", "--no-defaults")
@@ -164,6 +167,7 @@ def test_when_all_trials_fail_the_first_error_is_said(tmp_path, tiny_model, talk
     assert states == ["failed", "failed"]
 
 
+@pytest.mark.long
 def test_without_validation_rows_nothing_is_trained(tmp_path, tiny_model):
     one = json.dumps({"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]})
     (tmp_path / "one.jsonl").write_text(f"{one}\n" * 8)

@@ -55,6 +55,7 @@ class Study:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.axes, self._seed = list(axes), seed
+        self._expected = 0  # number of trials that the budget pays for
         try:
             self._study = optuna.create_study(
                 study_name=name, storage=_storage(url), direction="minimize", load_if_exists=True
@@ -101,9 +102,11 @@ class Study:
 
     def report(self, number: int, rung: int, loss: float) -> None:
         """Report the held-out loss of a trial at a rung, once."""
+        import optuna
+
         trial = self._trial(number)
         if not trial.state.is_finished() and rung not in trial.intermediate_values:
-            self._study._storage.set_trial_intermediate_value(trial._trial_id, rung, loss)
+            optuna.trial.Trial(self._study, trial._trial_id).report(loss, rung)
 
     def finish(self, number: int, state: str, loss: float | None = None) -> None:
         """Record the end of a trial, once: "complete" with its loss, "pruned" or "failed"."""
@@ -151,8 +154,6 @@ class Study:
             if json.dumps(drawn, sort_keys=True) not in taken:
                 return drawn
         return drawn
-
-    _expected = 0  # number of trials that the budget pays for
 
     def expect(self, trials: int) -> None:
         """Say how many trials the budget pays for: as many combinations of listed values are all tried, in order."""
