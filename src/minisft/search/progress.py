@@ -111,7 +111,7 @@ class SearchProgress:
         say(f"to train on the validation rows too, which is a second run: {self.output / best['recipe_all_data']}")
 
     def _seconds_left(self) -> float | None:
-        if not self.done:
+        if not self.done or not self.total:  # with a budget in time, the total is known after the first rung
             return None
         return max(0.0, self.total - self.done) * (time.monotonic() - self._started) / self.done
 

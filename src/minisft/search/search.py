@@ -15,6 +15,7 @@ from minisft.comparison.shared_files import begin_variant
 from minisft.console import say, warn
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
+from minisft.progress_table import duration
 from minisft.recipe import Recipe, dump_recipe
 from minisft.run_folder import RunFolder, run_identity
 from minisft.search.budget import (
@@ -324,9 +325,7 @@ class _Search:
                 seconds = self._seconds_of_run()
                 runs /= seconds
                 if runs < 1:
-                    problem = (
-                        f"one run of this recipe takes about {seconds / 60:.1f} minutes here, and no trial would end"
-                    )
+                    problem = f"one run of this recipe takes about {duration(seconds)} here, and no trial would end"
                     fix = f"give at least {1 + int(seconds / 60)}m, and --resume: the trial that was begun goes on"
                     raise UserError("--budget", problem, fix)
             trials = max(1, affordable_trials(runs / self._relative_length()))
