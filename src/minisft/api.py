@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from minisft.monitoring.run_list import RunSummary
     from minisft.planning.planner import Plan
     from minisft.recipe import Recipe
+    from minisft.search.learning_rate_range import LearningRateRange
     from minisft.slurm import Submission
 
-__all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "init", "load", "note_unread", "plan", "prepare",
-           "push", "read_recipe", "runs", "schema", "serve", "submit", "train", "watch"]  # fmt: skip
+__all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "init", "learning_rate_range", "load",
+           "note_unread", "plan", "prepare", "push", "read_recipe", "runs", "schema", "search", "serve", "submit",
+           "train", "watch"]  # fmt: skip
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
 # Takes outputs, references and prompts of all held-out answers, in order, and returns one number for each.
@@ -618,6 +620,96 @@ def compare(
         CompareOptions(Path(recipe), words, strategies=strategies, varied=tuple(vary), evaluate=evaluate, force=force),
         on_result,
     )
+
+
+def search(
+    recipe: "str | Path | Recipe | None" = None,
+    overrides: Overrides = None,
+    *,
+    model: str | Path | None = None,
+    data: Any = None,
+    test: Any = None,
+    output: str | Path | None = None,
+    vary: Sequence[str] = (),
+    budget: str | None = None,
+    validation: float | None = None,
+    workers: int = 1,
+    storage: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    defaults: bool = True,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Search the best settings of a recipe; return the content of search.json.
+
+    Args:
+        recipe: Path of a recipe, a `Recipe`, or None with `model`, `data` and `output` in its place.
+        overrides: Values of other keys of the recipe by dotted key.
+        model: Value of the recipe's key `model`.
+        data: Rows, or a value of the recipe's key `data.source`.
+        test: Held-out rows, in the same forms as `data`.
+        output: Path of the search's folder.
+        vary: `KEY=LOW..HIGH` and `KEY=A,B,C` texts; none: learning rate, epochs, batch size and LoRA's rank.
+        budget: "30m", "3x" (three times one full run) or "20" trials; None: every combination of listed values, or 8.
+        validation: Fraction of the train conversations on which trials are compared; None: 0.1.
+        workers: Number of trials that run at the same time.
+        storage: URL of Optuna's storage; None: a SQLite file in the folder.
+        seed: Seed of the sampler and of the bootstrap.
+        resume: Go on with the search in the folder.
+        defaults: Train the recipe's own settings to the end too, to score them beside the winner.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UserError: The options, the recipe, the data or the storage do not allow it, or all trials failed.
+        StoppedError: SIGINT or SIGTERM was received, and the trials under way have saved their work.
+    """
+    found = _recipe("search", recipe, overrides, trust_remote_code, model, data, test, output)
+    from minisft.console import waiting
+
+    with waiting(IMPORTING):
+        from minisft.search.search import SearchOptions
+        from minisft.search.search import search as search_settings
+
+    options = SearchOptions(tuple(vary), budget, validation, workers, storage, seed, resume, defaults)
+    return search_settings(found, options)
+
+
+def learning_rate_range(
+    recipe: "str | Path | Recipe | None" = None,
+    overrides: Overrides = None,
+    *,
+    model: str | Path | None = None,
+    data: Any = None,
+    output: str | Path | None = None,
+    steps: int | None = None,
+    trust_remote_code: bool = False,
+) -> "LearningRateRange":
+    """Train for a few steps with a rising learning rate, and suggest a range to search; the output is not touched.
+
+    Args:
+        recipe: Path of a recipe, a `Recipe`, or None with `model`, `data` and `output` in its place.
+        overrides: Values of other keys of the recipe by dotted key.
+        model: Value of the recipe's key `model`.
+        data: Rows, or a value of the recipe's key `data.source`.
+        output: Value of the recipe's key `output`.
+        steps: Number of steps; None: as many as fit into about 80 seconds, from 16 to 100.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UserError: The recipe, its data or its model cannot be trained.
+        StoppedError: SIGINT or SIGTERM was received.
+    """
+    found = _recipe("search", recipe, overrides, trust_remote_code, model, data, None, output)
+    from minisft.console import say, waiting
+
+    with waiting(IMPORTING):
+        from minisft.search.learning_rate_range import learning_rate_range as run_range_test
+        from minisft.search.learning_rate_range import range_lines
+
+    result = run_range_test(found, steps=steps)
+    for line in range_lines(result):
+        say(line)
+    return result
 
 
 def report(

@@ -164,6 +164,24 @@ def compare(arguments: Arguments) -> int:
         )
 
 
+def search(arguments: Arguments) -> None:
+    from minisft import api
+
+    names = ("vary", "budget", "validation", "workers", "storage", "seed", "resume", "defaults")
+    with _json_alone(arguments) as print_json:
+        if arguments.range_test:
+            _refuse_beside_range_test(arguments)
+            print_json(asdict(api.learning_rate_range(_load(arguments))))
+        else:
+            print_json(api.search(_load(arguments), **{name: getattr(arguments, name) for name in names}))
+
+
+def _refuse_beside_range_test(arguments: Arguments) -> None:
+    for name in ("vary", "budget", "validation", "storage", "resume"):
+        if getattr(arguments, name):
+            raise UserError("--lr-range", f"--{name} is of a search", f"leave out --{name}, or leave out --lr-range")
+
+
 def report(arguments: Arguments) -> None:
     from minisft import api
 
@@ -440,6 +458,14 @@ VERBS = {
         "the same recipe under several strategies or settings: curves, speed, memory, scores",
         "RECIPE.yaml",
         options.compare,
+        options.prints_json,
+        options.trust,
+    ),
+    "search": Verb(
+        search,
+        "find the best settings within a budget: trials that pause, and a winner that needs no second run",
+        "RECIPE.yaml",
+        options.search,
         options.prints_json,
         options.trust,
     ),

@@ -217,6 +217,39 @@ def compare(parser: Parser) -> None:
     )
 
 
+def search(parser: Parser) -> None:
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="KEY=LOW..HIGH|KEY=A,B",
+        help="a key of `training` and its range or values; repeatable; default: learning rate, epochs, batch size",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", metavar="30m|3x|20",
+        help="a time, a multiple of one full run, or a number of trials; default: every combination of listed values, "
+        "or 8 trials where a range is varied",
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation", type=float, metavar="F",
+        help="fraction of the train conversations on which trials are compared (default 0.1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=_at_least_1, default=1, metavar="N", help="trials that run at the same time (default 1)"
+    )
+    parser.add_argument(
+        "--storage", metavar="URL",
+        help="Optuna's storage, such as postgresql://... or journal:FILE; default: a file in the output folder",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampler (default 0)")
+    parser.add_argument("--resume", action="store_true", help="go on with the search in the output folder")
+    parser.add_argument(
+        "--lr-range", dest="range_test", action="store_true",
+        help="only train for a few steps with a rising learning rate, and suggest a range to vary it in",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-defaults", dest="defaults", action="store_false",
+        help="do not train the recipe's own settings to the end for the comparison on the test rows",
+    )  # fmt: skip
+
+
 def export(parser: Parser) -> None:
     parser.add_argument(
         "--to", choices=("folder", "gguf", "ollama"), default="folder",

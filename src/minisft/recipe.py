@@ -47,6 +47,7 @@ class DataRecipe:
     invalid: Literal["error", "skip", "repair"] = "error"
     test: str | list[Any] | dict[str, Any] | None = None
     test_fraction: float = 0.1
+    validation_fraction: float | None = None
     limit: int | None = None
     verify: bool = True
     processes: int | None = None
@@ -56,6 +57,9 @@ class DataRecipe:
         if not 0 <= self.test_fraction < 1:
             problem = f"must be at least 0 and below 1, and is {self.test_fraction}"
             raise UserError("data.test_fraction", problem, "give a fraction such as 0.1")
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
+            problem = f"must be above 0 and below 1, and is {self.validation_fraction}"
+            raise UserError("data.validation_fraction", problem, "give a fraction such as 0.1, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,10 @@ def check_combinations(recipe: Recipe) -> None:
     if training.eval_every is not None and recipe.data.test is None and recipe.data.test_fraction == 0:
         problem = "there are no held-out conversations to compute a loss on"
         raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test")
+    if recipe.data.test is not None and recipe.data.validation_fraction is not None:
+        problem = "data.test holds the test rows already, so none have to be kept away from the validation rows"
+        fix = "leave data.test out and set data.test_fraction instead, or leave validation_fraction out"
+        raise UserError("data.validation_fraction", problem, fix)
     if recipe.data.test is not None and recipe.data.test == recipe.data.source:
         raise UserError("data.test", "is the training source itself", "name another file, or use test_fraction")
 

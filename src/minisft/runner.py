@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from minisft.training.nodes import Nodes
 
 
-def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None = None) -> Path:
+def prepare_run(
+    recipe: "Recipe", with_weights: bool = True, output: Path | None = None, fingerprint: str | None = None
+) -> Path:
     """Prepare the data if that has not been done; return the folder of the base model.
 
     Args:
         recipe: Recipe; its `output` is the folder to prepare in.
         with_weights: Resolve the weights of the model too, and record their fingerprint.
         output: Path to print in messages, if the run will be renamed to it.
+        fingerprint: Fingerprint of the weights, where the caller has computed it already.
     """
     from minisft.console import row_progress, say, waiting
     from minisft.run_folder import RunFolder, record_base_model
@@ -42,7 +45,7 @@ def prepare_run(recipe: "Recipe", with_weights: bool = True, output: Path | None
     resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=with_weights)
     say(f"model {resolved}")
     if with_weights:
-        record_base_model(run, str(resolved), weights_fingerprint(resolved.folder))
+        record_base_model(run, str(resolved), fingerprint or weights_fingerprint(resolved.folder))
     with row_progress() as progress:
         prepared = prepare_data(recipe, progress=progress, model_folder=resolved.folder, begun=run.has_begun())
     write_preview(run.root, resolved.folder, recipe.trust_remote_code)
@@ -59,10 +62,19 @@ def train_run(
     resume: bool,
     nodes: "Nodes | None" = None,
     callbacks: Sequence["TrainerCallback"] = (),
+    pause_at: int | None = None,
+    fingerprint: str | None = None,
 ) -> "RunFolder":
     """Prepare and train, on this machine or as the first of several; return the run folder.
 
-    `callbacks` join the Trainer of a run that takes place in this process.
+    Args:
+        recipe: The recipe.
+        force: Replace the run in the output folder.
+        resume: Resume an unfinished run.
+        nodes: The machines that train together; None: this one alone.
+        callbacks: Callbacks that join the Trainer of a run that takes place in this process.
+        pause_at: Step after which the run ends with a checkpoint, to be resumed later; None: train to the end.
+        fingerprint: Fingerprint of the base model's weights, where the caller has computed it already.
 
     Raises:
         UserError: The recipe, the data, the model or the machine does not allow it.
@@ -83,15 +95,16 @@ def train_run(
     resolve_model(recipe.model, recipe.trust_remote_code)  # before --force deletes anything
     require_sources(recipe.data)
     with start_run(recipe, force=force, resume=resume) as started:
-        model = prepare_run(started.recipe, output=Path(recipe.output))
+        model = prepare_run(started.recipe, output=Path(recipe.output), fingerprint=fingerprint)
         checkpoint = _checkpoint_to_resume(recipe, started.run, resume)
         started.recipe, checkpoint = _resolve_auto_strategy(started.recipe, started.run, checkpoint)
         require_disk(started.recipe, started.run, model, checkpoint, freed_bytes=started.freed_bytes)
         if checkpoint is not None:
             extend_run(started.recipe, started.run, checkpoint)
         started.replace_old_run()
-        start_training(started.recipe, started.run, checkpoint, nodes, callbacks)
-    draw_curves(started.run.root)
+        start_training(started.recipe, started.run, checkpoint, nodes, callbacks, pause_at)
+    if pause_at is None:
+        draw_curves(started.run.root)
     return started.run
 
 

@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "planning": LEAVES | {"data", "training"},
     "new_recipe": LEAVES | {"data", "training", "planning"},
     "comparison": LEAVES | {"report"},
-    "search": LEAVES | {"data", "training", "evaluation", "report", "runner"},
+    "search": LEAVES
+    | {"data", "training", "evaluation", "report", "comparison", "runner", "monitoring", "recipe_schema"},
     "demo": LEAVES,
     "slurm": LEAVES | {"data"},
     "runner": LEAVES | {"data", "training", "planning", "report"},

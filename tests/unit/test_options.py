@@ -17,6 +17,7 @@ OPTIONS = {
     "submit": ["--time", "8:00:00"],
     "evaluate": ["--follow"],
     "compare": ["--vary", "seed=1,2"],
+    "search": ["--budget", "3x"],
     "report": ["--to", "folder"],
     "export": ["--dtype", "bf16"],
     "push": ["--dry-run"],

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,11 +11,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from minisft.comparison.shared_files import begin_variant
 from minisft.comparison.variants import FOLDER, Variant, choose_variants, read_axes, refuse_other_run, trajectory
 from minisft.console import console, display, redraws, say, warn
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
-from minisft.manifest import record_files, record_folder, record_scratch_folder
 from minisft.processes import run_verb
 from minisft.recipe import load_recipe
 from minisft.replacement import KEPT_REASON
@@ -25,9 +23,9 @@ from minisft.report.comparison import Entry, write_comparison
 from minisft.report.tables import comparison_table
 from minisft.results import read_results
 from minisft.run_folder import RunFolder
-from minisft.run_start import refuse_foreign_folder, restore_replaced_run, start_run
+from minisft.run_start import refuse_foreign_folder, restore_replaced_run
 
-_BASE_RESULT_CACHE = Path("evaluation") / "base" / "journal.jsonl"
+_BASE_RESULT_CACHE = "evaluation/base/journal.jsonl"
 _WIDE = 120  # characters; on a narrower terminal, scores are printed without their intervals
 _MIN_NAME_WIDTH = 20  # characters; longer names are wrapped if they take more than a third of the terminal
 
@@ -176,11 +174,8 @@ class _VariantRun:
         assert self.variant.recipe is not None
         if self.options.force:
             self.settings_file.unlink(missing_ok=True)
-        with start_run(self.variant.recipe, force=self.options.force, prepares_only=True) as started:
-            started.replace_old_run()
-            for folder in reversed([self.output / entry.folder for entry in earlier]):
-                share(folder / "dataset", self.run.dataset)
-                share(folder / _BASE_RESULT_CACHE, self.run.root / _BASE_RESULT_CACHE)
+        folders = [self.output / entry.folder for entry in reversed(earlier)]
+        begin_variant(self.variant.recipe, folders, ("dataset", _BASE_RESULT_CACHE), force=self.options.force)
 
     def _evaluation_settings(self) -> str:
         assert self.variant.recipe is not None
@@ -210,34 +205,6 @@ def _progress_display(name: str) -> Iterator[Callable[[str], object]]:
             shown.waiting_for = f"{name}: {line}"
 
         yield show_line
-
-
-def share(source: Path, target: Path) -> None:
-    """Give `target` the content of the file or folder `source`, if that exists and the target does not.
-
-    The target is complete or absent. Files of a folder are linked if the file system can: neither is ever changed in
-    place.
-    """
-    if target.exists() or not source.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    record_scratch_folder(temporary)
-    if source.is_dir():
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary, copy_function=_link_or_copy)
-        record_folder(temporary, target)
-    else:
-        shutil.copyfile(source, temporary)
-        record_files(target)
-    temporary.replace(target)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no hard links
-        shutil.copy2(source, target)
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:

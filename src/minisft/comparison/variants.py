@@ -86,17 +86,7 @@ def read_axes(strategies: str | None, varied: Sequence[str]) -> list[Axis]:
         key, separator, values = option.partition("=")
         if not separator:
             raise UserError(f"--vary {option}", "it lists no values", "write --vary key=value1,value2")
-        source = f"[{values}]"
-        try:
-            node = yaml.compose(source, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or str(error)
-            raise UserError(
-                f"--vary {option}", f"its values cannot be read ({problem})", "put each in quotes"
-            ) from None
-        assert isinstance(node, yaml.SequenceNode)
-        texts = (source[item.start_mark.index : item.end_mark.index] for item in node.value)
-        axes.append(Axis(key.strip(), tuple(texts)))
+        axes.append(Axis(key.strip(), tuple(split_values(option, values))))
 
     # 3. A key may be varied only once.
     keys = [axis.key for axis in axes]
@@ -104,6 +94,26 @@ def read_axes(strategies: str | None, varied: Sequence[str]) -> list[Axis]:
     if twice:
         raise UserError(f"--vary {twice[0]}", "this key is varied twice", "give all its values in one --vary")
     return axes
+
+
+def split_values(option: str, values: str) -> list[str]:
+    """Return the values of an option `--vary`, each as the user wrote it: YAML finds the commas that separate them.
+
+    Args:
+        option: The option, for the message.
+        values: The part after `key=`.
+
+    Raises:
+        UserError: The values are not YAML.
+    """
+    source = f"[{values}]"
+    try:
+        node = yaml.compose(source, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"--vary {option}", f"its values cannot be read ({problem})", "put each in quotes") from None
+    assert isinstance(node, yaml.SequenceNode)
+    return [source[item.start_mark.index : item.end_mark.index] for item in node.value]
 
 
 def choose_variants(path: Path, overrides: Sequence[str], axes: Sequence[Axis]) -> list[Variant]:

@@ -15,7 +15,7 @@ from minisft.data.fingerprint import changes, fingerprint, locked, tokenizer_fil
 from minisft.data.pipeline import LEFT_OUT_BY_WEIGHT
 from minisft.data.prepared import read_ledger
 from minisft.data.renderers.resolve import own_template, template_file
-from minisft.data.shards import Progress, Split, column_names, encode_sources, write_split
+from minisft.data.shards import EncodedShard, Progress, Split, column_names, encode_sources, write_split
 from minisft.data.sources import Source, at_revision, ignored_files, parse_sources, refuse_shared, source_names
 from minisft.data.split import choose_test
 from minisft.data.stats import SHOWN, DatasetStats, ledger_warnings, make_ledger, overlap_report
@@ -28,6 +28,9 @@ from minisft.text import dump_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+HELD_BACK = "held_back"  # reason of the test rows that a data set with validation rows leaves out
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,11 @@ def _prepare_into(
     _raise_problems(stats, data)
     # 3. Split.
     is_test = choose_test(shard.keys, 0.0 if own_test else data.test_fraction)
-    _require_rows(stats, int((~is_test).sum()), data)
-    train = Split(shard, ~is_test)
+    is_train = ~is_test
+    if data.validation_fraction is not None:
+        is_test, is_train = _hold_back(stats, shard, is_test, data.validation_fraction)
+    _require_rows(stats, int(is_train.sum()), data)
+    train = Split(shard, is_train)
     test = Split(test_shard, np.ones(len(test_shard.keys), dtype=bool)) if own_test else Split(shard, is_test)
     # 4. Write both splits, and look for test answers among the train answers.
     with ThreadPoolExecutor(1) as thread:
@@ -219,6 +225,31 @@ def _prepare_into(
     }
     conversations = {"train": train.conversations, "test": test.conversations}
     return make_ledger(stats, conversations, {"train": train.lengths, "test": test.lengths}, facts)
+
+
+def _hold_back(
+    stats: DatasetStats, shard: EncodedShard, is_test: np.ndarray, fraction: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose validation rows among the train rows, and count the test rows, which are in no split, as skipped.
+
+    Args:
+        stats: The counts over all rows, which are changed; turns, findings and cut tokens stay those of all rows.
+        shard: The encoded rows.
+        is_test: (conversations,) whether it is a test row.
+        fraction: The fraction of the other rows to choose.
+
+    Returns:
+        For each conversation, whether it is a validation row, and whether it is a train row.
+    """
+    is_validation = np.zeros_like(is_test)
+    is_validation[~is_test] = choose_test(np.asarray(shard.keys)[~is_test], fraction)
+    held_back = Split(shard, is_test)
+    stats.add("skipped", HELD_BACK, held_back.conversations)
+    tokens = int(held_back.lengths.sum())
+    stats.add("tokens", "rendered", -tokens)
+    stats.add("tokens", "kept", -tokens)
+    stats.add("tokens", "supervised", -sum(int((labels >= 0).sum()) for _, labels, _ in held_back.parts()))
+    return is_validation, ~is_test & ~is_validation
 
 
 def _raise_problems(stats: DatasetStats, data: DataRecipe) -> None:

@@ -51,6 +51,7 @@ def evaluate(
     custom_metrics: Mapping[str, CustomMetric] | None = None,
     workers: Workers | None = None,
     sleep: Callable[[float], object] = time.sleep,
+    others: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Score the base model and every checkpoint, write `<output>/evaluation` and print a table.
 
@@ -66,6 +67,7 @@ def evaluate(
         custom_metrics: The caller's own metrics by name: f(outputs, references, prompts) -> one number per answer.
         workers: The processes to use; None: as many as the recipe says.
         sleep: Waits for so many seconds, under `follow`.
+        others: Folders of models by name, NAME-STEP, to score beside the base model in place of the run's checkpoints.
 
     Returns:
         The content of results.json; `failed` lists the checkpoints that could not be scored.
@@ -78,7 +80,7 @@ def evaluate(
     run = RunFolder(output)
     if follow:
         wait_for_data(run, sleep)
-    elif not run.list_checkpoints():
+    elif others is None and not run.list_checkpoints():
         raise UserError(run.checkpoints, "there are no checkpoints to evaluate", "train first: minisft train")
     with _exclusive(output / "evaluation"):
         # 1. Load the examples, which are the same for every model.
@@ -87,7 +89,10 @@ def evaluate(
             evaluator, constant = _load_examples(recipe, output, base, dtype, pool)
             constant = _with_custom("constant", constant, evaluator, custom)
             # 2. Score one model after the other, and write results.json after each.
-            models = models_to_score(run, base, follow, sleep)
+            if others is None:
+                models = models_to_score(run, base, follow, sleep)
+            else:
+                models = iter([("base", base), *others.items()])
             scored_models, results = _score_models(recipe, run, evaluator, constant, models, draw, custom)
         # 3. Write the comparisons, and print the summary.
         _write_comparisons(evaluator, scored_models, results["best"])

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 
 
 _WORKER = "minisft.training.worker"
+PAUSE_OPTION = "--pause-at="  # of the worker
 # Packages whose name is not that of the tracker.
 # Reversible layers (Kitaev et al. 2020, arXiv 2001.04451): benchmarks/models.py found another gradient norm.
 _OWN_BACKWARD = ("reformer",)
@@ -113,8 +114,17 @@ def train(
     resume_from: Path | None = None,
     nodes: Nodes | None = None,
     callbacks: Sequence["TrainerCallback"] = (),
+    pause_at: int | None = None,
 ) -> None:
     """Train in this process, with the caller's own `callbacks`, or in processes that this one starts.
+
+    Args:
+        recipe: The recipe.
+        run: The run folder, with its prepared data.
+        resume_from: The checkpoint to resume from.
+        nodes: The machines that train together; None: this one alone.
+        callbacks: Callbacks of the Trainer.
+        pause_at: Step after which to end with a checkpoint, from which a later call resumes; None: train to the end.
 
     Raises:
         UserError: The model or the data cannot be trained with this recipe.
@@ -126,13 +136,14 @@ def train(
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
-        train_in_this_process(recipe, run, resume_from, callbacks)
+        train_in_this_process(recipe, run, resume_from, callbacks, pause_at)
         return
     arguments = [str(run.root), *([str(resume_from)] if resume_from else []), *trust_arguments(recipe)]
+    arguments += [] if pause_at is None else [f"{PAUSE_OPTION}{pause_at}"]
     if nodes is not None:
         use_network_interface(nodes)
     launch(_WORKER, arguments, local_processes(training.processes, nodes), nodes)
-    if not run.is_trained():
+    if not run.is_trained() and (pause_at is None or step_of(run.list_checkpoints()[-1]) < pause_at):
         raise _stopped(run)
 
 
@@ -155,9 +166,13 @@ def extend_run(recipe: Recipe, run: RunFolder, checkpoint: Path) -> None:
 
 
 def train_in_this_process(
-    recipe: Recipe, run: RunFolder, resume_from: Path | None, callbacks: Sequence["TrainerCallback"] = ()
+    recipe: Recipe,
+    run: RunFolder,
+    resume_from: Path | None,
+    callbacks: Sequence["TrainerCallback"] = (),
+    pause_at: int | None = None,
 ) -> None:
-    """Train in this process, and make `model/` from the last checkpoint.
+    """Train in this process to the end, and make `model/` from the last checkpoint; or only to the step `pause_at`.
 
     Raises:
         UserError: The model or the data cannot be trained with this recipe.
@@ -165,7 +180,7 @@ def train_in_this_process(
     """
     import torch
 
-    trainer = run_steps(recipe, run, resume_from, callbacks)
+    trainer = run_steps(recipe, run, resume_from, callbacks, pause_at)
     trainer.accelerator.wait_for_everyone()
     stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.ended_early
     if trainer.ended_early and trainer.is_world_process_zero():
@@ -177,7 +192,7 @@ def train_in_this_process(
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if stopped:
+    if stopped and trainer.state.global_step != pause_at:
         raise _stopped(run)
 
 
@@ -188,10 +203,15 @@ def _stopped(run: RunFolder) -> StoppedError:
 
 
 def run_steps(
-    recipe: Recipe, run: RunFolder, resume_from: Path | None, callbacks: Sequence["TrainerCallback"] = ()
+    recipe: Recipe,
+    run: RunFolder,
+    resume_from: Path | None,
+    callbacks: Sequence["TrainerCallback"] = (),
+    pause_at: int | None = None,
 ) -> "SupervisedTokenTrainer":
     """Take the steps of a run and write its checkpoints; return the trainer, which holds the model."""
     trainer = make_trainer(recipe, run, resume_from)
+    trainer.pause_at = pause_at
     for callback in callbacks:
         trainer.add_callback(callback)
     take_steps(trainer, run, resume_from)
@@ -428,7 +448,10 @@ def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -
     return HeldOutRows(dataset, row_tokens=row_tokens, processes=arguments.world_size, rank=arguments.process_index)
 
 
-def train_as_worker(root: Path, resume_from: Path | None, trust_remote_code: bool = False) -> None:
+def train_as_worker(
+    root: Path, resume_from: Path | None, trust_remote_code: bool = False, pause_at: int | None = None
+) -> None:
     """Train as a process that `train` started: the recipe is in the run folder, the consent in the arguments."""
     set_deepspeed_environment(on_cpu())
-    train_in_this_process(load_run(root, trust_remote_code=trust_remote_code), RunFolder(root), resume_from)
+    recipe = load_run(root, trust_remote_code=trust_remote_code)
+    train_in_this_process(recipe, RunFolder(root), resume_from, pause_at=pause_at)

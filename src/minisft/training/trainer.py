@@ -93,6 +93,7 @@ class SupervisedTokenTrainer(Trainer):
         self._norm: Any = None
         self.stop = StopRequest()
         self.stops_here = False
+        self.pause_at: int | None = None
         self.ended_early = False
         self._mean_loss = math.nan
         self.remove_callback(PrinterCallback)
@@ -441,12 +442,14 @@ class HeldOutLoss(TrainerCallback):
 
 
 class StopAtStepEnd(TrainerCallback):
-    """Save and end at the step at which the processes agreed to stop; the end of the epoch does not save again."""
+    """Save and end at the step of a pause, or where the processes agreed to stop; an epoch's end saves no more."""
 
     def __init__(self, trainer: SupervisedTokenTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.trainer.pause_at:
+            self.trainer.stops_here = True
         if self.trainer.stops_here:
             control.should_save = control.should_training_stop = True
 

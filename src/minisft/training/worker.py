@@ -1,4 +1,7 @@
-"""The process that the launcher starts: `python -m minisft.training.worker RUN [CHECKPOINT] [--trust-remote-code]`."""
+"""The process that the launcher starts: `... -m minisft.training.worker RUN [CHECKPOINT] [--pause-at=N] [OPTION]`.
+
+The option is --trust-remote-code.
+"""
 
 import sys
 from pathlib import Path
@@ -8,12 +11,14 @@ def main() -> None:
     from minisft.run_folder import TRUST_OPTION
     from minisft.training.distributed import run_worker
 
-    root, *checkpoint = [word for word in sys.argv[1:] if word != TRUST_OPTION]
+    root, *checkpoint = [word for word in sys.argv[1:] if not word.startswith("--")]
 
     def work() -> None:
-        from minisft.training.run_training import train_as_worker
+        from minisft.training.run_training import PAUSE_OPTION, train_as_worker
 
-        train_as_worker(Path(root), Path(checkpoint[0]) if checkpoint else None, TRUST_OPTION in sys.argv[1:])
+        pauses = [int(word.removeprefix(PAUSE_OPTION)) for word in sys.argv[1:] if word.startswith(PAUSE_OPTION)]
+        resume_from = Path(checkpoint[0]) if checkpoint else None
+        train_as_worker(Path(root), resume_from, TRUST_OPTION in sys.argv[1:], pauses[0] if pauses else None)
 
     run_worker(work)
 

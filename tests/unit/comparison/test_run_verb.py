@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from minisft.comparison.compare import share
+from minisft.comparison.shared_files import share
 from minisft.errors import StoppedError
 from minisft.processes import CompletedVerb, run_verb
 

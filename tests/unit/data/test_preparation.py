@@ -18,13 +18,13 @@ from minisft.data.conversation import Conversation, messages_from_rows
 from minisft.data.encoder import Encoder
 from minisft.data.formats import to_conversation
 from minisft.data.preparation import prepare
-from minisft.data.prepared import load_test, load_train
+from minisft.data.prepared import load_split, load_test, load_train
 from minisft.data.readers import Chunk
 from minisft.data.split import choose_test
 from minisft.data.stats import ledger_lines
 from minisft.data.verification import VerificationError
 from minisft.errors import UserError
-from minisft.recipe import DataRecipe, Recipe
+from minisft.recipe import DataRecipe, Recipe, make_recipe
 from tests.unit.data.helpers import many, prepare_source, talk, write_rows
 from tests.unit.data.toys import bpe_tokenizer
 
@@ -443,3 +443,23 @@ def test_columns_are_plain_lists_of_int32(tmp_path, chat_bpe):
     assert train.features["input_ids"].feature.dtype == train.features["labels"].feature.dtype == "int32"
     assert sorted(path.name for path in (tmp_path / "run" / "dataset").iterdir()) == ["ledger.json", "test", "train"]
     assert json.loads((tmp_path / "run" / "dataset" / "ledger.json").read_text())["rows"]["read"] == 20
+
+
+def test_validation_rows_are_train_rows_and_the_test_rows_are_held_back(tmp_path, tiny_model, conversations):
+    keys = {"model": str(tiny_model), "data.source": str(conversations), "data.template": "mistral"}
+    plain = make_recipe([*keys.items(), ("output", str(tmp_path / "plain")), ("data.test_fraction", 0.2)])
+    held = make_recipe([("output", str(tmp_path / "held")), ("data.validation_fraction", 0.25)], plain)
+    ledgers = [prepare(recipe).ledger for recipe in (plain, held)]
+    ids = {
+        (name, split): [row["id"] for row in load_split(tmp_path / name, split)]
+        for name in ("plain", "held")
+        for split in ("train", "test")
+    }
+    assert set(ids["held", "train"]) | set(ids["held", "test"]) == set(ids["plain", "train"])
+    assert not set(ids["held", "train"]) & set(ids["held", "test"])
+    assert len(ids["held", "test"]) == round(0.25 * len(ids["plain", "train"]))
+    rows, tokens = ledgers[1]["rows"], ledgers[1]["tokens"]
+    assert rows["skipped"] == ledgers[1]["skipped"]["held_back"] == ledgers[0]["rows"]["test"]
+    kept = [row for split in ("train", "test") for row in load_split(tmp_path / "held", split)]
+    assert tokens["kept"] == sum(len(row["input_ids"]) for row in kept)
+    assert tokens["supervised"] == sum(label >= 0 for row in kept for label in row["labels"])

@@ -1,0 +1,77 @@
+"""Which trials go on at a rung, and which cannot be told apart from the best: functions of their held-out losses."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from minisft.search.budget import RUNGS, kept_at
+from minisft.search.statistics import RowLosses, clearly_worse
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided about the trials of a bracket at a rung.
+
+    Args:
+        going_on: Numbers of the trials that are trained on, best first; at the last rung, those that are complete.
+        stopped: The reason why each other trial is stopped, by its number.
+    """
+
+    going_on: list[int]
+    stopped: dict[int, Literal["rung", "worse"]]
+
+
+def decide(size: int, rung: int, losses: Sequence[Sequence[RowLosses]], seed: int) -> Decision:
+    """Decide which trials of a bracket go on after a rung.
+
+    The better half goes on. A trial of that half is stopped too if it is worse than the best by more than chance at
+    this rung and at the one before, and its distance has not shrunk between them: it is not catching up. One rung alone
+    stops nothing of the better half, since curves of different learning rates cross.
+
+    Args:
+        size: Number of trials with which the bracket began.
+        rung: Number of the rung, from 0.
+        losses: For this rung and all before it, the losses of the trials that reached it, failed ones left out.
+        seed: Seed of the resamples.
+    """
+    here = losses[rung]
+    order = [rows.trial for rows in sorted(here, key=lambda rows: (rows.loss, rows.trial))]
+    if rung == len(RUNGS) - 1:
+        return Decision(order, {})
+    going_on = order[: kept_at(size, rung + 1)]
+    stopped: dict[int, Literal["rung", "worse"]] = dict.fromkeys(order[len(going_on) :], "rung")
+    if rung > 0 and len(going_on) > 1:
+        best = going_on[0]
+        worse = set(clearly_worse(here, seed)) & set(clearly_worse(losses[rung - 1], seed))
+        distances = [_distances(one, best) for one in (losses[rung - 1], here)]
+        hopeless = [n for n in going_on if n in worse and distances[1][n] >= distances[0][n]]
+        stopped |= dict.fromkeys(hopeless, "worse")
+        going_on = [number for number in going_on if number not in hopeless]
+    return Decision(going_on, stopped)
+
+
+def _distances(losses: Sequence[RowLosses], best: int) -> dict[int, float]:
+    means = {rows.trial: rows.loss for rows in losses}
+    return {number: mean - means[best] for number, mean in means.items()}
+
+
+def best_and_ties(losses: Mapping[int, Sequence[RowLosses]], seed: int) -> tuple[int, list[int]] | None:
+    """Return the best complete trial, and the trials that cannot be told apart from it; None if none is complete.
+
+    A stopped trial is compared with the best at the last rung that it reached, on the same rows.
+
+    Args:
+        losses: Losses of each trial at the rungs that it reached, by its number.
+        seed: Seed of the resamples.
+    """
+    last = {number: len(reached) - 1 for number, reached in losses.items() if reached}
+    complete = [number for number, rung in last.items() if rung == len(RUNGS) - 1]
+    if not complete:
+        return None
+    best = min(complete, key=lambda number: (losses[number][-1].loss, number))
+    tied: set[int] = set()
+    for rung in range(len(RUNGS)):
+        compared = [best, *(number for number, reached in last.items() if reached == rung and number != best)]
+        worse = clearly_worse([losses[number][rung] for number in compared], seed)
+        tied |= set(compared) - set(worse) - {best}
+    return best, sorted(tied)
