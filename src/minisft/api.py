@@ -880,13 +880,13 @@ def _recipe(
     if missing:
         problem = "no recipe is given, nor " + ", ".join(f"`{name}`" for name in missing)
         raise UserError(f"minisft.{verb}", problem, "give a recipe, or model=, data= and output=")
-    from minisft.data.in_memory import source_of
+    from minisft.data.in_memory import source_of, test_of
     from minisft.recipe import make_recipe
     from minisft.recipe_argument import as_overrides
 
     words: list[Any] = [("model", model), ("output", output), ("data.source", source_of(data))]
     if test is not None:
-        words.append(("data.test", source_of(test, "test")))
+        words.append(("data.test", test_of(test)))
     changes = as_overrides(overrides)
     if trust_remote_code:
         changes.append(("trust_remote_code", True))

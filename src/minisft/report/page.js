@@ -15,10 +15,8 @@ function drawSources() {
 }
 
 function drawScores() {
-  for (const [metric, title, color] of [["bleu", "BLEU", "c0"], ["chrf", "chrF", "c1"]]) {
-    const figure = document.getElementById(metric);
-    if (!figure) continue;
-    const {points, constant} = data.scores[metric];
+  for (const [index, {title, figure: id, points, constant}] of Object.values(data.scores).entries()) {
+    const figure = document.getElementById(id), color = `c${index % 8}`;
     const intervals = points.some((point) => point.length > 2) ? ", with 95 % intervals" : "";
     chart(figure, [{name: title, points, color, dots: true, level: constant}], {zero: true, label: `${title} by step${intervals}`});
   }

@@ -7,9 +7,11 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import write_atomically
+from minisft.metric_names import metric_title
+from minisft.report.gains import gains_section
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, table, whole_page
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of, page_data, read_run
-from minisft.report.tables import score_table
+from minisft.report.run_data import RunFiles, figure_id, metrics_of, page_data, read_run
+from minisft.report.tables import score_table, tested_metric
 from minisft.report.verdict import verdict
 from minisft.results import is_reliable, unreliability_reason
 
@@ -86,7 +88,7 @@ def _body(run: RunFiles) -> str:
     if run.steps or run.systems:
         parts += [_LOSS, _sources(page_data(run)["sources"])]
     if run.results is not None:
-        parts += [_scores(run, run.results), _EXAMPLES]
+        parts += [_scores(run, run.results), gains_section(run), _EXAMPLES]
 
     # 3. The data.
     parts += [_ledger(run), _preview(run)]
@@ -177,14 +179,14 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
         return failures
     intervals = ", 95 % intervals" if is_reliable(results) else ""
     figures = "".join(
-        f'<figure id="{metric}"><figcaption>{METRIC_NAMES[metric]}{intervals}; dotted: the constant baseline.'
-        "</figcaption></figure>"
+        f'<figure id="{escape(figure_id(metric))}"><figcaption>{escape(metric_title(metric))}{intervals}; dotted: the '
+        "constant baseline.</figcaption></figure>"
         for metric in metrics
     )
     if is_reliable(results):
         significance = (
-            f"p is the p-value of the difference in {METRIC_NAMES[metrics[0]]} from base, constant and best (paired "
-            "bootstrap)"
+            f"p is the p-value of the difference in {escape(metric_title(tested_metric(run)))} from base, constant and "
+            "best (paired bootstrap)"
         )
     else:
         significance = unreliability_reason(results)

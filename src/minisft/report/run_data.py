@@ -7,7 +7,8 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import read_json, read_json_lines
-from minisft.results import METRIC_NAMES, best_label, is_reliable, read_results
+from minisft.metric_names import METRIC_NAMES, metric_title
+from minisft.results import best_label, is_reliable, read_results, score_keys
 from minisft.run_folder import RunFolder, read_metrics
 
 CURVE_POINTS = 1500  # about as many points of a curve are on a page; longer curves are thinned
@@ -87,7 +88,12 @@ def _read_optional_json(path: Path, fix: str, **fields: type) -> dict[str, Any] 
 
 def metrics_of(run: RunFiles) -> list[str]:
     """Return the keys of the metrics that the run was scored with."""
-    return [metric for metric in METRIC_NAMES if run.results is not None and metric in run.results["base"]]
+    return [] if run.results is None else score_keys(run.results["base"])
+
+
+def figure_id(metric: str) -> str:
+    """Return the id of a metric's figure on the page; other elements have ids that a metric's key may equal."""
+    return metric if metric in METRIC_NAMES else f"score-{metric}"
 
 
 def read_answers(run: RunFiles, system: str, name: str) -> list[dict[str, Any]]:
@@ -114,6 +120,8 @@ def page_data(run: RunFiles) -> dict[str, Any]:
             metric: {
                 "points": [[entry["step"], *(rounded(entry[metric][key]) for key in keys)] for _, entry in run.systems],
                 "constant": rounded(run.results["constant"][metric]["score"]),
+                "title": metric_title(metric),
+                "figure": figure_id(metric),
             }
             for metric in metrics_of(run)
         }
@@ -135,7 +143,7 @@ def page_data(run: RunFiles) -> dict[str, Any]:
         "systems": [name for name, _ in run.systems],
         "best": run.results["best"] if run.results else None,
         "bestLabel": best_label(run.results) if run.results else None,
-        "scoreName": "chrF" if "chrf" in metrics_of(run) else "BLEU",
+        "scoreName": metric_title(_example_metric(run)),
         "examples": examples,
     }
 
@@ -169,7 +177,7 @@ def _held_out_examples(run: RunFiles) -> list[dict[str, Any]]:
     answers = [read_answers(run, name, "outputs.jsonl") for name, _ in run.systems]
     if not answers or not all(len(rows) == len(answers[0]) for rows in answers):
         return []
-    metric = "chrf" if "chrf" in metrics_of(run) else "bleu"
+    metric = _example_metric(run)
 
     # 1. Title suffix by row number, in the order of the page: the first rows, then those that improved or worsened
     #    most from the base model to the best checkpoint.
@@ -184,7 +192,7 @@ def _held_out_examples(run: RunFiles) -> list[dict[str, Any]]:
         changed += [number for number in order[::-1][:CHANGED_ROWS] if gains[number] < 0]
         for number in changed:
             word = "improved" if gains[number] > 0 else "worsened"
-            suffixes[number] = f" ({word}: {gains[number]:+.1f} {METRIC_NAMES[metric]})"
+            suffixes[number] = f" ({word}: {_short(gains[number], '+')} {metric_title(metric)})"
 
     # 2. All other rows follow, until the page is full.
     others = (number for number in range(len(answers[0])) if number not in suffixes)
@@ -200,6 +208,17 @@ def _held_out_examples(run: RunFiles) -> list[dict[str, Any]]:
     return examples
 
 
+def _example_metric(run: RunFiles) -> str:
+    """Return the metric of the scores of single answers: chrF, or else the first."""
+    metrics = metrics_of(run)
+    return next((metric for metric in ("chrf", *metrics) if metric in metrics), "bleu")
+
+
+def _short(value: float, sign: str = "") -> str:
+    """Return a number with one decimal, or with more where it is small."""
+    return format(value, f"{sign}.1f") if abs(value) >= 1 or value == 0 else format(value, f"{sign}.2g")
+
+
 def _example(answers: list[dict[str, Any]], title: str, metric: str | None) -> dict[str, Any]:
     """Return one prompt with the answers of all systems; each distinct text is stored once."""
     written = [_with_reasoning(answer) for answer in answers]
@@ -211,7 +230,7 @@ def _example(answers: list[dict[str, Any]], title: str, metric: str | None) -> d
         "reference": answers[0].get("reference"),
         "texts": texts,
         "outputs": [indices[text] for text in written],
-        "scores": [round(answer[metric], 1) if metric in answer else None for answer in answers],
+        "scores": [float(_short(answer[metric])) if metric in answer else None for answer in answers],
     }
 
 
