@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from minisft.metric_names import metric_title
-from minisft.report.html import scrolling_table, table
+from minisft.report.html import scrolling_table
 from minisft.report.run_data import RunFiles
 from minisft.report.tables import format_metric, format_p_value, test_set_tables
 from minisft.results import higher_score_is_better, is_reliable, score_keys
@@ -37,8 +37,8 @@ class Change:
 
     @property
     def cells(self) -> list[str]:
-        clear = {True: "yes", False: "may be chance", None: "too few to say"}[self.is_clear]
-        return [self.name, self.base, self.tuned, self.difference, self.evidence, clear]
+        verdict = {True: self.evidence, False: f"{self.evidence}: may be chance", None: "too few to say"}[self.is_clear]
+        return [self.name, f"{self.base} to {self.tuned}", self.difference, verdict]
 
 
 def changes(run: RunFiles) -> list[Change]:
@@ -104,7 +104,7 @@ def gains_section(run: RunFiles) -> str:
     parts = []
     found = changes(run)
     if found and run.results is not None:
-        heads = ["", "base", run.results["best"], "difference", "evidence", "more than chance"]
+        heads = ["", f"base to {run.results['best']}", "difference", "chance?"]
         columns = []
         for title, better in (("Gained", True), ("Lost", False)):
             rows = [(one.cells, False) for one in found if one.better is better]
@@ -118,6 +118,7 @@ def gains_section(run: RunFiles) -> str:
                 f"{about['tokens']:,} tokens; the interval is that of the difference, over texts.</p>"
             )
         parts.append(f'<h2 id="gains">Gained and lost</h2>\n<div class="pair">{"".join(columns)}</div>{note}\n')
-    for title, heads, rows in test_set_tables(run):
-        parts.append(f"<h3>{escape(title)}</h3>\n{table(heads, rows)}\n")
+    for number, (title, heads, rows) in enumerate(test_set_tables(run)):
+        name = f"test-set-{number}"
+        parts.append(f'<h3 id="{name}">{escape(title)}</h3>\n{scrolling_table(name, heads, rows)}\n')
     return "".join(parts)

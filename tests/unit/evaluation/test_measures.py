@@ -8,12 +8,14 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import minisft
 from minisft.data.encoder import Encoder
 from minisft.data.preparation import prepare
 from minisft.data.prepared import load_test
@@ -21,17 +23,18 @@ from minisft.errors import UserError
 from minisft.evaluation.metrics import CorpusScore
 from minisft.evaluation.retention import load_retained
 from minisft.evaluation.run_evaluation import evaluate
+from minisft.manifest import mark_new_folder
 from minisft.recipe import DataRecipe, EvaluationRecipe, Recipe, dump_recipe
 from minisft.report.gains import changes
 from minisft.report.markdown import write_results
 from minisft.report.page import write_report
 from minisft.report.run_data import read_run
-from minisft.run_folder import RunFolder
+from minisft.run_folder import RunFolder, write_resolved_recipe
 from minisft.run_list import describe_best, run_scores
 from tests.unit.evaluation.test_run_evaluation import conversations, lines, save_model, save_tokenizer
 
 TEXTS = ["One coffee please.", "What size for the tea?", "<|im_end|> is spelled here.", "A small cocoa, done. " * 40]
-METRICS = ["bleu", "rouge", "exact_match", {"regex": "coffee", "name": "coffee"}, "length", "refusal"]
+METRICS: list[Any] = ["bleu", "rouge", "exact_match", {"regex": "coffee", "name": "coffee"}, "length", "refusal"]
 
 
 def write_rows(path, rows):
@@ -408,3 +411,21 @@ def test_gains_and_losses_follow_the_direction_of_each_metric(run):
     assert found["loss on retain.jsonl"].better is False
     assert found["loss on retain.jsonl"].is_clear is None  # of 7 texts
     assert not math.isnan(float(found["loss on retain.jsonl"].difference))
+
+
+def test_a_run_folder_cannot_make_us_import_a_module(made, run, tmp_path, monkeypatch):
+    (tmp_path / "own_code.py").write_text(
+        "from pathlib import Path\nPath('imported').touch()\ndef f(outputs, references, prompts):\n    return [1.0] * len(outputs)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    recipe = with_settings(made, metrics=["bleu", "own_code:f"])
+    mark_new_folder(run, "run")
+    write_resolved_recipe(RunFolder(run), recipe)
+    for given in (run, run / "recipe.yaml"):
+        with pytest.raises(UserError, match="cannot consent to running code"):
+            minisft.evaluate(given)
+    assert not (tmp_path / "imported").exists()
+    assert "own_code:f" in minisft.evaluate(run, {"evaluation.metrics": ["own_code:f"]})["base"]
+    assert "own_code:f" in minisft.evaluate(run, trust_remote_code=True)["base"]
+    assert minisft.evaluate(run, ["evaluation.metrics=[bleu]"])["best_by"]["metric"] == "bleu"

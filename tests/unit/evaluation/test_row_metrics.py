@@ -17,7 +17,23 @@ from minisft.evaluation.row_metrics import load_row_metrics, same_json
 from minisft.metric_names import METRICS, ROW_METRICS, parse_metrics
 
 ROWS = 500
-WORDS = ["the", "a", "cup", "of", "Tea,", "coffee!", "with", "milk;", "two-three", "sugars", "don't", "naïve", "3.5", "...", "please"]
+WORDS = [
+    "the",
+    "a",
+    "cup",
+    "of",
+    "Tea,",
+    "coffee!",
+    "with",
+    "milk;",
+    "two-three",
+    "sugars",
+    "don't",
+    "naïve",
+    "3.5",
+    "...",
+    "please",
+]
 
 
 def values(entry, outputs, references=None, prompts=None):
@@ -121,7 +137,9 @@ def test_tool_call_match_equals_what_the_rows_were_made_of():
             for _ in range(draw.choice([0, 1, 1, 2]))
         ]
 
-    outputs, references, expected = [], [], []
+    outputs: list[str] = []
+    references: list[str] = []
+    expected = []
     for _ in range(ROWS):
         wanted = some_calls()
         made = draw.sample(wanted, len(wanted)) if draw.random() < 0.5 else some_calls()
