@@ -429,3 +429,25 @@ def test_a_run_folder_cannot_make_us_import_a_module(made, run, tmp_path, monkey
     assert "own_code:f" in minisft.evaluate(run, {"evaluation.metrics": ["own_code:f"]})["base"]
     assert "own_code:f" in minisft.evaluate(run, trust_remote_code=True)["base"]
     assert minisft.evaluate(run, ["evaluation.metrics=[bleu]"])["best_by"]["metric"] == "bleu"
+
+
+def test_rows_in_memory_are_test_sets_by_name(made, tmp_path):
+    rows = list(conversations(8))
+    data = minisft.prepare(
+        model=made.model,
+        data=rows[:4],
+        test={"first": rows[4:7], "second": rows[7:]},
+        output=tmp_path / "run",
+        overrides={"data.template": "chatml"},
+    )
+    assert data.ledger["test_sets"] == {"first": 3, "second": 1}
+
+
+@pytest.mark.long
+def test_several_processes_give_the_same_retained_losses(made, evaluated, tmp_path):
+    shutil.copytree(Path(made.output) / "dataset", tmp_path / "run/dataset")
+    shutil.copytree(Path(made.output) / "checkpoints/checkpoint-9", tmp_path / "run/checkpoints/checkpoint-9")
+    results = evaluate(with_settings(made, processes=2), tmp_path / "run")
+    losses = [entry["retain"]["loss"] for entry in (results["base"], results["checkpoints"][0])]
+    expected = [entry["retain"]["loss"] for entry in (evaluated[0]["base"], evaluated[0]["checkpoints"][0])]
+    assert losses == pytest.approx(expected, rel=1e-6)
