@@ -76,7 +76,7 @@ def _parse_metric(entry: str | Mapping[str, Any]) -> MetricSpec:
         raise UserError(_WHERE, f"{entry!r} does not name one metric", fix)
     [(metric, parameter)] = fields.items()
     # 1. The metric.
-    if metric not in (*METRICS, *ROW_METRICS) and not _FUNCTION.fullmatch(metric):
+    if metric not in (*METRICS, *ROW_METRICS) and not _FUNCTION.fullmatch(str(metric)):
         problem = f"there is no metric {metric!r}"
         fix = f"choose among {', '.join((*METRICS, *ROW_METRICS))}, or write module:function"
         raise UserError(_WHERE, problem, fix)

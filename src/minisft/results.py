@@ -32,7 +32,29 @@ def read_results(root: Path) -> dict[str, Any] | None:
     results = {"failed": [], **read_json(path, fix, **types)}
     if not all(isinstance(entry, dict) and "checkpoint" in entry for entry in results["checkpoints"]):
         raise UserError(path, "this file is damaged (an entry names no checkpoint)", fix)
+    if not _has_whole_sets(results):
+        raise UserError(path, "this file is damaged (its test sets or retained losses are incomplete)", fix)
     return withhold_unreliable(results)
+
+
+def _has_whole_sets(results: dict[str, Any]) -> bool:
+    """Return whether every model has the test sets and the retained loss that the results name."""
+    entries = [results["base"], *results["checkpoints"], results["constant"]]
+    try:
+        for sizes in (*results.get("test_sets", {}).values(), results.get("together", {})):
+            int(sizes.get("conversations", 0)) + int(sizes.get("answers", 0))
+        whole = all(
+            isinstance(one["test_sets"][name], dict) for one in entries for name in results.get("test_sets", ())
+        )
+        whole = whole and all(isinstance(one["together"], dict) for one in entries if "test_sets" in results)
+        if "retain" in results:
+            str(results["retain"]["file"]), int(results["retain"]["texts"]), int(results["retain"]["tokens"])
+            whole = whole and all("loss" in one["retain"] for one in entries[:-1])
+        if "best_by" in results:
+            whole = whole and isinstance(results["best_by"]["metric"], str) and "higher_is_better" in results["best_by"]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return whole
 
 
 def withhold_unreliable(results: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ MAY_IMPORT = {
         "console",
     },
     "run_watch": {"errors", "recipe", "run_folder", "run_progress", "run_list", "console", "progress_table"},
-    "recipe_argument": {"errors", "text", "recipe", "run_folder"},
+    "recipe_argument": {"errors", "text", "metric_names", "recipe", "run_folder"},
     "notebook": {"errors", "report"},
     # The command line parses words and prints errors; all else is the API's. It takes the recipe for a type only.
     "cli": {

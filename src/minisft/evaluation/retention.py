@@ -189,5 +189,5 @@ def _encode(row: Any, location: str, encoder: Encoder, longest: int) -> Iterator
         raise UserError(location, error.problem, fix) from None
     if len(encoded.input_ids) > longest:
         problem = f"{len(encoded.input_ids):,} tokens are more than the {longest:,} of a row"
-        raise UserError(location, problem, "shorten the conversation, or raise data.max_length")
+        raise UserError(location, problem, "shorten the conversation, or remove it: data.max_length is that of the run")
     yield encoded.input_ids, encoded.labels

@@ -451,3 +451,20 @@ def test_several_processes_give_the_same_retained_losses(made, evaluated, tmp_pa
     losses = [entry["retain"]["loss"] for entry in (results["base"], results["checkpoints"][0])]
     expected = [entry["retain"]["loss"] for entry in (evaluated[0]["base"], evaluated[0]["checkpoints"][0])]
     assert losses == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"test_sets": {"mine": {"conversations": "many"}}},
+        {"test_sets": {"unknown": {"answers": 1, "conversations": 1}}},
+        {"test_sets": 3},
+        {"retain": {"file": "x"}},
+        {"best_by": "bleu"},
+    ],
+)
+def test_damaged_results_are_named(run, damage):
+    path = run / "evaluation/results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(UserError, match="this file is damaged"):
+        read_run(run)
