@@ -54,6 +54,8 @@ class RowMetric:
         where = f"{self.where} on {system}"
         try:
             given = self.function(list(outputs), list(references), list(prompts))
+        except UserError as error:
+            raise UserError(where, error.problem, error.fix) from None
         except Exception as error:
             problem = f"the metric failed ({type(error).__name__}: {error})"
             raise UserError(where, problem, "correct the function; the answers are kept") from error

@@ -126,7 +126,8 @@ def _json_match(outputs: Sequence[str], references: Sequence[str], prompts: Sequ
     for number, (output, reference) in enumerate(zip(outputs, references, strict=True)):
         expected = _parse_json(reference)
         if expected is _INVALID:
-            raise ValueError(f"the reference of answer {number} is not JSON: json_match compares JSON answers")
+            problem = f"the reference of answer {number} is not JSON"
+            raise UserError("json_match", problem, "leave json_match out, or correct the reference")
         values.append(float(same_json(_parse_json(output), expected)))
     return values
 
@@ -138,7 +139,7 @@ def _tool_call_match(outputs: Sequence[str], references: Sequence[str], prompts:
     """
     expected = [_calls_of(reference) for reference in references]
     if not any(expected):
-        raise ValueError("no reference makes a call of a tool")
+        raise UserError("tool_call_match", "no reference makes a call of a tool", "leave tool_call_match out")
     return [float(_same_calls(_calls_of(output), calls)) for output, calls in zip(outputs, expected, strict=True)]
 
 
@@ -198,13 +199,13 @@ def _regex(pattern: str) -> CustomMetric:
 
 @contextmanager
 def _time_limit(seconds: int, problem: str) -> Iterator[None]:
-    """Raise TimeoutError after so many seconds; only in the main thread, since others take no signals."""
+    """Raise a UserError after so many seconds; only in the main thread, since others take no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(problem)
+        raise UserError("regex", problem, "write a pattern that backtracks less")
 
     before: Any = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
