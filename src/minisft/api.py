@@ -205,7 +205,8 @@ def prepare(
         overrides: Values of other keys of the recipe by dotted key, such as {"data.max_length": 512}.
         model: Value of the recipe's key `model`.
         data: Rows (dicts or a `datasets.Dataset`), or a value of the recipe's key `data.source`.
-        test: Held-out rows, in the same forms as `data`; None: a part of `data` is held out.
+        test: Held-out rows, in the same forms as `data`, or test sets as a dict of names to such rows; None: a part of
+            `data` is held out.
         output: Path of the run folder to write.
         force: Replace the run in the folder.
         trust_remote_code: Run code that comes with the model.
@@ -251,7 +252,8 @@ def train(
         overrides: Values of other keys of the recipe by dotted key, such as {"training.epochs": 3}.
         model: Value of the recipe's key `model`.
         data: Rows (dicts or a `datasets.Dataset`), or a value of the recipe's key `data.source`.
-        test: Held-out rows, in the same forms as `data`; None: a part of `data` is held out.
+        test: Held-out rows, in the same forms as `data`, or test sets as a dict of names to such rows; None: a part of
+            `data` is held out.
         output: Path of the run folder to write.
         resume: Resume from the newest complete checkpoint.
         force: Replace the run in the folder; it is kept until the new one has taken its first step.
@@ -307,14 +309,15 @@ def evaluate(
         follow: Score checkpoints while a training run writes them.
         as_json: Print the results as JSON in place of the table.
         metrics: Your own metrics by name: f(outputs, references, prompts) returns one number for each answer. Their
-            means and 95 % bootstrap intervals are in `custom` of each model in the results.
+            means, 95 % bootstrap intervals and p-values are in `custom` of each model in the results. The recipe's
+            `evaluation.metrics` names others.
         trust_remote_code: Run code that comes with the model.
 
     Returns:
         The content of evaluation/results.json. BLEU and chrF go from 0 to 100, losses are in nats per token.
 
     Raises:
-        UserError: There is nothing to score, a metric failed, or a checkpoint is damaged (all others are scored).
+        UserError: There is nothing to score; or a metric failed or a checkpoint is damaged (all others are scored).
     """
     found = _recipe_or_run("evaluate", run, overrides, trust_remote_code)
     return _evaluate(found, follow=follow, as_json=as_json, metrics=metrics)
@@ -972,13 +975,13 @@ def _recipe(
     if missing:
         problem = "no recipe is given, nor " + ", ".join(f"`{name}`" for name in missing)
         raise UserError(f"minisft.{verb}", problem, "give a recipe, or model=, data= and output=")
-    from minisft.data.in_memory import source_of
+    from minisft.data.in_memory import source_of, test_of
     from minisft.recipe import make_recipe
     from minisft.recipe_argument import as_overrides
 
     words: list[Any] = [("model", model), ("output", output), ("data.source", source_of(data))]
     if test is not None:
-        words.append(("data.test", source_of(test, "test")))
+        words.append(("data.test", test_of(test)))
     changes = as_overrides(overrides)
     if trust_remote_code:
         changes.append(("trust_remote_code", True))

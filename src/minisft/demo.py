@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from minisft.console import say
-from minisft.results import METRIC_NAMES, read_results
+from minisft.metric_names import METRIC_NAMES
+from minisft.results import read_results
 
 _SHOWN = 3
 

@@ -22,10 +22,10 @@ import yaml
 
 from minisft.errors import UserError
 from minisft.files import expand_pattern, expand_user_path, is_pattern
+from minisft.metric_names import METRICS, parse_metrics, require_best_by
 from minisft.yaml_tree import MOST_CHARACTERS, MOST_DEPTH, Node, NotYamlError, parse, quoted
 
 STRATEGIES = ("vanilla", "zero1", "zero2", "zero3")
-METRICS = ("bleu", "chrf")
 PATTERN_KEYS = ("data.source", "data.test")  # keys that take patterns such as data/*.jsonl
 BUILT_IN_MODELS = ("smollm2-135m",)
 LARGEST_SEED = 2**32 - 1  # numpy's limit
@@ -139,13 +139,15 @@ class TrainingRecipe:
 class EvaluationRecipe:
     """The section `evaluation`: metrics, decoding and what to score."""
 
-    metrics: list[str] = field(default_factory=lambda: list(METRICS))
+    metrics: list[str | dict[str, Any]] = field(default_factory=lambda: list(METRICS))
+    best_by: str | None = None
     turns: Literal["last", "all"] = "last"
     max_new_tokens: int = 256
     examples: int = 3
     limit: int | None = None
     batch_size: int = 64
     prompts: str | list[str] | None = None
+    retain: str | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     processes: int | None = None
@@ -171,17 +173,7 @@ class EvaluationRecipe:
         if self.prompts == [] or (isinstance(self.prompts, list) and not all(text.strip() for text in self.prompts)):
             problem = "the list, or one of its prompts, is empty"
             raise UserError("evaluation.prompts", problem, "give texts, or leave the key out")
-        if not self.metrics:
-            raise UserError("evaluation.metrics", "the list is empty", f"name some of {', '.join(METRICS)}")
-        if len(set(self.metrics)) < len(self.metrics):
-            raise UserError("evaluation.metrics", "a metric is named twice", "name each metric once")
-        for metric in self.metrics:
-            if metric not in METRICS:
-                raise UserError(
-                    "evaluation.metrics",
-                    f"there is no metric {metric!r}",
-                    f"choose among {', '.join(METRICS)}",
-                )
+        require_best_by(self.best_by, parse_metrics(self.metrics))
 
 
 @dataclass(frozen=True)
@@ -423,7 +415,11 @@ def _coerce(option: Any, value: Any) -> tuple[bool, Any]:
         return value in get_args(option) and not isinstance(value, bool), value
     if origin is list:
         (item,) = get_args(option)
-        return isinstance(value, list) and all(item is Any or _coerce(item, element)[0] for element in value), value
+        kinds = get_args(item) if get_origin(item) in (Union, types.UnionType) else (item,)
+        fits = isinstance(value, list) and all(
+            any(kind is Any or _coerce(kind, element)[0] for kind in kinds) for element in value
+        )
+        return fits, value
     if origin is dict:
         return _coerce_dict(option, value)
     if option is float:
@@ -496,12 +492,13 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     prompts = evaluation.prompts
     if isinstance(prompts, str):
         prompts = _resolve_path(prompts, folder, "evaluation.prompts")
+    retain = None if evaluation.retain is None else _resolve_path(evaluation.retain, folder, "evaluation.retain")
     return replace(
         recipe,
         output=str(expand_user_path(recipe.output, "output")),
         data=replace(data, source=source, test=test, template=template),
         model=_resolve_path(recipe.model, folder, "model"),
-        evaluation=replace(evaluation, prompts=prompts),
+        evaluation=replace(evaluation, prompts=prompts, retain=retain),
     )
 
 
@@ -516,7 +513,10 @@ def _resolve_path(source: Any, folder: Path, key: str) -> Any:
     if isinstance(source, list):
         return [_resolve_path(item, folder, key) for item in source]
     if isinstance(source, dict):
-        return {name: _resolve_path(item, folder, key) if name == "path" else item for name, item in source.items()}
+        sets = key == "data.test" and "path" not in source  # a mapping of names to sources
+        return {
+            name: _resolve_path(item, folder, key) if sets or name == "path" else item for name, item in source.items()
+        }
     if not isinstance(source, str) or source in BUILT_IN_MODELS:
         return source
     path = expand_user_path(source, key)

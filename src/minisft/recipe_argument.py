@@ -66,7 +66,27 @@ def read_recipe(
             return load_run(root, words)
         return load_recipe(path, [DISTRUST_OVERRIDE, *words] if came_with_run(path) else words)
 
-    return _without_unread(verb, as_overrides(overrides), load, is_folder)
+    listed = as_overrides(overrides)
+    recipe = _without_unread(verb, listed, load, is_folder)
+    came_with_a_run = is_folder or root is not None or came_with_run(path)
+    if verb == "evaluate" and came_with_a_run and not recipe.trust_remote_code:
+        _refuse_functions(recipe, path, [override_key(one) for one in listed])
+    return recipe
+
+
+def _refuse_functions(recipe: "Recipe", path: Path, overridden: Sequence[str]) -> None:
+    """Refuse `module:function` in a recipe that came with a run, which may be untrusted: it cannot make us import code.
+
+    Raises:
+        UserError: There is one, and the user did not name the metrics.
+    """
+    from minisft.metric_names import parse_metrics
+
+    functions = [spec.metric for spec in parse_metrics(recipe.evaluation.metrics) if spec.is_function]
+    if functions and not {"evaluation", "evaluation.metrics"} & set(overridden):
+        problem = f"evaluation.metrics names {functions[0]}, and a run folder cannot consent to running code"
+        fix = f"if you trust it, add --trust-remote-code, or name the metrics: 'evaluation.metrics=[{functions[0]}]'"
+        raise UserError(path, problem, fix)
 
 
 def change_recipe(

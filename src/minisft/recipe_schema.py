@@ -104,7 +104,8 @@ def _schema_of_type(option: Any, key: str, descriptions: dict[str, str]) -> dict
     if origin in (list, dict) and arguments[-1] is Any:
         return {"type": "array" if origin is list else "object"}
     if origin is list:
-        return {"type": "array", "items": _schema_of_type(arguments[0], key, descriptions)}
+        items = [_schema_of_type(one, key, descriptions) for one in _options(arguments[0])]
+        return {"type": "array", "items": _any_of(items)}
     if origin is dict:
         values = [_schema_of_type(one, key, descriptions) for one in (*_options(arguments[1]), type(None))]
         return {"type": "object", "additionalProperties": _any_of(values)}

@@ -1,16 +1,16 @@
 """Reading evaluation/results.json, and withholding intervals and p-values that too few conversations support."""
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import read_json
-from minisft.recipe import METRICS
+from minisft.metric_names import LOSS, METRICS
 
 # With fewer held-out conversations, a bootstrap interval is too narrow and its p-value too small to report.
 # Conversations count, not answers: with `turns: all` the answers of one conversation are not independent of each other.
 MIN_CONVERSATIONS = 20
-METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}  # as the field writes them
 
 
 def results_path(root: Path) -> Path:
@@ -32,7 +32,29 @@ def read_results(root: Path) -> dict[str, Any] | None:
     results = {"failed": [], **read_json(path, fix, **types)}
     if not all(isinstance(entry, dict) and "checkpoint" in entry for entry in results["checkpoints"]):
         raise UserError(path, "this file is damaged (an entry names no checkpoint)", fix)
+    if not _has_whole_sets(results):
+        raise UserError(path, "this file is damaged (its test sets or retained losses are incomplete)", fix)
     return withhold_unreliable(results)
+
+
+def _has_whole_sets(results: dict[str, Any]) -> bool:
+    """Return whether every model has the test sets and the retained loss that the results name."""
+    entries = [results["base"], *results["checkpoints"], results["constant"]]
+    try:
+        for sizes in (*results.get("test_sets", {}).values(), results.get("together", {})):
+            int(sizes.get("conversations", 0)) + int(sizes.get("answers", 0))
+        whole = all(
+            isinstance(one["test_sets"][name], dict) for one in entries for name in results.get("test_sets", ())
+        )
+        whole = whole and all(isinstance(one["together"], dict) for one in entries if "test_sets" in results)
+        if "retain" in results:
+            str(results["retain"]["file"]), int(results["retain"]["texts"]), int(results["retain"]["tokens"])
+            whole = whole and all("loss" in one["retain"] for one in entries[:-1])
+        if "best_by" in results:
+            whole = whole and isinstance(results["best_by"]["metric"], str) and "higher_is_better" in results["best_by"]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return whole
 
 
 def withhold_unreliable(results: dict[str, Any]) -> dict[str, Any]:
@@ -41,22 +63,54 @@ def withhold_unreliable(results: dict[str, Any]) -> dict[str, Any]:
     The file is written and read through this function, so that results of earlier versions, which give the number of
     answers but not of conversations, claim no more than new ones.
     """
+    sizes = {name: one["conversations"] for name, one in results.get("test_sets", {}).items()}
+    few = {name for name, conversations in sizes.items() if conversations < MIN_CONVERSATIONS}
+    if few:
+        results = _with_entries(results, lambda entry: _withhold_test_sets(entry, few))
+    if results.get("together", {}).get("conversations", MIN_CONVERSATIONS) < MIN_CONVERSATIONS:
+        results = _with_entries(results, lambda entry: {**entry, "together": _withhold_scores(entry["together"])})
     count = results.get("conversations", results.get("answers"))
     if count is None or count >= MIN_CONVERSATIONS:
         return results
-    checkpoints = [_withhold_scores(entry) for entry in results["checkpoints"]]
-    systems = {name: _withhold_scores(results[name]) for name in ("base", "constant")}
-    return {**results, **systems, "checkpoints": checkpoints, "reliable": False}
+    return {**_with_entries(results, _withhold_scores), "reliable": False}
+
+
+def _with_entries(results: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Return results with the entry of each model and of the constant baseline changed."""
+    checkpoints = [change(entry) for entry in results["checkpoints"]]
+    return {**results, **{name: change(results[name]) for name in ("base", "constant")}, "checkpoints": checkpoints}
+
+
+def _withhold_test_sets(entry: dict[str, Any], few: Collection[str]) -> dict[str, Any]:
+    sets = entry["test_sets"].items()
+    return {**entry, "test_sets": {name: _withhold_scores(one) if name in few else one for name, one in sets}}
 
 
 def _withhold_scores(entry: dict[str, Any]) -> dict[str, Any]:
-    scores = {metric: entry[metric] for metric in METRICS if metric in entry}
-    marked = {
-        metric: {**score, "p": dict.fromkeys(score.get("p", {})), "reliable": False} for metric, score in scores.items()
-    }
+    marked = {metric: _withhold(entry[metric]) for metric in score_keys(entry)}
     if "custom" in entry:
-        marked["custom"] = {name: {**score, "reliable": False} for name, score in entry["custom"].items()}
+        marked["custom"] = {name: _withhold(score) for name, score in entry["custom"].items()}
     return {**entry, **marked}
+
+
+def _withhold(score: dict[str, Any]) -> dict[str, Any]:
+    p_values = {"p": dict.fromkeys(score["p"])} if "p" in score else {}
+    return {**score, **p_values, "reliable": False}
+
+
+def score_keys(entry: dict[str, Any]) -> list[str]:
+    """Return the keys of the metrics in a model's entry: BLEU and chrF first, then the others in the recipe's order."""
+    others = [key for key, value in entry.items() if isinstance(value, dict) and {"score", "low", "high"} <= set(value)]
+    return [metric for metric in METRICS if metric in entry] + [key for key in others if key not in METRICS]
+
+
+def chosen_by(results: dict[str, Any]) -> tuple[str, bool]:
+    """Return the metric that chose the best checkpoint, "loss" included, and whether a higher score is better."""
+    if recorded := results.get("best_by"):
+        return str(recorded["metric"]), bool(recorded["higher_is_better"])
+    # results of earlier versions, which knew two metrics
+    metric = next((metric for metric in METRICS if metric in results["base"]), LOSS)
+    return metric, metric != LOSS
 
 
 def is_reliable(score: dict[str, Any]) -> bool:
@@ -81,7 +135,21 @@ def best_label(results: dict[str, Any]) -> str:
 def is_below_base(results: dict[str, Any]) -> bool:
     """Return whether the best checkpoint scores below the base model, by the metric that chose it."""
     best = next((entry for entry in results["checkpoints"] if entry["checkpoint"] == results["best"]), None)
-    chosen_by = next((metric for metric in METRICS if best is not None and metric in best), None)
-    if best is None or chosen_by is None:
+    metric, higher = chosen_by(results)
+    if best is None:
         return False
-    return bool(best[chosen_by]["score"] < results["base"][chosen_by]["score"])
+    tuned, base = score_of(best, metric), score_of(results["base"], metric)
+    return tuned is not None and base is not None and (tuned < base if higher else tuned > base)
+
+
+def higher_score_is_better(results: dict[str, Any], metric: str) -> bool | None:
+    """Return whether a higher score is better; None: neither a higher nor a lower one is."""
+    if metric in results.get("lower_is_better", ()):
+        return False
+    return None if metric in results.get("no_direction", ()) else True
+
+
+def score_of(entry: dict[str, Any], metric: str) -> float | None:
+    """Return a model's score by a metric, or its loss; None if it has none."""
+    value = entry.get(metric)
+    return value["score"] if isinstance(value, dict) else value

@@ -283,10 +283,14 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
         ("data.source", recipe.data.source),
         ("data.test", recipe.data.test),
         ("data.template", recipe.data.template),
+        ("evaluation.retain", recipe.evaluation.retain),
         ("evaluation.prompts", recipe.evaluation.prompts if isinstance(recipe.evaluation.prompts, str) else None),
     ]
     for key, value in named:
-        for entry in value if isinstance(value, list) else [value]:
+        listed = value if isinstance(value, list) else [value]
+        if key == "data.test" and isinstance(value, dict) and "path" not in value:  # names to sources
+            listed = [one for given in value.values() for one in (given if isinstance(given, list) else [given])]
+        for entry in listed:
             path = entry.get("path") if isinstance(entry, dict) else entry
             with contextlib.suppress(OSError):  # a text that is too long to be a path
                 if not isinstance(path, str):

@@ -268,6 +268,15 @@ class Encoder:
         """Return the texts of many answers' ids; the caller leaves out their terminators."""
         return self._segment_encoder.decode_many(rows, self._answer_context)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a plain text, after the BOS that the tokenizer puts before every text, if it puts one.
+
+        Text that spells a control token is text.
+        """
+        bos = self.tokenizer.bos_token_id
+        before = [token for token in self.tokenizer("")["input_ids"] if token == bos]
+        return before + self._segment_encoder.encode([(text, START, False)])[0]
+
     def round_trip(self, text: str) -> str:
         """Encode and decode an answer's text. The result differs where the tokenizer's normaliser changes the text."""
         ids = self._segment_encoder.encode([(text, self._answer_context, True)])[0]

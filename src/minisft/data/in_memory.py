@@ -45,6 +45,16 @@ def source_of(data: Any, where: str = "data") -> Any:
     return str(_write_rows(data, where))
 
 
+def test_of(test: Any) -> Any:
+    """Return what the recipe's `data.test` says for held-out data that a program gives; see `source_of`.
+
+    A dict without `path` gives test sets by name, each of them data as `source_of` takes it.
+    """
+    if type(test) is dict and "path" not in test:
+        return {name: source_of(data, f"test[{name!r}]") for name, data in test.items()}
+    return source_of(test, "test")
+
+
 def _write_rows(rows: Iterable[Any], where: str) -> Path:
     """Write all rows as JSON lines, or nothing; return the path of the file."""
     folder = cache_folder() / "rows"

@@ -15,8 +15,24 @@ from minisft.data.fingerprint import changes, fingerprint, locked, tokenizer_fil
 from minisft.data.pipeline import LEFT_OUT_BY_WEIGHT
 from minisft.data.prepared import read_ledger
 from minisft.data.renderers.resolve import own_template, template_file
-from minisft.data.shards import EncodedShard, Progress, Split, column_names, encode_sources, write_split
-from minisft.data.sources import Source, at_revision, ignored_files, parse_sources, refuse_shared, source_names
+from minisft.data.shards import (
+    EncodedShard,
+    Progress,
+    Split,
+    column_names,
+    count_sets,
+    encode_sources,
+    write_split,
+)
+from minisft.data.sources import (
+    Source,
+    at_revision,
+    ignored_files,
+    parse_sources,
+    refuse_shared,
+    source_names,
+    test_set_names,
+)
 from minisft.data.split import choose_test
 from minisft.data.stats import SHOWN, DatasetStats, ledger_warnings, make_ledger, overlap_report
 from minisft.errors import UserError
@@ -183,11 +199,12 @@ def _prepare_into(
 ) -> dict[str, Any]:
     """Write the splits into a folder, and return the ledger."""
     stats, data = DatasetStats(), recipe.data
+    sets = test_set_names(data.test)  # the set of each source
     # 1. Encode the sources into one Arrow file, in the order of their rows; sources of data.test into another.
     shard = encode_sources(folder / "source.arrow", sources["data.source"], recipe, encoder, stats, progress)
     own_test = "data.test" in sources
     if own_test:
-        test_shard = encode_sources(folder / "test.arrow", sources["data.test"], recipe, encoder, stats, progress)
+        test_shard = encode_sources(folder / "test.arrow", sources["data.test"], recipe, encoder, stats, progress, sets)
     # 2. Report all problems at once, where problems are errors.
     _raise_problems(stats, data)
     # 3. Split.
@@ -202,7 +219,9 @@ def _prepare_into(
     with ThreadPoolExecutor(1) as thread:
         overlap = thread.submit(overlap_report, train.parts(), test.parts(), int(test.lengths.sum()))
         for split, rows in (("train", train), ("test", test)):
-            write_split(folder / split, rows, column_names(split, stats.count("unrolled", "conversations") > 0))
+            columns = column_names(split, stats.count("unrolled", "conversations") > 0)
+            write_split(folder / split, rows, columns, sets if split == "test" else ())
+    set_sizes = count_sets(test, sets)
     for path in {train.shard.path, test.shard.path}:
         path.unlink()
     # 5. Count duplicates and shared prompts, and make the ledger.
@@ -222,6 +241,7 @@ def _prepare_into(
             "test_rows_in_train": int(repeated.sum()),
             **overlap.result(),
         },
+        **({"test_sets": set_sizes} if sets else {}),
     }
     conversations = {"train": train.conversations, "test": test.conversations}
     return make_ledger(stats, conversations, {"train": train.lengths, "test": test.lengths}, facts)

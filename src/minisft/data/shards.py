@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,7 @@ def encode_sources(
     encoder: Encoder,
     stats: DatasetStats,
     progress: Progress | None = None,
+    sets: Sequence[str] = (),
 ) -> EncodedShard:
     """Encode all rows of the sources into one Arrow file, in their order.
 
@@ -66,6 +67,7 @@ def encode_sources(
         encoder: The encoder, in the recipe's template.
         stats: The counts, to which this function adds.
         progress: Called with the number of rows read so far.
+        sets: The test set of each source; `data.limit` then limits each set.
 
     Raises:
         UserError: A source cannot be read, or its format is unknown.
@@ -79,7 +81,9 @@ def encode_sources(
     columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in kinds]
     place, conversations = schema().get_field_index("conversation"), 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema()) as writer:
-        for result in process_chunks(limit_rows(chunks, recipe.data.limit), encoder, task):
+        groups = groupby(chunks, key=lambda chunk: sets[chunk.source] if sets else "")
+        limited = chain.from_iterable(limit_rows(group, recipe.data.limit) for _, group in groups)
+        for result in process_chunks(limited, encoder, task):
             batch = pa.ipc.read_record_batch(pa.py_buffer(result.table), schema())
             numbers = pa.array(batch.column(place).to_numpy() + np.int32(conversations))  # the chunk counts from 0
             writer.write_batch(batch.set_column(place, schema().field(place), numbers))
@@ -200,22 +204,28 @@ class Split:
             yield ids.flatten().to_numpy(), labels.flatten().to_numpy(), offsets - offsets[0]
 
 
-def write_split(folder: Path, split: Split, names: Sequence[str]) -> None:
+def write_split(folder: Path, split: Split, names: Sequence[str], sets: Sequence[str] = ()) -> None:
     """Write the named columns of a split as a `datasets` folder, batch by batch.
 
     `datasets` writes a folder without rows, whose data file is then replaced: `datasets` would map all rows into
     memory to copy them.
+
+    Args:
+        folder: The folder.
+        split: The split.
+        names: The columns.
+        sets: The test set of each source, for the column `test_set`; () writes no such column.
     """
     import datasets
     import pyarrow as pa
 
     # 1. A folder without rows.
-    columns = pa.schema([schema().field(name) for name in names])
+    columns = pa.schema([*(schema().field(name) for name in names), *([("test_set", pa.string())] if sets else [])])
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         features = datasets.Features.from_arrow_schema(columns)
-        empty = datasets.Dataset.from_dict({name: [] for name in names}, features=features)
+        empty = datasets.Dataset.from_dict({name: [] for name in columns.names}, features=features)
         empty.save_to_disk(str(folder), num_shards=1)
     finally:
         if bars:
@@ -229,4 +239,29 @@ def write_split(folder: Path, split: Split, names: Sequence[str]) -> None:
     with pa.OSFile(str(data), "wb") as file, pa.ipc.new_stream(file, columns) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist([], columns))  # a file without any batch is not loaded
         for batch in split.batches(names):
+            if sets:
+                of_rows = [sets[source] for source in batch.column("source").to_pylist()]
+                batch = pa.RecordBatch.from_arrays([*batch.columns, pa.array(of_rows, pa.string())], schema=columns)
             writer.write_batch(batch)
+
+
+def count_sets(split: Split, sets: Sequence[str]) -> dict[str, int]:
+    """Return the number of conversations of each test set.
+
+    Args:
+        split: The test split.
+        sets: The test set of each source.
+
+    Raises:
+        UserError: A set has none.
+    """
+    counts = dict.fromkeys(sets, 0)
+    sources = [source for batch in split.batches(("source",)) for source in batch.column("source").to_pylist()]
+    firsts = np.cumsum([0, *split.shard.rows[split.mask]])[:-1]  # the first row of each conversation
+    for start in firsts.tolist() if sets else ():
+        counts[sets[sources[start]]] += 1
+    for name, count in counts.items():
+        if not count:
+            problem = "no row of this test set can be used"
+            raise UserError(f"data.test.{name}", problem, "give it usable rows, or leave the set out")
+    return counts

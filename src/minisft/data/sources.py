@@ -23,6 +23,7 @@ from minisft.recipe import DataRecipe
 from minisft.text import first_line
 from minisft.yaml_tree import quoted
 
+_SET_NAME = re.compile(r"\w[\w.-]{0,59}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+$")
 _HUB_KEYS = ("split", "subset", "revision")
 _TIMEOUT = 5.0  # seconds
@@ -52,15 +53,50 @@ class Source:
 
 
 def parse_sources(source: Any, key: str = "data.source") -> list[Source]:
-    """Return the sources of a recipe's `data.source` or `data.test`.
+    """Return the sources of a recipe's `data.source` or `data.test`, those of all test sets one after the other.
 
     Raises:
         UserError: An entry has an unknown key or a value of a wrong type.
     """
+    if key == "data.test" and is_mapping_of_sets(source):
+        return [one for name, listed in _named_sets(source).items() for one in parse_sources(listed, f"{key}.{name}")]
     entries = source if isinstance(source, list) else [source]
     if not entries:
         raise UserError(key, "the list of sources is empty", "name at least one file, folder or hub id")
     return [_parse_source(entry, key) for entry in entries]
+
+
+def is_mapping_of_sets(test: Any) -> bool:
+    """Return whether `data.test` is a mapping of names to sources: a mapping with `path` is one source."""
+    return isinstance(test, dict) and "path" not in test
+
+
+def test_set_names(test: Any) -> list[str]:
+    """Return the name of the test set of each source that `parse_sources` gives for `data.test`; [] without sets."""
+    if not is_mapping_of_sets(test):
+        return []
+    sets = _named_sets(test)
+    return [name for name, listed in sets.items() for _ in (listed if isinstance(listed, list) else [listed])]
+
+
+def _named_sets(test: dict[str, Any]) -> dict[str, Any]:
+    """Return the sources of `data.test` by the name of their set.
+
+    Raises:
+        UserError: There is no set, or a name is empty or has characters that tables and keys do not take.
+    """
+    if not test:
+        fix = "name sets, such as {mine: mine.jsonl, other: other.jsonl}"
+        raise UserError("data.test", "the mapping of test sets is empty", fix)
+    for name in test:
+        if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
+            fix = "use at most 60 letters, digits, dots, dashes and underscores"
+            known = f"; a source has the keys {', '.join(_SOURCE_KEYS)}"
+            raise UserError("data.test", f"{quoted(name)} cannot be the name of a test set", fix + known)
+        if name in _SOURCE_KEYS:
+            problem = f"a mapping with {name!r} and without `path` is neither one source nor test sets"
+            raise UserError("data.test", problem, "add `path`, or choose another name for the set")
+    return test
 
 
 def source_names(sources: Sequence[Source]) -> list[str]:

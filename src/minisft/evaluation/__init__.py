@@ -10,9 +10,11 @@ In reading order:
 - evaluator: answers and held-out loss of one model, read from the result cache if they were computed before
 - backends: transformers or vLLM, in this process or in several
 - generation, kv_cache: the only decoding loop, with sampling and streaming; chat and the server use it too
-- metrics: BLEU, chrF, exact match, intervals and p-values, held-out loss, the constant baseline
+- metrics: BLEU, chrF, means over answers, intervals and p-values, held-out loss, the constant baseline
 - resampling: the bootstrap resamples of rows behind every interval and p-value
-- custom_metrics: the caller's own metrics
+- custom_metrics, row_metrics: metrics of one number per answer: the caller's own, and those that a recipe names
+- retention: the loss on texts of the user's own
+- score_tables: the tables that are printed
 - result_files: the result cache, and the files for people to read
 
 Invariants:

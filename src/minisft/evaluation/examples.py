@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class EvalExample:
         reference: The answer of the data.
         messages: The messages before the answer.
         tools: The functions on offer as a JSON list, or "".
+        test_set: Name of its test set; "" where `data.test` names no sets.
     """
 
     id: str
@@ -40,6 +42,7 @@ class EvalExample:
     reference: str
     messages: tuple[Message, ...] = ()
     tools: str = ""
+    test_set: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,24 @@ class HeldOutSet:
         examples: The answers to generate.
         rows: (input ids, labels) of every row, for the loss.
         conversations: Number of conversations that have an example; `turns: all` gives several examples of each.
+        test_sets: The test sets that `data.test` names, one after the other as in `examples` and `rows`; {} if it names
+            none.
     """
 
     examples: list[EvalExample]
     rows: list[tuple[list[int], list[int]]]
     conversations: int
+    test_sets: "dict[str, HeldOutSet]" = field(default_factory=dict)
+
+    @property
+    def first(self) -> "HeldOutSet":
+        """The first test set; all rows if there are no sets."""
+        return next(iter(self.test_sets.values()), self)
+
+    @cached_property
+    def supervised(self) -> int:
+        """Number of tokens that the loss is a mean of."""
+        return sum(sum(label != IGNORED for label in labels[1:]) for _, labels in self.rows)
 
     @cached_property
     def rows_fingerprint(self) -> str:
@@ -71,7 +87,7 @@ def load_held_out(
         output: The run folder.
         encoder: Encoder of the run's template.
         turns: "last" or "all" answers of a conversation.
-        limit: The most conversations to load; None: all.
+        limit: The most conversations to load, of each test set; None: all.
         required: Raise an error if there are no held-out rows.
 
     Raises:
@@ -85,14 +101,29 @@ def load_held_out(
     counts = read_json(ledger, fix, rows=dict)["rows"]
     if not isinstance(counts.get("test"), int):
         raise UserError(ledger, "this file is damaged (it does not say how many rows are held out)", fix)
-    rows = _first_conversations(load_test(output), limit) if counts["test"] else []
-    if required and not rows:
+    all_rows = load_test(output) if counts["test"] else []
+    if required and not all_rows:
         raise UserError(
             output / "dataset" / "test",
             "there are no held-out conversations to evaluate on",
             "set evaluation.prompts to have your own prompts answered, or train again with data.test_fraction above "
             "0, or with data.test",
         )
+    sets = {
+        name: _held_out(_first_conversations(list(rows), limit), encoder, turns)
+        for name, rows in groupby(all_rows, key=lambda row: str(row.get("test_set") or ""))
+    }
+    if list(sets) in ([], [""]):
+        return sets.get("", HeldOutSet([], [], 0))
+    return HeldOutSet(
+        [example for one in sets.values() for example in one.examples],
+        [row for one in sets.values() for row in one.rows],
+        sum(one.conversations for one in sets.values()),
+        sets,
+    )
+
+
+def _held_out(rows: Sequence[dict[str, Any]], encoder: Encoder, turns: str) -> HeldOutSet:
     examples_by_row = [list(_examples_of(row, encoder, turns)) for row in rows]
     return HeldOutSet(
         [example for examples in examples_by_row for example in examples],
@@ -192,7 +223,8 @@ def _examples_of(row: dict[str, Any], encoder: Encoder, turns: str) -> Iterable[
             raise UserError(where, refusal.problem, fix) from None
         text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
         turn, reference = answers.index(place) + 1, encoder.final_answer(messages[place])
-        yield EvalExample(str(row["id"]), turn, ids, str(text), reference, before, tools)
+        test_set = str(row.get("test_set") or "")
+        yield EvalExample(str(row["id"]), turn, ids, str(text), reference, before, tools, test_set)
 
 
 def _supervised_runs(labels: Sequence[int], stops: set[int]) -> Iterable[list[int]]:

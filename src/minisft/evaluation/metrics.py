@@ -1,6 +1,6 @@
-"""BLEU and chrF by sacrebleu with bootstrap intervals, exact match, held-out loss, and the constant baseline.
+"""BLEU and chrF by sacrebleu, means over answers, bootstrap intervals, held-out loss, and the constant baseline.
 
-Every number equals that of sacrebleu's command line on files with one answer per line (a line break within
+Every BLEU and chrF equals that of sacrebleu's command line on files with one answer per line (a line break within
 an answer becomes a space): `sacrebleu refs.txt -i outputs.txt -m bleu chrf --confidence`.
 """
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -91,17 +91,88 @@ class CorpusScore:
         signature = str(self._metric.get_signature())
         return Interval(self.score, float(np.sort(self.resamples).mean()), 0.5 * (high - low), signature)
 
+    def __len__(self) -> int:
+        return len(self.counts)
+
     def _of(self, counts: np.ndarray) -> float:
         return float(self._metric._compute_score_from_stats(counts).score)
 
 
-def p_value(system: CorpusScore, baseline: CorpusScore) -> float:
+@dataclass(frozen=True)
+class MeanInterval:
+    """A mean over rows, and the percentiles (2.5 and 97.5) of its resamples; an interval never leaves their range."""
+
+    score: float
+    low: float
+    high: float
+    mean: float
+    signature: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "score": self.score,
+            "low": self.low,
+            "high": self.high,
+            "mean": self.mean,
+            "half_width": 0.5 * (self.high - self.low),
+            "signature": self.signature,
+        }
+
+
+class MeanScore:
+    """The mean over rows of a number for each row.
+
+    Args:
+        values: One finite number per row.
+        signature: What the numbers are.
+    """
+
+    def __init__(self, values: Sequence[float], signature: str) -> None:
+        assert len(values) > 0
+        self.values = np.array(values, dtype="float64")  # [rows]
+        self.signature = f"{signature}|bs:{RESAMPLES}|seed:{SEED}"
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def score(self) -> float:
+        return float(self.values.mean())
+
+    @cached_property
+    def resamples(self) -> np.ndarray:
+        """Means [1000] of seeded resamples, which draw the same rows as those of `CorpusScore`."""
+        return np.array(self.values[resampled_rows(len(self.values))].mean(axis=1))
+
+    def rows(self) -> list[float]:
+        """Return each row's number."""
+        return [float(value) for value in self.values]
+
+    def interval(self) -> MeanInterval:
+        """Return the mean with its 95 % bootstrap interval."""
+        low, high = percentile_interval(self.resamples)
+        return MeanInterval(self.score, low, high, float(self.resamples.mean()), self.signature)
+
+
+class Score(Protocol):
+    """What `CorpusScore` and `MeanScore` share."""
+
+    @property
+    def score(self) -> float: ...
+    @property
+    def resamples(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+    def rows(self) -> list[float]: ...
+    def interval(self) -> Interval | MeanInterval: ...
+
+
+def p_value(system: Score, baseline: Score) -> float:
     """Return the p-value of the difference of two systems on the same rows, by paired bootstrap (Koehn 2004).
 
     Two-sided, as `sacrebleu --paired-bs` computes it, except that it is 1 if the two never differ: sacrebleu gives the
     smallest possible p then.
     """
-    assert len(system.counts) == len(baseline.counts)
+    assert len(system) == len(baseline)
     gaps = np.abs(system.resamples - baseline.resamples)
     if not gaps.any():
         return 1.0

@@ -13,7 +13,7 @@ from typing import Any
 
 from minisft.evaluation.examples import EvalExample
 from minisft.evaluation.generation import Generated
-from minisft.evaluation.metrics import CorpusScore
+from minisft.evaluation.metrics import CorpusScore, Score
 from minisft.files import write_atomically
 from minisft.text import dump_json, printable
 
@@ -57,10 +57,10 @@ class ResultCache:
         """Return the loss on the rows with this fingerprint; None if it is not a finite number."""
         return self._losses[rows][0]
 
-    def seconds(self, rows: str, prompts: Sequence[Sequence[int]]) -> float:
-        """Return the seconds that the loss and the answers to these prompts took, summed over processes."""
+    def seconds(self, rows: Sequence[str], prompts: Sequence[Sequence[int]]) -> float:
+        """Return the seconds that the losses and the answers to these prompts took, summed over processes."""
         keys = {prompt_key(prompt) for prompt in prompts}
-        return self._losses[rows][1] + sum(self._answers[key][1] for key in keys)
+        return sum(self._losses[one][1] for one in rows) + sum(self._answers[key][1] for key in keys)
 
     def add_loss(self, rows: str, loss: float | None, seconds: float) -> None:
         self._append({"rows": rows, "loss": loss, "seconds": seconds})
@@ -124,7 +124,7 @@ def write_outputs(
     answers: Sequence[Generated],
     outputs: Sequence[str],
     reasoning: Sequence[str],
-    scores: Mapping[str, CorpusScore],
+    scores: Mapping[str, Score],
 ) -> None:
     """Write `outputs.jsonl`: one line per answer, with its own scores and why it ended.
 
@@ -136,6 +136,7 @@ def write_outputs(
         line: dict[str, Any] = {
             "id": example.id,
             "turn": example.turn,
+            **({"test_set": example.test_set} if example.test_set else {}),
             "prompt": example.prompt,
             "reference": example.reference,
             "output": output,

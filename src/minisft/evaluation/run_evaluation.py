@@ -1,38 +1,32 @@
 """Evaluation of a run: score the base model and every checkpoint, and find the best checkpoint."""
 
 import contextlib
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from minisft.console import console, say, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec, Workers, default_processes, require_vllm
-from minisft.evaluation.custom_metrics import CustomMetric, check_custom_metrics, score_custom
-from minisft.evaluation.evaluator import Evaluator, ScoredModel
-from minisft.evaluation.examples import load_held_out, load_prompts, train_answers
+from minisft.evaluation.custom_metrics import CUSTOM, CustomMetric, RowMetric, as_row_metrics
+from minisft.evaluation.evaluator import Evaluator, ScoredModel, SetScores
+from minisft.evaluation.examples import HeldOutSet, load_held_out, load_prompts, train_answers
 from minisft.evaluation.generation import Sampling, context_length, inference_dtype
 from minisft.evaluation.metrics import best_constant, p_value
 from minisft.evaluation.monitor import models_to_score, wait_for_data
 from minisft.evaluation.result_files import write_changes, write_side_by_side
+from minisft.evaluation.retention import load_retained
+from minisft.evaluation.row_metrics import load_row_metrics
+from minisft.evaluation.score_tables import print_table
 from minisft.files import hold_lock, write_atomically
+from minisft.metric_names import LOSS, METRICS, higher_is_better, parse_metrics
 from minisft.models import load_config, load_tokenizer, resolve_model, weights_fingerprint
-from minisft.recipe import METRICS, EvaluationRecipe, Recipe
-from minisft.results import (
-    METRIC_NAMES,
-    best_label,
-    is_reliable,
-    results_path,
-    unreliability_reason,
-    withhold_unreliable,
-)
+from minisft.recipe import EvaluationRecipe, Recipe
+from minisft.results import results_path, withhold_unreliable
 from minisft.run_folder import RunFolder, require_same_base_model
 from minisft.text import dump_json
 
@@ -65,6 +59,7 @@ def evaluate(
         draw: Called with the run folder after each change of results.json (for the report's curves).
         dtype: Dtype of the weights; None: fp32 on a CPU or if the recipe trains in it, else bf16 or fp16.
         custom_metrics: The caller's own metrics by name: f(outputs, references, prompts) -> one number per answer.
+            Their scores are in `custom` of each entry, with the number of each answer as `values`.
         workers: The processes to use; None: as many as the recipe says.
         sleep: Waits for so many seconds, under `follow`.
         others: Folders of models by name, NAME-STEP, to score beside the base model in place of the run's checkpoints.
@@ -74,9 +69,11 @@ def evaluate(
 
     Raises:
         UserError: There are no checkpoints, or neither held-out rows nor prompts; the base model is not the run's;
-            `max_new_tokens` leaves no room for a prompt; or another evaluation is running in the folder.
+            `max_new_tokens` leaves no room for a prompt; another evaluation is running in the folder; or a metric
+            failed (the results without it are written).
     """
-    custom = check_custom_metrics(custom_metrics or {})
+    specs = parse_metrics(recipe.evaluation.metrics)
+    row_metrics = [*load_row_metrics(specs), *as_row_metrics(custom_metrics or {}, [spec.key for spec in specs])]
     run = RunFolder(output)
     if follow:
         wait_for_data(run, sleep)
@@ -86,17 +83,28 @@ def evaluate(
         # 1. Load the examples, which are the same for every model.
         base = _find_base(recipe, run)
         with workers or Workers(recipe.evaluation.processes or default_processes()) as pool:
-            evaluator, constant = _load_examples(recipe, output, base, dtype, pool)
-            constant = _with_custom("constant", constant, evaluator, custom)
+            evaluator, constant = _load_examples(recipe, output, base, dtype, pool, row_metrics)
+            if custom_metrics and not evaluator.held_out.examples:
+                problem = "there are no held-out answers to score"
+                raise UserError("metrics", problem, "set data.test_fraction above 0")
             # 2. Score one model after the other, and write results.json after each.
             if others is None:
                 models = models_to_score(run, base, follow, sleep)
             else:
                 models = iter([("base", base), *others.items()])
-            scored_models, results = _score_models(recipe, run, evaluator, constant, models, draw, custom)
+            scored_models, results = _score_models(recipe, run, evaluator, constant, models, draw)
         # 3. Write the comparisons, and print the summary.
         _write_comparisons(evaluator, scored_models, results["best"])
     _report(results, evaluator.folder, as_json)
+    # 4. Refuse metrics that failed; all others are computed and written.
+    if evaluator.failures:
+        first, *more_failed = evaluator.failures.values()
+        more = (
+            f" ({len(more_failed)} more failed: {', '.join(error.where for error in more_failed)})"
+            if more_failed
+            else ""
+        )
+        raise UserError(first.where, first.problem + more, first.fix) from first.__cause__
     return results
 
 
@@ -130,7 +138,12 @@ def _find_base(recipe: Recipe, run: RunFolder) -> Path:
 
 
 def _load_examples(
-    recipe: Recipe, output: Path, base: Path, dtype: "torch.dtype | None", workers: Workers
+    recipe: Recipe,
+    output: Path,
+    base: Path,
+    dtype: "torch.dtype | None",
+    workers: Workers,
+    row_metrics: Sequence[RowMetric],
 ) -> tuple[Evaluator, ScoredModel]:
     """Return the evaluator, which has the same examples for every model, and the scored constant baseline."""
     settings = recipe.evaluation
@@ -138,6 +151,10 @@ def _load_examples(
         load_tokenizer(base, recipe.trust_remote_code), recipe.data.template, recipe.data.template_options
     )
     prompts = load_prompts(settings.prompts, encoder)
+    retained = None
+    if settings.retain is not None:
+        context = context_length(load_config(base, recipe.trust_remote_code))
+        retained = load_retained(settings.retain, encoder, min(recipe.data.max_length, context or sys.maxsize))
     evaluator = Evaluator(
         settings,
         encoder,
@@ -157,6 +174,8 @@ def _load_examples(
             settings.gpu_memory_utilization,
         ),
         workers,
+        row_metrics,
+        retained,
     )
     return evaluator, evaluator.score_constant(best_constant(train_answers(output, encoder, settings.turns)))
 
@@ -177,7 +196,6 @@ def _score_models(
     constant: ScoredModel,
     models: Iterable[tuple[str, Path]],
     draw: Callable[[Path], object] | None,
-    custom: Mapping[str, CustomMetric],
 ) -> tuple[dict[str, ScoredModel], dict[str, Any]]:
     """Return the scored models by name and results.json, which is written after each; `failed` lists the others."""
     scored_models: dict[str, ScoredModel] = {}
@@ -192,34 +210,35 @@ def _score_models(
             problem = error.problem if isinstance(error, UserError) else "it was removed meanwhile"
             failed.append({"checkpoint": name, "error": problem, **({} if weights.exists() else {"removed": True})})
             warn(f"{name} cannot be scored and is left out: {problem}")
-        else:  # outside the `try`: an error of a custom metric does not mean that the checkpoint is damaged
-            scored_models[name] = _with_custom(name, scored_models[name], evaluator, custom)
-        results = withhold_unreliable(
-            summarise_scores(scored_models, constant, recipe.evaluation) | _describe(recipe, evaluator, failed)
-        )
+        scores = summarise_scores(
+            scored_models, constant, recipe.evaluation, evaluator.row_metrics, evaluator.failures
+        )  # fmt: skip
+        results = withhold_unreliable(scores | _describe(recipe, evaluator, failed))
         write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
         if draw is not None:
             draw(run.root)
     return scored_models, results
 
 
-def _with_custom(
-    name: str, scored: ScoredModel, evaluator: Evaluator, custom: Mapping[str, CustomMetric]
-) -> ScoredModel:
-    """Return the scored model with the scores of the custom metrics in its entry, under `custom`."""
-    if not custom:
-        return scored
-    examples = evaluator.held_out.examples
-    scores = score_custom(custom, name, scored.outputs, evaluator.references, [example.prompt for example in examples])
-    return replace(scored, entry={**scored.entry, "custom": scores})
-
-
 def _describe(recipe: Recipe, evaluator: Evaluator, failed: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the fields of results.json besides the scores: number of examples, generation settings, failures."""
-    settings, sampling = recipe.evaluation, evaluator.spec.sampling
+    settings, sampling, held_out = recipe.evaluation, evaluator.spec.sampling, evaluator.held_out
+    sets: dict[str, Any] = {}
+    if held_out.test_sets:
+        sets = {
+            "test_sets": {name: _sizes(one) for name, one in held_out.test_sets.items()},
+            "together": _sizes(held_out),
+        }
+    errors = [
+        {"metric": key.removeprefix(CUSTOM), "where": error.where, "error": error.problem}
+        for key, error in evaluator.failures.items()
+    ]
     return {
-        "answers": len(evaluator.held_out.examples),
-        "conversations": evaluator.held_out.conversations,
+        **_sizes(held_out.first),
+        **sets,
+        **({} if evaluator.retained is None else {"retain": evaluator.retained.as_dict()}),
+        **({"failed_metrics": errors} if errors else {}),
+        **_directions(evaluator.row_metrics),
         "prompts": len(evaluator.prompts),
         "turns": settings.turns,
         "max_new_tokens": settings.max_new_tokens,
@@ -229,38 +248,109 @@ def _describe(recipe: Recipe, evaluator: Evaluator, failed: list[dict[str, Any]]
     }
 
 
+def _directions(row_metrics: Sequence[RowMetric]) -> dict[str, list[str]]:
+    """Return the metrics of which a lower score is better, and those of which neither is, as far as there are any."""
+    named = [metric for metric in row_metrics if not metric.key.startswith(CUSTOM)]
+    found = {
+        "lower_is_better": [metric.key for metric in named if metric.higher_is_better is False],
+        "no_direction": [metric.key for metric in named if metric.higher_is_better is None],
+    }
+    return {name: keys for name, keys in found.items() if keys}
+
+
+def _sizes(held_out: HeldOutSet) -> dict[str, int]:
+    return {"answers": len(held_out.examples), "conversations": held_out.conversations}
+
+
 def summarise_scores(
-    scored_models: dict[str, ScoredModel], constant: ScoredModel, settings: EvaluationRecipe
+    scored_models: dict[str, ScoredModel],
+    constant: ScoredModel,
+    settings: EvaluationRecipe,
+    row_metrics: Sequence[RowMetric] = (),
+    left_out: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the content of results.json: scores, intervals and p-values of every model.
 
     Args:
         scored_models: The base model and the checkpoints, by name.
         constant: The constant baseline.
-        settings: The recipe's `evaluation`; the first of `METRICS` that it names decides which checkpoint is best.
+        settings: The recipe's `evaluation`; see `best_by`.
+        row_metrics: The metrics besides BLEU and chrF, for the direction of each.
+        left_out: Keys of metrics that failed.
     """
     systems = {**scored_models, "constant": constant}
     checkpoints = sorted(
         (name for name in scored_models if name != "base"), key=lambda name: int(name.rpartition("-")[2])
     )
-    judge = next(metric for metric in METRICS if metric in settings.metrics)
-    with_scores = [name for name in checkpoints if judge in scored_models[name].scores]
-    best = max(with_scores, key=lambda name: scored_models[name].scores[judge].score, default=None)
+    # 1. The best checkpoint.
+    judge, higher = best_by(settings, row_metrics)
+    worth = {name: value for name in checkpoints if (value := _worth(scored_models[name], judge, higher)) is not None}
+    best = None if judge in left_out else max(worth, key=lambda name: worth[name], default=None)
+    # 2. The scores of every model, on the first test set, on each of several, and on all of these together.
     rivals = {"base": "base", "constant": "constant", **({"best": best} if best else {})}
     entries = {}
     for name, system in systems.items():
-        entries[name] = dict(system.entry)
-        for metric, score in system.scores.items():
-            p_values = {
-                role: p_value(score, systems[rival].scores[metric]) for role, rival in rivals.items() if rival != name
+        against = {role: systems[rival] for role, rival in rivals.items() if rival != name}
+        entries[name] = _entry(system, against, left_out)
+        if system.together is not None:
+            sets = {
+                key: _entry(one, {role: rival.test_sets[key] for role, rival in against.items()}, left_out)
+                for key, one in system.test_sets.items()
             }
-            entries[name][metric] = {**score.interval().as_dict(), "p": p_values}
+            together = {role: rival.together for role, rival in against.items() if rival.together is not None}
+            entries[name] |= {"test_sets": sets, "together": _entry(system.together, together, left_out)}
+        if system.retained is not None:
+            base = None if name == "base" else scored_models["base"].retained
+            entries[name]["retain"] = system.retained.as_dict(base)
     return {
         "base": entries["base"],
         "checkpoints": [entries[name] for name in checkpoints],
         "best": best,
+        "best_by": {"metric": judge, "higher_is_better": higher},
         "constant": entries["constant"],
     }
+
+
+def best_by(settings: EvaluationRecipe, row_metrics: Sequence[RowMetric] = ()) -> tuple[str, bool]:
+    """Return the metric that decides which checkpoint is best, and whether a higher score is better.
+
+    It is `evaluation.best_by`, or else BLEU, chrF, or the first named metric of which a higher or a lower score is
+    better; the held-out loss if there is none.
+    """
+    directions = {metric.key: metric.higher_is_better for metric in row_metrics if not metric.key.startswith(CUSTOM)}
+    named = [spec.key for spec in parse_metrics(settings.metrics)]
+    candidates = [settings.best_by] if settings.best_by else [*(m for m in METRICS if m in named), *directions]
+    for metric in candidates:
+        higher = directions.get(metric, higher_is_better(metric))
+        if higher is not None:
+            return metric, higher
+    return LOSS, False
+
+
+def _worth(system: ScoredModel, judge: str, higher: bool) -> float | None:
+    """Return a checkpoint's score by the judge, negated if a lower one is better; None if it has none."""
+    score = (
+        system.entry.get("loss") if judge == LOSS else system.scores[judge].score if judge in system.scores else None
+    )
+    return score if score is None or higher else -score
+
+
+def _entry(
+    system: ScoredModel | SetScores, rivals: Mapping[str, ScoredModel | SetScores], left_out: Collection[str]
+) -> dict[str, Any]:
+    """Return the fields of a model with its scores, each with its p-values against the rivals, by their role."""
+    entry, custom = dict(system.entry), {}
+    for metric, score in system.scores.items():
+        if metric in left_out:
+            continue
+        scored = score.interval().as_dict()
+        scored["p"] = {role: p_value(score, rival.scores[metric]) for role, rival in rivals.items()}
+        if metric.startswith(CUSTOM):
+            scored["values"] = score.rows()
+            custom[metric.removeprefix(CUSTOM)] = scored
+        else:
+            entry[metric] = scored
+    return {**entry, "custom": custom} if custom else entry
 
 
 def require_all_scored(results: dict[str, Any], run: RunFolder) -> None:
@@ -289,56 +379,3 @@ def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
         return
     print_table(results)
     say(f"All answers and examples: {folder}")
-
-
-_WIDE = 100  # characters; a narrower terminal shows neither perplexity nor seconds
-
-
-def print_table(results: dict[str, Any]) -> None:
-    """Print the scores of all models, the best one marked, with 95 % intervals if there are enough conversations."""
-    if not results["answers"]:
-        say("There are no held-out conversations, so nothing is scored.")
-        for failure in results["failed"]:
-            say(f"{failure['checkpoint']}: {_failure(failure)}", style="yellow")
-        return
-    rows = [("base", results["base"]), *((c["checkpoint"], c) for c in results["checkpoints"])]
-    rows.append(("constant", results["constant"]))
-    metrics = [metric for metric in METRIC_NAMES if metric in results["base"]]
-    columns = ["loss", "perplexity", *metrics, *results["base"].get("custom", {}), "exact", "seconds"]
-    if console.width < _WIDE:
-        columns = [column for column in columns if column not in ("perplexity", "seconds")]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for column in columns:
-        table.add_column(METRIC_NAMES.get(column, column), justify="right", no_wrap=True)
-    for name, entry in rows:
-        best = name == results["best"]
-        cells = [f"{name} ({best_label(results)})" if best else name, *(_cell(column, entry) for column in columns)]
-        table.add_row(*map(Text, cells), style="bold" if best else "")
-    for failure in results["failed"]:
-        table.add_row(Text(failure["checkpoint"]), Text(_failure(failure)), style="yellow")
-    turns = "the last answer of each conversation" if results["turns"] == "last" else "all answers"
-    console.print(f"{results['answers']} held-out replies ({turns}){', 95 % intervals' * is_reliable(results)}:")
-    console.print(table)
-    if reason := unreliability_reason(results):
-        say(f"{reason}.")
-    console.print(Text.assemble("constant: always ", repr(results["constant"]["text"])))
-
-
-def _failure(failure: dict[str, Any]) -> str:
-    return "removed" if failure.get("removed") else "damaged"
-
-
-def _cell(column: str, entry: dict[str, Any]) -> str:
-    """Return the text of a model's score in one column."""
-    if column in METRIC_NAMES:
-        score = entry[column]
-        interval = f" [{score['low']:.1f}, {score['high']:.1f}]" if is_reliable(score) else ""
-        return f"{score['score']:.1f}{interval}"
-    if column in entry.get("custom", {}):
-        score = entry["custom"][column]
-        return f"{score['score']:.4g}" + (f" [{score['low']:.4g}, {score['high']:.4g}]" if is_reliable(score) else "")
-    if column == "exact":
-        return f"{100 * entry['exact_match']:.0f} %"
-    value = entry.get(column)
-    return "" if value is None else f"{value:,.{ {'loss': 4, 'perplexity': 2, 'seconds': 1}[column] }f}"

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from minisft.exporting.model_folder import public_name
 from minisft.files import write_atomically
+from minisft.metric_names import metric_title
 from minisft.models import weights_fingerprint
 from minisft.recipe import Recipe
 from minisft.report.markdown import as_text
 from minisft.report.plots import draw_curves
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of, read_run
+from minisft.report.run_data import RunFiles, metrics_of, read_run
 from minisft.report.tables import markdown_table, score_table
 from minisft.report.verdict import verdict
 from minisft.run_folder import RunFolder
@@ -83,7 +84,7 @@ def card_metadata(
             dataset_type="held-out conversations",
             dataset_name="held-out conversations",
             metric_type=metric,
-            metric_name=METRIC_NAMES[metric],
+            metric_name=metric_title(metric),
             metric_value=round(scores[metric]["score"], 4),
         )
         for metric in (metrics_of(run) if run.results else [])

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from minisft.errors import UserError
 from minisft.manifest import MARKER, read_marker
+from minisft.metric_names import METRIC_NAMES, metric_title
 from minisft.monitoring.run_progress import MetricLines, is_at_work, number_of_steps
-from minisft.recipe import METRICS, Recipe
-from minisft.results import METRIC_NAMES, is_reliable, read_results
+from minisft.recipe import Recipe
+from minisft.results import chosen_by, is_reliable, read_results, score_of
 from minisft.run_folder import RUN_KIND, RunFolder, load_run
 from minisft.text import first_line, printable
 
@@ -172,12 +173,12 @@ def run_scores(run: RunFolder) -> dict[str, Any]:
     if results is None or results["best"] is None:
         return {}
     [best] = [entry for entry in results["checkpoints"] if entry["checkpoint"] == results["best"]]
-    [metric, *_] = [metric for metric in METRICS if metric in best]
+    metric, _ = chosen_by(results)
     return {
         "best": results["best"],
         "metric": metric,
-        "score": float(best[metric]["score"]),
-        "base_score": float(results["base"][metric]["score"]),
+        "score": score_of(best, metric),
+        "base_score": score_of(results["base"], metric),
         "reliable": is_reliable(results),
     }
 
@@ -276,7 +277,10 @@ def describe_best(scores: Mapping[str, Any]) -> str:
     """Return the score of the best checkpoint from the fields of a `RunSummary`; "" if there is none."""
     if scores.get("score") is None:
         return ""
-    return "{} {score:.1f} (base {base_score:.1f})".format(METRIC_NAMES[scores["metric"]], **scores)
+    metric = scores["metric"]
+    digits = ".1f" if metric in METRIC_NAMES else ".4g"
+    base = "none" if scores["base_score"] is None else format(scores["base_score"], digits)
+    return f"{metric_title(metric)} {scores['score']:{digits}} (base {base})"
 
 
 def _size(size: int) -> str:

@@ -10,9 +10,10 @@ from statistics import median
 from typing import Any
 
 from minisft.files import write_atomically
+from minisft.metric_names import METRIC_NAMES
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, whole_page
 from minisft.report.plots import draw_overlaid
-from minisft.report.run_data import CURVE_POINTS, METRIC_NAMES, RunFiles, read_run, rounded
+from minisft.report.run_data import CURVE_POINTS, RunFiles, read_run, rounded
 from minisft.report.tables import comparison_table, markdown_table
 from minisft.report.verdict import comparison_verdict, is_trained
 from minisft.results import MIN_CONVERSATIONS, is_below_base, is_reliable

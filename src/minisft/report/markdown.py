@@ -6,7 +6,7 @@ from pathlib import Path
 from minisft.files import write_atomically
 from minisft.report.plots import draw_curves
 from minisft.report.run_data import metrics_of, page_data, read_run
-from minisft.report.tables import markdown_table, score_table
+from minisft.report.tables import markdown_table, score_table, test_set_tables
 from minisft.report.verdict import verdict
 from minisft.text import printable
 
@@ -36,6 +36,9 @@ def write_results(output: Path, to: Path | None = None) -> Path:
         parts.append(markdown_table(heads, cells).rstrip())
         if metrics_of(run):
             parts.append(f"constant baseline: {as_text(repr(run.results['constant'].get('text', '')))}")
+        for title, set_heads, set_rows in test_set_tables(run):
+            set_cells = [[as_text(row[0]), *row[1:]] for row, _ in set_rows]
+            parts += [as_text(title), markdown_table([as_text(head) for head in set_heads], set_cells).rstrip()]
         parts += [
             f"{as_text(f['checkpoint'])} could not be scored: {as_text(f['error'])}" for f in run.results["failed"]
         ]

@@ -8,9 +8,11 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import write_atomically
+from minisft.metric_names import metric_title
+from minisft.report.gains import gains_section
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, table, whole_page
-from minisft.report.run_data import RunFiles, figure_id, metric_title, metrics_of, page_data, read_run
-from minisft.report.tables import format_metric, score_table
+from minisft.report.run_data import RunFiles, figure_id, metrics_of, page_data, read_run
+from minisft.report.tables import format_metric, score_table, tested_metric
 from minisft.report.verdict import verdict
 from minisft.results import is_reliable, unreliability_reason
 from minisft.text import duration
@@ -108,7 +110,7 @@ def _body(run: RunFiles, sources: list[dict[str, Any]]) -> str:
     # 2. The scores, the answers side by side, and the curves.
     parts: list[str] = []
     if run.results is not None:
-        parts += [_scores(run, run.results), _EXAMPLES]
+        parts += [_scores(run, run.results), gains_section(run), _EXAMPLES]
     if run.steps or run.systems:
         parts += [_LOSS, _sources(sources)]
 
@@ -285,8 +287,8 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
     )
     if is_reliable(results):
         significance = (
-            f"p is the p-value of the difference in {escape(metric_title(metrics[0]))} from base, constant and best "
-            "(paired bootstrap)"
+            f"p is the p-value of the difference in {escape(metric_title(tested_metric(run)))} from base, constant and "
+            "best (paired bootstrap)"
         )
     else:
         significance = unreliability_reason(results)

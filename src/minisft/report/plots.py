@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.manifest import record_files
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of, read_run
+from minisft.metric_names import METRIC_NAMES
+from minisft.report.run_data import RunFiles, metrics_of, read_run
 from minisft.results import best_label, is_reliable
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def draw_curves(output: Path, to: Path | None = None) -> list[Path]:
         written.append(_write(figure, folder / "loss.png"))
 
     # 2. The scores of every model, and those of the constant baseline as dotted lines.
-    if run.results is not None and metrics_of(run):
+    if run.results is not None and any(metric in METRIC_NAMES for metric in metrics_of(run)):
         reliable = is_reliable(run.results)
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()

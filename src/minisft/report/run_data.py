@@ -8,7 +8,8 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import read_json, read_json_lines
-from minisft.results import METRIC_NAMES, best_label, is_reliable, read_results
+from minisft.metric_names import METRIC_NAMES, metric_title
+from minisft.results import best_label, is_reliable, read_results, score_keys
 from minisft.run_folder import RunFolder, read_metrics
 
 CURVE_POINTS = 1500  # about as many points of a curve are on a page; longer curves are thinned
@@ -87,18 +88,8 @@ def _read_optional_json(path: Path, fix: str, **fields: type) -> dict[str, Any] 
 
 
 def metrics_of(run: RunFiles) -> list[str]:
-    """Return the keys of the metrics that the run was scored with: each entry of results.json that has a score."""
-    scored = [key for key, value in (run.results or {"base": {}})["base"].items() if _is_score(value)]
-    return [*(key for key in METRIC_NAMES if key in scored), *(key for key in scored if key not in METRIC_NAMES)]
-
-
-def _is_score(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("score"), (int, float))
-
-
-def metric_title(key: str) -> str:
-    """Return the name of a metric as the field writes it; the key itself for a metric that has no such name."""
-    return METRIC_NAMES.get(key, key)
+    """Return the keys of the metrics that the run was scored with."""
+    return [] if run.results is None else score_keys(run.results["base"])
 
 
 def figure_id(metric: str) -> str:

@@ -2,8 +2,16 @@
 
 from typing import Any
 
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metric_title, metrics_of
-from minisft.results import best_label, is_below_base, is_reliable
+from minisft.metric_names import METRIC_NAMES, metric_title
+from minisft.report.run_data import RunFiles, metrics_of
+from minisft.results import (
+    best_label,
+    chosen_by,
+    is_below_base,
+    is_reliable,
+    score_keys,
+    score_of,
+)
 
 _RIVALS = ("base", "constant", "best")  # the systems that every other one is tested against
 
@@ -19,17 +27,20 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
     assert run.results is not None
     metrics, best = metrics_of(run), run.results["best"]
     rivals = _RIVALS if metrics and is_reliable(run.results) else ()
+    tested = tested_metric(run)
 
     # 1. The heads.
     heads = ["", "step", "loss", "perplexity", *(metric_title(metric) for metric in metrics)]
     heads += [f"p: {rival}" for rival in rivals]
-    heads += [*(["exact"] if metrics else []), *run.results["base"].get("custom", {}), "seconds"]
+    heads += [*(["exact"] if metrics else []), *run.results["base"].get("custom", {})]
+    retained = "retain" in run.results
+    heads += [*(["retained loss"] if retained else []), "seconds"]
 
     # 2. A row for each system; the constant baseline has scores, but neither a step nor a loss.
     rows = []
     for name, entry in [*run.systems, *([("constant", run.results["constant"])] if metrics else [])]:
         below = name == best and is_below_base(run.results)
-        p_values = entry.get(metrics[0], {}).get("p", {}) if metrics else {}
+        p_values = entry[tested].get("p", {}) if metrics else {}
         cells = [
             f"{name} ({best_label(run.results)})" if below else name,
             entry.get("step"),
@@ -37,13 +48,55 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
             entry.get("perplexity"),
             *(format_metric(metric, entry.get(metric)) for metric in metrics),
             *(format_p_value(p_values.get(rival)) for rival in rivals),
-            *([f"{100 * entry.get('exact_match', 0):.0f} %"] if metrics else []),
+            *([f"{100 * (score_of(entry, 'exact_match') or 0):.0f} %"] if metrics else []),
             *(format_score(score, digits=".4g") for score in entry.get("custom", {}).values()),
+            *([format_retained(entry.get("retain"))] if retained else []),
             entry.get("seconds"),
         ]
         texts = ["" if cell is None else f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
         rows.append((texts, name == best))
     return heads, rows
+
+
+def tested_metric(run: RunFiles) -> str:
+    """Return the metric whose p-values the table shows: the one that chose the best checkpoint, or else the first."""
+    metrics = metrics_of(run)
+    judge = chosen_by(run.results)[0] if run.results is not None else ""
+    return judge if judge in metrics else next(iter(metrics), "")
+
+
+def test_set_tables(run: RunFiles) -> list[tuple[str, list[str], list[tuple[list[str], bool]]]]:
+    """Return title, heads and rows of a table for each test set after the first, and for all of them together."""
+    if run.results is None or "test_sets" not in run.results:
+        return []
+    systems = [*run.systems, ("constant", run.results["constant"])]
+    tables = []
+    for name, sizes in [*list(run.results["test_sets"].items())[1:], ("", run.results["together"])]:
+        entries = [(system, entry["test_sets"][name] if name else entry["together"]) for system, entry in systems]
+        metrics = score_keys(entries[0][1])
+        heads = ["", "loss", *map(metric_title, metrics)]
+        rows = [
+            (
+                [
+                    system,
+                    "" if entry.get("loss") is None else f"{entry['loss']:.4g}",
+                    *(format_metric(metric, entry[metric]) for metric in metrics),
+                ],
+                system == run.results["best"],
+            )
+            for system, entry in entries
+        ]
+        title = f"Test set {name}" if name else "All test sets together"
+        tables.append((f"{title}: {sizes['answers']:,} held-out answers", heads, rows))
+    return tables
+
+
+def format_retained(retain: dict[str, Any] | None) -> str:
+    """Return the loss on the texts of `evaluation.retain`, with its difference to the base model."""
+    if not retain or retain["loss"] is None:
+        return ""
+    difference = retain.get("difference")
+    return f"{retain['loss']:.4f}" + (f" ({difference['loss']:+.4f})" if difference else "")
 
 
 def format_p_value(p: float | None) -> str:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from minisft.report.run_data import METRIC_NAMES, RunFiles, metric_title, metrics_of
+from minisft.metric_names import LOSS, METRIC_NAMES, metric_title
+from minisft.report.run_data import RunFiles, metrics_of
 from minisft.report.tables import format_p_value, format_score
-from minisft.results import MIN_CONVERSATIONS, is_reliable, unreliability_reason
+from minisft.results import MIN_CONVERSATIONS, chosen_by, is_reliable, unreliability_reason
 
 SIGNIFICANCE = 0.05  # the p-value below which a difference counts as more than chance
 SAME_SPEED = 0.03  # step times that differ by at most this share count as equal: repeated runs differ as much
@@ -18,20 +19,25 @@ def verdict(run: RunFiles) -> str:
     if not metrics_of(run):
         return "There are no held-out conversations, so nothing is scored; the answers to your own prompts are below."
     best = run.best
+    metric, higher = chosen_by(results)
     if best is None:
-        return "No checkpoint could be scored."
-    metric = metrics_of(run)[0]
-    name, label = metric_title(metric), results["best"]
+        failed = any(one["metric"] == metric for one in results.get("failed_metrics", ()))
+        return f"No checkpoint is best: {metric} failed." if failed else "No checkpoint could be scored."
+    if metric == LOSS:
+        return _loss_verdict(results["best"], best["loss"], results["base"].get("loss"))
+    name, label, digits = metric_title(metric), results["best"], ".1f" if metric in METRIC_NAMES else ".4g"
     score, base, constant = best[metric], results["base"][metric], results["constant"][metric]
+    sign = 1 if higher else -1  # of an improvement
 
     # 1. Against the base model.
-    gain = score["score"] - base["score"]
+    gain = sign * (score["score"] - base["score"])
     p = score.get("p", {}).get("base")
-    interval = f" (95 % interval {score['low']:.1f} to {score['high']:.1f})" if is_reliable(score) else ""
-    reached = f"{name} {score['score']:.1f}{interval}"
-    above = f"{gain:.1f} above the base model"
+    interval = f" (95 % interval {score['low']:{digits}} to {score['high']:{digits}})" if is_reliable(score) else ""
+    reached = f"{name} {score['score']:{digits}}{interval}"
+    above = f"{gain:{digits}} {'above' if higher else 'below'} the base model"
     if gain <= 0:
-        first = f"No checkpoint beats the base model ({name} {base['score']:.1f}); best is {label} with {reached}."
+        beaten = f"the base model ({name} {base['score']:{digits}})"
+        first = f"No checkpoint beats {beaten}; best is {label} with {reached}."
     elif not is_reliable(score):
         first = f"{label} is best with {reached}, {above}."
     elif _is_significant(p):
@@ -41,11 +47,11 @@ def verdict(run: RunFiles) -> str:
 
     # 2. Against the constant baseline.
     p = score.get("p", {}).get("constant")
-    baseline = f"the constant baseline ({name} {constant['score']:.1f})"
-    if score["score"] <= constant["score"]:
+    baseline = f"the constant baseline ({name} {constant['score']:{digits}})"
+    if sign * (score["score"] - constant["score"]) <= 0:
         second = f"It does not beat {baseline}: that score is not evidence of learning."
     elif not is_reliable(score):
-        second = f"It scores above {baseline}."
+        second = f"It scores {'above' if higher else 'below'} {baseline}."
     else:
         chance = " beyond chance" if _is_significant(p) else ", which may be chance"
         second = f"It beats {baseline}{chance}{_in_brackets(p)}."
@@ -53,6 +59,15 @@ def verdict(run: RunFiles) -> str:
     # 3. Why no interval is given.
     reason = unreliability_reason(results)
     return f"{first} {second} {reason}." if reason else f"{first} {second}"
+
+
+def _loss_verdict(label: str, loss: float, base: float | None) -> str:
+    """Return the verdict where the held-out loss chose the best checkpoint: it has no p-value."""
+    if base is None:
+        return f"{label} has the lowest held-out loss, {loss:.4f}; that of the base model is not a finite number."
+    if loss >= base:
+        return f"No checkpoint has a lower held-out loss than the base model ({base:.4f}); best is {label}: {loss:.4f}."
+    return f"{label} has the lowest held-out loss, {loss:.4f}, {base - loss:.4f} below the base model."
 
 
 def _is_significant(p: float | None) -> bool:

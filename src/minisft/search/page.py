@@ -7,11 +7,12 @@ from typing import Any
 
 from minisft.errors import UserError
 from minisft.files import read_json, write_atomically
+from minisft.metric_names import METRIC_NAMES
 from minisft.report.comparison import curves_section
 from minisft.report.html import environment, scrolling_table, whole_page
 from minisft.report.tables import format_score
 from minisft.report.verdict import SAME_SPEED
-from minisft.results import METRIC_NAMES, MIN_CONVERSATIONS
+from minisft.results import MIN_CONVERSATIONS
 from minisft.run_folder import RunFolder, read_metrics
 from minisft.search.charts import Mark, bar_chart, in_drawing_order, parallel_chart, slice_chart, style, text_of
 from minisft.search.statistics import cheapest

@@ -1,22 +1,18 @@
 """From the token ids of one answer to pieces of its text: held back until they are certain, and cut at stop texts."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from minisft.data.conversation import ToolCall, parsed_or_text
+from minisft.data.conversation import ToolCall
 from minisft.data.encoder import Encoder
+from minisft.data.tool_calls import find_calls
 from minisft.evaluation.generation import Finish, TokenScores
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 # How answers begin a call: Hermes and Qwen, and Mistral.
 _CALL_MARKERS = ("<tool_call>", "[TOOL_CALLS]")
-_HERMES = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-_MISTRAL = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\]\s*(\{.*\})\s*", re.DOTALL)
-
-_NO_CALL = ToolCall("", "")
 _JSON_LINE = re.compile(r"(?:\A|\n)\s*(?:[{\[]|\Z)")  # where a line begins that may become a call
 
 
@@ -140,53 +136,6 @@ class AnswerText:
             certain = [token for token in self._held if token.offset < self._length or not self.stopped]
         self._held = [] if last else self._held[len(certain) :]
         return Piece(new[0], new[1], tuple(certain), count=len(self.ids))
-
-
-def find_calls(spelled: str, content: str, tools: frozenset[str]) -> tuple[str, tuple[ToolCall, ...]]:
-    """Return the text before the calls of an answer, and the calls; none where the answer makes none that is whole.
-
-    Args:
-        spelled: The answer, with control tokens spelled out.
-        content: The answer as text, without control tokens.
-        tools: Names of the functions on offer: a bare JSON object is a call only with one of them.
-    """
-    # 1. <tool_call>{...}</tool_call>, any number of times.
-    if found := _HERMES.findall(spelled):
-        calls = [call for text in found for call in _calls_of_json(text)]
-        return (content.partition("<tool_call>")[0].strip(), tuple(calls)) if calls else (content, ())
-    # 2. [TOOL_CALLS] before a JSON list, or before each NAME[ARGS]{...}.
-    before, marker, rest = spelled.partition("[TOOL_CALLS]")
-    if marker:
-        calls = _calls_of_json(rest)
-        if not calls:
-            parts = [_MISTRAL.fullmatch(part) for part in rest.split("[TOOL_CALLS]")]
-            if not all(parts):
-                return content, ()
-            calls = [ToolCall(part[1], part[2]) for part in parts if part]
-        return before.strip(), tuple(calls)
-    # 3. Lines of JSON at the end, as for templates that have no form for calls.
-    lines = content.strip().split("\n")
-    for place, first in enumerate(lines):
-        if not first.lstrip().startswith(("{", "[")):
-            continue
-        after = lines[place:]
-        each = [call for line in after for call in _calls_of_json(line) or [_NO_CALL]]
-        calls = _calls_of_json("\n".join(after)) or each
-        if all(call.name in tools for call in calls):
-            return "\n".join(lines[:place]).strip(), tuple(calls)
-    return content, ()
-
-
-def _calls_of_json(text: str) -> list[ToolCall]:
-    value = parsed_or_text(text.strip())
-    calls = []
-    for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            return []
-        arguments = entry.get("arguments", entry.get("parameters", {}))
-        spelled = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        calls.append(ToolCall(entry["name"], spelled))
-    return calls
 
 
 def _first_stop(text: str, stops: Sequence[str], sent: int) -> int | None:
