@@ -931,6 +931,7 @@ def _evaluate(
     from minisft.run_start import refuse_untrusted_links
 
     with waiting(IMPORTING):
+        from minisft.evaluation.judge import require_all_judged
         from minisft.evaluation.run_evaluation import evaluate as score_checkpoints
         from minisft.evaluation.run_evaluation import require_all_scored
         from minisft.report.plots import draw_curves
@@ -943,4 +944,5 @@ def _evaluate(
     if shown is not None:
         shown(output)
     require_all_scored(results, RunFolder(output))
+    require_all_judged(results)
     return results

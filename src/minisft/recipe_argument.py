@@ -15,6 +15,7 @@ from minisft.text import printable
 if TYPE_CHECKING:
     from minisft.recipe import Override, Recipe
 
+_JUDGE_URL = "evaluation.judge.base_url"
 # The keys and sections of the recipe that a command reads; a command that is not listed reads all.
 _READ = {
     "prepare": ("model", "output", "seed", "trust_remote_code", "data"),
@@ -66,7 +67,22 @@ def read_recipe(
             return load_run(root, words)
         return load_recipe(path, [DISTRUST_OVERRIDE, *words] if came_with_run(path) else words)
 
-    return _without_unread(verb, as_overrides(overrides), load, is_folder)
+    listed = as_overrides(overrides)
+    recipe = _without_unread(verb, listed, load, is_folder)
+    if verb == "evaluate" and (is_folder or root is not None or came_with_run(path)):
+        named = any(override_key(override) in ("evaluation.judge", _JUDGE_URL) for override in listed)
+        _refuse_judge_of_run(recipe, path, named)
+    return recipe
+
+
+def _refuse_judge_of_run(recipe: "Recipe", path: Path, named: bool) -> None:
+    """Refuse a judge on another machine that only a run folder names: it would get the answers, and the user's key."""
+    judge = recipe.evaluation.judge
+    if judge is None or judge.is_local or named:
+        return
+    problem = f"the recipe of a run folder names {judge.base_url}, and would send answers and your key to it"
+    fix = f"if you trust it, name it: {_JUDGE_URL}={judge.base_url}; or evaluate without it: evaluation.judge=null"
+    raise UserError(f"{path}: {_JUDGE_URL}", problem, fix)
 
 
 def change_recipe(

@@ -1,5 +1,6 @@
 """Reading evaluation/results.json, and withholding intervals and p-values that too few conversations support."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,37 @@ def is_below_base(results: dict[str, Any]) -> bool:
     if best is None or chosen_by is None:
         return False
     return bool(best[chosen_by]["score"] < results["base"][chosen_by]["score"])
+
+
+def judge_rows(judge: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """Return the tables of the judge's verdicts as text: (heads, rows) of the comparisons, and of the grades."""
+
+    def interval(entry: dict[str, Any], scale: float, digits: str) -> str:
+        value = entry["win_rate"] if "win_rate" in entry else entry["score"]
+        if value is None:
+            return "none"
+        bounds = f" [{entry['low'] * scale:{digits}}, {entry['high'] * scale:{digits}}]" if is_reliable(entry) else ""
+        return f"{value * scale:{digits}}{bounds}"
+
+    def p_value(p: float | None) -> str:
+        return "" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
+
+    tables = []
+    if pairs := judge.get("pairs"):
+        heads = ["", "against", "win rate, %", "p", "won / tied / lost", "by order", "no verdict"]
+        rows = [
+            [
+                one["model"], one["rival"], interval(one, 100, ".1f"), p_value(one["p"]),
+                f"{one['wins']:,} / {one['ties']:,} / {one['losses']:,}",
+                f"{one['order_decided']:,}", f"{one['invalid'] + one['unjudged']:,}",
+            ]
+            for one in pairs
+        ]  # fmt: skip
+        tables.append((heads, rows))
+    if grades := judge.get("grades"):
+        rows = [
+            [one["model"], interval(one, 1, ".2f"), f"{one['graded']:,}", f"{one['invalid'] + one['unjudged']:,}"]
+            for one in grades
+        ]
+        tables.append((["", "grade, 1 to 10", "graded", "no verdict"], rows))
+    return tables

@@ -12,6 +12,7 @@ In reading order:
 - generation, kv_cache: the only decoding loop, with sampling and streaming; chat and the server use it too
 - metrics: BLEU, chrF, exact match, intervals and p-values, held-out loss, the constant baseline
 - custom_metrics: the caller's own metrics
+- judge, judge_questions, judge_client: a model behind an OpenAI-compatible server compares and grades the answers
 - result_files: the result cache, and the files for people to read
 
 Invariants:

@@ -19,12 +19,14 @@ from minisft.evaluation.custom_metrics import CustomMetric, check_custom_metrics
 from minisft.evaluation.evaluator import Evaluator, ScoredModel
 from minisft.evaluation.examples import load_held_out, load_prompts, train_answers
 from minisft.evaluation.generation import Sampling, context_length, inference_dtype
+from minisft.evaluation.judge import judge_answers, print_judge
+from minisft.evaluation.judge_client import require_client
 from minisft.evaluation.metrics import best_constant, p_value
 from minisft.evaluation.monitor import models_to_score, wait_for_data
 from minisft.evaluation.result_files import write_changes, write_side_by_side
 from minisft.files import hold_lock, write_atomically
 from minisft.models import load_config, load_tokenizer, resolve_model, weights_fingerprint
-from minisft.recipe import METRICS, EvaluationRecipe, Recipe
+from minisft.recipe import METRICS, EvaluationRecipe, JudgeRecipe, Recipe
 from minisft.results import (
     METRIC_NAMES,
     best_label,
@@ -75,6 +77,8 @@ def evaluate(
             `max_new_tokens` leaves no room for a prompt; or another evaluation is running in the folder.
     """
     custom = check_custom_metrics(custom_metrics or {})
+    if recipe.evaluation.judge is not None:
+        require_client()
     run = RunFolder(output)
     if follow:
         wait_for_data(run, sleep)
@@ -89,8 +93,11 @@ def evaluate(
             # 2. Score one model after the other, and write results.json after each.
             models = models_to_score(run, base, follow, sleep)
             scored_models, results = _score_models(recipe, run, evaluator, constant, models, draw, custom)
-        # 3. Write the comparisons, and print the summary.
+        # 3. Write the comparisons.
         _write_comparisons(evaluator, scored_models, results["best"])
+        # 4. Have the answers judged, when no model takes memory any more: the judge may be on this machine.
+        if recipe.evaluation.judge is not None:
+            results = _judge(recipe.evaluation.judge, run, evaluator, scored_models, results)
     _report(results, evaluator.folder, as_json)
     return results
 
@@ -258,6 +265,22 @@ def summarise_scores(
     }
 
 
+def _judge(
+    settings: JudgeRecipe,
+    run: RunFolder,
+    evaluator: Evaluator,
+    scored_models: dict[str, ScoredModel],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Return results.json with the verdicts of the judge on held-out answers and the user's own prompts."""
+    names = ["base", *(entry["checkpoint"] for entry in results["checkpoints"])]
+    outputs = {name: [*scored_models[name].outputs, *scored_models[name].prompted] for name in names}
+    examples = [*evaluator.held_out.examples, *evaluator.prompts]
+    results = {**results, "judge": judge_answers(settings, examples, outputs, evaluator.folder / "judge")}
+    write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
+    return results
+
+
 def require_all_scored(results: dict[str, Any], run: RunFolder) -> None:
     """Check that an evaluation scored every checkpoint that still exists.
 
@@ -283,6 +306,8 @@ def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
         console.file.write(dump_json(results, indent=1) + "\n")
         return
     print_table(results)
+    if "judge" in results:
+        print_judge(results["judge"])
     say(f"All answers and examples: {folder}")
 
 
