@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from minisft.api import (
         Run,
         check,
+        contamination,
         evaluate,
         export,
         init,
@@ -37,6 +38,7 @@ __all__ = [
     "WorkerError",
     "__version__",
     "check",
+    "contamination",
     "evaluate",
     "export",
     "init",
@@ -62,6 +64,7 @@ _MODULES = {
             "init",
             "plan",
             "check",
+            "contamination",
             "load",
             "push",
             "runs",

@@ -25,6 +25,7 @@ _READ = {
     "evaluate": (
         "model", "output", "seed", "trust_remote_code", "data.template", "training.precision", "evaluation",
     ),
+    "contamination": ("model", "output", "trust_remote_code"),
     "report": ("output",),
     "export": ("model", "output", "trust_remote_code"),
     "chat": ("output",),
