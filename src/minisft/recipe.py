@@ -195,6 +195,7 @@ class EvaluationRecipe:
     tensor_parallel_size: int = 1  # of vLLM: number of GPUs that share one model
     gpu_memory_utilization: float = 0.9  # of vLLM: the share of a GPU's memory that it may take
     judge: JudgeRecipe | None = None
+    benchmarks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -211,6 +212,8 @@ class EvaluationRecipe:
         if not 0 < self.top_p <= 1:
             problem = f"must be above 0 and at most 1, and is {self.top_p}"
             raise UserError("evaluation.top_p", problem, "give a probability such as 0.9")
+        if len(set(self.benchmarks)) < len(self.benchmarks) or not all(task.strip() for task in self.benchmarks):
+            raise UserError("evaluation.benchmarks", "a task is empty or named twice", "name each task once")
         if self.prompts == [] or (isinstance(self.prompts, list) and not all(text.strip() for text in self.prompts)):
             problem = "the list, or one of its prompts, is empty"
             raise UserError("evaluation.prompts", problem, "give texts, or leave the key out")
@@ -535,12 +538,16 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     prompts = evaluation.prompts
     if isinstance(prompts, str):
         prompts = _resolve_path(prompts, folder, "evaluation.prompts")
+    benchmarks = [
+        _resolve_path(task, folder, "evaluation.benchmarks") if task.endswith((".yaml", ".yml")) else task
+        for task in evaluation.benchmarks
+    ]
     return replace(
         recipe,
         output=str(expand_user_path(recipe.output, "output")),
         data=replace(data, source=source, test=test, template=template),
         model=_resolve_path(recipe.model, folder, "model"),
-        evaluation=replace(evaluation, prompts=prompts),
+        evaluation=replace(evaluation, prompts=prompts, benchmarks=benchmarks),
     )
 
 

@@ -73,6 +73,8 @@ def read_recipe(
     if verb == "evaluate" and (is_folder or root is not None or came_with_run(path)):
         named = any(override_key(override) in ("evaluation.judge", _JUDGE_URL) for override in listed)
         _refuse_judge_of_run(recipe, path, named)
+        if not any(override_key(override) == "evaluation.benchmarks" for override in listed):
+            _refuse_tasks_of_run(recipe, path)
     return recipe
 
 
@@ -84,6 +86,15 @@ def _refuse_judge_of_run(recipe: "Recipe", path: Path, named: bool) -> None:
     problem = f"the recipe of a run folder names {judge.base_url}, and would send answers and your key to it"
     fix = f"if you trust it, name it: {_JUDGE_URL}={judge.base_url}; or evaluate without it: evaluation.judge=null"
     raise UserError(f"{path}: {_JUDGE_URL}", problem, fix)
+
+
+def _refuse_tasks_of_run(recipe: "Recipe", path: Path) -> None:
+    """Refuse files of benchmark tasks that only a run folder names: they can run code."""
+    files = [task for task in recipe.evaluation.benchmarks if task.endswith((".yaml", ".yml"))]
+    if files:
+        problem = f"the recipe of a run folder names {files[0]}, a task file, which can run code"
+        fix = f"if you trust it, name the tasks: evaluation.benchmarks=[{', '.join(recipe.evaluation.benchmarks)}]"
+        raise UserError(f"{path}: evaluation.benchmarks", problem, fix)
 
 
 def change_recipe(

@@ -13,6 +13,7 @@ In reading order:
 - metrics: BLEU, chrF, exact match, intervals and p-values, held-out loss, the constant baseline
 - custom_metrics: the caller's own metrics
 - judge, judge_questions, judge_client: a model behind an OpenAI-compatible server compares and grades the answers
+- benchmarks: tasks of lm-evaluation-harness on the base model and every checkpoint
 - contamination: test rows and benchmarks in the training data, and the scores without them
 - result_files: the result cache, and the files for people to read
 

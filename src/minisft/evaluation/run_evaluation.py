@@ -15,6 +15,7 @@ from minisft.console import console, say, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec, Workers, default_processes, require_vllm
+from minisft.evaluation.benchmarks import LoadedTask, load_tasks, print_benchmarks, run_benchmarks
 from minisft.evaluation.custom_metrics import CustomMetric, check_custom_metrics, score_custom
 from minisft.evaluation.evaluator import Evaluator, ScoredModel
 from minisft.evaluation.examples import load_held_out, load_prompts, train_answers
@@ -79,6 +80,7 @@ def evaluate(
     custom = check_custom_metrics(custom_metrics or {})
     if recipe.evaluation.judge is not None:
         require_client()
+    benchmarks = load_tasks(recipe.evaluation.benchmarks) if recipe.evaluation.benchmarks else []
     run = RunFolder(output)
     if follow:
         wait_for_data(run, sleep)
@@ -95,7 +97,10 @@ def evaluate(
             scored_models, results = _score_models(recipe, run, evaluator, constant, models, draw, custom)
         # 3. Write the comparisons.
         _write_comparisons(evaluator, scored_models, results["best"])
-        # 4. Have the answers judged, when no model takes memory any more: the judge may be on this machine.
+        # 4. Run the benchmarks.
+        if benchmarks:
+            results = _run_benchmarks(benchmarks, run, base, evaluator, results)
+        # 5. Have the answers judged, when no model takes memory any more: the judge may be on this machine.
         if recipe.evaluation.judge is not None:
             results = _judge(recipe.evaluation.judge, run, evaluator, scored_models, results)
     _report(results, evaluator.folder, as_json)
@@ -265,6 +270,18 @@ def summarise_scores(
     }
 
 
+def _run_benchmarks(
+    tasks: list[LoadedTask], run: RunFolder, base: Path, evaluator: Evaluator, results: dict[str, Any]
+) -> dict[str, Any]:
+    """Return results.json with the benchmarks of the base model and of the checkpoints that still exist."""
+    checkpoints = {entry["checkpoint"]: run.checkpoints / entry["checkpoint"] for entry in results["checkpoints"]}
+    models = {"base": base, **{name: path for name, path in checkpoints.items() if path.exists()}}
+    found = run_benchmarks(tasks, models, evaluator.spec, evaluator.settings.batch_size, evaluator.folder)
+    results = {**results, "benchmarks": found}
+    write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
+    return results
+
+
 def _judge(
     settings: JudgeRecipe,
     run: RunFolder,
@@ -306,6 +323,8 @@ def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
         console.file.write(dump_json(results, indent=1) + "\n")
         return
     print_table(results)
+    if "benchmarks" in results:
+        print_benchmarks(results["benchmarks"])
     if "judge" in results:
         print_judge(results["judge"])
     say(f"All answers and examples: {folder}")
