@@ -120,3 +120,19 @@ def judge_rows(judge: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]
         ]
         tables.append((["", "grade, 1 to 10", "graded", "no verdict"], rows))
     return tables
+
+
+def benchmark_rows(benchmarks: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the benchmarks as a table of text: a row for each task and metric, a column for each model."""
+
+    def cell(entry: Mapping[str, Any]) -> str:
+        stderr = f" ± {entry['stderr']:.2g}" if entry["stderr"] is not None else ""
+        return f"{entry['score']:.4g}{stderr}" + (f" ({entry['difference']:+.3g})" if "difference" in entry else "")
+
+    models = benchmarks["models"]
+    rows = [
+        [f"{task} {metric}", *(cell(figures[task][metric]) for figures in models.values())]
+        for task, metrics in next(iter(models.values())).items()
+        for metric in metrics
+    ]
+    return ["", *models], rows

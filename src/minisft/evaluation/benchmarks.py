@@ -24,6 +24,7 @@ from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec
 from minisft.files import write_atomically
 from minisft.models import load_model, load_tokenizer, weights_fingerprint
+from minisft.results import benchmark_rows
 from minisft.text import dump_json, first_line
 
 WHERE = "evaluation.benchmarks"
@@ -87,14 +88,12 @@ def run_benchmarks(
 
 def print_benchmarks(benchmarks: Mapping[str, Any]) -> None:
     """Print a table: a row for each task and metric, a column for each model, with the difference to the base model."""
-    models = benchmarks["models"]
+    heads, rows = benchmark_rows(benchmarks)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in models:
-        table.add_column(Text(name), justify="right")
-    for task, metrics in next(iter(models.values())).items():
-        for metric in metrics:
-            table.add_row(Text(f"{task} {metric}"), *(_cell(figures[task][metric]) for figures in models.values()))
+    for number, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if number else "left", no_wrap=not number)
+    for row in rows:
+        table.add_row(*map(Text, row))
     say(f"Benchmarks by lm-evaluation-harness {benchmarks['harness']}: score ± standard error, difference to base")
     console.print(table)
 
@@ -209,8 +208,3 @@ def _difference(entry: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, 
     known = entry["stderr"] is not None and base["stderr"] is not None
     stderr = math.hypot(entry["stderr"], base["stderr"]) if known else None
     return {"difference": entry["score"] - base["score"], "difference_stderr": stderr}
-
-
-def _cell(entry: Mapping[str, Any]) -> str:
-    stderr = f" ± {entry['stderr']:.2g}" if entry["stderr"] is not None else ""
-    return f"{entry['score']:.4g}{stderr}" + (f" ({entry['difference']:+.3g})" if "difference" in entry else "")

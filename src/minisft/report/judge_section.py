@@ -1,10 +1,10 @@
-"""The section of the page with the judge's verdicts."""
+"""The sections of the page with the judge's verdicts and the benchmarks."""
 
 from html import escape
 from typing import Any
 
 from minisft.report.html import scrolling_table
-from minisft.results import MIN_CONVERSATIONS, judge_rows
+from minisft.results import MIN_CONVERSATIONS, benchmark_rows, judge_rows
 
 
 def judge_section(results: dict[str, Any]) -> str:
@@ -28,3 +28,16 @@ def judge_section(results: dict[str, Any]) -> str:
     if judge.get("unjudged"):
         notes.append(f"{judge['unjudged']:,} questions have no verdict: {judge['problem'][0]}.")
     return f'<h2 id="judge">A judge\'s verdicts</h2>\n{tables}<p class="soft">{escape(" ".join(notes))}</p>\n'
+
+
+def benchmark_section(results: dict[str, Any]) -> str:
+    """Return the table of the benchmarks; "" where none were run."""
+    benchmarks = results.get("benchmarks")
+    if not benchmarks:
+        return ""
+    heads, rows = benchmark_rows(benchmarks)
+    note = f"By lm-evaluation-harness {benchmarks['harness']}: score ± standard error, and the difference to base."
+    return (
+        f'<h2 id="benchmarks">Benchmarks</h2>\n{scrolling_table("benchmarks", heads, [(row, False) for row in rows])}'
+        f'<p class="soft">{escape(note)}</p>\n'
+    )

@@ -8,7 +8,7 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.files import write_atomically
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, table, whole_page
-from minisft.report.judge_section import judge_section
+from minisft.report.judge_section import benchmark_section, judge_section
 from minisft.report.run_data import METRIC_NAMES, RunFiles, metrics_of, page_data, read_run
 from minisft.report.tables import score_table
 from minisft.report.verdict import verdict
@@ -87,7 +87,7 @@ def _body(run: RunFiles) -> str:
     if run.steps or run.systems:
         parts += [_LOSS, _sources(page_data(run)["sources"])]
     if run.results is not None:
-        parts += [_scores(run, run.results), judge_section(run.results), _EXAMPLES]
+        parts += [_scores(run, run.results), judge_section(run.results), benchmark_section(run.results), _EXAMPLES]
 
     # 3. The data.
     parts += [_ledger(run), _preview(run)]
