@@ -25,7 +25,6 @@ from minisft.data.prepared import load_split
 from minisft.models import resolve_model
 from minisft.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 from minisft.run_folder import RunFolder, read_metrics
-from minisft.search.halving import mean_loss
 from minisft.search.rung_losses import compute_row_losses, read_losses, read_seconds, write_losses
 from minisft.search.statistics import RowLosses, clearly_worse, estimate
 
@@ -99,7 +98,7 @@ def train_to_the_end(recipe: Recipe, folder: Path, number: int) -> RowLosses:
 def compare(output: Path, found: dict[str, Any], rows: list[RowLosses]) -> dict[str, Any]:
     """Return the figures of the study."""
     winner = found["best"]["number"]
-    best = min(rows, key=mean_loss).trial
+    best = min(rows, key=lambda one: one.loss).trial
     runs = [RunFolder(output / "full" / str(one.trial)) for one in rows]
     full_seconds = sum(line["seconds"] for line in read_metrics(runs[winner]))
     trials = [RunFolder(output / "search" / trial["run"]) for trial in found["trials"]]

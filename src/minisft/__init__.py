@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from minisft.api import (
         Run,
         check,
+        contamination,
         evaluate,
         export,
         init,
@@ -39,6 +40,7 @@ __all__ = [
     "WorkerError",
     "__version__",
     "check",
+    "contamination",
     "evaluate",
     "export",
     "init",
@@ -67,6 +69,7 @@ _MODULES = {
             "learning_rate_range",
             "plan",
             "check",
+            "contamination",
             "load",
             "push",
             "runs",

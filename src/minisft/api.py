@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from minisft.search.learning_rate_range import LearningRateRange
     from minisft.slurm import Submission
 
-__all__ = ["Run", "built_in_recipe", "check", "evaluate", "export", "init", "learning_rate_range", "load",
-           "note_unread", "plan", "prepare", "push", "read_recipe", "runs", "schema", "search", "serve", "submit",
-           "train", "watch"]  # fmt: skip
+__all__ = ["Run", "built_in_recipe", "check", "contamination", "evaluate", "export", "init", "learning_rate_range",
+           "load", "note_unread", "plan", "prepare", "push", "read_recipe", "runs", "schema", "search", "serve",
+           "submit", "train", "watch"]  # fmt: skip
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
 # Takes outputs, references and prompts of all held-out answers, in order, and returns one number for each.
@@ -321,6 +321,46 @@ def evaluate(
     """
     found = _recipe_or_run("evaluate", run, overrides, trust_remote_code)
     return _evaluate(found, follow=follow, as_json=as_json, metrics=metrics)
+
+
+def contamination(
+    run: "str | Path | Run | Recipe",
+    against: Sequence[str | Path] = (),
+    overrides: Overrides = None,
+    *,
+    as_json: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Find test rows that the train rows nearly hold, and items of benchmarks in the data; score without such rows.
+
+    Args:
+        run: A `Run`, the path of a run folder or of a recipe, or a `Recipe`; its data must be prepared.
+        against: Paths of files to look for in the data: .txt with an item in each line, or a type of `data.source`.
+        overrides: Values of the recipe by dotted key.
+        as_json: Print the result as JSON in place of text.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The content of evaluation/contamination.json; see docs/contamination.md.
+
+    Raises:
+        UserError: The data are not prepared, or a file cannot be read.
+    """
+    found = _recipe_or_run("contamination", run, overrides, trust_remote_code)
+    files = [expand_user_path(str(path), "--against") for path in against]
+    from minisft.console import waiting
+    from minisft.run_start import refuse_untrusted_links
+
+    with waiting(IMPORTING):
+        from minisft.evaluation.contamination import measure_contamination, print_contamination
+
+    refuse_untrusted_links(Path(found.output))
+    result = measure_contamination(found, Path(found.output), files)
+    if as_json:
+        print(dump_json(result, indent=1))
+    else:
+        print_contamination(result)
+    return result
 
 
 def export(
@@ -1026,6 +1066,7 @@ def _evaluate(
     from minisft.run_start import refuse_untrusted_links
 
     with waiting(IMPORTING):
+        from minisft.evaluation.judge import require_all_judged
         from minisft.evaluation.run_evaluation import evaluate as score_checkpoints
         from minisft.evaluation.run_evaluation import require_all_scored
         from minisft.report.plots import draw_curves
@@ -1038,4 +1079,5 @@ def _evaluate(
     if shown is not None:
         shown(output)
     require_all_scored(results, RunFolder(output))
+    require_all_judged(results)
     return results

@@ -145,6 +145,12 @@ def evaluate(arguments: Arguments) -> None:
     api.evaluate(_recipe_or_run(arguments), follow=arguments.follow, as_json=arguments.json)
 
 
+def contamination(arguments: Arguments) -> None:
+    from minisft import api
+
+    api.contamination(_recipe_or_run(arguments), arguments.against, as_json=arguments.json)
+
+
 def compare(arguments: Arguments) -> int:
     from minisft import api
 
@@ -453,6 +459,13 @@ VERBS = {
         options.evaluate,
         options.trust,
     ),
+    "contamination": Verb(
+        contamination,
+        "find test rows that the train rows nearly hold, and benchmarks in the data; scores without them",
+        "RUN|RECIPE.yaml",
+        options.contamination,
+        options.trust,
+    ),
     "compare": Verb(
         compare,
         "the same recipe under several strategies or settings: curves, speed, memory, scores",
@@ -516,7 +529,7 @@ VERBS = {
 
 
 def _overview() -> str:
-    lines = [f"  {name:<12}{verb.summary}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<14}{verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "MiniSFT: supervised fine-tuning with exact tokens, exact loss and every checkpoint scored",

@@ -202,6 +202,15 @@ def evaluate(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
+def contamination(parser: Parser) -> None:
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="FILE",
+        help="a benchmark or other texts to look for in the data: .txt with an item in each line, or a type of "
+        "data.source; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
+
+
 def compare(parser: Parser) -> None:
     parser.add_argument(
         "--strategies", metavar="A,B", help="strategies to compare; default: all, unless --vary is given"

@@ -17,6 +17,7 @@ import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -136,6 +137,52 @@ class TrainingRecipe:
 
 
 @dataclass(frozen=True)
+class JudgeRecipe:
+    """The section `evaluation.judge`: a model behind an OpenAI-compatible server that compares and grades answers."""
+
+    base_url: str
+    model: str
+    pairwise: Literal["previous", "base", "all", "none"] = "previous"
+    rubric: str | None = None
+    show_reference: bool = False
+    temperature: float | None = 0.0  # None leaves it to the server, as for max_tokens
+    max_tokens: int | None = 512
+    concurrency: int = 8
+    timeout: float = 60.0
+    max_retries: int = 5
+    max_requests: int = 10_000
+
+    def __post_init__(self) -> None:
+        _require_positive("evaluation.judge", self, "max_tokens", "concurrency", "timeout", "max_requests")
+        _require_not_negative("evaluation.judge.", self, "max_retries")
+        if self.temperature is not None:
+            _require_not_negative("evaluation.judge.", self, "temperature")
+        try:
+            url = urlsplit(self.base_url)
+            is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:  # a bracket or a port that is none
+            url, is_address = urlsplit(""), False
+        if not is_address or url.query or url.fragment:
+            problem = f"{self.base_url!r} is not the address of a server"
+            raise UserError("evaluation.judge.base_url", problem, "write it such as http://127.0.0.1:8000/v1")
+        if url.username is not None or url.password is not None:
+            problem = "the address holds a user name or a password, and a recipe is copied into the run folder"
+            fix = "leave it out, and set the environment variable MINISFT_JUDGE_API_KEY"
+            raise UserError("evaluation.judge.base_url", problem, fix)
+        for key in ("model", "rubric"):
+            if getattr(self, key) is not None and not getattr(self, key).strip():
+                raise UserError(f"evaluation.judge.{key}", "the text is empty", "write a text, or leave the key out")
+        if self.pairwise == "none" and self.rubric is None:
+            problem = "there is nothing to judge: no pairs are compared, and there is no rubric to grade answers by"
+            raise UserError("evaluation.judge.pairwise", problem, "add evaluation.judge.rubric, or leave pairwise out")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server is on this machine."""
+        return urlsplit(self.base_url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
 class EvaluationRecipe:
     """The section `evaluation`: metrics, decoding and what to score."""
 
@@ -154,6 +201,8 @@ class EvaluationRecipe:
     backend: Literal["transformers", "vllm"] = "transformers"
     tensor_parallel_size: int = 1  # of vLLM: number of GPUs that share one model
     gpu_memory_utilization: float = 0.9  # of vLLM: the share of a GPU's memory that it may take
+    judge: JudgeRecipe | None = None
+    benchmarks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -170,6 +219,8 @@ class EvaluationRecipe:
         if not 0 < self.top_p <= 1:
             problem = f"must be above 0 and at most 1, and is {self.top_p}"
             raise UserError("evaluation.top_p", problem, "give a probability such as 0.9")
+        if len(set(self.benchmarks)) < len(self.benchmarks) or not all(task.strip() for task in self.benchmarks):
+            raise UserError("evaluation.benchmarks", "a task is empty or named twice", "name each task once")
         if self.prompts == [] or (isinstance(self.prompts, list) and not all(text.strip() for text in self.prompts)):
             problem = "the list, or one of its prompts, is empty"
             raise UserError("evaluation.prompts", problem, "give texts, or leave the key out")
@@ -493,12 +544,16 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     if isinstance(prompts, str):
         prompts = _resolve_path(prompts, folder, "evaluation.prompts")
     retain = None if evaluation.retain is None else _resolve_path(evaluation.retain, folder, "evaluation.retain")
+    benchmarks = [
+        _resolve_path(task, folder, "evaluation.benchmarks") if task.endswith((".yaml", ".yml")) else task
+        for task in evaluation.benchmarks
+    ]
     return replace(
         recipe,
         output=str(expand_user_path(recipe.output, "output")),
         data=replace(data, source=source, test=test, template=template),
         model=_resolve_path(recipe.model, folder, "model"),
-        evaluation=replace(evaluation, prompts=prompts, retain=retain),
+        evaluation=replace(evaluation, prompts=prompts, retain=retain, benchmarks=benchmarks),
     )
 
 

@@ -5,7 +5,7 @@ A run folder, and a recipe inside one, may be untrusted: neither consents to cod
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from minisft.text import printable
 if TYPE_CHECKING:
     from minisft.recipe import Override, Recipe
 
+_JUDGE_URL = "evaluation.judge.base_url"
 # The keys and sections of the recipe that a command reads; a command that is not listed reads all.
 _READ = {
     "prepare": ("model", "output", "seed", "trust_remote_code", "data"),
@@ -24,6 +25,7 @@ _READ = {
     "evaluate": (
         "model", "output", "seed", "trust_remote_code", "data.template", "training.precision", "evaluation",
     ),
+    "contamination": ("model", "output", "trust_remote_code"),
     "report": ("output",),
     "export": ("model", "output", "trust_remote_code"),
     "chat": ("output",),
@@ -68,13 +70,17 @@ def read_recipe(
 
     listed = as_overrides(overrides)
     recipe = _without_unread(verb, listed, load, is_folder)
-    came_with_a_run = is_folder or root is not None or came_with_run(path)
-    if verb == "evaluate" and came_with_a_run and not recipe.trust_remote_code:
-        _refuse_functions(recipe, path, [override_key(one) for one in listed])
+    if verb == "evaluate" and (is_folder or root is not None or came_with_run(path)):
+        overridden = {override_key(one) for one in listed}
+        if not recipe.trust_remote_code:
+            _refuse_functions(recipe, path, overridden)
+        _refuse_judge_of_run(recipe, path, bool(overridden & {"evaluation.judge", _JUDGE_URL}))
+        if "evaluation.benchmarks" not in overridden:
+            _refuse_tasks_of_run(recipe, path)
     return recipe
 
 
-def _refuse_functions(recipe: "Recipe", path: Path, overridden: Sequence[str]) -> None:
+def _refuse_functions(recipe: "Recipe", path: Path, overridden: Collection[str]) -> None:
     """Refuse `module:function` in a recipe that came with a run, which may be untrusted: it cannot make us import code.
 
     Raises:
@@ -87,6 +93,25 @@ def _refuse_functions(recipe: "Recipe", path: Path, overridden: Sequence[str]) -
         problem = f"evaluation.metrics names {functions[0]}, and a run folder cannot consent to running code"
         fix = f"if you trust it, add --trust-remote-code, or name the metrics: 'evaluation.metrics=[{functions[0]}]'"
         raise UserError(path, problem, fix)
+
+
+def _refuse_judge_of_run(recipe: "Recipe", path: Path, named: bool) -> None:
+    """Refuse a judge on another machine that only a run folder names: it would get the answers, and the user's key."""
+    judge = recipe.evaluation.judge
+    if judge is None or judge.is_local or named:
+        return
+    problem = f"the recipe of a run folder names {judge.base_url}, and would send answers and your key to it"
+    fix = f"if you trust it, name it: {_JUDGE_URL}={judge.base_url}; or evaluate without it: evaluation.judge=null"
+    raise UserError(f"{path}: {_JUDGE_URL}", problem, fix)
+
+
+def _refuse_tasks_of_run(recipe: "Recipe", path: Path) -> None:
+    """Refuse files of benchmark tasks that only a run folder names: they can run code."""
+    files = [task for task in recipe.evaluation.benchmarks if task.endswith((".yaml", ".yml"))]
+    if files:
+        problem = f"the recipe of a run folder names {files[0]}, a task file, which can run code"
+        fix = f"if you trust it, name the tasks: evaluation.benchmarks=[{', '.join(recipe.evaluation.benchmarks)}]"
+        raise UserError(f"{path}: evaluation.benchmarks", problem, fix)
 
 
 def change_recipe(

@@ -1,6 +1,6 @@
 """Reading evaluation/results.json, and withholding intervals and p-values that too few conversations support."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +153,53 @@ def score_of(entry: dict[str, Any], metric: str) -> float | None:
     """Return a model's score by a metric, or its loss; None if it has none."""
     value = entry.get(metric)
     return value["score"] if isinstance(value, dict) else value
+
+
+def judge_rows(judge: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """Return the tables of the judge's verdicts as text: (heads, rows) of the comparisons, and of the grades."""
+
+    def interval(entry: dict[str, Any], scale: float, digits: str) -> str:
+        value = entry["win_rate"] if "win_rate" in entry else entry["score"]
+        if value is None:
+            return "none"
+        bounds = f" [{entry['low'] * scale:{digits}}, {entry['high'] * scale:{digits}}]" if is_reliable(entry) else ""
+        return f"{value * scale:{digits}}{bounds}"
+
+    def p_value(p: float | None) -> str:
+        return "" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
+
+    tables = []
+    if pairs := judge.get("pairs"):
+        heads = ["", "against", "win rate, %", "p", "won / tied / lost", "by order", "no verdict"]
+        rows = [
+            [
+                one["model"], one["rival"], interval(one, 100, ".1f"), p_value(one["p"]),
+                f"{one['wins']:,} / {one['ties']:,} / {one['losses']:,}",
+                f"{one['order_decided']:,}", f"{one['invalid'] + one['unjudged']:,}",
+            ]
+            for one in pairs
+        ]  # fmt: skip
+        tables.append((heads, rows))
+    if grades := judge.get("grades"):
+        rows = [
+            [one["model"], interval(one, 1, ".2f"), f"{one['graded']:,}", f"{one['invalid'] + one['unjudged']:,}"]
+            for one in grades
+        ]
+        tables.append((["", "grade, 1 to 10", "graded", "no verdict"], rows))
+    return tables
+
+
+def benchmark_rows(benchmarks: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the benchmarks as a table of text: a row for each task and metric, a column for each model."""
+
+    def cell(entry: Mapping[str, Any]) -> str:
+        stderr = f" ± {entry['stderr']:.2g}" if entry["stderr"] is not None else ""
+        return f"{entry['score']:.4g}{stderr}" + (f" ({entry['difference']:+.3g})" if "difference" in entry else "")
+
+    models = benchmarks["models"]
+    rows = [
+        [f"{task} {metric}", *(cell(figures[task][metric]) for figures in models.values())]
+        for task, metrics in next(iter(models.values())).items()
+        for metric in metrics
+    ]
+    return ["", *models], rows

@@ -16,6 +16,7 @@ OPTIONS = {
     "train": ["--resume"],
     "submit": ["--time", "8:00:00"],
     "evaluate": ["--follow"],
+    "contamination": ["--against", "b.txt"],
     "compare": ["--vary", "seed=1,2"],
     "search": ["--budget", "3x"],
     "report": ["--to", "folder"],

@@ -16,6 +16,7 @@ The files in reading order, which is the order in which a row passes through the
 - pipeline: a chunk of rows through all of these steps, in one process or in several
 - split, shards: all rows to one Arrow file, then to the two splits
 - stats, fingerprint: the ledger, and a hash of each thing that the data set depends on
+- near_duplicates, ngram_overlap: texts that nearly repeat others, or share long passages with them
 - preparation: all steps, with the cache
 - prepared, prepared_data, inspect: read the prepared rows, and show them with their supervised tokens
 

@@ -14,6 +14,9 @@ In reading order:
 - resampling: the bootstrap resamples of rows behind every interval and p-value
 - custom_metrics, row_metrics: metrics of one number per answer: the caller's own, and those that a recipe names
 - retention: the loss on texts of the user's own
+- judge, judge_questions, judge_client: a model behind an OpenAI-compatible server compares and grades the answers
+- benchmarks: tasks of lm-evaluation-harness on the base model and every checkpoint
+- contamination: test rows and benchmarks in the training data, and the scores without them
 - score_tables: the tables that are printed
 - result_files: the result cache, and the files for people to read
 

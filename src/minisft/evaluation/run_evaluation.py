@@ -12,10 +12,13 @@ from minisft.console import console, say, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec, Workers, default_processes, require_vllm
+from minisft.evaluation.benchmarks import LoadedTask, load_tasks, print_benchmarks, run_benchmarks
 from minisft.evaluation.custom_metrics import CUSTOM, CustomMetric, RowMetric, as_row_metrics
 from minisft.evaluation.evaluator import Evaluator, ScoredModel, SetScores
 from minisft.evaluation.examples import HeldOutSet, load_held_out, load_prompts, train_answers
 from minisft.evaluation.generation import Sampling, context_length, inference_dtype
+from minisft.evaluation.judge import judge_answers, print_judge
+from minisft.evaluation.judge_client import require_client
 from minisft.evaluation.metrics import best_constant, p_value
 from minisft.evaluation.monitor import models_to_score, wait_for_data
 from minisft.evaluation.result_files import write_changes, write_side_by_side
@@ -25,7 +28,7 @@ from minisft.evaluation.score_tables import print_table
 from minisft.files import hold_lock, write_atomically
 from minisft.metric_names import LOSS, METRICS, higher_is_better, parse_metrics
 from minisft.models import load_config, load_tokenizer, resolve_model, weights_fingerprint
-from minisft.recipe import EvaluationRecipe, Recipe
+from minisft.recipe import EvaluationRecipe, JudgeRecipe, Recipe
 from minisft.results import results_path, withhold_unreliable
 from minisft.run_folder import RunFolder, require_same_base_model
 from minisft.text import dump_json
@@ -74,6 +77,9 @@ def evaluate(
     """
     specs = parse_metrics(recipe.evaluation.metrics)
     row_metrics = [*load_row_metrics(specs), *as_row_metrics(custom_metrics or {}, [spec.key for spec in specs])]
+    if recipe.evaluation.judge is not None:
+        require_client()
+    benchmarks = load_tasks(recipe.evaluation.benchmarks) if recipe.evaluation.benchmarks else []
     run = RunFolder(output)
     if follow:
         wait_for_data(run, sleep)
@@ -93,17 +99,19 @@ def evaluate(
             else:
                 models = iter([("base", base), *others.items()])
             scored_models, results = _score_models(recipe, run, evaluator, constant, models, draw)
-        # 3. Write the comparisons, and print the summary.
+        # 3. Write the comparisons.
         _write_comparisons(evaluator, scored_models, results["best"])
+        # 4. Run the benchmarks.
+        if benchmarks:
+            results = _run_benchmarks(benchmarks, run, base, evaluator, results)
+        # 5. Have the answers judged, when no model takes memory any more: the judge may be on this machine.
+        if recipe.evaluation.judge is not None:
+            results = _judge(recipe.evaluation.judge, run, evaluator, scored_models, results)
     _report(results, evaluator.folder, as_json)
-    # 4. Refuse metrics that failed; all others are computed and written.
+    # 6. Refuse metrics that failed; all others are computed and written.
     if evaluator.failures:
-        first, *more_failed = evaluator.failures.values()
-        more = (
-            f" ({len(more_failed)} more failed: {', '.join(error.where for error in more_failed)})"
-            if more_failed
-            else ""
-        )
+        first, *further = evaluator.failures.values()
+        more = f" ({len(further)} more failed: {', '.join(error.where for error in further)})" if further else ""
         raise UserError(first.where, first.problem + more, first.fix) from first.__cause__
     return results
 
@@ -327,10 +335,10 @@ def best_by(settings: EvaluationRecipe, row_metrics: Sequence[RowMetric] = ()) -
     return LOSS, False
 
 
-def _worth(system: ScoredModel, judge: str, higher: bool) -> float | None:
-    """Return a checkpoint's score by the judge, negated if a lower one is better; None if it has none."""
+def _worth(system: ScoredModel, metric: str, higher: bool) -> float | None:
+    """Return a checkpoint's score by the metric, negated if a lower one is better; None if it has none."""
     score = (
-        system.entry.get("loss") if judge == LOSS else system.scores[judge].score if judge in system.scores else None
+        system.entry.get("loss") if metric == LOSS else system.scores[metric].score if metric in system.scores else None
     )
     return score if score is None or higher else -score
 
@@ -351,6 +359,34 @@ def _entry(
         else:
             entry[metric] = scored
     return {**entry, "custom": custom} if custom else entry
+
+
+def _run_benchmarks(
+    tasks: list[LoadedTask], run: RunFolder, base: Path, evaluator: Evaluator, results: dict[str, Any]
+) -> dict[str, Any]:
+    """Return results.json with the benchmarks of the base model and of the checkpoints that still exist."""
+    checkpoints = {entry["checkpoint"]: run.checkpoints / entry["checkpoint"] for entry in results["checkpoints"]}
+    models = {"base": base, **{name: path for name, path in checkpoints.items() if path.exists()}}
+    found = run_benchmarks(tasks, models, evaluator.spec, evaluator.settings.batch_size, evaluator.folder)
+    results = {**results, "benchmarks": found}
+    write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
+    return results
+
+
+def _judge(
+    settings: JudgeRecipe,
+    run: RunFolder,
+    evaluator: Evaluator,
+    scored_models: dict[str, ScoredModel],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Return results.json with the verdicts of the judge on held-out answers and the user's own prompts."""
+    names = ["base", *(entry["checkpoint"] for entry in results["checkpoints"])]
+    outputs = {name: [*scored_models[name].outputs, *scored_models[name].prompted] for name in names}
+    examples = [*evaluator.held_out.examples, *evaluator.prompts]
+    results = {**results, "judge": judge_answers(settings, examples, outputs, evaluator.folder / "judge")}
+    write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
+    return results
 
 
 def require_all_scored(results: dict[str, Any], run: RunFolder) -> None:
@@ -378,4 +414,8 @@ def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
         console.file.write(dump_json(results, indent=1) + "\n")
         return
     print_table(results)
+    if "benchmarks" in results:
+        print_benchmarks(results["benchmarks"])
+    if "judge" in results:
+        print_judge(results["judge"])
     say(f"All answers and examples: {folder}")

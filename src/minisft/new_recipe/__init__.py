@@ -6,7 +6,6 @@ Leaves: a recipe file in which each value has its reason; nothing else is writte
 Read the files in this order:
 - init.py: the command, step by step
 - data_survey.py: what the rows hold, and their lengths in the model's tokens
-- near_duplicates.py: texts that nearly repeat another
 - choices.py: the rule and the source of each value
 - machine_fit.py: full fine-tuning, checkpointing or LoRA, by what fits, and what it costs
 - findings.py: what was found and chosen, as lines and as entries of the recipe

@@ -13,6 +13,7 @@ from minisft.console import row_progress
 from minisft.data.conversation import Conversation
 from minisft.data.encoder import IGNORED, Encoder
 from minisft.data.formats import RowError, check_order, detect_format, to_conversation
+from minisft.data.near_duplicates import NearDuplicateFinder
 from minisft.data.pipeline import ChunkTask, process_chunks, repaired_conversation, schema
 from minisft.data.readers import CHUNK_ROWS, Chunk, parse_json
 from minisft.data.shards import with_formats
@@ -20,7 +21,6 @@ from minisft.data.sources import Source, read_source, source_files
 from minisft.data.split import identity_key, prompt_key
 from minisft.data.stats import DatasetStats
 from minisft.errors import UserError
-from minisft.new_recipe.near_duplicates import NearDuplicateFinder
 from minisft.recipe import DataRecipe
 
 MOST_TOKENIZED = 5_000  # rows of the sample

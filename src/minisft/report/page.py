@@ -11,6 +11,7 @@ from minisft.files import write_atomically
 from minisft.metric_names import metric_title
 from minisft.report.gains import gains_section
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, table, whole_page
+from minisft.report.judge_section import benchmark_section, judge_section
 from minisft.report.run_data import RunFiles, figure_id, metrics_of, page_data, read_run
 from minisft.report.tables import format_metric, score_table, tested_metric
 from minisft.report.verdict import verdict
@@ -51,8 +52,9 @@ every model, the most worsened and most improved ones, and as many others as fit
 evaluation/NAME/outputs.jsonl holds all of them.</p>
 """
 _SECTIONS = {
-    "scores": "Scores", "examples": "Answers", "curves": "Loss", "by-source": "Sources", "ledger": "Data",
-    "preview": "What is learned", "speed": "Speed", "recipe": "Recipe",
+    "scores": "Scores", "gains": "Gained and lost", "judge": "Judge", "benchmarks": "Benchmarks", "examples": "Answers",
+    "curves": "Loss", "by-source": "Sources", "ledger": "Data", "preview": "What is learned", "speed": "Speed",
+    "recipe": "Recipe",
 }  # fmt: skip
 
 
@@ -110,7 +112,8 @@ def _body(run: RunFiles, sources: list[dict[str, Any]]) -> str:
     # 2. The scores, the answers side by side, and the curves.
     parts: list[str] = []
     if run.results is not None:
-        parts += [_scores(run, run.results), gains_section(run), _EXAMPLES]
+        parts += [_scores(run, run.results), gains_section(run)]
+        parts += [judge_section(run.results), benchmark_section(run.results), _EXAMPLES]
     if run.steps or run.systems:
         parts += [_LOSS, _sources(sources)]
 

@@ -61,8 +61,8 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
 def tested_metric(run: RunFiles) -> str:
     """Return the metric whose p-values the table shows: the one that chose the best checkpoint, or else the first."""
     metrics = metrics_of(run)
-    judge = chosen_by(run.results)[0] if run.results is not None else ""
-    return judge if judge in metrics else next(iter(metrics), "")
+    chosen = chosen_by(run.results)[0] if run.results is not None else ""
+    return chosen if chosen in metrics else next(iter(metrics), "")
 
 
 def test_set_tables(run: RunFiles) -> list[tuple[str, list[str], list[tuple[list[str], bool]]]]:

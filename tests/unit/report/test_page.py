@@ -281,3 +281,18 @@ def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path):
 )
 def test_p_values_have_three_decimals_or_one_digit(p, text):
     assert format_p_value(p) == text
+
+
+def test_benchmarks_have_a_table_with_the_difference_to_the_base_model(tmp_path):
+    make_run(tmp_path)
+    path = tmp_path / "evaluation/results.json"
+    figures = {NASTY: {"acc": {"score": 0.25, "stderr": 0.0712}, "chrf": {"score": 6.5, "stderr": None}}}
+    tuned = {NASTY: {"acc": {"score": 0.5, "stderr": 0.08, "difference": 0.25, "difference_stderr": 0.1},
+                     "chrf": {"score": 6.0, "stderr": None, "difference": -0.5, "difference_stderr": None}}}  # fmt: skip
+    models = {"base": figures, "checkpoint-9": tuned}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "benchmarks": {"harness": "0.4", "models": models}}))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    section = re.sub(r"<td[^>]*>", "<td>", page[page.index('<h2 id="benchmarks">') :])
+    assert "<td>0.25 ± 0.071</td><td>0.5 ± 0.08 (+0.25)</td>" in section
+    assert "<td>6.5</td><td>6 (-0.5)</td>" in section
+    assert NASTY not in page

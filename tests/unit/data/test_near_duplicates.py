@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.new_recipe.near_duplicates import SIMILAR, NearDuplicateFinder
+from minisft.data.near_duplicates import SIMILAR, NearDuplicateFinder
 
 VOCABULARY = [f"word{number}" for number in range(2000)]
 
@@ -93,7 +93,39 @@ def test_blocks_of_texts_do_not_change_the_result(monkeypatch):
     texts = [text_of(choose, choose.randrange(1, 50)) for _ in range(60)]
     texts += [f"{text} more" for text in texts[:30]]
     expected = find(texts)
-    monkeypatch.setattr("minisft.new_recipe.near_duplicates._BLOCK", 7)
-    monkeypatch.setattr("minisft.new_recipe.near_duplicates._COMPARED", 2)
+    monkeypatch.setattr("minisft.data.near_duplicates._BLOCK", 7)
+    monkeypatch.setattr("minisft.data.near_duplicates._COMPARED", 2)
     assert find(texts) == expected
     assert any(expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1 << 30))
+def test_the_nearest_of_the_first_texts_is_the_original(seed):
+    """Of 40 texts with 1 of 120 words changed, each finds its original; of 20 unrelated ones none finds any."""
+    choose = random.Random(seed)
+    originals = [text_of(choose, 120) for _ in range(60)]
+    later, wanted = [], []
+    for number in choose.sample(range(60), 40):
+        words = originals[number].split()
+        words[choose.randrange(120)] = "changed"
+        later.append(" ".join(words))
+        wanted.append(number)
+    finder = NearDuplicateFinder()
+    for text in (*originals, *later, *(text_of(choose, 120) for _ in range(20))):
+        finder.add(text)
+    nearest, estimated = finder.nearest(60)
+    assert nearest.tolist() == wanted + [-1] * 20
+    exact = [similarity(text, originals[number]) for text, number in zip(later, wanted, strict=True)]
+    assert np.abs(estimated[:40] - exact).max() < 0.12  # six standard errors of 126 hashes at 0.95
+    assert not estimated[40:].any()
+
+
+def test_later_texts_are_not_compared_with_each_other():
+    finder = NearDuplicateFinder()
+    for text in ("one two three four", "five six seven eight", "five six seven eight"):
+        finder.add(text)
+    assert finder.nearest(1)[0].tolist() == [-1, -1]
+    assert finder.nearest(2)[0].tolist() == [1]
+    assert finder.nearest(3)[0].tolist() == []
+    assert NearDuplicateFinder().nearest(0)[0].tolist() == []

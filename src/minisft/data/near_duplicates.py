@@ -18,11 +18,12 @@ SIMILAR = 0.8  # Jaccard similarity from which a text is a near-duplicate, as in
 _SHINGLE = 3  # words; chat turns are short, and with five words one changed word changes five shingles
 # 21 bands of 6 hashes: banding finds 99.8 % of the pairs of similarity 0.8, and 93 % of those of 0.7.
 _BANDS, _BAND_HASHES = 21, 6
+_MOST_COMPARED = 8  # references of a bucket that a text is compared with
 _MOST_WORDS = 500  # of a text: longer ones are compared by their beginning
 _BLOCK = 1 << 18  # words whose signatures are computed together
 _COMPARED = 1 << 14  # pairs that are compared together
 # A word is a run of letters and digits; where a script writes no spaces (Han, kana), a character is a word.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_]+")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_]+")
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -45,7 +46,7 @@ class NearDuplicateFinder:
 
     def add(self, text: str) -> None:
         """Add a text."""
-        words = _WORD.findall(text.lower())[:_MOST_WORDS] or [text]
+        words = WORD.findall(text.lower())[:_MOST_WORDS] or [text]
         crc32 = zlib.crc32
         self._words.extend([crc32(word.encode("utf-8", "surrogatepass")) for word in words])
         padding = max(0, _SHINGLE - len(words))
@@ -68,9 +69,7 @@ class NearDuplicateFinder:
         found = np.zeros(len(signatures), dtype=bool)
         for start in range(0, _BANDS * _BAND_HASHES, _BAND_HASHES):
             # 1. The buckets: texts with the same hashes in the band, in the order of the texts.
-            keys = np.zeros(len(signatures), dtype=np.uint64)
-            for column in range(start, start + _BAND_HASHES):
-                keys = (keys ^ signatures[:, column]) * _MIX
+            keys = _band_keys(signatures, start)
             order = np.argsort(keys, kind="stable")
             repeats = np.append(False, keys[order][1:] == keys[order][:-1])
             places = np.arange(len(order))
@@ -84,6 +83,36 @@ class NearDuplicateFinder:
                     same = (signatures[left] == signatures[right]).mean(axis=1)
                     found[left[same >= SIMILAR]] = True
         return found
+
+    def nearest(self, references: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find for each text after the first ones the most similar of these.
+
+        Args:
+            references: The number of texts, added first, that the later ones are compared with.
+
+        Returns:
+            (later texts,) The number of the most similar reference, int64, -1 where none is a near-duplicate; and
+            (later texts,) the estimated similarity, 0 there. A text is compared with the first _MOST_COMPARED
+            references of each of its buckets.
+        """
+        self._sign_block()
+        signatures = np.concatenate([np.zeros((0, _BANDS * _BAND_HASHES), np.uint32), *self._signatures])
+        self._signatures = [signatures]
+        found = np.full(len(signatures) - references, -1, dtype=np.int64)
+        best = np.zeros(len(found))
+        for start in range(0, _BANDS * _BAND_HASHES, _BAND_HASHES):
+            keys = _band_keys(signatures, start)
+            order = np.argsort(keys[:references], kind="stable")
+            ordered, wanted = keys[order], keys[references:]
+            first, end = (np.searchsorted(ordered, wanted, side) for side in ("left", "right"))
+            for step in range(_MOST_COMPARED):
+                left = np.flatnonzero(first + step < end)
+                for part in np.array_split(left, 1 + len(left) // _COMPARED):
+                    other = order[first[part] + step]
+                    same = (signatures[references + part] == signatures[other]).mean(axis=1)
+                    better = (same >= SIMILAR) & (same > best[part])
+                    found[part[better]], best[part[better]] = other[better], same[better]
+        return found, best
 
     def _sign_block(self) -> None:
         """Compute the signatures of the texts that were added since the last block; uint32 (texts, hashes)."""
@@ -107,3 +136,11 @@ class NearDuplicateFinder:
             signatures[:, number] = np.minimum.reduceat(hashed, starts)
         self._signatures.append(signatures)
         self._words, self._counts = array("I"), []
+
+
+def _band_keys(signatures: np.ndarray, start: int) -> np.ndarray:
+    """Return the buckets of all texts in the band that begins with the hash `start`; uint64 (texts,)."""
+    keys = np.zeros(len(signatures), dtype=np.uint64)
+    for column in range(start, start + _BAND_HASHES):
+        keys = (keys ^ signatures[:, column]) * _MIX
+    return keys
