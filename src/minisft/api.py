@@ -30,6 +30,7 @@ from minisft.runner import (
 from minisft.text import dump_json
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import TrainerCallback
 
     from minisft.checking.result import Result
@@ -73,6 +74,18 @@ class Run:
         from minisft.run_folder import RunFolder, read_metrics
 
         return read_metrics(RunFolder(self.folder))
+
+    @property
+    def row_losses(self) -> "np.ndarray":
+        """The losses of all training rows at all steps: a structured array with the fields step, row and loss.
+
+        The loss is the mean over the row's supervised tokens in nats, before the update of the step. `row` is the
+        number of the row in `data.train`. Raises UserError if the run has none.
+        """
+        from minisft.row_losses import read_row_losses
+        from minisft.run_folder import RunFolder
+
+        return read_row_losses(RunFolder(self.folder).row_losses)
 
     @property
     def checkpoints(self) -> list[Path]:

@@ -63,6 +63,14 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def row_losses(self) -> Path:
+        return self.root / "row_losses.bin"
+
+    @property
+    def certificate(self) -> Path:
+        return self.root / "certificate.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

@@ -22,6 +22,7 @@ LEAVES = {
     "console",
     "output_filters",
     "progress_table",
+    "row_losses",
     "version",
 }
 MAY_IMPORT = {
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "run_folder": {"errors", "recipe", "manifest", "files", "replacement", "console"},
     "run_start": {"errors", "recipe", "manifest", "files", "replacement", "console", "run_folder"},
     "results": {"errors", "recipe", "files"},
+    "row_losses": {"errors", "manifest"},
     "data": LEAVES,
     "training": LEAVES | {"data"},
     "evaluation": LEAVES | {"data"},

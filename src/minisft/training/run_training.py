@@ -14,6 +14,7 @@ from minisft.manifest import record_files, refuse_foreign_files
 from minisft.models import ResolvedModel, load_model, load_tokenizer, resolve_model
 from minisft.output_filters import suppress_known_warnings
 from minisft.recipe import Recipe, TrainingRecipe
+from minisft.row_losses import truncate_row_losses
 from minisft.run_folder import (
     RunFolder,
     delete_replaced_run,
@@ -227,6 +228,7 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         remove_unfinished(run.checkpoints)
         trainer.add_callback(OnFirstStep(partial(delete_replaced_run, run)))
         truncate_metrics(run.metrics, _start_step(resume_from))
+        truncate_row_losses(run.row_losses, _start_step(resume_from))
         arguments = trainer.args
         precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
         environment = describe_environment(precision)
@@ -367,9 +369,10 @@ def _trainer(
 
     training = recipe.training
     dataset = load_split(run.root, "train")
-    sources = sources_of(dataset, read_ledger(run.root / "dataset"))
+    sizes = measure_lengths(dataset)
+    sources = sources_of(dataset, read_ledger(run.root / "dataset"), sizes.supervised)
     sampler = StepSampler(
-        measure_lengths(dataset),
+        sizes,
         global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
         row_tokens=training.row_tokens or default_tokens_per_forward(on_cpu()),
         processes=arguments.world_size,
@@ -392,6 +395,7 @@ def _trainer(
         eval_every=training.eval_every,
         early_stopping=training.early_stopping,
         optimizer_cls_and_kwargs=own_optimizer(training.optimizer, training.learning_rate),
+        row_losses=run.row_losses,
         sources=sources,
         callbacks=[MetricsFile(run.metrics, sources)],
     )
