@@ -22,7 +22,9 @@ if TYPE_CHECKING:
         serve,
         submit,
         train,
+        verify,
         watch,
+        why,
     )
     from minisft.data.prepared_data import PreparedData
     from minisft.errors import StoppedError, UserError, WorkerError
@@ -49,7 +51,9 @@ __all__ = [
     "serve",
     "submit",
     "train",
+    "verify",
     "watch",
+    "why",
 ]
 
 _MODULES = {
@@ -68,7 +72,9 @@ _MODULES = {
             "schema",
             "serve",
             "submit",
+            "verify",
             "watch",
+            "why",
             "Run",
         ),
         "api",

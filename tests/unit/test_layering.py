@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "evaluation": LEAVES | {"data"},
     "report": LEAVES - {"models"},
     "checking": LEAVES | {"data", "training", "evaluation", "planning", "chat"},
+    "audit": LEAVES | {"data", "training", "checking"},
     "planning": LEAVES | {"data", "training"},
     "new_recipe": LEAVES | {"data", "training", "planning"},
     "comparison": LEAVES | {"report"},

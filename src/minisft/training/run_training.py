@@ -119,8 +119,7 @@ def train(
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
     if resume_from is not None and _is_finished(resume_from, recipe.training):
-        with explain_failed_writes(run.model):
-            publish_final_model(run)  # the process ended before this was done
+        _certify_and_publish(run)  # the process ended before this was done
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
@@ -170,13 +169,21 @@ def train_in_this_process(
         patience = recipe.training.early_stopping
         say(f"stopped early at step {trainer.state.global_step}: {patience} evaluations without a lower held-out loss")
     if trainer.args.should_save and not stopped:
-        with explain_failed_writes(run.model):
-            publish_final_model(run)
+        _certify_and_publish(run)
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if stopped:
         raise _stopped(run)
+
+
+def _certify_and_publish(run: RunFolder) -> None:
+    """Write the certificate, and make `model/`: a run that is trained has its certificate."""
+    from minisft.training.certificate import write_certificate
+
+    with explain_failed_writes(run.model):
+        write_certificate(run)
+        publish_final_model(run)
 
 
 def _stopped(run: RunFolder) -> StoppedError:

@@ -90,6 +90,7 @@ class SupervisedTokenTrainer(Trainer):
         self.held_out = held_out
         self.call = PADDING_FREE_CALL
         self.frozen: tuple[str, ...] = ()
+        self.saves_invalid_weights = False  # a replay looks at them
         self._staging: str | None = None
         self._writing = WriteErrors()
         super().__init__(*args, **kwargs)
@@ -346,7 +347,9 @@ class SupervisedTokenTrainer(Trainer):
         Raises:
             UserError: The gradient of the step was not finite, so the weights are invalid; or the file system refused.
         """
-        if not (self._norm is None or self.args.fp16 or math.isfinite(float(self._norm))):  # fp16 skips such a step
+        # fp16 skips such a step.
+        accepted = self._norm is None or self.args.fp16 or self.saves_invalid_weights
+        if not (accepted or math.isfinite(float(self._norm))):
             left = checkpoints_left(Path(str(self.args.output_dir)))
             raise UserError(
                 f"step {self.state.global_step}",

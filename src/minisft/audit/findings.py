@@ -1,0 +1,173 @@
+"""Rows that the losses of a run make suspicious: nothing is computed but from row_losses.bin and the prepared data.
+
+A row that is mislabelled or damaged keeps a higher loss than the others over the epochs: the mean over training is the
+measure of Swayamdipta et al. 2020, "Dataset Cartography" (arXiv 2009.10795), and close to that of Pleiss et al. 2020,
+"Identifying Mislabeled Data using the Area Under the Margin Ranking" (arXiv 2001.10528).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minisft.audit.step_rows import RowReport
+from minisft.data.prepared import load_train
+from minisft.row_losses import read_row_losses
+from minisft.run_folder import RunFolder
+from minisft.training.batching import IGNORED, measure_lengths
+
+HARDEST = 10  # rows with the highest mean loss that are listed
+MOST = 20  # rows of any other finding that are listed
+# A row never falls if its last loss is above 0.95 of its first, where the median row fell below 0.9.
+STAYS, FALLS = 0.95, 0.9
+# A row is learned at once if its second loss is below a tenth of its first, or its first is below 0.05 nats a token,
+# where the median row is not.
+AT_ONCE, KNOWN = 0.1, 0.05
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Rows with the same first prompt and different first answers."""
+
+    rows: tuple[RowReport, ...]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the losses of a run show about its data.
+
+    Args:
+        epochs: Number of times that every row was seen.
+        hardest: The rows with the highest mean loss over all epochs, highest first; `loss` is that mean.
+        never_falls: Rows whose loss did not fall while the others' did; `loss` is the last one.
+        learned_at_once: Rows whose loss was next to nothing at first or second sight; `loss` is the last one.
+        contradictions: Groups of rows with the same prompt and different answers.
+    """
+
+    epochs: int
+    hardest: tuple[RowReport, ...]
+    never_falls: tuple[RowReport, ...]
+    learned_at_once: tuple[RowReport, ...]
+    contradictions: tuple[Contradiction, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        def listed(rows: Sequence[RowReport]) -> list[dict[str, Any]]:
+            return [row.as_dict() for row in rows]
+
+        return {
+            "step": None,
+            "replayed": False,
+            "loss": None,
+            "rows": listed(self.hardest),
+            "epochs": self.epochs,
+            "never_falls": listed(self.never_falls),
+            "learned_at_once": listed(self.learned_at_once),
+            "contradictions": [listed(group.rows) for group in self.contradictions],
+        }
+
+
+def find_suspicious_rows(output: Path) -> Findings:
+    """Find suspicious rows of a run.
+
+    Raises:
+        UserError: The run has no losses of its rows, or no data.
+    """
+    data = load_train(output)
+    losses = losses_by_epoch(read_row_losses(RunFolder(output).row_losses), len(data))
+    supervised = measure_lengths(data).supervised
+    seen = ~np.isnan(losses)
+    complete = int(seen.sum(axis=1).min()) if len(losses) else 0
+
+    def report(numbers: np.ndarray, values: np.ndarray) -> tuple[RowReport, ...]:
+        found = data.select_columns(["id", "location"])
+        return tuple(
+            RowReport(
+                number,
+                found[number]["id"],
+                found[number]["location"],
+                int(supervised[number]),
+                None if np.isnan(values[number]) else float(values[number]),
+                None,
+            )
+            for number in numbers.tolist()
+        )
+
+    last = latest(losses)
+    sums = np.where(seen, losses, 0.0).sum(axis=1)
+    means = np.where(seen.any(axis=1), sums / np.maximum(seen.sum(axis=1), 1), np.nan)
+    hardest = np.argsort(-np.nan_to_num(means, nan=-np.inf, posinf=np.inf), kind="stable")[:HARDEST]
+    return Findings(
+        complete,
+        report(hardest, means),
+        report(never_falling(losses)[:MOST], last),
+        report(learned_at_once(losses)[:MOST], last),
+        tuple(Contradiction(report(np.asarray(rows), last)) for rows in contradictory_rows(data)[:MOST]),
+    )
+
+
+def losses_by_epoch(records: np.ndarray, rows: int) -> np.ndarray:
+    """Return the losses of each row in the order in which it was seen, (rows, epochs); NaN where it was not seen yet.
+
+    A loss that is not finite becomes infinite.
+    """
+    order = np.argsort(records["row"], kind="stable")
+    row, loss = records["row"][order].astype(np.int64), records["loss"][order].astype(float)
+    counts = np.bincount(row, minlength=rows)
+    visit = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    found = np.full((rows, int(counts.max(initial=0))), np.nan)
+    found[row, visit] = np.where(np.isfinite(loss), loss, np.inf)
+    return found
+
+
+def latest(losses: np.ndarray) -> np.ndarray:
+    """Return the last loss of each row, (rows,); NaN for a row that was not seen."""
+    if losses.shape[1] == 0:
+        return np.full(len(losses), np.nan)
+    seen = (~np.isnan(losses)).sum(axis=1)
+    last: np.ndarray = losses[np.arange(len(losses)), np.maximum(seen - 1, 0)]
+    return last
+
+
+def never_falling(losses: np.ndarray) -> np.ndarray:
+    """Return the rows whose loss did not fall, the highest first; none where the median row did not fall either."""
+    if losses.shape[1] < 2:
+        return np.zeros(0, dtype=np.int64)
+    first, last = losses[:, 0], latest(losses)
+    twice = ~np.isnan(losses[:, 1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(twice, last / first, np.nan)
+    if not twice.any() or np.nanmedian(ratio) > FALLS:
+        return np.zeros(0, dtype=np.int64)
+    found = np.flatnonzero(twice & ~(ratio <= STAYS))
+    return found[np.argsort(-last[found], kind="stable")]
+
+
+def learned_at_once(losses: np.ndarray) -> np.ndarray:
+    """Return the rows whose loss was next to nothing at first or second sight; none where that holds for the median."""
+    if losses.shape[1] == 0:
+        return np.zeros(0, dtype=np.int64)
+    first = losses[:, 0]
+    known = first <= KNOWN
+    if losses.shape[1] > 1:
+        known |= losses[:, 1] <= AT_ONCE * first
+    found = np.flatnonzero(known)
+    if 2 * len(found) > len(losses):
+        return np.zeros(0, dtype=np.int64)
+    return found[np.argsort(first[found], kind="stable")]
+
+
+def contradictory_rows(data: Any) -> list[list[int]]:
+    """Return groups of rows whose tokens are the same up to the first answer, and whose first answers differ."""
+    answers: dict[bytes, dict[bytes, list[int]]] = {}
+    numbers = data.with_format("numpy", columns=["input_ids", "labels"])
+    for number in range(len(data)):
+        row = numbers[number]
+        ids, learned = row["input_ids"], row["labels"] != IGNORED
+        start = int(learned.argmax())
+        length = int((~learned[start:]).argmax()) or len(ids) - start
+        prompt, answer = ids[:start].tobytes(), ids[start : start + length].tobytes()
+        answers.setdefault(prompt, {}).setdefault(answer, []).append(number)
+    return [sorted(itertools.chain.from_iterable(group.values())) for group in answers.values() if len(group) > 1]
