@@ -68,7 +68,7 @@ def show_similar(found: SimilarRows) -> None:
 
 def show_findings(found: Findings) -> None:
     """Print the rows that the losses make suspicious."""
-    say(f"highest mean loss over {found.epochs} complete epochs:")
+    say(f"highest loss in excess of the median of its time, over {found.epochs} complete epochs:")
     _show_table(found.hardest)
     for title, rows in (
         ("the loss never fell", found.never_falls),
@@ -102,12 +102,11 @@ def _style(token: ReportedToken) -> str:
 def _show_table(rows: Sequence[RowReport]) -> None:
     if not rows:
         return
-    similar = rows[0].similarity is not None
-    head = "shared" if similar else "grad norm"
+    columns = {"shared": "similarity", "excess": "excess", "grad norm": "grad_norm"}
+    head, field = next((pair for pair in columns.items() if getattr(rows[0], pair[1]) is not None), ("", "grad_norm"))
     say(f"  {'loss':>9} {head:>9} {'tokens':>7}  id, location")
     for row in rows[:LISTED]:
-        second = row.similarity if similar else row.grad_norm
-        say(f"  {_number(row.loss):>9} {_number(second):>9} {row.supervised:>7}  {row.id}, {row.location}")
+        say(f"  {_number(row.loss):>9} {_number(getattr(row, field)):>9} {row.supervised:>7}  {row.id}, {row.location}")
     if len(rows) > LISTED:
         say(f"  and {len(rows) - LISTED} more")
 

@@ -1,8 +1,9 @@
 """Rows that the losses of a run make suspicious: nothing is computed but from row_losses.bin and the prepared data.
 
-A row that is mislabelled or damaged keeps a higher loss than the others over the epochs: the mean over training is the
-measure of Swayamdipta et al. 2020, "Dataset Cartography" (arXiv 2009.10795), and close to that of Pleiss et al. 2020,
-"Identifying Mislabeled Data using the Area Under the Margin Ranking" (arXiv 2001.10528).
+A row that is mislabelled or damaged keeps a higher loss than the others while these are learned. As in Swayamdipta et
+al. 2020, "Dataset Cartography" (arXiv 2009.10795), and Pleiss et al. 2020, "Identifying Mislabeled Data using the Area
+Under the Margin Ranking" (arXiv 2001.10528), the mean over training decides. Losses fall within an epoch too, so each
+loss is compared with those of the rows that were seen at about the same time.
 """
 
 import itertools
@@ -19,8 +20,9 @@ from minisft.row_losses import read_row_losses
 from minisft.run_folder import RunFolder
 from minisft.training.batching import IGNORED, measure_lengths
 
-HARDEST = 10  # rows with the highest mean loss that are listed
+HARDEST = 10  # rows with the highest excess that are listed
 MOST = 20  # rows of any other finding that are listed
+_WINDOW = 64  # losses, in the order of the steps, of which each is compared with the median
 # A row never falls if its last loss is above 0.95 of its first, where the median row fell below 0.9.
 STAYS, FALLS = 0.95, 0.9
 # A row is learned at once if its second loss is below a tenth of its first, or its first is below 0.05 nats a token,
@@ -41,7 +43,7 @@ class Findings:
 
     Args:
         epochs: Number of times that every row was seen.
-        hardest: The rows with the highest mean loss over all epochs, highest first; `loss` is that mean.
+        hardest: The rows with the highest `excess`, highest first; `loss` is the last one.
         never_falls: Rows whose loss did not fall while the others' did; `loss` is the last one.
         learned_at_once: Rows whose loss was next to nothing at first or second sight; `loss` is the last one.
         contradictions: Groups of rows with the same prompt and different answers.
@@ -76,12 +78,13 @@ def find_suspicious_rows(output: Path) -> Findings:
         UserError: The run has no losses of its rows, or no data.
     """
     data = load_train(output)
-    losses = losses_by_epoch(read_row_losses(RunFolder(output).row_losses), len(data))
+    records = read_row_losses(RunFolder(output).row_losses)
+    losses, excess = losses_by_epoch(records, len(data)), mean_excess(records, len(data))
     supervised = measure_lengths(data).supervised
     seen = ~np.isnan(losses)
     complete = int(seen.sum(axis=1).min()) if len(losses) else 0
 
-    def report(numbers: np.ndarray, values: np.ndarray) -> tuple[RowReport, ...]:
+    def report(numbers: np.ndarray) -> tuple[RowReport, ...]:
         found = data.select_columns(["id", "location"])
         return tuple(
             RowReport(
@@ -89,22 +92,21 @@ def find_suspicious_rows(output: Path) -> Findings:
                 found[number]["id"],
                 found[number]["location"],
                 int(supervised[number]),
-                None if np.isnan(values[number]) else float(values[number]),
+                None if np.isnan(last[number]) else float(last[number]),
                 None,
+                excess=None if np.isnan(excess[number]) else float(excess[number]),
             )
             for number in numbers.tolist()
         )
 
     last = latest(losses)
-    sums = np.where(seen, losses, 0.0).sum(axis=1)
-    means = np.where(seen.any(axis=1), sums / np.maximum(seen.sum(axis=1), 1), np.nan)
-    hardest = np.argsort(-np.nan_to_num(means, nan=-np.inf, posinf=np.inf), kind="stable")[:HARDEST]
+    hardest = np.argsort(-np.nan_to_num(excess, nan=-np.inf, posinf=np.inf), kind="stable")[:HARDEST]
     return Findings(
         complete,
-        report(hardest, means),
-        report(never_falling(losses)[:MOST], last),
-        report(learned_at_once(losses)[:MOST], last),
-        tuple(Contradiction(report(np.asarray(rows), last)) for rows in contradictory_rows(data)[:MOST]),
+        report(hardest),
+        report(never_falling(losses)[:MOST]),
+        report(learned_at_once(losses)[:MOST]),
+        tuple(Contradiction(report(np.asarray(rows))) for rows in contradictory_rows(data)[:MOST]),
     )
 
 
@@ -120,6 +122,21 @@ def losses_by_epoch(records: np.ndarray, rows: int) -> np.ndarray:
     found = np.full((rows, int(counts.max(initial=0))), np.nan)
     found[row, visit] = np.where(np.isfinite(loss), loss, np.inf)
     return found
+
+
+def mean_excess(records: np.ndarray, rows: int) -> np.ndarray:
+    """Return the mean over the visits of each row of its loss minus the median of its window, (rows,).
+
+    NaN for a row that was not seen; infinite where a loss was not finite.
+    """
+    loss = np.where(np.isfinite(records["loss"]), records["loss"].astype(float), np.inf)
+    for part in np.array_split(np.arange(len(loss)), max(1, len(loss) // _WINDOW)):
+        finite = loss[part][np.isfinite(loss[part])]
+        loss[part] -= np.median(finite) if len(finite) else 0.0
+    row = records["row"].astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        sums, counts = np.bincount(row, weights=loss, minlength=rows), np.bincount(row, minlength=rows)
+        return np.asarray(sums / counts)
 
 
 def latest(losses: np.ndarray) -> np.ndarray:

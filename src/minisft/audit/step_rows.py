@@ -63,7 +63,9 @@ class RowReport:
         loss: Mean loss of its supervised tokens in nats.
         grad_norm: L2 norm of the gradient of that mean; None if it was not computed.
         tokens: Its tokens with their losses.
-        similarity: Share of the pieces of a test row that this row has too, from 0 to 1; None for rows of a step.
+        similarity: Share of the pieces of a test row that this row has too, from 0 to 1; None for other questions.
+        excess: Mean over its visits of its loss minus the median loss of the rows of that time, in nats; None for other
+            questions.
     """
 
     row: int
@@ -74,6 +76,7 @@ class RowReport:
     grad_norm: float | None
     tokens: tuple[ReportedToken, ...] = ()
     similarity: float | None = None
+    excess: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -84,7 +87,8 @@ class RowReport:
             "row": self.row,
             "supervised": self.supervised,
         }
-        return found | ({} if self.similarity is None else {"similarity": self.similarity})
+        more = {"similarity": self.similarity, "excess": self.excess}
+        return found | {name: finite(value) for name, value in more.items() if value is not None}
 
 
 def finite(value: float | None) -> float | None:
