@@ -197,6 +197,35 @@ def test_a_run_of_more_processes_than_cores_is_compared_by_hashes(capsys, copy, 
     assert "no step was replayed: training.processes: 8 processes" in found["notes"][0]
 
 
+HOSTILE = {
+    "types": lambda content: content["log"].update(count="many"),
+    "endless block": lambda content: content["log"].update(block=0),
+    "other folders": lambda content: content.update(checkpoints={"../../..": {}}),
+    "no checkpoint": lambda content: content.update(checkpoints={}),
+    "no machine": lambda content: content.update(machine={}),
+    "no split": lambda content: content["rows"].pop("test"),
+    "a list": lambda content: content.update(checkpoints={"checkpoint-4": []}),
+    "more fields": lambda content: content.update(another=1),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_certificate_is_refused(capsys, copy, name):
+    content = json.loads(copy.certificate.read_text())
+    HOSTILE[name](content)
+    copy.certificate.write_text(json.dumps(content))
+    assert "this certificate is damaged" in refused(capsys, "verify", copy.root)
+
+
+def test_a_certificate_of_very_long_lists_takes_no_time(capsys, copy):
+    content = json.loads(copy.certificate.read_text())
+    content["log"].update(count=1 << 60, block=1 << 50, digests="")
+    copy.certificate.write_text(json.dumps(content))
+    _, found, _ = verify(capsys, copy.root)
+    assert len(found["changed"]) == 21
+    assert found["changed"][-1] == {"what": "log line", "where": "and more"}
+
+
 def test_what_is_no_ended_run_is_refused(capsys, copy):
     assert "this is not a run folder" in refused(capsys, "verify", copy.root.parent)
     content = copy.certificate.read_text()

@@ -1,8 +1,10 @@
 """Whether a run is what it was when it ended: its files against certificate.json, and steps taken again."""
 
+import itertools
 import json
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,8 +177,7 @@ def _compare_split(run: RunFolder, split: str, before: Certificate) -> list[Chan
         return [Change("data", f"{folder}: {error.problem}")]
     changed = []
     for what, old, new in (("row", before.rows[split], now.rows), ("mask", before.masks[split], now.masks)):
-        names = [_rows_text(data, numbers) for numbers in old.changed(new)]
-        changed += _listed(what, [f"{folder}: {name}" for name in names])
+        changed += _listed(what, (f"{folder}: {_rows_text(data, numbers)}" for numbers in old.changed(new)))
     if not changed and now.files != before.data_files[split]:
         changed.append(Change("data", f"{folder}: a column other than input_ids and labels"))
     return changed
@@ -190,10 +191,11 @@ def _rows_text(data: Any, numbers: range) -> str:
 
 
 def _compare_log(run: RunFolder, before: ListHashes) -> list[Change]:
-    lines, found = log_lines(run), []
-    for numbers in before.changed(hash_log(run)):
-        found += [f"metrics.jsonl: line {number + 1}{_step_of_line(lines, number)}" for number in numbers]
-    return _listed("log line", found)
+    lines = log_lines(run)
+    changed = itertools.chain.from_iterable(before.changed(hash_log(run)))
+    return _listed(
+        "log line", (f"metrics.jsonl: line {number + 1}{_step_of_line(lines, number)}" for number in changed)
+    )
 
 
 def _step_of_line(lines: list[bytes], number: int) -> str:
@@ -210,7 +212,8 @@ def _compare_row_losses(run: RunFolder, before: ListHashes) -> list[Change]:
         ranges = before.changed(hash_row_losses(run))
     except UserError as error:
         return [Change("row losses", f"row_losses.bin: {error.problem}")]
-    return _listed("row losses", [f"row_losses.bin: step {number + 1}" for numbers in ranges for number in numbers])
+    steps = itertools.chain.from_iterable(ranges)
+    return _listed("row losses", (f"row_losses.bin: step {number + 1}" for number in steps))
 
 
 def _compare_checkpoints(run: RunFolder, recipe: Recipe, before: Certificate) -> list[Change]:
@@ -249,9 +252,10 @@ def _compare_base_model(recipe: Recipe, before: str) -> list[Change]:
     return [] if now == before else [Change("base model", f"{recipe.model}: weights, configuration or tokenizer")]
 
 
-def _listed(what: str, places: list[str]) -> list[Change]:
-    more = [f"and {len(places) - _MOST_CHANGES} more"] if len(places) > _MOST_CHANGES else []
-    return [Change(what, place) for place in places[:_MOST_CHANGES] + more]
+def _listed(what: str, places: Iterable[str]) -> list[Change]:
+    """Return a change for each of the first places; there may be very many."""
+    first = list(itertools.islice(places, _MOST_CHANGES + 1))
+    return [Change(what, place) for place in first[:_MOST_CHANGES] + (["and more"] if first[_MOST_CHANGES:] else [])]
 
 
 def _differences_of_program(before: Certificate) -> list[str]:

@@ -24,7 +24,7 @@ from minisft.errors import UserError
 from minisft.files import hash_files, read_json, write_atomically
 from minisft.recipe import Recipe
 from minisft.row_losses import read_row_losses
-from minisft.run_folder import RunFolder, load_run, run_identity
+from minisft.run_folder import CHECKPOINT, RunFolder, load_run, run_identity
 from minisft.training.device import PACKAGES, describe_environment
 from minisft.version import __version__
 
@@ -50,6 +50,13 @@ class ListHashes:
     block: int
     sha256: str
     digests: str
+
+    def __post_init__(self) -> None:
+        numbers, texts = (self.count, self.block), (self.sha256, self.digests)
+        if not (all(type(one) is int for one in numbers) and all(type(one) is str for one in texts)):
+            raise TypeError("a list of hashes is not one")
+        if self.count < 0 or self.block < 1:
+            raise TypeError("a list of hashes has an impossible length")
 
     @classmethod
     def of(cls, things: Iterable[bytes], count: int) -> "ListHashes":
@@ -121,6 +128,18 @@ class Certificate:
     log: ListHashes
     row_losses: ListHashes
     checkpoints: dict[str, dict[str, str]]
+
+    def __post_init__(self) -> None:
+        texts = (self.minisft, self.code, self.recipe, self.base_model, self.ledger, self.template)
+        tables = (self.packages, self.machine, self.data_files, *self.checkpoints.values())
+        if not (all(type(one) is str for one in texts) and all(type(one) is dict for one in tables)):
+            raise TypeError("a field has another type")
+        if any(set(table) != set(SPLITS) for table in (self.rows, self.masks, self.data_files)):
+            raise TypeError("the hashes of a split are missing")
+        if not self.checkpoints or not all(CHECKPOINT.fullmatch(name) for name in self.checkpoints):
+            raise TypeError("the names of its checkpoints are not names of checkpoints")
+        if not {"precision", "devices"} <= set(self.machine):
+            raise TypeError("the machine is missing")
 
 
 def write_certificate(run: RunFolder) -> None:
