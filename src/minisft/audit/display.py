@@ -68,7 +68,7 @@ def show_similar(found: SimilarRows) -> None:
 
 def show_findings(found: Findings) -> None:
     """Print the rows that the losses make suspicious."""
-    say(f"highest loss in excess of the median of its time, over {found.epochs} complete epochs:")
+    say(f"highest last loss in excess of the median of its time, after {found.epochs} complete epochs:")
     _show_table(found.hardest)
     for title, rows in (
         ("the loss never fell", found.never_falls),

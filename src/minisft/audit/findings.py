@@ -1,9 +1,8 @@
 """Rows that the losses of a run make suspicious: nothing is computed but from row_losses.bin and the prepared data.
 
-A row that is mislabelled or damaged keeps a higher loss than the others while these are learned. As in Swayamdipta et
-al. 2020, "Dataset Cartography" (arXiv 2009.10795), and Pleiss et al. 2020, "Identifying Mislabeled Data using the Area
-Under the Margin Ranking" (arXiv 2001.10528), the mean over training decides. Losses fall within an epoch too, so each
-loss is compared with those of the rows that were seen at about the same time.
+Networks learn what most rows have in common first (Arpit et al. 2017, "A Closer Look at Memorization in Deep Networks",
+arXiv 1706.05394), so that a mislabelled or damaged row still has a high loss when the others are learned. Losses fall
+within an epoch too: the loss at the last visit is compared with those of the rows that were seen at the same time.
 """
 
 import itertools
@@ -79,7 +78,8 @@ def find_suspicious_rows(output: Path) -> Findings:
     """
     data = load_train(output)
     records = read_row_losses(RunFolder(output).row_losses)
-    losses, excess = losses_by_epoch(records, len(data)), mean_excess(records, len(data))
+    losses = losses_by_epoch(records, len(data))
+    excess = latest(losses_by_epoch(excess_losses(records), len(data)))
     supervised = measure_lengths(data).supervised
     seen = ~np.isnan(losses)
     complete = int(seen.sum(axis=1).min()) if len(losses) else 0
@@ -124,19 +124,15 @@ def losses_by_epoch(records: np.ndarray, rows: int) -> np.ndarray:
     return found
 
 
-def mean_excess(records: np.ndarray, rows: int) -> np.ndarray:
-    """Return the mean over the visits of each row of its loss minus the median of its window, (rows,).
-
-    NaN for a row that was not seen; infinite where a loss was not finite.
-    """
+def excess_losses(records: np.ndarray) -> np.ndarray:
+    """Return the records with each loss minus the median of its window; infinite where a loss was not finite."""
     loss = np.where(np.isfinite(records["loss"]), records["loss"].astype(float), np.inf)
     for part in np.array_split(np.arange(len(loss)), max(1, len(loss) // _WINDOW)):
         finite = loss[part][np.isfinite(loss[part])]
         loss[part] -= np.median(finite) if len(finite) else 0.0
-    row = records["row"].astype(np.int64)
-    with np.errstate(invalid="ignore"):
-        sums, counts = np.bincount(row, weights=loss, minlength=rows), np.bincount(row, minlength=rows)
-        return np.asarray(sums / counts)
+    found = records.copy()
+    found["loss"] = loss
+    return found
 
 
 def latest(losses: np.ndarray) -> np.ndarray:

@@ -64,7 +64,7 @@ class RowReport:
         grad_norm: L2 norm of the gradient of that mean; None if it was not computed.
         tokens: Its tokens with their losses.
         similarity: Share of the pieces of a test row that this row has too, from 0 to 1; None for other questions.
-        excess: Mean over its visits of its loss minus the median loss of the rows of that time, in nats; None for other
+        excess: Its last loss minus the median loss of the rows that were seen at that time, in nats; None for other
             questions.
     """
 

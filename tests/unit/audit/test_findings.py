@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minisft.audit.findings import latest, learned_at_once, losses_by_epoch, mean_excess, never_falling
+from minisft.audit.findings import excess_losses, latest, learned_at_once, losses_by_epoch, never_falling
 from minisft.row_losses import make_records
 
 
@@ -35,13 +35,11 @@ def test_a_row_that_is_learned_at_once_is_found_where_the_others_are_not():
 
 def test_a_loss_is_compared_with_those_of_its_time():
     high, low = [make_records(1 + at, np.arange(70), np.full(70, loss)) for at, loss in enumerate((5.0, 1.0))]
-    high["loss"][3], low["loss"][3] = 7.0, 2.0
-    found = mean_excess(np.concatenate([high, low]), 71)
-    assert found[3] == 1.5
-    assert (np.delete(found, [3, 70]) == 0).all()
-    assert np.isnan(found[70])
-    low["loss"][4] = np.nan
-    assert mean_excess(np.concatenate([high, low]), 71)[4] == np.inf
+    high["loss"][3], low["loss"][3], low["loss"][4] = 7.0, 2.0, np.nan
+    found = excess_losses(np.concatenate([high, low]))
+    assert found["loss"][:70].tolist() == [2.0 if row == 3 else 0.0 for row in range(70)]
+    assert found["loss"][70:75].tolist() == [0.0, 0.0, 0.0, 1.0, np.inf]
+    assert latest(losses_by_epoch(found, 71))[[3, 4]].tolist() == [1.0, np.inf]
 
 
 def test_no_losses_give_no_findings():
