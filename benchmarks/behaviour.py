@@ -42,7 +42,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 VERBS = (
     "demo", "init", "prepare", "inspect", "check", "plan", "train", "evaluate", "compare", "report", "export", "push",
-    "serve", "chat", "runs", "watch", "schema", "completion", "submit", "contamination",
+    "serve", "chat", "runs", "watch", "why", "verify", "schema", "completion", "submit", "contamination",
 )  # fmt: skip
 WORK = "minisft-behaviour"  # folder under the one for temporary files
 TIMEOUT = 300  # seconds that a command may take

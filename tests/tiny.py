@@ -75,6 +75,20 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def word_tokenizer(more=()):
+    """A tokenizer whose tokens are `WORDS`, `more` and the characters of templates, each with or without a space."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*WORDS, *more, "[", "]", "/", "INST", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *words, *(f" {word}" for word in words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w]"), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
 def write_conversations(path: Path, count: int, seed: int = 0) -> Path:
     choose = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:

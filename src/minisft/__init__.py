@@ -25,7 +25,9 @@ if TYPE_CHECKING:
         serve,
         submit,
         train,
+        verify,
         watch,
+        why,
     )
     from minisft.data.prepared_data import PreparedData
     from minisft.errors import StoppedError, UserError, WorkerError
@@ -55,7 +57,9 @@ __all__ = [
     "serve",
     "submit",
     "train",
+    "verify",
     "watch",
+    "why",
 ]
 
 _MODULES = {
@@ -77,7 +81,9 @@ _MODULES = {
             "search",
             "serve",
             "submit",
+            "verify",
             "watch",
+            "why",
             "Run",
         ),
         "api",

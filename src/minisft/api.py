@@ -30,8 +30,13 @@ from minisft.runner import (
 from minisft.text import dump_json
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import TrainerCallback
 
+    from minisft.audit.findings import Findings
+    from minisft.audit.similar_rows import SimilarRows
+    from minisft.audit.step_rows import StepReport
+    from minisft.audit.verification import Verification
     from minisft.checking.result import Result
     from minisft.data.inspect import InspectedRow
     from minisft.data.prepared_data import PreparedData
@@ -43,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "built_in_recipe", "check", "contamination", "evaluate", "export", "init", "learning_rate_range",
            "load", "note_unread", "plan", "prepare", "push", "read_recipe", "runs", "schema", "search", "serve",
-           "submit", "train", "watch"]  # fmt: skip
+           "submit", "train", "verify", "watch", "why"]  # fmt: skip
 
 Overrides = Mapping[str, Any] | Sequence[str] | None
 # Takes outputs, references and prompts of all held-out answers, in order, and returns one number for each.
@@ -75,6 +80,18 @@ class Run:
         from minisft.run_folder import RunFolder, read_metrics
 
         return read_metrics(RunFolder(self.folder))
+
+    @property
+    def row_losses(self) -> "np.ndarray":
+        """The losses of all training rows at all steps: a structured array with the fields step, row and loss.
+
+        The loss is the mean over the row's supervised tokens in nats, before the update of the step. `row` is the
+        number of the row in `data.train`. Raises UserError if the run has none.
+        """
+        from minisft.row_losses import read_row_losses
+        from minisft.run_folder import RunFolder
+
+        return read_row_losses(RunFolder(self.folder).row_losses)
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -786,6 +803,78 @@ def report(
     return written
 
 
+def why(
+    run: "str | Path | Run", *, step: int | None = None, row: str | None = None, trust_remote_code: bool = False
+) -> "StepReport | SimilarRows | Findings":
+    """Find the rows that made the loss of a step, that are near a row, or whose losses look wrong.
+
+    Nothing is written to the run. A step is replayed from the nearest checkpoint with optimizer state before it, or
+    from the beginning.
+
+    Args:
+        run: A `Run`, or the path of a run folder.
+        step: Number of the step to replay.
+        row: Id of a row of the test or train split.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        With `step` a `StepReport`, with `row` the `SimilarRows`, otherwise the `Findings` about all training rows.
+
+    Raises:
+        UserError: There is no such step or row, or this machine cannot replay the step.
+    """
+    if step is not None and row is not None:
+        raise UserError("minisft.why", "`step` and `row` are two questions", "give one of them")
+    recipe = _recipe_of_run("why", run, trust_remote_code)
+    from minisft.console import waiting
+
+    with waiting(IMPORTING):
+        from minisft.audit import display
+        from minisft.audit.findings import find_suspicious_rows
+        from minisft.audit.similar_rows import find_similar_rows
+        from minisft.audit.step_rows import explain_step
+
+    if step is not None:
+        explained = explain_step(recipe, step)
+        display.show_step(explained)
+        return explained
+    if row is not None:
+        similar = find_similar_rows(recipe, row)
+        display.show_similar(similar)
+        return similar
+    found = find_suspicious_rows(Path(recipe.output))
+    display.show_findings(found)
+    return found
+
+
+def verify(run: "str | Path | Run", *, steps: int = 2, trust_remote_code: bool = False) -> "Verification":
+    """Compare a run with its certificate, and replay steps chosen at random; nothing is written to the run.
+
+    Args:
+        run: A `Run`, or the path of a run folder.
+        steps: Number of steps to replay; 0 compares hashes only.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        A `Verification`: `ok`, `changed` (each with `what` and `where`), `replayed` and `notes`.
+
+    Raises:
+        UserError: The folder is not a run, has not ended, or was trained by a version without certificates.
+    """
+    if steps < 0:
+        raise UserError("steps", f"must be at least 0, and is {steps}", "give a number of steps to replay")
+    recipe = _recipe_of_run("verify", run, trust_remote_code)
+    from minisft.console import waiting
+
+    with waiting(IMPORTING):
+        from minisft.audit.verification import show_verification
+        from minisft.audit.verification import verify as verify_run
+
+    found = verify_run(recipe, steps)
+    show_verification(found)
+    return found
+
+
 def show_runs(folder: str | Path, *, as_json: bool = False) -> None:
     """Print the runs in a folder as a table or as JSON; see `runs`."""
     found = runs(folder)
@@ -1038,6 +1127,19 @@ def _recipe_or_run(
         if not run.is_dir():
             raise UserError(run, "there is no such run folder", "train first: minisft train")
     return _read(verb, run, overrides, trust_remote_code, takes_run=True)
+
+
+def _recipe_of_run(verb: str, run: "str | Path | Run", trust_remote_code: bool) -> "Recipe":
+    """Return the recipe of a run folder."""
+    from minisft.run_folder import load_run
+
+    set_library_environment()
+    if not isinstance(run, Run | str | Path):
+        problem = f"a value of the type {type(run).__name__} is not a run"
+        raise UserError(f"minisft.{verb}", problem, "give the path of a run folder, or a Run")
+    if isinstance(run, Run):
+        return load_run(run.folder, trust_remote_code=trust_remote_code or run.trust_remote_code)
+    return load_run(expand_user_path(str(run), "the run folder"), trust_remote_code=trust_remote_code)
 
 
 def _read(verb: str, recipe: Any, overrides: Overrides, trust_remote_code: bool, *, takes_run: bool) -> "Recipe":

@@ -306,6 +306,31 @@ def watch(arguments: Arguments) -> int:
         return 0
 
 
+def why(arguments: Arguments) -> None:
+    from minisft import api
+
+    _announce(arguments, arguments.run)
+    with _json_alone(arguments) as print_json:
+        found = api.why(
+            arguments.run, step=arguments.step, row=arguments.row, trust_remote_code=arguments.trust_remote_code
+        )
+        print_json(found.as_dict())
+
+
+def verify(arguments: Arguments) -> None:
+    from minisft import api
+
+    _announce(arguments, arguments.run)
+    with _json_alone(arguments) as print_json:
+        found = api.verify(arguments.run, steps=arguments.steps, trust_remote_code=arguments.trust_remote_code)
+        print_json(found.as_dict())
+    if not found.ok:
+        first, others = found.changed[0], len(found.changed) - 1
+        more = f", and {others} more" if others else ""
+        fix = "restore it from a copy; the run as it is cannot be vouched for"
+        raise UserError(arguments.run, f"the run has changed since it ended: {first.what}: {first.where}{more}", fix)
+
+
 def schema(arguments: Arguments) -> None:
     from minisft import api
 
@@ -516,6 +541,24 @@ VERBS = {
     ),
     "watch": Verb(
         watch, "show a training of another process or machine until it ends", "RUN", options.watch, reads_keys=False
+    ),
+    "why": Verb(
+        why,
+        "which rows made a step's loss or are near a bad answer, and which rows look wrong",
+        "RUN",
+        options.why,
+        options.prints_json,
+        options.trust,
+        reads_keys=False,
+    ),
+    "verify": Verb(
+        verify,
+        "compare a run with its certificate, and replay some of its steps",
+        "RUN",
+        options.verify,
+        options.prints_json,
+        options.trust,
+        reads_keys=False,
     ),
     "completion": Verb(
         completion,

@@ -70,12 +70,20 @@ def prints_json(parser: Parser) -> None:
 
 
 def _at_least_1(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _at_least_0(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a whole number, and is {text!r}") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, and is {number}")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, and is {number}")
     return number
 
 
@@ -140,6 +148,25 @@ def completion(parser: Parser) -> None:
 
 def watch(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder, the output of the recipe that is being trained")
+
+
+def why(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder, the output of a recipe that was trained")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--step", type=_at_least_1, metavar="N", help="replay this step, and rank its rows by loss and gradient norm"
+    )
+    which.add_argument(
+        "--row", metavar="ID", help="show the training rows that share the most with this test row; without --step "
+        "and --row, show the rows whose losses look wrong",
+    )  # fmt: skip
+
+
+def verify(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder, the output of a recipe that was trained")
+    parser.add_argument(
+        "--steps", type=_at_least_0, default=2, metavar="N", help="steps to replay (default 2); 0 compares hashes only"
+    )
 
 
 def report(parser: Parser) -> None:

@@ -24,6 +24,7 @@ TRUST_OPTION = "--trust-remote-code"
 _LARGEST = {
     "recipe.yaml": 1 << 20, "*.json": 64 << 20, "dataset/*.json": 64 << 20, "evaluation/*.json": 64 << 20,
     "checkpoints/*/trainer_state.json": 256 << 20, "metrics.jsonl": 256 << 20, "evaluation/*/*.jsonl": 256 << 20,
+    "row_losses.bin": 8 << 30,
     "model/*.json": 128 << 20, "model/*.jinja": 1 << 20, "checkpoints/*/*.jinja": 1 << 20,
     "checkpoints/*/*config.json": 16 << 20, "checkpoints/*/tokenizer.json": 128 << 20,
 }  # fmt: skip
@@ -61,6 +62,14 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def row_losses(self) -> Path:
+        return self.root / "row_losses.bin"
+
+    @property
+    def certificate(self) -> Path:
+        return self.root / "certificate.json"
 
     @property
     def tensorboard(self) -> Path:

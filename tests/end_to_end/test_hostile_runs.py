@@ -36,6 +36,8 @@ VERBS = {
     "check": ["check", "--quick", "RUN/recipe.yaml"],
     "runs": ["runs", "RUN"],
     "watch": ["watch", "RUN"],
+    "why": ["why", "RUN", "--step", "2"],
+    "verify": ["verify", "RUN"],
     "resume": ["train", "RUN/recipe.yaml", "--resume"],
 }
 every_verb = pytest.mark.parametrize("verb", VERBS)
@@ -228,7 +230,7 @@ def test_code_beside_the_weights_does_not_run(run, canary, capsys, verb):
     change_recipe(run.root, trust_remote_code=True)
     status, said = attempt(verb, run, capsys)
     assert not canary.exists()
-    if verb not in ("report", "export", "runs", "watch"):  # which load no model of it
+    if verb not in ("report", "export", "runs", "watch", "verify"):  # which load no model of it
         assert status == 2, said
         assert "--trust-remote-code" in said
 

@@ -22,6 +22,7 @@ LEAVES = {
     "models",
     "console",
     "output_filters",
+    "row_losses",
     "version",
 }
 MAY_IMPORT = {
@@ -42,11 +43,13 @@ MAY_IMPORT = {
     "run_folder": {"errors", "recipe", "manifest", "files", "replacement", "console"},
     "run_start": {"errors", "recipe", "manifest", "files", "replacement", "console", "run_folder"},
     "results": {"errors", "recipe", "files", "metric_names"},
+    "row_losses": {"errors", "manifest"},
     "data": LEAVES,
     "training": LEAVES | {"data", "monitoring"},
     "evaluation": LEAVES | {"data"},
     "report": LEAVES - {"models"},
     "checking": LEAVES | {"data", "training", "evaluation", "planning", "chat"},
+    "audit": LEAVES | {"data", "training", "checking"},
     "planning": LEAVES | {"data", "training"},
     "new_recipe": LEAVES | {"data", "training", "planning"},
     "comparison": LEAVES | {"report"},

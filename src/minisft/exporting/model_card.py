@@ -237,5 +237,8 @@ def _hashes(run: RunFiles, source: Path) -> str:
     base = RunFolder(run.root).base_model
     if base.is_file():
         rows.append(["base model", f"`{json.loads(base.read_text(encoding='utf-8'))['fingerprint']}`"])
+    certificate = RunFolder(run.root).certificate
+    if certificate.is_file():
+        rows.append(["certificate.json of the run", f"`{hashlib.sha256(certificate.read_bytes()).hexdigest()}`"])
     rows.append(["trained weights, configuration and tokenizer", f"`{weights_fingerprint(source)}`"])
     return markdown_table(["what", "SHA-256"], rows).rstrip()

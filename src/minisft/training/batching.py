@@ -67,18 +67,20 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The conversations of one forward, and the totals of the optimizer step it belongs to."""
+    """The conversations of one forward, and those and the totals of the optimizer step it belongs to."""
 
     indexes: tuple[int, ...]
+    step_rows: tuple[int, ...]
     step_tokens: int
     step_supervised: int
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The rows of one process in one optimizer step; the totals are those of all processes."""
+    """The rows of one process in one optimizer step; its conversations and totals are those of all processes."""
 
     rows: tuple[PackedRow, ...]
+    step_rows: tuple[int, ...]
     step_tokens: int
     step_supervised: int
 
@@ -244,7 +246,8 @@ class StepSampler:
         own = [tuple(int(step[shares[self.rank][at]]) for at in row) for row in filled[self.rank]]
         own += [()] * (max(map(len, filled)) - len(own))
         totals = int(self.sizes.tokens[step].sum()), int(self.sizes.supervised[step].sum())
-        return [RowPlan(indexes, *totals) for indexes in own]
+        rows = tuple(step.tolist())
+        return [RowPlan(indexes, rows, *totals) for indexes in own]
 
 
 class RowDataset(Dataset):  # type: ignore[type-arg]
@@ -285,7 +288,7 @@ def pack_sequences(conversations: Sequence[tuple[np.ndarray, np.ndarray]], index
 def collate(rows: Sequence[tuple[PackedRow, RowPlan]]) -> StepBatch:
     """Collate the rows of one step."""
     plan = rows[0][1]
-    return StepBatch(tuple(row for row, _ in rows), plan.step_tokens, plan.step_supervised)
+    return StepBatch(tuple(row for row, _ in rows), plan.step_rows, plan.step_tokens, plan.step_supervised)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,17 @@ def publish_final_model(run: RunFolder) -> None:
         sync_folder(temporary)
 
 
+_NOT_OF_MODEL = (*_STATES, METADATA, "trainer_state.json")
+
+
+def is_of_model(name: str) -> bool:
+    """Return whether a file of a checkpoint, by its path in it, is part of the model, and not only for resuming."""
+    return not any(fnmatch(name.split("/")[0], pattern) for pattern in _NOT_OF_MODEL)
+
+
 def copy_model(checkpoint: Path, folder: Path, ignore: Sequence[str] = ()) -> None:
     """Copy a checkpoint into a folder, without the files that only resuming needs and those that match `ignore`."""
-    unneeded = shutil.ignore_patterns(*_STATES, METADATA, "trainer_state.json", *ignore)
+    unneeded = shutil.ignore_patterns(*_NOT_OF_MODEL, *ignore)
     shutil.copytree(checkpoint, folder, ignore=unneeded, dirs_exist_ok=True)
 
 

@@ -14,6 +14,7 @@ from minisft.manifest import record_files, refuse_foreign_files
 from minisft.models import ResolvedModel, load_model, load_tokenizer, resolve_model
 from minisft.output_filters import suppress_known_warnings
 from minisft.recipe import Recipe, TrainingRecipe
+from minisft.row_losses import truncate_row_losses
 from minisft.run_folder import (
     RunFolder,
     delete_replaced_run,
@@ -131,8 +132,7 @@ def train(
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
     if resume_from is not None and _is_finished(resume_from, recipe.training):
-        with explain_failed_writes(run.model):
-            publish_final_model(run)  # the process ended before this was done
+        _certify_and_publish(run)  # the process ended before this was done
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
@@ -187,13 +187,21 @@ def train_in_this_process(
         patience = recipe.training.early_stopping
         say(f"stopped early at step {trainer.state.global_step}: {patience} evaluations without a lower held-out loss")
     if trainer.args.should_save and not stopped:
-        with explain_failed_writes(run.model):
-            publish_final_model(run)
+        _certify_and_publish(run)
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if stopped and trainer.state.global_step != pause_at:
         raise _stopped(run)
+
+
+def _certify_and_publish(run: RunFolder) -> None:
+    """Write the certificate, and make `model/`: a run that is trained has its certificate."""
+    from minisft.training.certificate import write_certificate
+
+    with explain_failed_writes(run.model):
+        write_certificate(run)
+        publish_final_model(run)
 
 
 def _stopped(run: RunFolder) -> StoppedError:
@@ -251,6 +259,7 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         remove_unfinished(run.checkpoints)
         trainer.add_callback(OnFirstStep(partial(delete_replaced_run, run)))
         truncate_metrics(run.metrics, _start_step(resume_from))
+        truncate_row_losses(run.row_losses, _start_step(resume_from))
         arguments = trainer.args
         precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
         environment = describe_environment(precision)
@@ -398,9 +407,10 @@ def _trainer(
 
     training = recipe.training
     dataset = load_split(run.root, "train")
-    sources = sources_of(dataset, read_ledger(run.root / "dataset"))
+    sizes = measure_lengths(dataset)
+    sources = sources_of(dataset, read_ledger(run.root / "dataset"), sizes.supervised)
     sampler = StepSampler(
-        measure_lengths(dataset),
+        sizes,
         global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
         row_tokens=training.row_tokens or default_tokens_per_forward(on_cpu()),
         processes=arguments.world_size,
@@ -423,6 +433,7 @@ def _trainer(
         eval_every=training.eval_every,
         early_stopping=training.early_stopping,
         optimizer_cls_and_kwargs=own_optimizer(training.optimizer, training.learning_rate),
+        row_losses=run.row_losses,
         sources=sources,
         callbacks=[MetricsFile(run.metrics, sources)],
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
@@ -23,6 +24,7 @@ from minisft.console import say, waiting
 from minisft.errors import UserError
 from minisft.files import apply_umask
 from minisft.models import model_class
+from minisft.row_losses import append_row_losses, make_records, sync_row_losses
 from minisft.training.batching import RowDataset, StepBatch, StepSampler, collate
 from minisft.training.callbacks import RestoreSampler, StopRequest
 from minisft.training.checkpoints import (
@@ -46,6 +48,7 @@ from minisft.training.probe import Probe, ProbeResult, refuse_wrong_model
 from minisft.training.resharding import reshard_state, restore_fp32_weights, same_layout
 from minisft.training.source_losses import SourceLosses
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
+from minisft.training.step_row_losses import RowLossBuffer, StepRowLosses
 from minisft.training.zero import plain_zero_state, zero_loss_scale, zero_writes_through
 
 _NAMED = 3  # names of frozen parameters in a message
@@ -68,6 +71,7 @@ class SupervisedTokenTrainer(Trainer):
         describe_rows: Callable[[tuple[int, ...]], str],
         on_saved: Callable[[Path], None],
         base_model_folder: Path | None = None,
+        row_losses: Path | None = None,
         sources: SourceLosses | None = None,
         held_out: HeldOutRows | None = None,
         eval_every: str | int | None = None,
@@ -81,15 +85,18 @@ class SupervisedTokenTrainer(Trainer):
         self.on_saved = on_saved
         self.base_model_folder = base_model_folder
         self.on_probed: Callable[[ProbeResult], None] = lambda result: None
+        self.row_losses = row_losses
         self.sources = sources
         self.held_out = held_out
         self.call = PADDING_FREE_CALL
         self.frozen: tuple[str, ...] = ()
+        self.saves_invalid_weights = False  # a replay looks at them
         self._staging: str | None = None
         self._writing = WriteErrors()
         super().__init__(*args, **kwargs)
         assert self.args.gradient_accumulation_steps == 1
         self._step = StepMetrics()
+        self._row_losses = RowLossBuffer()
         self._norm: Any = None
         self.stop = StopRequest()
         self.stops_here = False
@@ -220,8 +227,7 @@ class SupervisedTokenTrainer(Trainer):
         started, sent_before = time.perf_counter(), bytes_sent()
         model.train()
         total = torch.zeros((), device=self.args.device)
-        if self.sources is not None:
-            self.sources.start_step(self.args.device)
+        self._row_losses.start_step(self.state.global_step + 1, batch.step_rows, self.args.device)
         # DeepSpeed collects the gradients of every backward itself, so those of the embedding are not accumulated.
         deepspeed = self.is_deepspeed_enabled
         lookup = contextlib.nullcontext(EmbeddingLookups()) if deepspeed else accumulate_embedding_gradient(model)
@@ -235,13 +241,14 @@ class SupervisedTokenTrainer(Trainer):
                     with self.compute_loss_context_manager():
                         on_device = row.to(self.args.device)
                         loss, losses = row_losses(model, on_device, self.call, backward_factor=backward_factor)
-                    if self.sources is not None:
-                        self.sources.add(row, losses)
+                    self._row_losses.add(row, losses)
                     loss = loss * mean
                     total += loss.detach()
                     if last:  # DeepSpeed steps inside the last backward
                         self._synchronise_step(total, batch)
                     self.accelerator.backward(loss, **options)
+        if self._row_losses.is_full:
+            self._write_row_losses()
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
         return total
 
@@ -265,6 +272,7 @@ class SupervisedTokenTrainer(Trainer):
         self.stops_here, self._mean_loss = stops > 0, mean_loss
         if math.isfinite(mean_loss):
             return
+        self._write_row_losses()
         rows = self.describe_rows(tuple(index for row in batch.rows for index in row.indexes))
         raise UserError(
             f"step {self.state.global_step + 1}",
@@ -305,9 +313,19 @@ class SupervisedTokenTrainer(Trainer):
         if "loss" in logs:
             logs["loss"] = self._mean_loss
             logs.update(self._step.as_logs(), peak_memory_mb=self._largest(peak_memory_mb()))
-            if self.sources is not None:
-                logs.update(self.sources.log(self.accelerator.gather))
+            newest = self._write_row_losses()
+            if self.sources is not None and newest is not None:
+                logs.update(self.sources.log(newest))
         super().log(logs, start_time)
+
+    def _write_row_losses(self) -> StepRowLosses | None:
+        """Append the losses of the rows since the last call to their file; return the newest step, if there is one."""
+        steps = self._row_losses.collect(self.accelerator.gather)
+        if steps and self.args.should_save and self.row_losses is not None:
+            supervised = self.sampler.sizes.supervised
+            records = [make_records(one.step, one.rows, one.sums / supervised[one.rows]) for one in steps]
+            append_row_losses(self.row_losses, np.concatenate(records))
+        return steps[-1] if steps else None
 
     def _largest(self, value: float) -> float:
         """Return the largest value of all processes."""
@@ -335,7 +353,9 @@ class SupervisedTokenTrainer(Trainer):
         Raises:
             UserError: The gradient of the step was not finite, so the weights are invalid; or the file system refused.
         """
-        if not (self._norm is None or self.args.fp16 or math.isfinite(float(self._norm))):  # fp16 skips such a step
+        # fp16 skips such a step.
+        accepted = self._norm is None or self.args.fp16 or self.saves_invalid_weights
+        if not (accepted or math.isfinite(float(self._norm))):
             left = checkpoints_left(Path(str(self.args.output_dir)))
             raise UserError(
                 f"step {self.state.global_step}",
@@ -346,6 +366,7 @@ class SupervisedTokenTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         staging = staging_folder(folder)
         self._staging, self._writing = str(staging), WriteErrors()
+        self._write_row_losses()
         with waiting(f"saving {name}"):
             try:
                 with self._writing:
@@ -357,6 +378,8 @@ class SupervisedTokenTrainer(Trainer):
                 self._writing(write_metadata, staging / name, self.strategy, self.args.world_size)
                 self._writing(apply_umask, staging / name)
                 self._writing(sync_folder, staging / name)
+                if self.row_losses is not None:
+                    self._writing(sync_row_losses, self.row_losses)
                 self._writing(publish, staging / name, folder / name)
             self._synchronise_write_errors(name)
             if self.args.should_save:

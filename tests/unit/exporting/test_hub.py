@@ -149,7 +149,8 @@ def test_the_card_of_a_scored_run(scored_run, tmp_path):
     assert metadata["library_name"] == "transformers"
     [result] = metadata["model-index"][0]["results"]
     assert {metric["type"] for metric in result["metrics"]} == {"bleu", "chrf"}
-    for part in ("## Training", "## Scores", "## Verified", "## Use", "## Hashes", "| constant |", "talks.jsonl"):
+    for part in ("## Training", "## Scores", "## Verified", "## Use", "## Hashes", "| constant |", "talks.jsonl",
+                 "certificate.json of the run"):  # fmt: skip
         assert part in card, part
     assert (folder / "loss.png").stat().st_size > 1000
     assert str(scored_run.parent) not in card

@@ -84,8 +84,9 @@ def test_half_precision_is_close_enough():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_package_is_called_as_it_documents(shape, monkeypatch):
-    def function(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size):
+    def function(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, deterministic):
         assert causal
+        assert not deterministic
         assert cu_q.dtype == torch.int32
         assert torch.equal(cu_q, cu_k)
         assert max_q == max_k == int((cu_q[1:] - cu_q[:-1]).max())
