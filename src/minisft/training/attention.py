@@ -71,6 +71,7 @@ def padding_free_attention(
     """
     _refuse(module, attention_mask, conversation_lengths, kwargs)
     lengths = tuple(conversation_lengths or ())
+    query, key, value = in_autocast_type(query, key, value)
     window = sliding_window if sliding_window is not None and max(lengths) > sliding_window else None
     shape = Shape(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device, scaling, window, softcap)
     rows = [one[0].transpose(0, 1) for one in (query, key, value)]  # (tokens, heads, head size)
@@ -78,6 +79,18 @@ def padding_free_attention(
     if kernel is None:
         return per_conversation_attention(rows[0], rows[1], rows[2], lengths, shape, dropout, s_aux)[None], None
     return kernel(rows[0], rows[1], rows[2], lengths, shape)[None], None
+
+
+def in_autocast_type(*heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return queries, keys and values in the number format of autocast, in which a GPU's kernels compute.
+
+    Rotary embeddings and norms return fp32 queries and keys under autocast, beside bf16 values, and no kernel takes
+    those. On a CPU they stay as they are: attention is computed in fp32 there.
+    """
+    device = heads[0].device.type
+    if device == "cpu" or not torch.is_autocast_enabled(device):
+        return heads
+    return tuple(one.to(torch.get_autocast_dtype(device)) for one in heads)
 
 
 def _refuse(

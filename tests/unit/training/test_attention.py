@@ -1,12 +1,14 @@
 """Attention over a padding-free row equals attention over each conversation alone."""
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisft.errors import UserError
-from minisft.training.attention import PADDING_FREE, padding_free_attention, register
+from minisft.training.attention import PADDING_FREE, in_autocast_type, padding_free_attention, register
 
 LENGTHS = (5, 1, 9, 3)
 
@@ -54,3 +56,30 @@ def test_what_it_does_not_do_is_refused_by_name(options, meaning):
     options = {"conversation_lengths": (4,), **options}
     with pytest.raises(UserError, match=meaning):
         padding_free_attention(torch.nn.Identity(), heads, heads, heads, None, **options)
+
+
+@pytest.mark.parametrize(("device", "autocast", "expected"), [
+    ("cuda", True, [torch.bfloat16] * 3),
+    ("cuda", False, [torch.float32, torch.float32, torch.bfloat16]),
+    ("cpu", True, [torch.float32, torch.float32, torch.bfloat16]),
+])  # fmt: skip
+def test_on_a_gpu_queries_and_keys_of_rotary_embeddings_take_the_format_of_autocast(device, autocast, expected):
+    """With tensors that have a device and no memory, since the test must run without a GPU."""
+    with FakeTensorMode(), autocast_switched(device, autocast):
+        heads = [
+            torch.empty(1, 2, 4, 8, device=device, dtype=dtype) for dtype in (*[torch.float32] * 2, torch.bfloat16)
+        ]
+        assert [one.dtype for one in in_autocast_type(*heads)] == expected
+
+
+@contextlib.contextmanager
+def autocast_switched(device, on):
+    """Switch autocast for a device that is not here; `torch.autocast` switches itself off for such a device."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, on)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
