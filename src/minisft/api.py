@@ -393,7 +393,7 @@ def init(
         data: Rows (dicts or a `datasets.Dataset`), or a value of the recipe's key `data.source`.
         model: Value of the recipe's key `model`.
         output_recipe: Path of the YAML file to write; it must not exist.
-        gpu: "h100", "a100", "l40s", "4090" or "cpu": the machine to train on; None: this machine.
+        gpu: A name of `minisft.planning.machines.GPUS`, such as "h100", or "cpu"; None: this machine.
         count: Number of GPUs; None: one of `gpu`, or all of this machine.
         trust_remote_code: Run code that comes with the model.
 
@@ -433,7 +433,7 @@ def plan(
         data: Rows, or a value of the recipe's key `data.source`.
         test: Held-out rows, in the same forms as `data`.
         output: Path of the run folder.
-        gpu: "h100", "a100", "l40s", "4090" or "cpu"; None: this machine.
+        gpu: A name of `minisft.planning.machines.GPUS`, such as "h100", or "cpu"; None: this machine.
         count: Number of GPUs or processes of a node; None: the recipe's `training.processes`.
         nodes: Number of machines.
         as_json: Print everything as JSON in place of tables.

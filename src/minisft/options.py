@@ -88,7 +88,11 @@ def init(parser: Parser) -> None:
     parser.add_argument(
         "--output-recipe", default="recipe.yaml", metavar="FILE", help="file to write (default recipe.yaml)"
     )
-    parser.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, 4090 or cpu; default: this machine")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="a GPU, such as h100, b200, a100-pcie, l40s or 4090, or cpu; default: this machine",
+    )
     parser.add_argument(
         "--count", type=_at_least_1, metavar="N", help="number of GPUs; default: 1, or all that are here"
     )
@@ -113,7 +117,11 @@ def check(parser: Parser) -> None:
 
 
 def plan(parser: Parser) -> None:
-    parser.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, 4090 or cpu; default: this machine")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="a GPU, such as h100, b200, a100-pcie, l40s or 4090, or cpu; default: this machine",
+    )
     parser.add_argument(
         "--count", type=int, metavar="N", help="GPUs or processes of a machine; default: training.processes"
     )

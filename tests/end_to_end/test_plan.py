@@ -57,7 +57,7 @@ def test_an_artificial_limit(capsys, recipe_file):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--gpu", "h1000"], "use one of h100, a100, l40s, 4090, cpu"),
+        (["--gpu", "h1000"], "use one of h100, h100-pcie, h100-nvl, h200, "),
         (["--gpu", "h100", "--count", "0"], "give --count 1 or more"),
         (["--gpu", "h100", "--count", "-3"], "give --count 1 or more"),
         (["--gpu", "h100", "--count", "24"], "--count 8 --nodes 3"),

@@ -1,9 +1,11 @@
 """What a machine can do: data sheets of GPUs, and measurements of the machine at hand."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -68,25 +70,40 @@ class Machine:
 
 
 def _gpu(
-    name: str, *, mib: int, tensor: float, fp32: float, bandwidth: float, link: float, network: float, host: float
+    name: str, mib: int, tensor: float, fp32: float, bandwidth: float, link: float, network: float, host: float
 ) -> Machine:
+    half = tensor * 1e12
     return Machine(
         name=name, kind="gpu", memory=mib * MIB * _GPU_SHARE_USABLE,
-        flops={"bf16": tensor, "fp16": tensor, "fp32": fp32}, utilisation=_GPU_UTILISATION, bandwidth=bandwidth,
-        link=link, network=network, host_link=host, host_bandwidth=_HOST_BANDWIDTH, per_node=8,
-        source="NVIDIA's data sheet",
+        flops={"bf16": half, "fp16": half, "fp32": fp32 * 1e12}, utilisation=_GPU_UTILISATION,
+        bandwidth=bandwidth * 1e9, link=link * 1e9, network=network * 1e9, host_link=host * 1e9,
+        host_bandwidth=_HOST_BANDWIDTH, per_node=8, source="the maker's data sheet",
     )  # fmt: skip
 
 
-# Dense rates and memory bandwidth come from NVIDIA's data sheets of H100 SXM, A100 80GB SXM, L40S and RTX 4090; the
-# memory is what nvidia-smi shows. Links are about 0.8 of NVLink's or PCIe's rate in one direction, which NCCL reaches.
-# The network is one 400 Gb/s (H100) or 200 Gb/s (A100) adapter for each GPU, as in a DGX, else 100 Gb/s for the node.
-GPUS = {
-    "h100": _gpu("h100", mib=81559, tensor=989e12, fp32=67e12, bandwidth=3.35e12, link=360e9, network=40e9, host=50e9),
-    "a100": _gpu("a100", mib=81920, tensor=312e12, fp32=19.5e12, bandwidth=2.0e12, link=240e9, network=20e9, host=25e9),
-    "l40s": _gpu("l40s", mib=46068, tensor=362e12, fp32=91.6e12, bandwidth=864e9, link=25e9, network=1.5e9, host=25e9),
-    "4090": _gpu("4090", mib=24564, tensor=165e12, fp32=82.6e12, bandwidth=1e12, link=12e9, network=1.5e9, host=25e9),
-}  # fmt: skip
+# Rates are dense (without sparsity), with fp32 accumulation; they and the memory bandwidth come from the data sheets.
+# The memory is what nvidia-smi or rocm-smi shows. Links are about 0.8 of the rate of NVLink, Infinity Fabric or PCIe in
+# one direction, which NCCL reaches. The network is one 400 Gb/s (H100 SXM and later) or 200 Gb/s (A100 SXM) adapter for
+# each GPU, as in a DGX, else 100 Gb/s for the node. Plain h100 and a100 are the SXM modules.
+_DATA_SHEETS = (
+    # name          MiB    TFLOP/s half, fp32; GB/s of memory, link, network, host
+    ("h100",       81559,    989,    67, 3350, 360,  40,  50),
+    ("h100-pcie",  81559,    756,    51, 2000,  50, 1.5,  50),
+    ("h100-nvl",   95830,    835,    60, 3900, 240, 1.5,  50),
+    ("h200",      143771,    989,    67, 4800, 360,  40,  50),
+    ("b200",      183359,   2250,    75, 7700, 720,  40,  50),
+    ("gb200",     189471,   2500,    80, 8000, 720,  40, 180),
+    ("b300",      275040,   2250,    75, 7700, 720,  80, 100),
+    ("a100",       81920,    312,  19.5, 2000, 240,  20,  25),
+    ("a100-pcie",  81920,    312,  19.5, 1900,  25, 1.5,  25),
+    ("mi300x",    196592,   1307, 163.4, 5300,  50,  40,  50),
+    ("l40s",       46068,    362,  91.6,  864,  25, 1.5,  25),
+    ("l4",         23034,    121,  30.3,  300,  12, 1.5,  25),
+    ("a10",        23028,    125,  31.2,  600,  12, 1.5,  25),
+    ("5090",       32607,  209.5, 104.8, 1790,  25, 1.5,  50),
+    ("4090",       24564,    165,  82.6, 1000,  12, 1.5,  25),
+)  # fmt: skip
+GPUS = {sheet[0]: _gpu(*sheet) for sheet in _DATA_SHEETS}
 
 
 def machine_named(name: str | None, processes: int, precision: str = "auto") -> Machine:
@@ -108,14 +125,21 @@ def machine_named(name: str | None, processes: int, precision: str = "auto") -> 
         if name.lower() not in GPUS:
             raise UserError(f"--gpu {name}", "the machine is unknown", f"use one of {', '.join([*GPUS, 'cpu'])}")
         return GPUS[name.lower()]
-    # 3. This machine's GPU: its own memory, and the speed of the data sheet that its name matches.
+    # 3. This machine's GPU: its own memory, and the speed of its data sheet, or a measured one.
     properties = torch.cuda.get_device_properties(0)
-    usable_bytes, count = properties.total_memory * _GPU_SHARE_USABLE, torch.cuda.device_count()
-    for gpu_name, machine in GPUS.items():
-        if gpu_name in properties.name.lower().replace(" ", ""):
-            return replace(machine, memory=usable_bytes, per_node=count)
-    source = "its speed is unknown, and the speed of an l40s is assumed"
-    return replace(GPUS["l40s"], name=properties.name, memory=usable_bytes, per_node=count, source=source)
+    found = gpu_of_device_name(properties.name) or measure_gpu(properties.name)
+    return replace(found, memory=properties.total_memory * _GPU_SHARE_USABLE, per_node=torch.cuda.device_count())
+
+
+def gpu_of_device_name(device: str) -> Machine | None:
+    """Return the GPU whose data sheet belongs to a device's name, such as "NVIDIA H100 80GB HBM3"; None: unknown.
+
+    The name consists of words and numbers: "A100-SXM4-80GB" is an a100 and no a10, and an A10G, which has another rate
+    than an A10, is unknown. Of several GPUs that match, the one with the most words is it: h100-pcie before h100.
+    """
+    words = set(re.split(r"[^a-z0-9]+", device.lower()))
+    matching = [name for name in GPUS if set(name.split("-")) <= words]
+    return GPUS[max(matching, key=lambda name: name.count("-"))] if matching else None
 
 
 def require_count(machine: Machine, count: int, nodes: int) -> None:
@@ -174,20 +198,55 @@ def measure_cpu(processes: int, precision: str) -> Machine:
     )  # fmt: skip
 
 
-def _measure_bandwidth() -> float:
-    """Return the bytes read and written per second by an addition in place; its 128 MiB are free again afterwards."""
-    values, addend = torch.zeros(1 << 24), torch.zeros(1 << 24)
-    return 3 * values.nbytes * _runs_per_second(lambda: values.add_(addend))
+def measure_gpu(name: str, device: str = "cuda", size: int = 8192) -> Machine:
+    """Measure the products and the memory of a GPU that no data sheet here describes, for about three seconds.
+
+    Its links cannot be measured from one process: those of PCIe 4.0 are assumed, as they are the slowest.
+
+    Args:
+        name: Name of the device.
+        device: Device to measure.
+        size: Rows and columns of the matrices.
+    """
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    rates = {}
+    for precision, type_name in _TORCH_NAMES.items():
+        left, right = torch.randn(2, size, size, device=device, dtype=torch.float32).to(getattr(torch, type_name))
+        rates[precision] = 2 * size**3 * _runs_per_second(partial(torch.mm, left, right), wait)
+    rates["fp16"] = rates["bf16"]
+    return Machine(
+        name=name, kind="gpu", memory=0, flops=rates, utilisation=_GPU_UTILISATION,
+        bandwidth=_measure_bandwidth(device, wait), link=12e9, network=1.5e9, host_link=12e9,
+        host_bandwidth=_HOST_BANDWIDTH, per_node=1,
+        source=f"{rates['bf16'] / 1e12:.3g} TFLOP/s measured in bf16; links of PCIe 4.0 are assumed",
+    )  # fmt: skip
 
 
-def _runs_per_second(work: Callable[[], object], seconds: float = 0.8) -> float:
-    """Return how many times per second `work` runs, by its shortest duration: other programs only make it longer."""
+def _measure_bandwidth(device: str = "cpu", wait: Callable[[], None] = lambda: None) -> float:
+    """Return the bytes read and written per second by an addition in place; its memory is free again afterwards."""
+    numbers = 1 << 24 if device == "cpu" else 1 << 28  # more than the caches hold
+    values, addend = torch.zeros(numbers, device=device), torch.zeros(numbers, device=device)
+    return 3 * values.nbytes * _runs_per_second(lambda: values.add_(addend), wait)
+
+
+def _runs_per_second(
+    work: Callable[[], object], wait: Callable[[], None] = lambda: None, seconds: float = 0.8
+) -> float:
+    """Return how many times per second `work` runs, by its shortest duration: other programs only make it longer.
+
+    Args:
+        work: What to run.
+        wait: Returns when the device has done it.
+        seconds: Duration of the measurement.
+    """
     work()
+    wait()
     durations: list[float] = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(durations) < 3:
         started = time.perf_counter()
         work()
+        wait()
         durations.append(time.perf_counter() - started)
     return 1 / min(durations)
 

@@ -191,7 +191,9 @@ KERNELS: tuple[Kernel, ...] = (flash_attn, torch_varlen, torch_varlen_repeated)
 @lru_cache(maxsize=8)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return the start of each conversation and the end of the row, (conversations + 1,); cached for all layers."""
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    # Pinned, so that the copy is put in the GPU's queue and the CPU does not wait for what the GPU still computes.
+    return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends.to(device)
 
 
 def select_kernel(shape: Shape, dropout: float) -> Kernel | None:

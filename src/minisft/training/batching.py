@@ -10,7 +10,7 @@ are distributed over the processes by length, and each process concatenates its 
 import bisect
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,15 +45,23 @@ class PackedRow:
     def __post_init__(self) -> None:
         assert self.input_ids.shape == self.position_ids.shape == (1, sum(self.lengths))
         assert self.predict_at.shape == self.targets.shape
-        assert IGNORED not in self.targets
+        # On a GPU the answer would have to be waited for; a row is made on the CPU, where it is checked.
+        assert self.targets.device.type != "cpu" or IGNORED not in self.targets
+
+    def pin_memory(self) -> "PackedRow":
+        """Return the row in memory from which a GPU copies while the CPU goes on."""
+        return replace(
+            self, input_ids=self.input_ids.pin_memory(), position_ids=self.position_ids.pin_memory(),
+            predict_at=self.predict_at.pin_memory(), targets=self.targets.pin_memory(),
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> "PackedRow":
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return PackedRow(
-            move(self.input_ids), move(self.position_ids), self.lengths, move(self.predict_at),
-            move(self.targets), self.indexes,
+        return replace(
+            self, input_ids=move(self.input_ids), position_ids=move(self.position_ids),
+            predict_at=move(self.predict_at), targets=move(self.targets),
         )  # fmt: skip
 
 
@@ -73,6 +81,10 @@ class StepBatch:
     rows: tuple[PackedRow, ...]
     step_tokens: int
     step_supervised: int
+
+    def pin_memory(self) -> "StepBatch":
+        """Return the batch with pinned rows; torch's DataLoader calls this."""
+        return replace(self, rows=tuple(row.pin_memory() for row in self.rows))
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,14 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def local_gpu(local_rank: str, visible: int) -> str:
+    """Return the number of this process's GPU among those that it can see; accelerate and DeepSpeed read LOCAL_RANK.
+
+    A process that sees one GPU alone, as with SLURM's --gpus-per-task=1, finds it as number 0, whatever its rank.
+    """
+    return "0" if visible == 1 else local_rank
+
+
 def join_launch(strategy: str, first_does: Callable[[], None]) -> None:
     """Wait for the other processes of a launch; the first calls `first_does` before all of them continue.
 
@@ -171,7 +179,8 @@ def join_launch(strategy: str, first_does: Callable[[], None]) -> None:
     import torch
 
     if not on_cpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        os.environ["LOCAL_RANK"] = local = local_gpu(os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count())
+        torch.cuda.set_device(int(local))
     if strategy in ZERO_STAGES:
         start_communication(on_cpu(), _GRACE_SECONDS)
     else:

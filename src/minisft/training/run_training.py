@@ -51,6 +51,7 @@ from minisft.training.optimization import (
 )
 from minisft.training.step_metrics import start_counting
 from minisft.training.zero import (
+    COLLECTIVE_TIMEOUT,
     ZERO_STAGES,
     deepspeed_config,
     require_deepspeed,
@@ -296,6 +297,8 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         use_cpu=on_cpu(),
         ddp_backend=("gloo" if on_cpu() else "nccl") if is_joined() else None,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # buffers are constants here, such as the frequencies of rotary embeddings
+        ddp_timeout=int(COLLECTIVE_TIMEOUT.total_seconds()),
         remove_unused_columns=False,
         disable_tqdm=True,
         deepspeed=deepspeed_config(

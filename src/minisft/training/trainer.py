@@ -94,7 +94,7 @@ class SupervisedTokenTrainer(Trainer):
         self.stop = StopRequest()
         self.stops_here = False
         self.ended_early = False
-        self._step_loss = torch.zeros((), device=self.args.device)
+        self._mean_loss = math.nan
         self.remove_callback(PrinterCallback)
         self.add_callback(RestoreSampler(sampler))
         self.add_callback(HeldOutLoss(self, eval_every, early_stopping))
@@ -192,7 +192,12 @@ class SupervisedTokenTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
         """Return a loader of one `StepBatch` per optimizer step; accelerate must not shard it a second time."""
-        return DataLoader(RowDataset(self.train_dataset), batch_sampler=self.sampler, collate_fn=collate)
+        return DataLoader(
+            RowDataset(self.train_dataset),
+            batch_sampler=self.sampler,
+            collate_fn=collate,
+            pin_memory=self.args.device.type == "cuda",
+        )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
         """Return the batches unchanged: each has its own count of supervised tokens."""
@@ -237,7 +242,6 @@ class SupervisedTokenTrainer(Trainer):
                         self._synchronise_step(total, batch)
                     self.accelerator.backward(loss, **options)
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
-        self._step_loss = total
         return total
 
     def loss_scale(self) -> float:
@@ -256,14 +260,14 @@ class SupervisedTokenTrainer(Trainer):
         """
         asked = share.new_tensor(float(self.stop.asked()))
         everyone = self.accelerator.gather(torch.stack([share, asked])[None].float())  # (processes, 2)
-        self.stops_here = bool(everyone[:, 1].any())
-        loss = float(everyone[:, 0].mean())
-        if math.isfinite(loss):
+        mean_loss, stops = everyone.mean(0).tolist()  # one copy, for which the CPU waits once a step
+        self.stops_here, self._mean_loss = stops > 0, mean_loss
+        if math.isfinite(mean_loss):
             return
         rows = self.describe_rows(tuple(index for row in batch.rows for index in row.indexes))
         raise UserError(
             f"step {self.state.global_step + 1}",
-            f"the loss is {loss}; rows of the step: {rows}; {checkpoints_left(Path(str(self.args.output_dir)))}",
+            f"the loss is {mean_loss}; rows of the step: {rows}; {checkpoints_left(Path(str(self.args.output_dir)))}",
             f"look at those rows, or lower training.learning_rate or use precision fp32 or bf16; {_NEW_RUN}",
         )
 
@@ -298,16 +302,17 @@ class SupervisedTokenTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the fields of `metrics.jsonl` to the log of a step; the loss is that of the step alone."""
         if "loss" in logs:
-            logs["loss"] = self._over_processes(self._step_loss, "mean")
-            memory = torch.tensor(peak_memory_mb(), device=self.args.device)
-            logs.update(self._step.as_logs(), peak_memory_mb=self._over_processes(memory, "max"))
+            logs["loss"] = self._mean_loss
+            logs.update(self._step.as_logs(), peak_memory_mb=self._largest(peak_memory_mb()))
             if self.sources is not None:
                 logs.update(self.sources.log(self.accelerator.gather))
         super().log(logs, start_time)
 
-    def _over_processes(self, value: torch.Tensor, how: str) -> float:
-        gathered = self.accelerator.gather(value.reshape(1).float())
-        return float(gathered.max() if how == "max" else gathered.mean())
+    def _largest(self, value: float) -> float:
+        """Return the largest value of all processes."""
+        if self.args.world_size == 1:
+            return value
+        return float(self.accelerator.gather(torch.tensor([value], device=self.args.device)).max())
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.args.device.type == "cpu" and not (self.is_deepspeed_enabled or self.args.fp16):

@@ -33,14 +33,18 @@ from minisft.processes import exit_with_parent, handle_stop_signals
 
 _SAYS_BUILT = "built successfully"  # DeepSpeed prints that of an op that it loads
 
+# How long a process waits for the others in a collective. torch's 30 minutes end a run whose first process writes a
+# large checkpoint to a slow file system while the others wait.
+COLLECTIVE_TIMEOUT = timedelta(hours=3)
+
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names in the state of AdamW
 
 _STAGE_OPTIONS: dict[int, dict[str, Any]] = {
     1: {"stage": 1},
-    2: {"stage": 2, "contiguous_gradients": True, "overlap_comm": False},
-    3: {"stage": 3, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True},
+    2: {"stage": 2, "contiguous_gradients": True},
+    3: {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
 }
 
 
@@ -60,8 +64,10 @@ def deepspeed_config(
     if strategy not in ZERO_STAGES:
         return None
     to_host = {name: {"device": "cpu", "pin_memory": not on_cpu} for name in _OFFLOADED[offload]}
+    # On a GPU, gradients are reduced on a stream of their own while the backward goes on; a CPU has no streams.
+    overlap = {} if strategy == "zero1" else {"overlap_comm": not on_cpu}
     return {
-        "zero_optimization": _STAGE_OPTIONS[ZERO_STAGES[strategy]] | to_host,
+        "zero_optimization": _STAGE_OPTIONS[ZERO_STAGES[strategy]] | overlap | to_host,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
         "gradient_clipping": max_grad_norm,
@@ -114,7 +120,7 @@ def _load_shared_memory_op() -> None:
 
 def start_communication(
     on_cpu: bool,
-    timeout: timedelta = timedelta(minutes=30),
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
     load_op: Callable[[], object] = _load_shared_memory_op,
 ) -> None:
     """Initialise DeepSpeed's communication.

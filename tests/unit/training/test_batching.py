@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisft.training.batching import (
     IGNORED,
+    PackedRow,
     RowDataset,
     Sizes,
     StepSampler,
@@ -115,3 +118,10 @@ def test_packs_hold_every_conversation_once_and_steps_count_packs(lengths, epoch
     assert sorted(np.concatenate(epochs[0]).tolist()) == list(range(len(lengths)))
     packs = len(fill_bins(lengths.tolist(), 300))
     assert len(epochs[0]) == -(-packs // global_batch)
+
+
+def test_a_row_on_a_gpu_is_not_read_back():
+    """A GPU computes behind the CPU; tensors without numbers raise where the CPU would have to wait for them."""
+    with FakeTensorMode():
+        row = torch.empty((1, 4), dtype=torch.int64, device="cuda")
+        assert PackedRow(row, row, (4,), row[0, :2], row[0, :2], (0,)).targets.device.type == "cuda"

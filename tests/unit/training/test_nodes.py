@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from minisft.errors import UserError
+from minisft.training.distributed import local_gpu
 from minisft.training.nodes import Nodes, local_processes, parse_nodes, use_network_interface
 
 
@@ -59,3 +60,9 @@ def test_the_interface_that_leads_to_the_first_machine_is_used(monkeypatch):
 def test_a_host_without_an_address_is_named():
     with pytest.raises(UserError, match=r"nowhere.invalid cannot be reached"):
         use_network_interface(Nodes(2, 1, "nowhere.invalid", 29500))
+
+
+@pytest.mark.parametrize(("local_rank", "visible", "gpu"), [("3", 8, "3"), ("3", 1, "0"), ("0", 1, "0")])
+def test_a_process_that_sees_one_gpu_takes_it(local_rank, visible, gpu):
+    """As with `srun --gpus-per-task=1`, where each process finds its own GPU as number 0."""
+    assert local_gpu(local_rank, visible) == gpu

@@ -45,6 +45,12 @@ def test_parameters_go_with_the_optimizer_and_a_cpu_pins_nothing():
     assert found["offload_optimizer"] == found["offload_param"] == {"device": "cpu", "pin_memory": False}
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_are_reduced_beside_the_backward_on_a_gpu_alone(stage):
+    assert zero_config(f"zero{stage}", None)["overlap_comm"] is True
+    assert zero_config(f"zero{stage}", None, on_cpu=True)["overlap_comm"] is False
+
+
 @pytest.fixture
 def extensions(tmp_path, monkeypatch) -> Path:
     """The folder of compiled operations, with DeepSpeed's communication built in it."""
