@@ -42,8 +42,11 @@ class SourceLosses:
         if not row.indexes:  # a row without conversations
             return
         conversation = np.searchsorted(np.cumsum(row.lengths), row.predict_at.numpy(), side="right")
-        source = self.of_row[np.asarray(row.indexes)][conversation]
-        self._sums.index_add_(0, torch.from_numpy(source).to(self._sums.device), losses.detach().double())
+        source, device = self.of_row[np.asarray(row.indexes)][conversation], self._sums.device
+        numbers = torch.from_numpy(source)
+        if device.type == "cuda":  # from pinned memory, so that the CPU does not wait for what the GPU still computes
+            numbers = numbers.pin_memory()
+        self._sums.index_add_(0, numbers.to(device, non_blocking=True), losses.detach().double())
         self._tokens += np.bincount(source, minlength=len(self.names))
 
     def log(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
