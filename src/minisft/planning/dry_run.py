@@ -181,10 +181,10 @@ def dry_run(recipe: Recipe, job: Job, strategy: str) -> DryRun:
 
 
 def _write_run(run: RunFolder, recipe: Recipe, job: Job, strategy: str) -> None:
-    changes: dict[str, Any] = dict(
-        strategy=strategy, processes=job.processes, max_steps=STEPS, save_every=10**9, log_every=1,
-        report_to=[], eval_every=None, early_stopping=None, scheduler="linear", scheduler_args={},
-    )  # fmt: skip
+    changes: dict[str, Any] = {
+        "strategy": strategy, "processes": job.processes, "max_steps": STEPS, "save_every": 10**9, "log_every": 1,
+        "report_to": [], "eval_every": None, "early_stopping": None, "scheduler": "linear", "scheduler_args": {},
+    }  # fmt: skip
     training = replace(recipe.training, **changes)
     write_resolved_recipe(run, replace(recipe, output=str(run.root), training=training))
     rows = _rows_of_step(recipe, job)

@@ -90,7 +90,8 @@ class StepTrace(TorchDispatchMode):
         if self._copies_and_waits(func, args, kwargs, tensors):
             self._waited(func)
         with self.fake:
-            args, kwargs = tree_map_only(torch.Tensor, _without_values, (args, kwargs))
+            if not all(isinstance(one, FakeTensor) for one in tensors):
+                args, kwargs = tree_map_only(torch.Tensor, _without_values, (args, kwargs))
             result = func(*args, **kwargs)
         for one in tree_leaves(result):
             if isinstance(one, FakeTensor):
