@@ -169,7 +169,7 @@ def dry_run(recipe: Recipe, job: Job, strategy: str) -> DryRun:
         task = {
             "library": None if library is None else str(library), "gpu": job.machine.name,
             "total_memory": total_memory(job.machine), "capability": list(job.machine.capability),
-            "processes": job.processes, "trust_remote_code": bool(trust_arguments(recipe)),
+            "processes": job.processes, "strategy": strategy, "trust_remote_code": bool(trust_arguments(recipe)),
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(task), encoding="utf-8")
         # 2. The steps of two ranks, or of the only one.

@@ -27,7 +27,7 @@ def main() -> None:
     # 1. The device, before torch is imported; then the answers of its driver, and the other processes.
     fake_gpu.load_device(None if job["library"] is None else Path(job["library"]))
     fake_gpu.answer_for_driver(job["gpu"], job["total_memory"], tuple(job["capability"]))
-    if job["processes"] > 1:
+    if job["processes"] > 1 or job["strategy"] != "vanilla":
         _join(rank, job["processes"])
     # 2. The steps.
     result = _observe(folder / "run", job)
