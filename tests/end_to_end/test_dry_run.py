@@ -138,3 +138,41 @@ def test_without_a_compiler_the_message_says_what_to_install(capsys, recipe_file
     said = refused(capsys, *words)
     assert "no C++ compiler" in said
     assert "apt install g++" in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("fault", "kind", "processes"), [
+    ("item", "wait", 1), ("fp32", "attention", 1), ("buffer", "memory", 1), ("rank", "collective", 2),
+])  # fmt: skip
+def test_each_fault_alone_is_the_only_one(capsys, planted, fault, kind, processes):
+    faults, _ = faults_of(capsys, planted(fault, processes=processes))
+    assert set(faults) == {kind}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_included_recipes_pass(capsys, tmp_path, tiny_model, conversations, recipe, lora):
+    """With a tiny model and other data, since theirs are on the hub."""
+    words = ("plan", recipe, f"model={tiny_model}", f"output={tmp_path / 'run'}", f"data.source={conversations}",
+             "data.format=sharegpt", "data.template=mistral", "training.strategy=vanilla",
+             *(["training.lora.rank=4"] if lora else []), "--gpu", "h100", "--count", 2, "--dry-run", "--json")  # fmt: skip
+    status, out, err = run(capsys, *words)
+    assert status == 0, err
+    found = json.loads(out)["dry_run"]
+    assert found["dry_run"] == "passed"
+    assert not any(wait["in_rows"] for wait in found["waits"])
+    assert found["attention"].keys() == {"torch_varlen bfloat16"}
+    assert any(operation.startswith("allreduce_") for operation in found["collectives"])
+
+
+@pytest.mark.long
+def test_zero_that_cannot_run_names_deepspeeds_call(capsys, recipe_file):
+    words = ("plan", recipe_file, "training.strategy=zero3", "training.precision=bf16", "--gpu", "h100", "--count", 8,
+             "--dry-run", "--json")  # fmt: skip
+    status, out, err = run(capsys, *words)
+    assert status == 0, err
+    planned = json.loads(out)
+    assert len(planned["strategies"]) == 7
+    if planned["dry_run"]["dry_run"] == "not possible":
+        assert "deepspeed/" in planned["dry_run"]["reason"]
