@@ -181,14 +181,20 @@ def dry_run(recipe: Recipe, job: Job, strategy: str) -> DryRun:
 
 
 def _write_run(run: RunFolder, recipe: Recipe, job: Job, strategy: str) -> None:
+    import datasets
+
     changes: dict[str, Any] = {
         "strategy": strategy, "processes": job.processes, "max_steps": STEPS, "save_every": 10**9, "log_every": 1,
         "report_to": [], "eval_every": None, "early_stopping": None, "scheduler": "linear", "scheduler_args": {},
     }  # fmt: skip
     training = replace(recipe.training, **changes)
     write_resolved_recipe(run, replace(recipe, output=str(run.root), training=training))
-    rows = _rows_of_step(recipe, job)
-    rows.save_to_disk(str(run.dataset / "train"))
+    datasets.disable_progress_bars()
+    try:
+        rows = _rows_of_step(recipe, job)
+        rows.save_to_disk(str(run.dataset / "train"))
+    finally:
+        datasets.enable_progress_bars()
     (run.dataset / "test").mkdir()
     ledger = {
         "made_from": "a dry run", "rows": {"train": len(rows), "test": 0}, "source_names": {"train": ["dry run"]},

@@ -93,7 +93,7 @@ def _observe(root: Path, job: dict[str, Any]) -> dict[str, Any]:
             take_steps(trainer, RunFolder(root))
     except Exception as raised:  # whatever a step may raise on a GPU
         traceback.print_exc()
-        error = _describe(raised, in_steps=bool(rows))
+        error = _describe(raised, in_steps=bool(rows), zero=job["strategy"] != "vanilla")
     return {
         "error": error,
         "rows": rows,
@@ -105,7 +105,7 @@ def _observe(root: Path, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe(error: Exception, in_steps: bool) -> dict[str, str]:
+def _describe(error: Exception, in_steps: bool, zero: bool) -> dict[str, str]:
     """Return kind, place and message of an error; the kind `not possible` says nothing about the step on a GPU."""
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
@@ -118,6 +118,8 @@ def _describe(error: Exception, in_steps: bool) -> dict[str, str]:
     from minisft.text import first_line
 
     where, said = place_of(error.__traceback__), f"{type(error).__name__}: {first_line(error)}"
+    if error.__cause__ is not None:
+        said += f" ({first_line(error.__cause__)})"
     if deepspeed := place_within("deepspeed", error.__traceback__):
         return {"kind": "not possible", "where": where, "problem": f"DeepSpeed cannot do it: {deepspeed}: {said}"}
     if isinstance(error, UnsupportedOperatorException):
@@ -130,6 +132,10 @@ def _describe(error: Exception, in_steps: bool) -> dict[str, str]:
         return {"kind": "wait", "where": where, "problem": problem}
     if "different devices" in str(error) or "on the same device" in str(error):
         return {"kind": "device", "where": where, "problem": f"a tensor of the CPU meets one of the GPU ({said})"}
+    if zero:
+        return {"kind": "not possible", "where": where, "problem": f"{where}: {said}"}
+    if "NVIDIA driver" in said or "CUDA driver" in said or "CUDA error" in said:  # code in C++ that asks it directly
+        return {"kind": "not possible", "where": where, "problem": f"torch asks the driver of a GPU: {where}: {said}"}
     return {"kind": "error", "where": where, "problem": said}
 
 
