@@ -101,6 +101,7 @@ def _observe(root: Path, job: dict[str, Any]) -> dict[str, Any]:
         "waits": [[*key, count] for key, count in trace.waits.items()],
         "collectives": [list(step) for step in trace.collectives],
         "places": trace.places,
+        "kept_bytes": trace.kept,
         "peak_bytes": trace.peak,
     }
 
@@ -198,6 +199,8 @@ def _mark_phases(trainer: Any, trace: Any, rows: list[list[tuple[int, int]]]) ->
 
     class EndOfStep(TrainerCallback):
         def on_log(self, *words: Any, **options: Any) -> None:
+            if trace.phase != "start":
+                trace.kept = trace.allocated
             trace.phase = "start"
 
     trainer.add_callback(EndOfStep())

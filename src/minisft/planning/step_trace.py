@@ -48,6 +48,7 @@ class StepTrace(TorchDispatchMode):
         collectives: The collective operations of each step, in order, with shapes and number formats.
         places: File and line of each of them.
         allocated: Bytes of the GPU that are allocated now.
+        kept: The same at the end of the step whose waits are counted.
         peak: Largest number of these bytes at any moment.
     """
 
@@ -56,6 +57,7 @@ class StepTrace(TorchDispatchMode):
     collectives: list[list[str]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     allocated: int = 0
+    kept: int = 0
     peak: int = 0
 
     def __post_init__(self) -> None:
