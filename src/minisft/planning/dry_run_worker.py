@@ -83,7 +83,7 @@ def _observe(root: Path, job: dict[str, Any]) -> dict[str, Any]:
     rows: list[list[tuple[int, int]]] = []
     error = None
     _name_kernels(kernels)
-    _let_parameters_move(trace.fake)
+    _let_parameters_move()
     try:
         with trace:
             trainer: Any = make_trainer(recipe, RunFolder(root), build=partial(_build, trace))
@@ -149,18 +149,18 @@ def _build(trace: Any, folder: Path, *, dtype: Any, attention: str, trust_remote
         return build_on_meta_device(config, trust_remote_code, attn_implementation=attention, dtype=dtype)
 
 
-def _let_parameters_move(fake: Any) -> None:
+def _let_parameters_move() -> None:
     """Let `Module.to` swap a fake parameter with its copy on the GPU.
 
     Torch refuses that where a weak reference exists, and the mode remembers by such references what it made.
     """
     import torch
 
-    swap, memory = torch.utils.swap_tensors, fake.fake_tensor_converter.meta_converter.tensor_memo
+    swap = torch.utils.swap_tensors
 
     def swap_tensors(one: Any, other: Any) -> None:
-        memory.clear()
-        swap(one, other)
+        with mock.patch("weakref.getweakrefs", return_value=[]):
+            swap(one, other)
 
     torch.utils.swap_tensors = swap_tensors
 
