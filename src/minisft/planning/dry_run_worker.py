@@ -206,7 +206,17 @@ def _mark_phases(trainer: Any, trace: Any, rows: list[list[tuple[int, int]]]) ->
     trainer.add_callback(EndOfStep())
     step, synchronise = trainer.training_step, trainer._synchronise_step
 
+    def outside_rows(work: Any, *words: Any, **options: Any) -> Any:
+        before = trace.phase
+        trace.phase = "step" if before == "rows" else before
+        try:
+            return work(*words, **options)
+        finally:
+            trace.phase = before
+
     def training_step(model: Any, batch: Any, *more: Any) -> Any:
+        if trainer.is_deepspeed_enabled and not rows:  # DeepSpeed steps inside the last backward
+            trainer.model_wrapped.step = partial(outside_rows, trainer.model_wrapped.step)
         trace.collectives.append([])
         last = len(rows) == trainer.args.max_steps - 1
         trace.phase = "rows" if last else "start"
@@ -216,13 +226,7 @@ def _mark_phases(trainer: Any, trace: Any, rows: list[list[tuple[int, int]]]) ->
         finally:
             trace.phase = "step" if last else "start"
 
-    def synchronise_step(*words: Any) -> None:
-        before = trace.phase
-        trace.phase = "step" if before == "rows" else before
-        synchronise(*words)
-        trace.phase = before
-
-    trainer.training_step, trainer._synchronise_step = training_step, synchronise_step
+    trainer.training_step, trainer._synchronise_step = training_step, partial(outside_rows, synchronise)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,24 @@ def answer_for_driver(name: str, total_memory: int, capability: tuple[int, int])
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "device": lambda device: contextlib.nullcontext(),
+        # Everything is done at once, so streams and events have nothing to wait for.
+        "Stream": _Idle,
+        "Event": _Idle,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": _Idle,
+        "default_stream": _Idle,
     }
     for function, answer in answers.items():
         setattr(torch.cuda, function, answer)
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *words: None  # type: ignore[assignment]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment, method-assign]
+
+
+class _Idle:
+    """A stream or an event of a GPU that has nothing to do."""
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *words, **options: None
