@@ -167,12 +167,17 @@ def test_included_recipes_pass(capsys, tmp_path, tiny_model, conversations, reci
 
 
 @pytest.mark.long
-def test_zero_that_cannot_run_names_deepspeeds_call(capsys, recipe_file):
-    words = ("plan", recipe_file, "training.strategy=zero3", "training.precision=bf16", "--gpu", "h100", "--count", 8,
-             "--dry-run", "--json")  # fmt: skip
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_zero_passes_or_names_deepspeeds_call(capsys, recipe_file, strategy):
+    words = ("plan", recipe_file, f"training.strategy={strategy}", "training.precision=bf16", "--gpu", "h100",
+             "--count", 8, "--dry-run", "--json")  # fmt: skip
     status, out, err = run(capsys, *words)
     assert status == 0, err
     planned = json.loads(out)
     assert len(planned["strategies"]) == 7
-    if planned["dry_run"]["dry_run"] == "not possible":
-        assert "deepspeed/" in planned["dry_run"]["reason"]
+    found = planned["dry_run"]
+    if found["dry_run"] == "not possible":
+        assert "deepspeed/" in found["reason"]
+        return
+    assert found["dry_run"] == "passed"
+    assert any(operation.startswith("_allgather_base_(bfloat16") for operation in found["collectives"])
