@@ -213,8 +213,8 @@ def _communication_buffers(cost: ModelCost, setting: Setting) -> float:
 
     DDP's buckets hold every gradient a second time; DeepSpeed has a single bucket, of which a CPU allocates only the
     part that is filled, and ZeRO-2 a second one on a GPU, where it fills one while it reduces the other
-    (stage_1_and_2.py, `setup_buckets`, with `overlap_comm`). DDP starts with a broadcast of all weights, 250 MiB at a time, and allocates the buckets
-    afterwards, in the same memory.
+    (stage_1_and_2.py, `setup_buckets`, with `overlap_comm`). DDP starts with a broadcast of all weights, 250 MiB at a
+    time, and allocates the buckets afterwards, in the same memory.
     """
     if setting.strategy == "vanilla":
         broadcast = min(4.0 * cost.parameters, _BROADCAST_BYTES) if _keeps_freed(setting) else 0.0
