@@ -483,6 +483,7 @@ def plan(
     gpu: str | None = None,
     count: int | None = None,
     nodes: int = 1,
+    dry_run: bool = False,
     as_json: bool = False,
     trust_remote_code: bool = False,
 ) -> "Plan":
@@ -498,6 +499,7 @@ def plan(
         gpu: A name of `minisft.planning.machines.GPUS`, such as "h100", or "cpu"; None: this machine.
         count: Number of GPUs or processes of a node; None: the recipe's `training.processes`.
         nodes: Number of machines.
+        dry_run: Execute steps of the trainer on the GPUs, which need not be there; the result is in `Plan.dry_run`.
         as_json: Print everything as JSON in place of tables.
         trust_remote_code: Run code that comes with the model.
 
@@ -511,7 +513,7 @@ def plan(
         from minisft.planning.plan_table import plan_as_json, show_plan
         from minisft.planning.planner import PlanOptions, plan_for
 
-        made = plan_for(found, PlanOptions(gpu, count, nodes))
+        made = plan_for(found, PlanOptions(gpu, count, nodes, dry_run))
     if as_json:
         print(dump_json(plan_as_json(made), indent=1))
     else:

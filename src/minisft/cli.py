@@ -112,7 +112,12 @@ def check(arguments: Arguments) -> None:
 def plan(arguments: Arguments) -> None:
     from minisft import api
 
-    api.plan(_load(arguments), gpu=arguments.gpu, count=arguments.count, nodes=arguments.nodes, as_json=arguments.json)
+    made = api.plan(
+        _load(arguments), gpu=arguments.gpu, count=arguments.count, nodes=arguments.nodes, dry_run=arguments.dry_run,
+        as_json=arguments.json,
+    )  # fmt: skip
+    if made.dry_run is not None and (faults := made.dry_run.faults):
+        raise UserError(faults[0].where, f"{faults[0].problem} ({len(faults)} fault(s) in the dry run)", faults[0].fix)
 
 
 def train(arguments: Arguments) -> None:

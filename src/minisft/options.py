@@ -134,6 +134,11 @@ def plan(parser: Parser) -> None:
         "--count", type=int, metavar="N", help="GPUs or processes of a machine; default: training.processes"
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="M", help="number of machines (default 1)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="execute steps of the trainer on those GPUs, which need not be there, and show what goes wrong",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
 
 

@@ -68,6 +68,22 @@ class Machine:
     source: str
     measured: bool = False
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability of a GPU by NVIDIA's name for it; that of an A100 where it is not known here."""
+        return _CAPABILITIES.get(self.name.split("-")[0], (8, 0))
+
+
+_CAPABILITIES = {
+    "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "gb200": (10, 0), "b300": (10, 3), "l40s": (8, 9), "l4": (8, 9),
+    "a10": (8, 6), "5090": (12, 0), "4090": (8, 9),
+}  # fmt: skip
+
+
+def total_memory(machine: Machine) -> int:
+    """Return the bytes of a GPU's memory, with those that training cannot use."""
+    return round(machine.memory / _GPU_SHARE_USABLE)
+
 
 def _gpu(
     name: str, mib: int, tensor: float, fp32: float, bandwidth: float, link: float, network: float, host: float

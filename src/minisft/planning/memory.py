@@ -212,11 +212,13 @@ def _communication_buffers(cost: ModelCost, setting: Setting) -> float:
     """Return the bytes of the communication buffers.
 
     DDP's buckets hold every gradient a second time; DeepSpeed has a single bucket, of which a CPU allocates only the
-    part that is filled. DDP starts with a broadcast of all weights, 250 MiB at a time, and allocates the buckets
-    afterwards, in the same memory.
+    part that is filled, and ZeRO-2 a second one on a GPU, where it fills one while it reduces the other
+    (stage_1_and_2.py, `setup_buckets`, with `overlap_comm`). DDP starts with a broadcast of all weights, 250 MiB at a
+    time, and allocates the buckets afterwards, in the same memory.
     """
     if setting.strategy == "vanilla":
         broadcast = min(4.0 * cost.parameters, _BROADCAST_BYTES) if _keeps_freed(setting) else 0.0
         return max(4.0 * cost.trainable, broadcast) if setting.processes > 1 else 0.0
-    elements = min(BUCKET, cost.trainable) if setting.on_cpu else BUCKET
+    buckets = 2 if setting.strategy == "zero2" else 1
+    elements = min(BUCKET, cost.trainable) if setting.on_cpu else buckets * BUCKET
     return elements * (2 if setting.half else 4)

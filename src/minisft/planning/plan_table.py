@@ -52,6 +52,9 @@ def show_plan(plan: Plan) -> None:
         say("offload: with training.offload=optimizer; it is chosen only where the recipe sets it.")
     if not all(row.fits for row in plan.grid):
         say("* does not fit.")
+    # 4. The dry run.
+    for line in plan.dry_run.lines() if plan.dry_run else ():
+        say(line)
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -73,6 +76,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "strategies": [row.as_json() for row in plan.rows],
         "grid": [row.as_json() for row in plan.grid],
+        **({"dry_run": plan.dry_run.as_json()} if plan.dry_run else {}),
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from minisft.data.preparation import prepare
 from minisft.errors import UserError
 from minisft.models import resolve_model
+from minisft.planning.dry_run import DryRun, dry_run, require_gpu
 from minisft.planning.machines import (
     Machine,
     cpu_precision,
@@ -47,6 +48,7 @@ class Plan:
         suggestions: Changes that would fit, where nothing fits.
         largest_row: Tokens of the longest row that fits under the chosen strategy, else under ZeRO-3; 0 for none.
         notes: Assumptions and conditions of the plan that the user should know.
+        dry_run: What steps on GPUs that are not there showed; None where none were asked for.
     """
 
     recipe: Recipe
@@ -58,6 +60,7 @@ class Plan:
     suggestions: tuple[str, ...]
     largest_row: int
     notes: tuple[str, ...]
+    dry_run: DryRun | None = None
 
 
 def predict_run(recipe: Recipe) -> Prediction:
@@ -332,22 +335,27 @@ class PlanOptions:
         gpu: Name of the machine; None means this machine.
         count: Processes of a node; None means the recipe's.
         nodes: Number of nodes.
+        dry_run: Whether to execute steps on GPUs that are not there.
     """
 
     gpu: str | None
     count: int | None
     nodes: int
+    dry_run: bool = False
 
 
 def plan_for(recipe: Recipe, options: PlanOptions) -> Plan:
     """Plan a recipe for a machine.
 
     Raises:
-        UserError: The machine is unknown, the count impossible, or the model's configuration cannot be used.
+        UserError: The machine is unknown, the count impossible, the model's configuration cannot be used, or a dry run
+            is asked for that this machine cannot do.
     """
     count = recipe.training.processes if options.count is None else options.count
     machine = limited(machine_named(options.gpu, max(count, 1), recipe.training.precision), recipe)
     require_count(machine, count, options.nodes)
+    if options.dry_run:
+        require_gpu(machine)
     config_of(recipe)  # so that a broken configuration is reported before the data is prepared
     sizes, notes = _read_or_prepare_sizes(recipe)
     if machine.kind == "cpu" and (load := load_of_machine()) > machine.per_node / 2:
@@ -355,7 +363,13 @@ def plan_for(recipe: Recipe, options: PlanOptions) -> Plan:
             f"other programs are running (load {load:.1f} on {machine.per_node} cores): an idle machine is faster",
         )
     job = job_of(recipe, machine, sizes=sizes, count=count, nodes=options.nodes)
-    return make_plan(recipe, job, notes)
+    plan = make_plan(recipe, job, notes)
+    if not options.dry_run:
+        return plan
+    strategy: str = recipe.training.strategy
+    if strategy == "auto":
+        strategy = plan.chosen.setting.strategy if plan.chosen else "vanilla"
+    return replace(plan, dry_run=dry_run(recipe, job, strategy))
 
 
 def limited(machine: Machine, recipe: Recipe) -> Machine:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,10 +226,18 @@ def run_steps(
     return trainer
 
 
-def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None) -> "SupervisedTokenTrainer":
+def make_trainer(
+    recipe: Recipe, run: RunFolder, resume_from: Path | None = None, build: Callable[..., Any] | None = None
+) -> "SupervisedTokenTrainer":
     """Load the model and make the trainer for the data of a run folder.
 
     1. communication  2. arguments  3. model and tokenizer  4. trainer
+
+    Args:
+        recipe: The recipe.
+        run: The run folder, with prepared data.
+        resume_from: The checkpoint from which training will go on.
+        build: Makes the model from its folder, with the arguments of `load_model`, and needs no weights; None loads it.
     """
     import torch
 
@@ -240,10 +248,10 @@ def make_trainer(recipe: Recipe, run: RunFolder, resume_from: Path | None = None
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
         start_communication(on_cpu())
     arguments = _arguments(recipe, run)
-    resolved = resolve_model(recipe.model, recipe.trust_remote_code)
+    resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=build is None)
     tokenizer = load_tokenizer(resolved.folder, recipe.trust_remote_code)
     encoder = Encoder(tokenizer, recipe.data.template, recipe.data.template_options)
-    model = _load_for_training(recipe, resolved, arguments.device)
+    model = _load_for_training(recipe, resolved, arguments.device, build or load_model)
     tokenizer.chat_template = encoder.chat_template
     return _trainer(recipe, run, model, encoder, arguments, _start_step(resume_from), resolved.folder)
 
@@ -352,7 +360,7 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
     return arguments
 
 
-def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> Any:
+def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any, load: Callable[..., Any]) -> Any:
     """Load fp32 weights: half precision is for arithmetic, and the weights that are updated stay in fp32."""
     import torch
     from transformers import set_seed
@@ -366,7 +374,7 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any) -> 
     dtype, options = torch.float32, {}
     if lora is not None:
         dtype, options = frozen_dtype(precision), quantised_loading(lora, precision, device)
-    model = load_model(
+    model = load(
         resolved.folder,
         dtype=dtype,
         attention=attention.PADDING_FREE,

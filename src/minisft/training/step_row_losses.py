@@ -56,8 +56,10 @@ class RowLossBuffer:
             return
         sums = self._steps[-1][2]
         conversation = np.searchsorted(np.cumsum(row.lengths), row.predict_at.numpy(), side="right")
-        places = np.asarray([self._places[index] for index in row.indexes])[conversation]
-        sums.index_add_(0, torch.from_numpy(places).to(sums.device), losses.detach().double())
+        places = torch.from_numpy(np.asarray([self._places[index] for index in row.indexes])[conversation])
+        if sums.device.type == "cuda":  # from pinned memory, so that the CPU does not wait for what the GPU computes
+            places = places.pin_memory()
+        sums.index_add_(0, places.to(sums.device, non_blocking=True), losses.detach().double())
 
     @property
     def is_full(self) -> bool:
@@ -73,7 +75,7 @@ class RowLossBuffer:
         if not steps:
             return []
         own = torch.cat([sums for _, _, sums in steps])
-        sums = gather(own[None]).sum(0).cpu().numpy()
+        sums = np.array(gather(own[None]).sum(0).tolist())
         ends = np.cumsum([len(rows) for _, rows, _ in steps])[:-1]
         return [
             StepRowLosses(step, np.asarray(rows, dtype=np.int64), part)
