@@ -49,7 +49,10 @@ _NOTICES = {
     "DeepSpeed": ("Setting accelerator to CPU",),  # peft imports DeepSpeed, also where nothing is trained
 }
 # Warnings about DeepSpeed's use of torch functions that a later version will not use.
-_DEPRECATIONS = (r".*_?all_gather_base.*", r".*_?all_gather_into_tensor.*", r".*_?reduce_scatter_(base|tensor).*")
+_DEPRECATIONS = (
+    r".*_?all_gather_base.*", r".*_?all_gather_into_tensor.*", r".*_?reduce_scatter_(base|tensor).*",
+    r"`broadcast_buffers` is deprecated",  # transformers passes it to DDP
+)  # fmt: skip
 
 
 def suppress_known_warnings() -> None:
