@@ -43,6 +43,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 VERBS = (
     "demo", "init", "prepare", "inspect", "check", "plan", "train", "evaluate", "compare", "report", "export", "push",
     "serve", "chat", "runs", "watch", "why", "verify", "schema", "completion", "submit", "contamination",
+    "search",
 )  # fmt: skip
 WORK = "minisft-behaviour"  # folder under the one for temporary files
 TIMEOUT = 300  # seconds that a command may take

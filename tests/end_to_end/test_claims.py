@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from minisft.evaluation.evaluator import Evaluator
+from minisft.evaluation.metrics import CorpusScore
+from minisft.metric_names import METRICS
 from tests.command import run
 from tests.tiny import write_conversations, write_recipe
 
@@ -97,7 +99,11 @@ def all_knowing_base(monkeypatch):
         system = evaluate_model(self, name, weights)
         if name != "base":
             return system
-        return replace(system, outputs=self.references, scores=self._score(self.references))
+        return replace(
+            system,
+            outputs=self.references,
+            scores={metric: CorpusScore(metric, self.references, self.references) for metric in METRICS},
+        )
 
     monkeypatch.setattr(Evaluator, "evaluate_model", knows)
 

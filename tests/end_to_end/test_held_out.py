@@ -11,7 +11,7 @@ from minisft.data.prepared import load_test
 from minisft.evaluation.metrics import loss_batches, mean_loss, sum_of_losses
 from minisft.models import load_model
 from minisft.recipe import load_recipe
-from minisft.run_folder import RunFolder
+from minisft.run_folder import RunFolder, write_resolved_recipe
 from minisft.training.checkpoints import is_last
 from minisft.training.run_training import train_in_this_process
 from tests.tiny import minisft, write_recipe
@@ -39,6 +39,7 @@ def train(recipe, output, *overrides, resume_from=None):
     settings = replace(load_recipe(recipe, overrides), output=str(output))
     run = RunFolder(output)
     prepare(settings)
+    write_resolved_recipe(run, settings)
     train_in_this_process(settings, run, resume_from)
     return run
 

@@ -1,6 +1,7 @@
 """`evaluation.judge` through the command line: judged by a real `minisft serve`, shown, refused where it must be."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -93,7 +94,7 @@ def test_the_page_shows_the_verdicts(two_models, capsys):
     assert main(["report", str(two_models)]) == 0
     page = (two_models / "report.html").read_text()
     section = page[page.index('<h2 id="judge">') : page.index('<h2 id="examples">')]
-    assert "<td>checkpoint-4</td><td>base</td>" in section
+    assert "<td>checkpoint-4</td><td>base</td>" in re.sub(r"<td[^>]*>", "<td>", section)
     assert "the budget of 3 requests is spent" in section
     assert nasty not in page.replace("page", "")
     assert "&lt;script&gt;alert(1)" in section
