@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--rates", default=RATES)
     parser.add_argument("--limit", type=int, help="number of conversations")
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--validation", type=float, default=0.1, help="fraction of the train conversations")
     parser.add_argument("--template", default="auto")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -58,6 +59,7 @@ def main() -> None:
     if "search_seconds" not in result:
         resumed = (options.output / "search" / "search.json").exists()
         words = ["search", str(recipe_file), "--vary", f"{RATE}={options.rates}", "--no-defaults"]
+        words += ["--validation", str(options.validation)]
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "minisft", *words, *(["--resume"] if resumed else [])], check=True)
         result |= {"search_seconds": time.perf_counter() - started, "search_was_resumed": resumed}
