@@ -1051,6 +1051,7 @@ def submit(
 
 def demo(recipe: "Recipe", *, force: bool = False) -> None:
     """Train and score the built-in recipe and show the results; finished work is not repeated."""
+    set_library_environment()
     from minisft.console import say
     from minisft.demo import show_demo
     from minisft.run_folder import RunFolder, is_same_run

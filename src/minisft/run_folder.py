@@ -230,6 +230,15 @@ def write_environment(run: RunFolder, environment: dict[str, Any]) -> None:
     write_atomically(run.environment, json.dumps(environment, indent=1, ensure_ascii=False) + "\n")
 
 
+def recorded_threads(run: RunFolder) -> int | None:
+    """Return the number of threads of a process in the last training of the run, or None if it is not recorded."""
+    try:
+        threads = json.loads(run.environment.read_text(encoding="utf-8"))["threads"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return threads if isinstance(threads, int) and threads > 0 else None
+
+
 def trained_alone(run: RunFolder, model: str) -> bool:
     """Return whether a run of `model` gave each conversation its own row, as its environment.json records."""
     try:

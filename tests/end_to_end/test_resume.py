@@ -50,6 +50,18 @@ def empty(path):
     path.write_bytes(b"")
 
 
+def test_another_number_of_threads_is_refused(damage):
+    def trained_with_more(checkpoint):
+        record = checkpoint.parents[1] / "environment.json"
+        found = json.loads(record.read_text())
+        assert found["threads"] == 1  # as tests/conftest.py sets
+        record.write_text(json.dumps(found | {"threads": 3}))
+
+    said = damage(trained_with_more)
+    assert "OMP_NUM_THREADS: the run was trained with 3 threads a process, and would go on with 1" in said
+    assert "set it to 3" in said
+
+
 @pytest.mark.parametrize(
     "name",
     ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "written_by.json", "model.safetensors"],

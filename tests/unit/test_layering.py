@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "recipe_schema": {"errors", "recipe"},
     "completion": {"options", "recipe_schema"},
     "monitoring": LEAVES - {"models"},
-    "recipe_argument": {"errors", "text", "metric_names", "recipe", "run_folder"},
+    "recipe_argument": {"errors", "text", "metric_names", "processes", "recipe", "run_folder"},
     "notebook": {"errors", "report"},
     # The command line parses words and prints errors; all else is the API's. It takes the recipe for a type only.
     "cli": {

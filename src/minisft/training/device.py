@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from minisft.errors import UserError
+from minisft.processes import WAITING_VARIABLES
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's kernels, and torch's
@@ -63,6 +64,24 @@ def default_tokens_per_forward(on_cpu: bool) -> int:
 
 def threads_of_a_process(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def keep_threads(recorded: int | None) -> None:
+    """Compute with as many threads as the run so far: with another number, sums are rounded in another order.
+
+    Args:
+        recorded: Number of threads of each process of the run; None: unknown, as for a run of an earlier version.
+
+    Raises:
+        UserError: OMP_NUM_THREADS asks for another number.
+    """
+    if recorded is None or recorded == torch.get_num_threads() or not on_cpu():
+        return
+    if "OMP_NUM_THREADS" in os.environ:
+        now = torch.get_num_threads()
+        problem = f"the run was trained with {recorded} threads a process, and would go on with {now}: its bits differ"
+        raise UserError("OMP_NUM_THREADS", problem, f"set it to {recorded}")
+    torch.set_num_threads(recorded)
 
 
 def cpu_has_bf16_arithmetic() -> bool:
@@ -158,7 +177,9 @@ PACKAGES = (
 
 
 def describe_environment(precision: str) -> dict[str, Any]:
-    """Return precision, Python, system, devices and versions of libraries; nothing that identifies a person or a host.
+    """Return precision, Python, system, devices, threads and versions of libraries.
+
+    Nothing in it identifies a person or a host.
 
     Args:
         precision: Precision that `auto` chose: fp32, bf16 or fp16.
@@ -168,6 +189,8 @@ def describe_environment(precision: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "waiting_policy": {name: os.environ[name] for name in WAITING_VARIABLES if name in os.environ},
         "devices": [] if on_cpu() else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
     }

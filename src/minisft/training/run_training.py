@@ -19,6 +19,7 @@ from minisft.run_folder import (
     RunFolder,
     delete_replaced_run,
     load_run,
+    recorded_threads,
     step_of,
     trust_arguments,
     write_environment,
@@ -31,6 +32,7 @@ from minisft.training.checkpoints import (
     last_step,
     prune,
     publish_final_model,
+    read_metadata,
     remove_unfinished,
 )
 from minisft.training.device import (
@@ -38,6 +40,7 @@ from minisft.training.device import (
     default_tokens_per_forward,
     describe_environment,
     explain_missing_kernels,
+    keep_threads,
     on_cpu,
     prepare_cpu_memory,
     require_processes,
@@ -260,6 +263,8 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
     """Train, from the beginning or from a checkpoint, until the last step or until asked to stop."""
     from minisft.training.callbacks import OnFirstStep, ShowProgress, truncate_metrics
 
+    if resume_from is not None and read_metadata(resume_from)[1] == trainer.args.world_size:
+        keep_threads(recorded_threads(run))
     progress = ShowProgress(f"training {run.root}")
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)

@@ -8,7 +8,9 @@ import torch
 from minisft.errors import UserError
 from minisft.training.attention import Shape, per_conversation_attention
 from minisft.training.device import (
+    describe_environment,
     explain_missing_kernels,
+    keep_threads,
     keeps_freed_memory,
     prepare_cpu_memory,
     use_deterministic_kernels,
@@ -46,6 +48,34 @@ def test_a_users_own_number_of_kernels_stays(prepare, monkeypatch):
     monkeypatch.setenv(CACHES[1], "7")
     prepare("vanilla", "bf16")
     assert [os.environ[name] for name in CACHES] == ["64", "7"]
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Let this process compute with one thread, and set its number back afterwards."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(1)
+    yield torch.get_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(threads):
+    keep_threads(2)
+    assert threads() == 2 == describe_environment("fp32")["threads"]
+
+
+def test_a_run_without_a_record_leaves_the_threads_alone(threads):
+    keep_threads(None)
+    assert threads() == 1
+
+
+def test_a_users_other_number_of_threads_is_refused(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(UserError, match="trained with 2 threads a process, and would go on with 1") as refused:
+        keep_threads(2)
+    assert refused.value.fix == "set it to 2"
+    assert threads() == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
