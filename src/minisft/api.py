@@ -305,6 +305,8 @@ def train(
         from minisft.console import say
 
         say(f"trained: {trained.model} (checkpoints beside it, curve in {trained.root / 'evaluation' / 'loss.png'})")
+        trackers = "".join(f"; {name}" for name in found.training.report_to)
+        say(f"metrics: {trained.metrics}; tensorboard --logdir {trained.tensorboard}{trackers}")
         say(f"next: minisft evaluate {trained.root}    or: minisft chat {trained.root}")
     return Run(Path(found.output), found.trust_remote_code)
 
