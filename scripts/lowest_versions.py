@@ -2,10 +2,11 @@
 
     python scripts/lowest_versions.py > lowest.txt
 
-`make test-lowest` installs with them and runs the tests, so that the lower bounds are known to work. torch is left to
-constraints.txt: only recent versions of it have a build without CUDA in the package index.
+`make test-lowest` installs with them and runs the tests, so that the lower bounds are known to work. torch has
+the version of constraints.txt: without a pin, pip takes the newest one, whose build for CUDA has several GB.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def lowest_versions(pyproject: str) -> list[str]:
-    """Return a constraint such as `numpy==1.26` for each dependency, and of the extras but for `dev` and `docs`.
+    """Return a constraint such as `numpy==1.26` for each dependency but torch, and of the extras but `dev` and `docs`.
 
     Args:
         pyproject: Text of a pyproject.toml (PEP 621).
@@ -45,5 +46,12 @@ def lowest_versions(pyproject: str) -> list[str]:
     return sorted(pins)
 
 
+def torch_version(constraints: str) -> str:
+    """Return the line of constraints.txt that pins torch."""
+    [pin] = re.findall(r"^torch==\S+", constraints, re.MULTILINE)
+    return str(pin)
+
+
 if __name__ == "__main__":
-    print("\n".join(lowest_versions((ROOT / "pyproject.toml").read_text(encoding="utf-8"))))
+    pins = lowest_versions((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    print("\n".join([*pins, torch_version((ROOT / "constraints.txt").read_text(encoding="utf-8"))]))

@@ -305,6 +305,8 @@ def train(
         from minisft.console import say
 
         say(f"trained: {trained.model} (checkpoints beside it, curve in {trained.root / 'evaluation' / 'loss.png'})")
+        trackers = "".join(f"; {name}" for name in found.training.report_to)
+        say(f"metrics: {trained.metrics}; tensorboard --logdir {trained.tensorboard}{trackers}")
         say(f"next: minisft evaluate {trained.root}    or: minisft chat {trained.root}")
     return Run(Path(found.output), found.trust_remote_code)
 
@@ -970,9 +972,10 @@ def serve(
     if api_key is not None and (not api_key or api_key != api_key.strip()):
         raise UserError("--api-key", "the key is empty, or begins or ends with a space", "give another key")
     set_library_environment()
-    from minisft.serving import require_libraries
+    from minisft.optional_packages import require_package
 
-    require_libraries()
+    for module in ("fastapi", "uvicorn"):
+        require_package("minisft serve", module)
     if backend != "transformers":
         if memory is not None:
             fix = "leave --memory out: the engine has its own options"

@@ -141,7 +141,9 @@ def submit(arguments: Arguments) -> None:
 
     names = ("nodes", "time", "partition", "gpus_per_node", "cpus_per_task", "sbatch", "script", "resume", "evaluate",
              "now", "force")  # fmt: skip
-    api.submit(_load(arguments), **{name: getattr(arguments, name) for name in names})
+    with _json_alone(arguments) as print_json:
+        written = api.submit(_load(arguments), **{name: getattr(arguments, name) for name in names})
+        print_json({name: str(value) if isinstance(value, Path) else value for name, value in asdict(written).items()})
 
 
 def evaluate(arguments: Arguments) -> None:
@@ -577,10 +579,21 @@ VERBS = {
 
 
 def _overview() -> str:
-    lines = [f"  {name:<14}{verb.summary}" for name, verb in VERBS.items()]
+    import shutil
+    import textwrap
+
+    column, width = 2 + max(map(len, VERBS)) + 2, min(shutil.get_terminal_size().columns, 120)
+
+    def entry(name: str, summary: str) -> str:
+        first = f"  {name}".ljust(column)
+        return textwrap.fill(summary, width, initial_indent=first, subsequent_indent=" " * column)
+
+    lines = [entry(name, verb.summary) for name, verb in VERBS.items()]
     return "\n".join(
         [
-            "MiniSFT: supervised fine-tuning with exact tokens, exact loss and every checkpoint scored",
+            textwrap.fill(
+                "MiniSFT: supervised fine-tuning with exact tokens, exact loss and every checkpoint scored", width
+            ),
             "",
             "usage: minisft COMMAND RECIPE.yaml [key=value ...]",
             "",

@@ -1,6 +1,7 @@
 """The parser and the options of each command; `cli` has the functions that the commands call."""
 
 import argparse
+import re
 from collections.abc import Callable
 
 from minisft.errors import UserError
@@ -57,7 +58,20 @@ class Verb:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(self.prog, message, f"see `{self.prog} --help`")
+        near = self._nearest(message)
+        raise UserError(self.prog, message, f"{f'did you mean `{near}`? ' if near else ''}see `{self.prog} --help`")
+
+    def _nearest(self, message: str) -> str | None:
+        """Return the option or the choice that is most like the one that argparse refuses, if one is."""
+        if unknown := re.match(r"unrecognized arguments: .*?(--?[^\s=]+)", message):
+            known = [name for action in self._actions for name in action.option_strings]
+        elif unknown := re.search(r"invalid choice: '(.*?)' \(", message):
+            known = [str(choice) for action in self._actions for choice in action.choices or ()]
+        else:
+            return None
+        import difflib  # only now: it takes time that --help does not have
+
+        return next(iter(difflib.get_close_matches(unknown[1], known, n=1)), None)
 
 
 def trust(parser: Parser) -> None:
@@ -394,6 +408,7 @@ def submit(parser: Parser) -> None:
         "--no-evaluate", dest="evaluate", action="store_false", help="without the job that scores the run"
     )
     parser.add_argument("--force", action="store_true", help="replace scripts that exist")
+    prints_json(parser)
 
 
 def machines(parser: Parser) -> None:

@@ -29,6 +29,8 @@ _UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 _SHORTEST = 300  # seconds: the signal to stop comes up to 150 s before the end, and the libraries take time to load
 # sbatch(1): the signal is sent up to 60 s earlier than asked.
 _NOTICE = 90  # seconds before the time limit
+# What sbatch says where it has no slurm.conf, and where slurmctld does not answer.
+_UNREACHABLE = ("Could not establish a configuration source", "Unable to contact slurm controller")
 # Options of sbatch that the script depends on, with the option of `submit` that sets each.
 _OWN_OPTIONS = {
     "nodes": "--nodes", "time": "--time", "partition": "--partition", "gpus-per-node": "--gpus-per-node",
@@ -185,14 +187,14 @@ def submit(recipe: Recipe, options: SlurmOptions, script: Path | None, *, now: b
             raise UserError(
                 file, "exists already, with another content", "pass --force to replace it, or name another --script"
             )
-    tested = _test_only([text for file, text in texts.items() if file != resolved])
+    untested = _test_only([text for file, text in texts.items() if file != resolved], now=now)
 
     # 3. Write, and submit.
     output.absolute().parent.mkdir(parents=True, exist_ok=True)  # SLURM does not create the folder of the log
     for file, text in texts.items():
         write_atomically(file, text)
     written = Submission(path, resolved, scored if options.evaluate else None)
-    _say_written(written, recipe, options, local, tested=tested, now=now)
+    _say_written(written, recipe, options, local, untested=untested, now=now)
     return _submit_now(written) if now else written
 
 
@@ -311,24 +313,40 @@ def _recipe_text(recipe: Recipe) -> str:
     )
 
 
-def _test_only(scripts: Sequence[str]) -> bool:
-    """Let sbatch check the scripts, where it is installed; return whether it is."""
+def _test_only(scripts: Sequence[str], *, now: bool) -> str:
+    """Let SLURM check the scripts; return why it could not, or an empty text.
+
+    Raises:
+        UserError: SLURM refuses a script, or it cannot be reached and the jobs are to be submitted.
+    """
     if shutil.which("sbatch") is None:
-        return False
-    for text in scripts:
-        _sbatch(["--test-only"], text)
-    return True
+        return "sbatch is not installed here"
+    try:
+        for text in scripts:
+            _sbatch(["--test-only"], text)
+    except _SlurmUnreachableError as error:
+        if now:
+            raise
+        return error.problem
+    return ""
+
+
+class _SlurmUnreachableError(UserError):
+    """sbatch is installed, and has no configuration or gets no answer from slurmctld."""
 
 
 def _sbatch(words: Sequence[str], text: str | None = None) -> str:
     """Run sbatch with a script's name, or with its text on stdin; return what it prints.
 
     Raises:
-        UserError: SLURM refuses the job; the message is SLURM's.
+        UserError: SLURM cannot be reached or refuses the job; the message is SLURM's.
     """
     done = subprocess.run(["sbatch", *words], input=text, capture_output=True, text=True)
     if done.returncode:
         said = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
+        if any(sign in said for sign in _UNREACHABLE):
+            fix = "run this on a login node of the cluster, or leave --now out to write the script only"
+            raise _SlurmUnreachableError("sbatch", f"SLURM cannot be reached from here: {said}", fix)
         fix = (
             "change the options; `sinfo` and `scontrol show partition` show what there is, and --sbatch passes on "
             "options such as account=NAME"
@@ -359,7 +377,7 @@ def _job_id(printed: str) -> int:
 
 
 def _say_written(
-    written: Submission, recipe: Recipe, options: SlurmOptions, local: int, *, tested: bool, now: bool
+    written: Submission, recipe: Recipe, options: SlurmOptions, local: int, *, untested: str, now: bool
 ) -> None:
     from minisft.console import say
 
@@ -384,5 +402,5 @@ def _say_written(
             )
         )
         say(f"next: {first}{after}")
-    if not tested:
-        say("sbatch is not installed here: SLURM has not tested the script")
+    if untested:
+        say(f"SLURM has not tested the script: {untested}")

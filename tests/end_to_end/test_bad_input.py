@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_fp16_on_a_cpu(capsys, recipe_file, monkeypatch):
 
 
 def test_zero_where_deepspeed_is_missing(capsys, recipe_file, monkeypatch):
-    monkeypatch.setattr("minisft.training.zero.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert "DeepSpeed is not installed" in refused(capsys, "train", recipe_file, "training.strategy=zero2")
 
 

@@ -88,10 +88,11 @@ OURS = [
     r"minisft (train|evaluate|chat|demo)\b.*",
     r"model .*: the folder .*",
     r"data .*/dataset( \(prepared before\))?",
-    r"  (rows|tokens|turns|lengths|doubles|padding|template|format|findings|split|test) .*",
+    r"  (rows|tokens|turns|lengths|duplicates|padding|template|format|findings|split|test) .*",
     rf"disk {NUMBER} .B for \d+ checkpoints? of .*; .* free",
     rf"step \d+/\d+  epoch {NUMBER}  loss {NUMBER}  \d+ supervised tokens/s  {NUMBER} GB  \d+ s left",
     r"trained: .* \(checkpoints beside it, curve in .*\)",
+    r"metrics: .*/metrics\.jsonl; tensorboard --logdir .*/tensorboard",
     r"next: minisft evaluate .*",
     r"compiling DeepSpeed's communication, once, .*",
 ]

@@ -68,10 +68,24 @@ def test_compare_prints_the_comparison(recipe_file, tmp_path, capsys):
     assert "written: " in messages
 
 
+def test_submit_prints_what_it_wrote(recipe_file, tmp_path, capsys):
+    found, messages = printed(capsys, "submit", recipe_file, "--time", "90", "--gpus-per-node", "0", "--json")
+    assert found == {
+        "script": str(tmp_path / "run.sbatch"),
+        "recipe": str(tmp_path / "run.recipe.yaml"),
+        "evaluation_script": str(tmp_path / "run.evaluate.sbatch"),
+        "job": None,
+        "evaluation_job": None,
+    }
+    assert all(Path(found[name]).is_file() for name in ("script", "recipe", "evaluation_script"))
+    assert "next: sbatch" in messages
+
+
 def test_an_error_leaves_stdout_empty(tmp_path, capsys):
-    for verb in ("prepare", "report", "inspect", "compare"):
-        assert run(capsys, verb, tmp_path / "none.yaml", "--json").out == ""
-        refused(capsys, verb, tmp_path / "none.yaml", "--json")
+    for verb in ("prepare", "report", "inspect", "compare", "submit"):
+        words = (verb, tmp_path / "none.yaml", "--json", *(("--time", "90") if verb == "submit" else ()))
+        assert run(capsys, *words).out == ""
+        refused(capsys, *words)
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if "--json" in verb.parser(name).format_help()])

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from minisft.cli import VERBS
+from tests.command import refused
 
 OPTIONS = {
     "demo": ["--force"],
@@ -41,3 +42,18 @@ def test_options_and_words_mix_in_every_order(verb):
             parsed.add((False, str(VERBS[verb].parser(verb).parse_intermixed_args(mixed))))
     assert {found.count("trust_remote_code=True") for with_trust, found in parsed if with_trust} <= {1}
     assert len(parsed) == len({with_trust for with_trust, _ in parsed})
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["check", "recipe.yaml", "--quik"], "did you mean `--quick`? see `minisft check --help`"),
+        (["submit", "recipe.yaml", "--time", "90", "--partion=gpu"], "did you mean `--partition`?"),
+        (["inspect", "recipe.yaml", "--split", "tset"], "did you mean `test`?"),
+        (["export", "run", "folder", "--to", "guff"], "did you mean `gguf`?"),
+        (["train", "recipe.yaml", "--zzz"], "Fix: see `minisft train --help`"),
+        (["inspect", "recipe.yaml", "--row", "x"], "Fix: see `minisft inspect --help`"),
+    ],
+)
+def test_a_misspelt_option_or_choice_names_the_nearest(words, fix, capsys):
+    assert fix in refused(capsys, *words)

@@ -243,6 +243,23 @@ def test_a_refusal_of_slurm_is_passed_on(recipe_file, tmp_path, sbatch, capsys):
     assert scripts_of(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["fatal: Could not establish a configuration source", "error: Batch job submission failed: Unable to contact slurm "
+     "controller (connect failure)"],
+)  # fmt: skip
+def test_where_slurm_cannot_be_reached_the_script_is_written_and_not_submitted(
+    recipe_file, tmp_path, sbatch, capsys, words
+):
+    sbatch(f'echo "sbatch: {words}" >&2; exit 1')
+    assert submit(recipe_file, "--time", "90", "--now") == 2
+    assert "sbatch: SLURM cannot be reached from here" in capsys.readouterr().err
+    assert scripts_of(tmp_path) == []
+    assert submit(recipe_file, "--time", "90") == 0
+    assert "SLURM has not tested the script: SLURM cannot be reached from here" in capsys.readouterr().out
+    assert len(scripts_of(tmp_path)) == 3
+
+
 def test_jobs_are_tested_submitted_and_returned(recipe_file, tmp_path, sbatch, capsys):
     said = sbatch(
         'case "$*" in *test-only*) cat > /dev/null;; *evaluate*) echo "12;main";; *) echo 11;; esac'.replace(

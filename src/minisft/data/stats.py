@@ -175,7 +175,7 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines.append("lengths    " + ", ".join(f"{name}%: {points[name]:,}" for name in ("5", "50", "95", "100")))
         overlap = ledger["overlap"]
         lines.append(
-            f"doubles    {ledger['duplicates']:,} rows repeat another; of {overlap['test_ngrams']:,} "
+            f"duplicates {ledger['duplicates']:,} rows repeat another; of {overlap['test_ngrams']:,} "
             f"{overlap['ngram']}-token pieces of test answers {overlap['also_in_train']:,} are in train answers too"
         )
         if shared := overlap["test_rows_with_a_train_prompt"]:

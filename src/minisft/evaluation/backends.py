@@ -5,7 +5,6 @@ the same for any number of processes, and only the process that distributes them
 """
 
 import gc
-import importlib.util
 import os
 import signal
 import threading
@@ -26,6 +25,7 @@ from minisft.errors import UserError
 from minisft.evaluation.generation import Generated, Sampling, context_length, generate
 from minisft.evaluation.metrics import LossRow, sum_of_losses
 from minisft.models import is_out_of_memory, load_config, load_model
+from minisft.optional_packages import require_package
 from minisft.text import first_line
 
 if TYPE_CHECKING:
@@ -183,11 +183,10 @@ def require_vllm() -> None:
         UserError: vLLM is not installed, or there is no GPU and it is not a build for CPUs.
     """
     fix = "leave evaluation.backend at transformers"
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError("evaluation.backend", "vllm is not installed", f"pip install vllm, or {fix}")
+    require_package("evaluation.backend", "vllm", fix)
     if not torch.cuda.is_available() and not _is_cpu_build():
-        problem = "this build of vllm needs a GPU, and this machine has none"
-        raise UserError("evaluation.backend", problem, f"install vllm's CPU build, or {fix}")
+        problem = "this build of vLLM needs a GPU, and this machine has none"
+        raise UserError("evaluation.backend", problem, f"install vLLM's CPU build, or {fix}")
 
 
 def _is_cpu_build() -> bool:

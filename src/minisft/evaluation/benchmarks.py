@@ -24,6 +24,7 @@ from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec
 from minisft.files import write_atomically
 from minisft.models import load_model, load_tokenizer, weights_fingerprint
+from minisft.optional_packages import require_package
 from minisft.results import benchmark_rows
 from minisft.text import dump_json, first_line
 
@@ -38,11 +39,9 @@ def require_harness() -> Any:
     Raises:
         UserError: It is not installed.
     """
-    try:
-        import lm_eval
-    except ModuleNotFoundError:
-        fix = "pip install 'minisft[benchmarks]', or pip install lm-eval"
-        raise UserError(WHERE, "lm-evaluation-harness is not installed", fix) from None
+    require_package(WHERE, "lm_eval")
+    import lm_eval
+
     return lm_eval
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.optional_packages import require_package
 from minisft.recipe import JudgeRecipe
 
 API_KEY = "MINISFT_JUDGE_API_KEY"
@@ -51,11 +52,9 @@ def require_client() -> Any:
     Raises:
         UserError: It is not installed.
     """
-    try:
-        import openai
-    except ModuleNotFoundError:
-        fix = "pip install 'minisft[judge]', or pip install openai"
-        raise UserError(WHERE, "the openai client is not installed", fix) from None
+    require_package(WHERE, "openai")
+    import openai
+
     return openai
 
 

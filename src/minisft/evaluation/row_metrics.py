@@ -20,6 +20,7 @@ from minisft.data.tool_calls import find_calls
 from minisft.errors import UserError
 from minisft.evaluation.custom_metrics import CustomMetric, RowMetric
 from minisft.metric_names import METRICS, MetricSpec, higher_is_better
+from minisft.optional_packages import require_package
 from minisft.text import first_line
 
 _PATTERN_SECONDS = 20  # a pattern that backtracks without end must not hold an evaluation up
@@ -96,11 +97,9 @@ def _import_function(name: str) -> CustomMetric:
 
 def _rouge(variant: str) -> CustomMetric:
     """Return the F-measure of rouge-score (Lin 2004), from 0 to 1, without stemming."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        problem, fix = "rouge needs the package rouge-score, which is not installed", "pip install rouge-score"
-        raise UserError("evaluation.metrics", problem, fix) from None
+    require_package("evaluation.metrics", "rouge_score", "leave rouge out")
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer([variant])
 
     def rouge(outputs: Sequence[str], references: Sequence[str], prompts: Sequence[str]) -> list[float]:

@@ -15,6 +15,7 @@ from minisft.comparison.shared_files import begin_variant
 from minisft.console import say, warn
 from minisft.errors import UserError
 from minisft.files import hold_lock, write_atomically
+from minisft.optional_packages import require_package
 from minisft.recipe import Recipe, dump_recipe
 from minisft.run_folder import RunFolder, run_identity
 from minisft.search.budget import (
@@ -44,7 +45,7 @@ from minisft.search.space import (
     read_axes,
 )
 from minisft.search.statistics import RowLosses, estimate
-from minisft.search.study import Study, default_storage, require_optuna
+from minisft.search.study import Study, default_storage
 from minisft.search.trial_pool import Job, TrialPool
 from minisft.text import duration
 
@@ -106,7 +107,7 @@ def search(
         StoppedError: SIGINT or SIGTERM arrived; the trials that were running have saved their work.
     """
     # 1. Refuse before anything is written.
-    require_optuna()
+    require_package("minisft search", "optuna")
     budget = None if options.budget is None else read_budget(options.budget)
     axes = read_axes(options.varied or _default_axes(recipe), recipe)
     _require_feasible(recipe, axes)

@@ -25,18 +25,6 @@ _JOURNAL = "journal:"
 STORAGE_FILE = "search.db"
 
 
-def require_optuna() -> None:
-    """Check that Optuna is installed.
-
-    Raises:
-        UserError: It is not.
-    """
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise UserError("minisft search", "Optuna is not installed", 'run `pip install "minisft[search]"`') from None
-
-
 class Study:
     """The study of one search.
 

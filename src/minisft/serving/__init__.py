@@ -12,18 +12,3 @@ Read in this order:
 - chat_page: the chat page as one HTML document, from chat.html.j2, chat.css and chat.js
 - preferences: the thumbs of the chat page, appended to the run's preferences.jsonl
 """
-
-from minisft.errors import UserError
-
-
-def require_libraries() -> None:
-    """Check that the libraries of the server are installed, which are an extra of the package.
-
-    Raises:
-        UserError: One is missing.
-    """
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError("serve", f"{error.name} is not installed", "pip install 'minisft[serve]'") from None

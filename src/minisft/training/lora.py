@@ -4,7 +4,6 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; with froze
 al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs". Only the adapters are trained and saved.
 """
 
-import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 from minisft.errors import UserError
+from minisft.optional_packages import require_package
 from minisft.recipe import LoraRecipe
 from minisft.text import first_line
 from minisft.training.device import on_cpu
@@ -39,8 +39,7 @@ def require_quantisation(lora: LoraRecipe) -> None:
     where = "training.lora.load_in_4bit"
     if on_cpu():
         raise UserError(where, "weights of 4 bits need a GPU, and there is none here", "leave it false")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(where, "bitsandbytes is not installed", "pip install 'minisft[quantized]', or leave it false")
+    require_package(where, "bitsandbytes", "leave it false")
 
 
 def frozen_dtype(precision: str) -> torch.dtype:

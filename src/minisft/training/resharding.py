@@ -8,7 +8,6 @@ complete state to the disk twice, and does not support vanilla; the layout of it
 `zero`, this is the only module that knows DeepSpeed's files.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 
 from minisft.errors import UserError
+from minisft.optional_packages import is_installed
 from minisft.recipe import TrainingRecipe
 from minisft.run_folder import step_of
 from minisft.training.checkpoints import read_metadata
@@ -70,7 +70,7 @@ def _obstacle(wrote: str, training: TrainingRecipe, precision: str) -> str | Non
         return f"only AdamW's state is converted, and the optimizer is {training.optimizer}"
     if precision == "fp16":
         return "the loss scale of fp16 is not converted"
-    if wrote in ZERO_STAGES and importlib.util.find_spec("deepspeed") is None:
+    if wrote in ZERO_STAGES and not is_installed("deepspeed"):
         return "DeepSpeed, which is not installed, must read it"
     return None
 

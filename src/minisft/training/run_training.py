@@ -12,6 +12,7 @@ from minisft.data.encoder import Encoder
 from minisft.errors import StoppedError, UserError
 from minisft.manifest import record_files, refuse_foreign_files
 from minisft.models import ResolvedModel, load_model, load_tokenizer, resolve_model
+from minisft.optional_packages import not_installed
 from minisft.output_filters import suppress_known_warnings
 from minisft.recipe import Recipe, TrainingRecipe
 from minisft.row_losses import truncate_row_losses
@@ -305,14 +306,9 @@ def _check_trackers(training: TrainingRecipe) -> None:
         if name in here:
             continue
         if name in INTEGRATION_TO_CALLBACK:
-            package = _TRACKER_PACKAGES.get(name, name)
-            problem, fix = (
-                f"the package of {name} is not installed",
-                f"run `pip install {package}`, or leave {name} out",
-            )
-        else:
-            problem, fix = f"there is no tracker {name!r}", f"use one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-        raise UserError("training.report_to", problem, fix)
+            raise not_installed("training.report_to", name, _TRACKER_PACKAGES.get(name, name), f"leave {name} out")
+        fix = f"use one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+        raise UserError("training.report_to", f"there is no tracker {name!r}", fix)
 
 
 def _arguments(recipe: Recipe, run: RunFolder) -> Any:

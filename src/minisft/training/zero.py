@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -28,6 +27,7 @@ import torch
 from minisft.console import waiting, warn
 from minisft.errors import StoppedError, UserError
 from minisft.files import cache_folder
+from minisft.optional_packages import require_package
 from minisft.output_filters import drop_lines
 from minisft.processes import exit_with_parent, handle_stop_signals
 
@@ -96,10 +96,7 @@ def require_deepspeed(strategy: str, on_cpu: bool) -> None:
         UserError: DeepSpeed or a C++ compiler is missing, or its communication op does not build.
     """
     where = f"training.strategy={strategy}"
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            where, "DeepSpeed is not installed", "pip install 'minisft[deepspeed]', or use strategy vanilla"
-        )
+    require_package(where, "deepspeed", "use strategy vanilla")
     if not on_cpu:
         return
     if shutil.which(os.environ.get("CXX", "c++")) is None:

@@ -194,7 +194,7 @@ def test_the_vllm_backend_refuses_an_adapter(vllm, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_the_vllm_backend_without_vllm_is_refused(tiny_model):
     for refused in (require_vllm, spec_of(tiny_model, backend="vllm").load):
-        with pytest.raises(UserError, match=r"evaluation.backend: vllm is not installed"):
+        with pytest.raises(UserError, match=r"evaluation.backend: vLLM is not installed"):
             refused()
 
 

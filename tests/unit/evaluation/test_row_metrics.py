@@ -273,13 +273,6 @@ def test_functions_of_a_module_in_the_current_folder(tmp_path, monkeypatch):
             load_row_metrics(parse_metrics([name]))
 
 
-def test_without_rouge_score_the_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(UserError, match="not installed") as caught:
-        load_row_metrics(parse_metrics(["rouge"]))
-    assert caught.value.fix == "pip install rouge-score"
-
-
 def test_a_metric_of_the_api_has_no_name_of_the_recipe():
     with pytest.raises(UserError, match="a score of this name"):
         as_row_metrics({"rouge": lambda o, r, p: [0.0]}, ["rouge"])

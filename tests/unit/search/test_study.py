@@ -1,14 +1,12 @@
 """Settings drawn from Optuna depend on the seed, the number and the trials before, not on when a search was killed."""
 
-import sys
-
 import pytest
 
 pytest.importorskip("optuna")
 
 from minisft.errors import UserError
 from minisft.search.space import read_axis
-from minisft.search.study import Study, default_storage, require_optuna
+from minisft.search.study import Study, default_storage
 
 AXES = [read_axis("training.learning_rate=1e-5..1e-2"), read_axis("training.epochs=1,2,3")]
 
@@ -82,9 +80,3 @@ def test_importance_names_the_key_that_matters(tmp_path):
     shares = study.importance()
     assert shares["training.learning_rate"] > shares["training.epochs"]
     assert make(tmp_path / "b").importance() == {}
-
-
-def test_without_optuna_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r"pip install .minisft\[search\]."):
-        require_optuna()

@@ -1,7 +1,7 @@
 """What another layout wrote, read by the name of the parameter; and what cannot be converted, refused."""
 
-import importlib.util
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -171,7 +171,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path, changes, precision, said)
 
 
 def test_reading_shards_needs_deepspeed(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match="DeepSpeed, which is not installed"):
         require_reshardable(origin(tmp_path, "zero3", 2), ASKED, "fp32")
 
