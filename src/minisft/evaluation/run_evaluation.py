@@ -133,7 +133,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
         try:
             lock.enter_context(hold_lock(folder / ".lock"))
         except BlockingIOError:
-            raise UserError(folder, "another evaluation is running here", "wait for it to end") from None
+            problem = "another evaluation is running here, or a training is scoring a checkpoint"
+            raise UserError(folder, problem, "wait for it to end") from None
         yield
 
 

@@ -51,8 +51,8 @@ def test_each_metric_has_a_panel_with_its_own_scale(tmp_path):
     assert [axes.get_title() for axes in panels] == [
         "BLEU", "chrF", "refusal (lower is better)", "margin (neither is better)",
     ]  # fmt: skip
-    [refusal] = [line for line in panels[2].get_lines() if list(line.get_xdata()) == [0, 10, 20]]
-    assert list(refusal.get_ydata()) == pytest.approx([0.0, 0.1, 0.2])
+    line, *_ = panels[2].containers[0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 10, 20], pytest.approx([0.0, 0.1, 0.2]))
     assert panels[2].get_ylim()[0] == 0
     assert panels[3].get_ylim()[0] < -4, "a score below zero is not cut off"
 
