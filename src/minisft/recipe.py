@@ -23,7 +23,7 @@ import yaml
 
 from minisft.errors import UserError
 from minisft.files import expand_pattern, expand_user_path, is_pattern
-from minisft.metric_names import METRICS, parse_metrics, require_best_by
+from minisft.metric_names import LOSS, METRICS, parse_metrics, require_best_by
 from minisft.yaml_tree import MOST_CHARACTERS, MOST_DEPTH, Node, NotYamlError, parse, quoted
 
 STRATEGIES = ("vanilla", "zero1", "zero2", "zero3")
@@ -107,6 +107,7 @@ class TrainingRecipe:
     log_every: int = 1
     eval_every: Literal["epoch"] | int | None = None
     early_stopping: int | None = None
+    early_stopping_by: Literal["loss", "best_by"] = "loss"
     lora: LoraRecipe | None = None
     offload: Literal["optimizer", "parameters"] | None = None
     gradient_checkpointing: bool = False
@@ -128,7 +129,10 @@ class TrainingRecipe:
         if self.epochs > MOST_EPOCHS:
             problem = f"{self.epochs:g} is too large: it must be at most {MOST_EPOCHS:,}"
             raise UserError("training.epochs", problem, "give fewer epochs, or set training.max_steps")
-        if self.early_stopping is not None and self.eval_every is None:
+        if self.early_stopping is None and self.early_stopping_by != "loss":
+            problem = "it says what early stopping goes by, and there is no early stopping"
+            raise UserError("training.early_stopping_by", problem, "set training.early_stopping, such as 2, too")
+        if self.early_stopping is not None and self.early_stopping_by == "loss" and self.eval_every is None:
             problem = "there is no held-out loss to stop on"
             raise UserError("training.early_stopping", problem, "set training.eval_every, such as epoch, too")
         if not 0 <= self.warmup_ratio < 1:
@@ -336,7 +340,22 @@ def check_combinations(recipe: Recipe) -> None:
         problem = f"{training.strategy} keeps complete parameters on every GPU"
         raise UserError("training.offload", problem, "use strategy zero3, or offload: optimizer")
 
-    # 3. Held-out data.
+    # 3. Early stopping by a generated metric.
+    if training.early_stopping_by == "best_by":
+        if recipe.evaluation.best_by in (None, LOSS):
+            problem = (
+                f"evaluation.best_by is {recipe.evaluation.best_by or 'not set'}, so it names no metric to stop by"
+            )
+            fix = "set evaluation.best_by to one of evaluation.metrics, such as bleu, or leave early_stopping_by out"
+            raise UserError("training.early_stopping_by", problem, fix)
+        if recipe.evaluation.backend == "vllm":
+            problem = "vLLM would take the GPU memory that training needs"
+            raise UserError("training.early_stopping_by", problem, "use evaluation.backend transformers, or loss")
+
+    # 4. Held-out data.
+    if training.early_stopping_by == "best_by" and recipe.data.test is None and recipe.data.test_fraction == 0:
+        problem = "there are no held-out conversations to answer"
+        raise UserError("training.early_stopping_by", problem, "set data.test_fraction above 0, or data.test")
     if training.eval_every is not None and recipe.data.test is None and recipe.data.test_fraction == 0:
         problem = "there are no held-out conversations to compute a loss on"
         raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test")

@@ -35,6 +35,8 @@ _FREE_TRAINING_KEYS = (
     "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to", "keep_optimizer", "keep_checkpoints",
     "offload",
 )  # fmt: skip
+# The keys of `evaluation` on which the scores of checkpoints depend.
+_SCORE_KEYS = ("metrics", "best_by", "turns", "max_new_tokens", "limit", "temperature", "top_p")
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,14 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     batch = training.batch_size * training.processes * training.gradient_accumulation
     keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
     keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
-    free = _FREE_TRAINING_KEYS + (("eval_every",) if training.early_stopping is None else ())
+    free = _FREE_TRAINING_KEYS
+    if training.early_stopping is None or training.early_stopping_by != "loss":
+        free += ("eval_every",)
+    if training.early_stopping_by == "loss":
+        free += ("early_stopping_by",)
+    else:  # what its decisions depend on
+        free = tuple(key for key in free if key != "save_every")
+        keys |= {f"evaluation.{k}": v for k, v in asdict(recipe.evaluation).items() if k in _SCORE_KEYS}
     keys |= {f"training.{k}": v for k, v in asdict(training).items() if k not in free}
     return keys | {"the global batch (batch_size x processes x gradient_accumulation)": batch}
 

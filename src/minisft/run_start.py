@@ -370,7 +370,7 @@ def _require_extendable(training: TrainingRecipe) -> None:
         UserError: They depend on the number of steps; the message names the key that makes them so.
     """
     if training.early_stopping is not None:
-        problem = "early stopping decides where this run ends, and has already used the loss at its end"
+        problem = "early stopping decides where this run ends, and has already used the loss or the score at its end"
         raise UserError("training.early_stopping", problem, "train again with --force, or into another `output`")
     if training.scheduler not in (*_FREE_OF_LENGTH, *_FREE_AFTER_WARM_UP):
         raise UserError(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from minisft.recipe import Recipe
     from minisft.run_folder import RunFolder
+    from minisft.training.checkpoint_scores import Scorer
     from minisft.training.nodes import Nodes
 
 
@@ -99,10 +100,11 @@ def train_run(
         checkpoint = _checkpoint_to_resume(recipe, started.run, resume)
         started.recipe, checkpoint = _resolve_auto_strategy(started.recipe, started.run, checkpoint)
         require_disk(started.recipe, started.run, model, checkpoint, freed_bytes=started.freed_bytes)
+        scorer = _checkpoint_scorer(started.recipe, started.run)
         if checkpoint is not None:
-            extend_run(started.recipe, started.run, checkpoint)
+            extend_run(started.recipe, started.run, checkpoint, scorer)
         started.replace_old_run()
-        start_training(started.recipe, started.run, checkpoint, nodes, callbacks, pause_at)
+        start_training(started.recipe, started.run, checkpoint, nodes, callbacks, pause_at, scorer)
     if pause_at is None:
         draw_curves(started.run.root)
     return started.run
@@ -158,7 +160,8 @@ def train_secondary_node(recipe: "Recipe", nodes: "Nodes", *, resume: bool) -> N
     resolve_model(recipe.model, recipe.trust_remote_code)
     run = RunFolder(Path(recipe.output))
     wait_for_first_node(nodes, run)
-    start_training(recipe, run, _checkpoint_to_resume(recipe, run, resume), nodes)
+    checkpoint = _checkpoint_to_resume(recipe, run, resume)
+    start_training(recipe, run, checkpoint, nodes, scorer=_checkpoint_scorer(recipe, run))
     say(f"machine {nodes.rank} of {nodes.count}: done; machine 0 has the results")
 
 
@@ -217,11 +220,36 @@ def train_in_launched_process(recipe: "Recipe", *, force: bool, resume: bool, no
             checkpoint = latest_resumable(run.checkpoints) if resume else None
             require_disk(started.recipe, started.run, model, checkpoint, freed_bytes=started.freed_bytes)
             if checkpoint is not None:
-                extend_run(started.recipe, started.run, checkpoint)
+                extend_run(started.recipe, started.run, checkpoint, _checkpoint_scorer(started.recipe, started.run))
             started.replace_old_run()
 
         join_launch(recipe.training.strategy, begin)
-        train_in_this_process(recipe, run, _checkpoint_to_resume(recipe, run, resume))
+        checkpoint = _checkpoint_to_resume(recipe, run, resume)
+        train_in_this_process(recipe, run, checkpoint, scorer=_checkpoint_scorer(recipe, run))
+
+
+def train_as_worker(
+    root: Path, resume_from: Path | None, trust_remote_code: bool = False, pause_at: int | None = None
+) -> None:
+    """Train as a process that `train` started: the recipe is in the run folder, the consent in the arguments."""
+    from minisft.run_folder import RunFolder, load_run
+    from minisft.training.device import on_cpu
+    from minisft.training.run_training import train_in_this_process
+    from minisft.training.zero import set_deepspeed_environment
+
+    set_deepspeed_environment(on_cpu())
+    recipe, run = load_run(root, trust_remote_code=trust_remote_code), RunFolder(root)
+    scorer = _checkpoint_scorer(recipe, run)
+    train_in_this_process(recipe, run, resume_from, pause_at=pause_at, scorer=scorer)
+
+
+def _checkpoint_scorer(recipe: "Recipe", run: "RunFolder") -> "Scorer | None":
+    """Return what scores the checkpoints of a run with prepared data, if the recipe stops early by a metric."""
+    if recipe.training.early_stopping_by == "loss":
+        return None
+    from minisft.evaluation.checkpoint_scorer import CheckpointScorer
+
+    return CheckpointScorer(recipe, run.root)
 
 
 def _checkpoint_to_resume(recipe: "Recipe", run: "RunFolder", resume: bool) -> Path | None:

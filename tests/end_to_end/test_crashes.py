@@ -110,7 +110,7 @@ def crash_from_outside(words, run, kill):
         assert process.poll() is None
         time.sleep(0.003)
     workers = psutil.Process(process.pid).children(recursive=True)
-    kill(process, [worker for worker in workers if "minisft.training.worker" in worker.cmdline()])
+    kill(process, [worker for worker in workers if "minisft.training_worker" in worker.cmdline()])
     process.wait(timeout=30)
     assert not psutil.wait_procs(workers, timeout=30)[1], "a worker lives on"
 

@@ -159,7 +159,7 @@ def start(recipe, run, how):
 
 
 def rank_of(process):
-    return process.environ().get("RANK") if "minisft.training.worker" in process.cmdline() else None
+    return process.environ().get("RANK") if "minisft.training_worker" in process.cmdline() else None
 
 
 def limit(pid):

@@ -13,6 +13,7 @@ from minisft.models import load_model
 from minisft.recipe import load_recipe
 from minisft.run_folder import RunFolder, write_resolved_recipe
 from minisft.training.checkpoints import is_last
+from minisft.training.held_out import EarlyStopping
 from minisft.training.run_training import train_in_this_process
 from tests.tiny import minisft, write_recipe
 
@@ -84,7 +85,7 @@ def test_a_run_ends_early_and_resumes_to_the_same_end(recipe, stopping, tmp_path
     assert list(held_out(run)) == [5, 10, 15]  # of 45: the first was the lowest
     assert last.name == "checkpoint-15"
     assert run.is_trained()
-    assert is_last(last, early_stopping=2)
+    assert is_last(last, EarlyStopping(2))
     again = train(recipe, run.root, *stopping, resume_from=run.list_checkpoints()[-2])
     assert list(held_out(again).values()) == losses
     assert run.list_checkpoints()[-1] == last

@@ -160,7 +160,7 @@ def start_two(recipe, output):
 
 
 def is_worker(process):
-    return "minisft.training.worker" in process.cmdline()
+    return "minisft.training_worker" in process.cmdline()
 
 
 def free_port():

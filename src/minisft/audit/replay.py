@@ -121,6 +121,7 @@ def replay_recipe(run: RunFolder, recipe: Recipe, step: int, folder: Path) -> Re
         "log_every": 1,
         "eval_every": None,
         "early_stopping": None,
+        "early_stopping_by": "loss",
         "keep_checkpoints": None,
         "report_to": [],
     }

@@ -89,7 +89,8 @@ def step_recipe(recipe: Recipe, folder: Path, steps: Steps, **training: Any) -> 
     changed = {
         "batch_size": steps.conversations // own.processes, "gradient_accumulation": 1, "max_steps": STEPS,
         "save_every": RESUME_AT, "log_every": 1, "warmup_ratio": 0.0, "report_to": [],
-        "keep_checkpoints": None, "eval_every": None, "early_stopping": None, **training,
+        "keep_checkpoints": None, "eval_every": None, "early_stopping": None,
+        "early_stopping_by": "loss", **training,
     }  # fmt: skip
     if changed.get("strategy") == "vanilla":
         changed["offload"] = None

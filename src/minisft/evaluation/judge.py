@@ -119,41 +119,8 @@ def judge_answers(
     """
     asking = Asking(settings)
     cache = VerdictCache(folder / "verdicts.jsonl")
-    # 1. The questions: example by example, so that a budget that is spent leaves all models equally far.
-    questions: dict[str, str] = {}
-    judged: list[_Judged] = []
-    for place, example in enumerate(examples):
-        for model, rival in _pairs(settings.pairwise, list(outputs)):
-            answer, other = outputs[model][place], outputs[rival][place]
-            asked = [
-                pair_question(settings, example.messages, first, second, example.reference)
-                for first, second in ([] if answer == other else [(answer, other), (other, answer)])
-            ]
-            judged.append(_Judged(model, rival, place, _note(settings, asked, questions)))
-        for model in outputs if settings.rubric else ():
-            text = grade_question(settings, example.messages, outputs[model][place], example.reference)
-            judged.append(_Judged(model, None, place, _note(settings, [text], questions)))
-    of_grades = {one.keys[0] for one in judged if one.rival is None}
-    missing = {key: question for key, question in questions.items() if key not in cache}
-
-    # 2. Ask what has no verdict yet.
-    valid = invalid = 0
-    with answer_progress("judge", len(missing)) as advance:
-
-        def take(key: str, reply: str, finish: str) -> str | None:
-            nonlocal valid, invalid
-            found = parse_grade(reply) if key in of_grades else parse_verdict(reply)
-            cache.add(key, found or _INVALID, reply, finish)
-            valid, invalid = valid + (found is not None), invalid + (found is None)
-            advance(1)
-            if invalid >= _MOST_INVALID and not valid:
-                return f"{invalid} of {invalid} replies hold no verdict, such as {' '.join(reply.split())[:100]!r}"
-            return None
-
-        if missing:
-            asking.ask(missing, take)
-
-    # 3. Count the verdicts.
+    judged, questions = _list_questions(settings, examples, outputs)
+    _ask_missing(asking, cache, judged, questions)
     _write_judged(folder / "judged.jsonl", judged, examples, cache)
     conversations = _conversations(examples)
     pairs = [
@@ -175,6 +142,50 @@ def judge_answers(
         "pairs": pairs,
         "grades": grades,
     }
+
+
+def _list_questions(
+    settings: JudgeRecipe, examples: Sequence[EvalExample], outputs: Mapping[str, Sequence[str]]
+) -> tuple[list[_Judged], dict[str, str]]:
+    """Return what is to be judged, and the questions by their keys; arguments as those of `judge_answers`.
+
+    They are in the order of the examples, so that a budget that is spent leaves all models equally far.
+    """
+    questions: dict[str, str] = {}
+    judged: list[_Judged] = []
+    for place, example in enumerate(examples):
+        for model, rival in _pairs(settings.pairwise, list(outputs)):
+            answer, other = outputs[model][place], outputs[rival][place]
+            asked = [
+                pair_question(settings, example.messages, first, second, example.reference)
+                for first, second in ([] if answer == other else [(answer, other), (other, answer)])
+            ]
+            judged.append(_Judged(model, rival, place, _note(settings, asked, questions)))
+        for model in outputs if settings.rubric else ():
+            text = grade_question(settings, example.messages, outputs[model][place], example.reference)
+            judged.append(_Judged(model, None, place, _note(settings, [text], questions)))
+    return judged, questions
+
+
+def _ask_missing(asking: Asking, cache: VerdictCache, judged: Sequence[_Judged], questions: Mapping[str, str]) -> None:
+    """Ask the questions that have no verdict yet; give up where the first replies hold none at all."""
+    of_grades = {one.keys[0] for one in judged if one.rival is None}
+    missing = {key: question for key, question in questions.items() if key not in cache}
+    valid = invalid = 0
+    with answer_progress("judge", len(missing)) as advance:
+
+        def take(key: str, reply: str, finish: str) -> str | None:
+            nonlocal valid, invalid
+            found = parse_grade(reply) if key in of_grades else parse_verdict(reply)
+            cache.add(key, found or _INVALID, reply, finish)
+            valid, invalid = valid + (found is not None), invalid + (found is None)
+            advance(1)
+            if invalid >= _MOST_INVALID and not valid:
+                return f"{invalid} of {invalid} replies hold no verdict, such as {' '.join(reply.split())[:100]!r}"
+            return None
+
+        if missing:
+            asking.ask(missing, take)
 
 
 def require_all_judged(results: Mapping[str, Any]) -> None:

@@ -89,15 +89,16 @@ def evaluate(
         # 1. Load the examples, which are the same for every model.
         base = _find_base(recipe, run)
         with workers or Workers(recipe.evaluation.processes or default_processes()) as pool:
-            evaluator, constant = _load_examples(recipe, output, base, dtype, pool, row_metrics)
+            evaluator = make_evaluator(recipe, output, base, pool, row_metrics, dtype)
+            constant = evaluator.score_constant(
+                best_constant(train_answers(output, evaluator.encoder, recipe.evaluation.turns))
+            )
             if custom_metrics and not evaluator.held_out.examples:
                 problem = "there are no held-out answers to score"
                 raise UserError("metrics", problem, "set data.test_fraction above 0")
             # 2. Score one model after the other, and write results.json after each.
-            if others is None:
-                models = models_to_score(run, base, follow, sleep)
-            else:
-                models = iter([("base", base), *others.items()])
+            named = None if others is None else iter([("base", base), *others.items()])
+            models = named or models_to_score(run, base, follow, sleep)
             scored_models, results = _score_models(recipe, run, evaluator, constant, models, draw)
         # 3. Write the comparisons.
         _write_comparisons(evaluator, scored_models, results["best"])
@@ -108,12 +109,20 @@ def evaluate(
         if recipe.evaluation.judge is not None:
             results = _judge(recipe.evaluation.judge, run, evaluator, scored_models, results)
     _report(results, evaluator.folder, as_json)
-    # 6. Refuse metrics that failed; all others are computed and written.
+    _require_all_metrics(evaluator)
+    return results
+
+
+def _require_all_metrics(evaluator: Evaluator) -> None:
+    """Check that no metric failed; the scores of all others are computed and written.
+
+    Raises:
+        UserError: One failed; the message names the further ones.
+    """
     if evaluator.failures:
         first, *further = evaluator.failures.values()
         more = f" ({len(further)} more failed: {', '.join(error.where for error in further)})" if further else ""
         raise UserError(first.where, first.problem + more, first.fix) from first.__cause__
-    return results
 
 
 @contextlib.contextmanager
@@ -124,7 +133,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
         try:
             lock.enter_context(hold_lock(folder / ".lock"))
         except BlockingIOError:
-            raise UserError(folder, "another evaluation is running here", "wait for it to end") from None
+            problem = "another evaluation is running here, or a training is scoring a checkpoint"
+            raise UserError(folder, problem, "wait for it to end") from None
         yield
 
 
@@ -145,15 +155,27 @@ def _find_base(recipe: Recipe, run: RunFolder) -> Path:
     return resolved.folder
 
 
-def _load_examples(
+def make_evaluator(
     recipe: Recipe,
     output: Path,
     base: Path,
-    dtype: "torch.dtype | None",
     workers: Workers,
     row_metrics: Sequence[RowMetric],
-) -> tuple[Evaluator, ScoredModel]:
-    """Return the evaluator, which has the same examples for every model, and the scored constant baseline."""
+    dtype: "torch.dtype | None" = None,
+) -> Evaluator:
+    """Return the evaluator of a run, which has the same examples for every model.
+
+    Args:
+        recipe: The run's recipe.
+        output: The run folder, with prepared data.
+        base: Folder of the base model.
+        workers: The processes that generate and compute losses.
+        row_metrics: The metrics besides BLEU and chrF.
+        dtype: Dtype of the weights; None: as `evaluate` chooses it.
+
+    Raises:
+        UserError: There are neither held-out rows nor prompts, or the template refuses one.
+    """
     settings = recipe.evaluation
     encoder = Encoder(
         load_tokenizer(base, recipe.trust_remote_code), recipe.data.template, recipe.data.template_options
@@ -163,7 +185,7 @@ def _load_examples(
     if settings.retain is not None:
         context = context_length(load_config(base, recipe.trust_remote_code))
         retained = load_retained(settings.retain, encoder, min(recipe.data.max_length, context or sys.maxsize))
-    evaluator = Evaluator(
+    return Evaluator(
         settings,
         encoder,
         load_held_out(output, encoder, settings.turns, settings.limit, required=not prompts),
@@ -185,7 +207,6 @@ def _load_examples(
         row_metrics,
         retained,
     )
-    return evaluator, evaluator.score_constant(best_constant(train_answers(output, encoder, settings.turns)))
 
 
 def _write_comparisons(evaluator: Evaluator, scored_models: dict[str, ScoredModel], best: str | None) -> None:

@@ -192,7 +192,8 @@ def _write_run(run: RunFolder, recipe: Recipe, job: Job, strategy: str) -> None:
 
     changes: dict[str, Any] = {
         "strategy": strategy, "processes": job.processes, "max_steps": STEPS, "save_every": 10**9, "log_every": 1,
-        "report_to": [], "eval_every": None, "early_stopping": None, "scheduler": "linear", "scheduler_args": {},
+        "report_to": [], "eval_every": None, "early_stopping": None,
+        "early_stopping_by": "loss", "scheduler": "linear", "scheduler_args": {},
     }  # fmt: skip
     training = replace(recipe.training, **changes)
     write_resolved_recipe(run, replace(recipe, output=str(run.root), training=training))

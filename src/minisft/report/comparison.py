@@ -10,13 +10,13 @@ from statistics import median
 from typing import Any
 
 from minisft.files import write_atomically
-from minisft.metric_names import METRIC_NAMES
+from minisft.metric_names import METRICS
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, whole_page
 from minisft.report.plots import draw_overlaid
 from minisft.report.run_data import CURVE_POINTS, RunFiles, read_run, rounded
 from minisft.report.tables import comparison_table, markdown_table
 from minisft.report.verdict import comparison_verdict, is_trained
-from minisft.results import MIN_CONVERSATIONS, is_below_base, is_reliable
+from minisft.results import MIN_CONVERSATIONS, chosen_by, is_below_base, is_reliable, score_keys
 from minisft.text import dump_json, printable
 
 # Relative. Rounding in fp32 alone moves a loss or gradient norm by less, and a wrong strategy moves it by more.
@@ -31,9 +31,9 @@ _COSTS = (  # key, title, format, factor
 )
 _NOTES = """<p class="soft">s/step is the median of all steps but the first, tokens/s the supervised tokens of those
 steps divided by their time. GB is the peak of the largest process. MB sent is what a process sends in a step, counted
-at every collective as the least that the collective needs. Test loss, BLEU and chrF are those of the best
-checkpoint{intervals}; below base: the base model scores higher. differs is the largest difference of loss or gradient
-norm in any step, relative to the first variant of the same trajectory.</p>
+at every collective as the least that the collective needs. Test loss and the scores of the metrics are those of the
+best checkpoint{intervals}; below base: the base model scores better. differs is the largest difference of loss or
+gradient norm in any step, relative to the first variant of the same trajectory.</p>
 """
 
 
@@ -141,9 +141,13 @@ def measure(run: RunFiles) -> dict[str, Any]:
     }
     if run.results is not None and run.best is not None:
         figures |= {"best": run.best["checkpoint"], "test_loss": run.best.get("loss")}
-        for metric in METRIC_NAMES:
-            if score := run.best.get(metric):
-                figures[metric] = {key: score[key] for key in ("score", "low", "high", "reliable") if key in score}
+        kept = ("score", "low", "high", "reliable")
+        scores = {
+            key: {name: run.best[key][name] for name in kept if name in run.best[key]} for key in score_keys(run.best)
+        }
+        metric, higher = chosen_by(run.results)
+        figures |= {"scores": scores, "best_by": {"metric": metric, "higher_is_better": higher}}
+        figures |= {key: scores[key] for key in METRICS if key in scores}  # where earlier versions had them
         if is_below_base(run.results):
             figures["below_base"] = True
     return figures
@@ -207,7 +211,7 @@ def comparison_page(output: Path, comparison: dict[str, Any], steps: dict[str, l
     parts.append(_cost_charts(variants))
 
     # 3. All figures, with notes that say which of the scores have intervals.
-    reliable = [is_reliable(v[metric]) for v in variants for metric in METRIC_NAMES if metric in v]
+    reliable = [is_reliable(score) for v in variants for score in v.get("scores", {}).values()]
     few = f"fewer than {MIN_CONVERSATIONS} held-out conversations support"
     if all(reliable):
         intervals = ", with 95 % intervals"

@@ -1,5 +1,6 @@
-"""The sections of the page with the judge's verdicts and the benchmarks."""
+"""The sections with the judge's verdicts and the benchmarks, for the page and for results.md."""
 
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -7,14 +8,34 @@ from minisft.report.html import scrolling_table
 from minisft.results import MIN_CONVERSATIONS, benchmark_rows, judge_rows
 
 
-def judge_section(results: dict[str, Any]) -> str:
-    """Return the tables of win rates and grades; "" where nothing was judged."""
+@dataclass(frozen=True)
+class TableSection:
+    """A section of tables.
+
+    Args:
+        key: Its id on the page.
+        title: Its title.
+        tables: (heads, rows of cells) of each table.
+        notes: What a reader has to know of the tables.
+    """
+
+    key: str
+    title: str
+    tables: list[tuple[list[str], list[list[str]]]]
+    notes: str
+
+    def as_html(self) -> str:
+        tables = "".join(
+            scrolling_table(self.key, heads, [(cells, False) for cells in rows]) for heads, rows in self.tables
+        )
+        return f'<h2 id="{self.key}">{escape(self.title)}</h2>\n{tables}<p class="soft">{escape(self.notes)}</p>\n'
+
+
+def judge_tables(results: dict[str, Any]) -> TableSection | None:
+    """Return the win rates and grades; None where nothing was judged."""
     judge = results.get("judge")
     if not judge:
-        return ""
-    tables = "".join(
-        scrolling_table("judge", heads, [(cells, False) for cells in rows]) for heads, rows in judge_rows(judge)
-    )
+        return None
     notes = [f"Judged by {judge['model']}."]
     if judge.get("pairs"):
         notes.append(
@@ -27,17 +48,13 @@ def judge_section(results: dict[str, Any]) -> str:
         notes.append(f"Fewer than {MIN_CONVERSATIONS} conversations support neither an interval nor a p-value.")
     if judge.get("unjudged"):
         notes.append(f"{judge['unjudged']:,} questions have no verdict: {judge['problem'][0]}.")
-    return f'<h2 id="judge">A judge\'s verdicts</h2>\n{tables}<p class="soft">{escape(" ".join(notes))}</p>\n'
+    return TableSection("judge", "A judge's verdicts", judge_rows(judge), " ".join(notes))
 
 
-def benchmark_section(results: dict[str, Any]) -> str:
-    """Return the table of the benchmarks; "" where none were run."""
+def benchmark_tables(results: dict[str, Any]) -> TableSection | None:
+    """Return the scores of the benchmarks; None where none were run."""
     benchmarks = results.get("benchmarks")
     if not benchmarks:
-        return ""
-    heads, rows = benchmark_rows(benchmarks)
+        return None
     note = f"By lm-evaluation-harness {benchmarks['harness']}: score ± standard error, and the difference to base."
-    return (
-        f'<h2 id="benchmarks">Benchmarks</h2>\n{scrolling_table("benchmarks", heads, [(row, False) for row in rows])}'
-        f'<p class="soft">{escape(note)}</p>\n'
-    )
+    return TableSection("benchmarks", "Benchmarks", [benchmark_rows(benchmarks)], note)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from minisft.files import write_atomically
+from minisft.report.judge_section import benchmark_tables, judge_tables
 from minisft.report.plots import draw_curves
 from minisft.report.run_data import metrics_of, page_data, read_run
 from minisft.report.tables import markdown_table, score_table, test_set_tables
@@ -42,6 +43,10 @@ def write_results(output: Path, to: Path | None = None) -> Path:
         parts += [
             f"{as_text(f['checkpoint'])} could not be scored: {as_text(f['error'])}" for f in run.results["failed"]
         ]
+        for section in (judge_tables(run.results), benchmark_tables(run.results)):
+            if section is not None:
+                parts += [f"## {section.title}", *(_as_markdown(heads, cells) for heads, cells in section.tables)]
+                parts.append(as_text(section.notes))
 
     # 2. Links to the curves.
     parts += [f"![{path.stem}]({path.relative_to(target).as_posix()})" for path in curves]
@@ -62,6 +67,10 @@ def write_results(output: Path, to: Path | None = None) -> Path:
     path = target / "results.md"
     write_atomically(path, printable("\n\n".join(parts) + "\n"))
     return path
+
+
+def _as_markdown(heads: list[str], rows: list[list[str]]) -> str:
+    return markdown_table([as_text(head) for head in heads], [[as_text(cell) for cell in row] for row in rows]).rstrip()
 
 
 def as_text(text: str) -> str:

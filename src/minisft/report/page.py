@@ -11,7 +11,7 @@ from minisft.files import write_atomically
 from minisft.metric_names import metric_title
 from minisft.report.gains import gains_section
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, table, whole_page
-from minisft.report.judge_section import benchmark_section, judge_section
+from minisft.report.judge_section import benchmark_tables, judge_tables
 from minisft.report.run_data import RunFiles, figure_id, metrics_of, page_data, read_run
 from minisft.report.tables import format_metric, score_table, tested_metric
 from minisft.report.verdict import verdict
@@ -113,7 +113,8 @@ def _body(run: RunFiles, sources: list[dict[str, Any]]) -> str:
     parts: list[str] = []
     if run.results is not None:
         parts += [_scores(run, run.results), gains_section(run)]
-        parts += [judge_section(run.results), benchmark_section(run.results), _EXAMPLES]
+        sections = (judge_tables(run.results), benchmark_tables(run.results))
+        parts += [*(section.as_html() for section in sections if section is not None), _EXAMPLES]
     if run.steps or run.systems:
         parts += [_LOSS, _sources(sources)]
 

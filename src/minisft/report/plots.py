@@ -4,15 +4,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.manifest import record_files
-from minisft.metric_names import METRIC_NAMES
+from minisft.metric_names import metric_title
 from minisft.report.run_data import RunFiles, metrics_of, read_run
-from minisft.results import best_label, is_reliable
+from minisft.results import best_label, higher_score_is_better, is_reliable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SIZE = (7.0, 4.0)  # inches
+_PANEL, _LEGEND_HEIGHT, _MOST_COLUMNS = (4.2, 2.9), 0.4, 3  # of a figure with several panels
 # Distinguishable with colour blindness too: Okabe and Ito 2008, "Color Universal Design".
 _VARIANT_COLORS = ("#56b4e9", "#e69f00", "#009e73", "#1a1a1a", "#cc79a7", "#0072b2", "#d55e00", "#b0a000")
 _TRAIN, _TEST, _MARK = "#4c78a8", "#e45756", "#888888"
@@ -48,29 +49,53 @@ def draw_curves(output: Path, to: Path | None = None) -> list[Path]:
         _finish(axes, "loss per supervised token")
         written.append(_write(figure, folder / "loss.png"))
 
-    # 2. The scores of every model, and those of the constant baseline as dotted lines.
-    if run.results is not None and any(metric in METRIC_NAMES for metric in metrics_of(run)):
-        reliable = is_reliable(run.results)
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        axes = figure.add_subplot()
-        for (metric, name), color in zip(METRIC_NAMES.items(), (_TRAIN, _TEST), strict=True):
-            entries = [entry for _, entry in run.systems if metric in entry]
-            if not entries:
-                continue
-            xs, scores = [entry["step"] for entry in entries], [entry[metric] for entry in entries]
-            ys = [score["score"] for score in scores]
-            bars = None  # lengths below and above the scores
-            if reliable:
-                below = [max(0.0, score["score"] - score["low"]) for score in scores]
-                bars = (below, [max(0.0, score["high"] - score["score"]) for score in scores])
-            axes.errorbar(xs, ys, bars, fmt="o-", color=color, capsize=3, markersize=4, label=name)
-            constant = run.results["constant"][metric]["score"]
-            axes.axhline(constant, color=color, linestyle=":", linewidth=1, label=f"{name} of the constant baseline")
-        axes.set_ylim(bottom=0)
-        _mark_best(axes, run)
-        _finish(axes, "score, 95 % interval" if reliable else "score")
-        written.append(_write(figure, folder / "scores.png"))
+    # 2. The scores of every model.
+    if metrics_of(run):
+        written.append(_write(_score_panels(run), folder / "scores.png"))
     return written
+
+
+def _score_panels(run: RunFiles) -> "Figure":
+    """Return a panel for each metric: the scores of every model, and that of the constant baseline as a dotted line.
+
+    Metrics have different scales, so they share no axis.
+    """
+    from matplotlib.figure import Figure
+
+    assert run.results is not None
+    metrics, reliable = metrics_of(run), is_reliable(run.results)
+    columns = 2 if len(metrics) in (2, 4) else min(len(metrics), _MOST_COLUMNS)
+    rows = -(-len(metrics) // columns)
+    size = _SIZE if len(metrics) == 1 else (_PANEL[0] * columns, _PANEL[1] * rows + _LEGEND_HEIGHT)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, metric in zip(panels, metrics, strict=False):
+        entries = [entry for _, entry in run.systems if metric in entry]
+        xs, scores = [entry["step"] for entry in entries], [entry[metric] for entry in entries]
+        ys = [score["score"] for score in scores]
+        bars = None  # lengths below and above the scores
+        if reliable:
+            below = [max(0.0, score["score"] - score["low"]) for score in scores]
+            bars = (below, [max(0.0, score["high"] - score["score"]) for score in scores])
+        axes.errorbar(xs, ys, bars, fmt="o-", color=_TRAIN, capsize=3, markersize=4, label="base and checkpoints")
+        constant = run.results["constant"].get(metric)
+        if constant is not None:
+            axes.axhline(constant["score"], color=_TEST, linestyle=":", linewidth=1.4, label="constant baseline")
+        _mark_best(axes, run)
+        axes.set_title(_panel_title(run.results, metric), fontsize="medium")
+        _finish(axes, "score, 95 % interval" if reliable else "score", legend=False)
+        if axes.get_ylim()[0] > 0 or min(ys, default=0) >= 0:  # a metric of one's own may be negative
+            axes.set_ylim(bottom=0)
+    for axes in panels[len(metrics) :]:
+        axes.set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _panel_title(results: dict[str, Any], metric: str) -> str:
+    """Return the metric's name, and its direction where a higher score is not better."""
+    direction = {True: "", False: " (lower is better)", None: " (neither is better)"}
+    return metric_title(metric) + direction[higher_score_is_better(results, metric)]
 
 
 def draw_overlaid(path: Path, runs: dict[str, list[dict[str, Any]]]) -> Path:
@@ -104,13 +129,13 @@ def _mark_best(axes: "Axes", run: RunFiles) -> None:
         axes.axvline(run.best["step"], color=_MARK, linestyle="--", linewidth=1, label=label)
 
 
-def _finish(axes: "Axes", label: str) -> None:
+def _finish(axes: "Axes", label: str, legend: bool = True) -> None:
     """Add the labels of the axes, the grid and the legend."""
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
+    if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
 
 

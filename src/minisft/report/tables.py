@@ -144,8 +144,9 @@ def comparison_table(
         head: ["" if variant.get(key) is None else form.format(variant[key] * factor) for variant in variants]
         for head, (key, form, factor) in figures.items()
     }
-    for metric, name in METRIC_NAMES.items():
-        columns[name] = [format_score(variant.get(metric), intervals) for variant in variants]
+    for metric in dict.fromkeys(key for variant in variants for key in variant.get("scores", {})):
+        scores = [variant.get("scores", {}).get(metric) for variant in variants]
+        columns[metric_title(metric)] = [format_metric(metric, score, intervals) for score in scores]
     columns["best"] = ["below base" if variant.get("below_base") else "" for variant in variants]
     # The largest relative difference of loss and gradient norm from the first variant of the same trajectory.
     distances = [variant.get("against") for variant in variants]

@@ -4,7 +4,7 @@ from typing import Any
 
 from minisft.metric_names import LOSS, METRIC_NAMES, metric_title
 from minisft.report.run_data import RunFiles, metrics_of
-from minisft.report.tables import format_p_value, format_score
+from minisft.report.tables import format_metric, format_p_value
 from minisft.results import MIN_CONVERSATIONS, chosen_by, is_reliable, unreliability_reason
 
 SIGNIFICANCE = 0.05  # the p-value below which a difference counts as more than chance
@@ -198,26 +198,32 @@ def _costs(chosen: dict[str, Any], group: list[dict[str, Any]]) -> list[str]:
 def _best_setting(variants: list[dict[str, Any]]) -> tuple[dict[str, Any], str] | None:
     """Return the variant with the best score, or else with the lowest test loss, and a sentence on it.
 
-    The sentence says whether the interval of its score overlaps that of the next trajectory.
+    The metric is the one that chose the best checkpoints. The sentence says whether the interval of its score overlaps
+    that of the next trajectory.
     """
-    metric = next((metric for metric in METRIC_NAMES if any(metric in v for v in variants)), None)
-    if metric is None:
+    chosen = next((v["best_by"] for v in variants if v.get("best_by")), {"metric": LOSS, "higher_is_better": False})
+    metric, higher = chosen["metric"], chosen["higher_is_better"]
+    scored = [v for v in variants if metric in v.get("scores", {})]
+    if not scored:
         with_loss = [v for v in variants if v.get("test_loss") is not None]
         if not with_loss:
             return None
         best = min(with_loss, key=lambda v: v["test_loss"])
         return best, f"{best['name']} has the lowest test loss, {best['test_loss']:.4f}."
-    scored = sorted((v for v in variants if metric in v), key=lambda v: v[metric]["score"], reverse=True)
-    best, score = scored[0], scored[0][metric]
-    below = ", which is below its base model" if best.get("below_base") else ""
-    text = f"{best['name']} scores best: {METRIC_NAMES[metric]} {format_score(score)}, with {best['best']}{below}"
+    scored.sort(key=lambda v: v["scores"][metric]["score"], reverse=higher)
+    best, score = scored[0], scored[0]["scores"][metric]
+    below = ", which its base model beats" if best.get("below_base") else ""
+    text = (
+        f"{best['name']} scores best: {metric_title(metric)} {format_metric(metric, score)}, with {best['best']}{below}"
+    )
     second = next((v for v in scored if v["trajectory"] != best["trajectory"]), None)
     if second is None:
         return best, f"{text}."
-    if not (is_reliable(score) and is_reliable(second[metric])):
+    next_score = second["scores"][metric]
+    if not (is_reliable(score) and is_reliable(next_score)):
         chance = f"it may be chance, since fewer than {MIN_CONVERSATIONS} held-out conversations were scored"
-    elif score["low"] > second[metric]["high"]:
+    elif (score["low"] > next_score["high"]) if higher else (score["high"] < next_score["low"]):
         chance = "the intervals do not overlap"
     else:
         chance = "the intervals overlap, so it may be chance"
-    return best, f"{text}; next is {second['name']} with {format_score(second[metric])}: {chance}."
+    return best, f"{text}; next is {second['name']} with {format_metric(metric, next_score)}: {chance}."

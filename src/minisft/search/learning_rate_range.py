@@ -177,7 +177,8 @@ def _short_recipe(recipe: Recipe, folder: Path, rate: float, steps: int) -> Reci
     training = replace(
         own, strategy="vanilla", processes=1, gradient_accumulation=own.gradient_accumulation * own.processes,
         offload=None, max_steps=steps, learning_rate=rate, scheduler="constant", scheduler_args={}, warmup_ratio=0.0,
-        save_every=steps, keep_checkpoints=None, log_every=1, eval_every=None, early_stopping=None, report_to=[],
+        save_every=steps, keep_checkpoints=None, log_every=1, eval_every=None, early_stopping=None,
+        early_stopping_by="loss", report_to=[],
     )  # fmt: skip
     return replace(recipe, output=str(folder), training=training)
 

@@ -25,15 +25,16 @@ from minisft.files import (
     apply_umask,
     read_json,
     remove_leftovers,
+    write_atomically,
     write_folder_atomically,
 )
 from minisft.manifest import foreign_files, in_marked_folder, list_some, record_folder, record_scratch_folder
 from minisft.recipe import TrainingRecipe
 from minisft.replacement import unused_name
 from minisft.results import read_results
-from minisft.run_folder import RunFolder, list_checkpoints, read_metrics
+from minisft.run_folder import RunFolder, list_checkpoints, read_metrics, step_of
 from minisft.text import first_line
-from minisft.training.held_out import eval_losses, stops_early
+from minisft.training.held_out import EVAL_LOSS, EarlyStopping, is_due
 
 METADATA = "written_by.json"
 _STAGING = ".unfinished"
@@ -120,32 +121,46 @@ def drop_optimizer_states(folder: Path, keep: Path) -> None:
                     shutil.rmtree(path)
 
 
-def prune(run: RunFolder, training: TrainingRecipe, newest: Path) -> None:
+def prune(run: RunFolder, training: TrainingRecipe, early_stopping: EarlyStopping | None, newest: Path) -> None:
     """Remove the checkpoints and states that the recipe does not keep, once the checkpoint `newest` is complete."""
     if training.keep_optimizer == "newest":
         drop_optimizer_states(run.checkpoints, keep=newest)
     if training.keep_checkpoints is not None:
-        prune_checkpoints(run, training.keep_checkpoints)
+        prune_checkpoints(run, training.keep_checkpoints, early_stopping)
 
 
-def prune_checkpoints(run: RunFolder, count: int) -> None:
+def prune_checkpoints(run: RunFolder, count: int, early_stopping: EarlyStopping | None = None) -> None:
     """Remove all checkpoints except the `count` newest and those that the run folder records as best."""
-    kept = best_checkpoints(run)
+    kept = best_checkpoints(run, early_stopping)
     for checkpoint in run.list_checkpoints()[:-count]:
         if checkpoint.name not in kept:
             remove_checkpoint(checkpoint)
 
 
-def best_checkpoints(run: RunFolder) -> set[str]:
-    """Return the names of the checkpoint of the lowest held-out loss and of the evaluation's best, if known."""
+def best_checkpoints(run: RunFolder, early_stopping: EarlyStopping | None = None) -> set[str | None]:
+    """Return the names of the checkpoint of the lowest held-out loss and of the evaluation's best, if known.
+
+    Args:
+        run: The run folder.
+        early_stopping: What ends the run early; where that is a score, the checkpoint with the best one is added.
+    """
     scores = read_results(run.root) or {"checkpoints": [], "best": None}
     # Held-out losses of training, by the name of the checkpoint of that step, if there is one.
     losses = {f"checkpoint-{line['step']}": line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line}
     losses = losses or {entry["checkpoint"]: entry["loss"] for entry in scores["checkpoints"]}
     there = {path.name for path in run.list_checkpoints()}
     known = [name for name, loss in losses.items() if name in there and loss is not None]
-    lowest = {min(known, key=losses.__getitem__)} if known else set()
-    return lowest | {scores["best"]}
+    best: set[str | None] = {scores["best"]}
+    if known:
+        best.add(min(known, key=losses.__getitem__))
+    if early_stopping is not None and early_stopping.key != EVAL_LOSS and there:
+        history = _trainer_state(run.list_checkpoints()[-1])["log_history"]
+        values = {
+            f"checkpoint-{entry['step']}": entry[early_stopping.key] for entry in history if early_stopping.key in entry
+        }
+        best_of = max if early_stopping.higher_is_better else min
+        best.add(best_of((name for name in values if name in there), key=values.__getitem__, default=None))
+    return best
 
 
 def has_state(checkpoint: Path) -> bool:
@@ -174,12 +189,11 @@ def _without(checkpoint: Path) -> str:
     return f"delete {checkpoint}: --resume continues from the checkpoint before it"
 
 
-def is_last(checkpoint: Path, early_stopping: int | None = None, last: int | None = None) -> bool:
+def is_last(checkpoint: Path, early_stopping: EarlyStopping | None = None, last: int | None = None) -> bool:
     """Return whether training ends with this checkpoint: at the step `last`, by default its own last step, or early."""
     state = _trainer_state(checkpoint)
-    return bool(state["global_step"] >= (last or state["max_steps"])) or stops_early(
-        eval_losses(state["log_history"]), early_stopping
-    )
+    stopped_early = early_stopping is not None and early_stopping.ends(state["log_history"])
+    return bool(state["global_step"] >= (last or state["max_steps"])) or stopped_early
 
 
 def last_step(checkpoint: Path, training: TrainingRecipe) -> int:
@@ -187,6 +201,27 @@ def last_step(checkpoint: Path, training: TrainingRecipe) -> int:
     state = _trainer_state(checkpoint)
     steps_of_epoch = round(state["global_step"] / state["epoch"])
     return training.max_steps or math.ceil(training.epochs * steps_of_epoch)
+
+
+def is_due_for_score(checkpoint: Path, training: TrainingRecipe) -> bool:
+    """Return whether early stopping by a score looks at a checkpoint: not at one where a run was merely interrupted."""
+    state = _trainer_state(checkpoint)
+    last, epoch_steps = last_step(checkpoint, training), round(state["global_step"] / state["epoch"])
+    return is_due(state["global_step"], every=training.save_every, epoch_steps=epoch_steps, last=last)
+
+
+def recorded_score(checkpoint: Path, key: str) -> float | None:
+    """Return the score of a checkpoint that `record_score` wrote into it under a key; None: it has none."""
+    step = step_of(checkpoint)
+    return next((entry[key] for entry in _trainer_state(checkpoint)["log_history"]
+                 if key in entry and entry["step"] == step), None)  # fmt: skip
+
+
+def record_score(checkpoint: Path, entry: dict[str, Any]) -> None:
+    """Add an entry to the log history that a checkpoint stores: a score that was computed after it was written."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state["log_history"].append(entry)
+    write_atomically(checkpoint / "trainer_state.json", json.dumps(state, indent=2, sort_keys=True) + "\n")
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:

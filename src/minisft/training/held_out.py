@@ -1,7 +1,8 @@
-"""The loss on the held-out rows while training goes on, and stopping early when it no longer falls."""
+"""The loss on the held-out rows while training goes on, and stopping early when it or a score no longer improves."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,18 +60,37 @@ def is_due(step: int, *, every: str | int | None, epoch_steps: int, last: int) -
     return step == last or step % (epoch_steps if every == "epoch" else int(every)) == 0
 
 
-def eval_losses(log_history: Iterable[dict[str, Any]]) -> list[float]:
-    """Return the held-out losses of a Trainer's log history, in order."""
-    return [entry[EVAL_LOSS] for entry in log_history if EVAL_LOSS in entry]
+@dataclass(frozen=True)
+class EarlyStopping:
+    """What ends a run before its last step: `patience` evaluations without a better one.
 
+    It depends only on the log history, which all processes share and every checkpoint stores, so that all of them stop
+    at the same step, resumed or not.
 
-def stops_early(losses: Sequence[float], patience: int | None) -> bool:
-    """Return whether the lowest loss is `patience` evaluations old; with None, never.
-
-    It depends only on the losses, which all processes share and every checkpoint stores, so that all of them stop at
-    the same step, resumed or not.
+    Args:
+        patience: Number of evaluations.
+        key: Key of an evaluation's value in the Trainer's log history.
+        higher_is_better: Whether a higher value is better.
     """
-    if patience is None or not losses:
+
+    patience: int
+    key: str = EVAL_LOSS
+    higher_is_better: bool = False
+
+    def ends(self, log_history: Iterable[dict[str, Any]]) -> bool:
+        """Return whether the run ends with the newest evaluation of a Trainer's log history."""
+        sign = -1 if self.higher_is_better else 1
+        return stops_early([sign * entry[self.key] for entry in log_history if self.key in entry], self.patience)
+
+    def __str__(self) -> str:
+        better = "higher" if self.higher_is_better else "lower"
+        what = "held-out loss" if self.key == EVAL_LOSS else self.key.removeprefix("eval_")
+        return f"{self.patience} evaluation{'s' if self.patience > 1 else ''} without a {better} {what}"
+
+
+def stops_early(losses: Sequence[float], patience: int) -> bool:
+    """Return whether the lowest of some losses is `patience` evaluations old."""
+    if not losses:
         return False
     ordered = [loss if math.isfinite(loss) else math.inf for loss in losses]
     return len(losses) - 1 - ordered.index(min(ordered)) >= patience

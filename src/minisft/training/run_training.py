@@ -19,7 +19,6 @@ from minisft.row_losses import truncate_row_losses
 from minisft.run_folder import (
     RunFolder,
     delete_replaced_run,
-    load_run,
     recorded_threads,
     step_of,
     trust_arguments,
@@ -69,11 +68,12 @@ from minisft.training.zero import (
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from minisft.training.held_out import HeldOutRows
+    from minisft.training.checkpoint_scores import Scorer
+    from minisft.training.held_out import EarlyStopping, HeldOutRows
     from minisft.training.trainer import SupervisedTokenTrainer
 
 
-_WORKER = "minisft.training.worker"
+_WORKER = "minisft.training_worker"
 PAUSE_OPTION = "--pause-at="  # of the worker
 # Packages whose name is not that of the tracker.
 # Reversible layers (Kitaev et al. 2020, arXiv 2001.04451): benchmarks/models.py found another gradient norm.
@@ -120,6 +120,7 @@ def train(
     nodes: Nodes | None = None,
     callbacks: Sequence["TrainerCallback"] = (),
     pause_at: int | None = None,
+    scorer: "Scorer | None" = None,
 ) -> None:
     """Train in this process, with the caller's own `callbacks`, or in processes that this one starts.
 
@@ -130,17 +131,18 @@ def train(
         nodes: The machines that train together; None: this one alone.
         callbacks: Callbacks of the Trainer.
         pause_at: Step after which to end with a checkpoint, from which a later call resumes; None: train to the end.
+        scorer: Scores checkpoints, for early stopping by a metric; started processes make their own.
 
     Raises:
         UserError: The model or the data cannot be trained with this recipe.
         StoppedError: SIGINT or SIGTERM came, and a checkpoint was written.
     """
-    if resume_from is not None and _is_finished(resume_from, recipe.training):
+    if resume_from is not None and _is_finished(resume_from, recipe.training, scorer):
         _certify_and_publish(run)  # the process ended before this was done
         return
     training = recipe.training
     if training.processes == 1 and training.strategy not in ZERO_STAGES:
-        train_in_this_process(recipe, run, resume_from, callbacks, pause_at)
+        train_in_this_process(recipe, run, resume_from, callbacks, pause_at, scorer)
         return
     arguments = [str(run.root), *([str(resume_from)] if resume_from else []), *trust_arguments(recipe)]
     arguments += [] if pause_at is None else [f"{PAUSE_OPTION}{pause_at}"]
@@ -151,17 +153,19 @@ def train(
         raise _stopped(run)
 
 
-def _is_finished(checkpoint: Path, training: TrainingRecipe) -> bool:
-    return is_last(checkpoint, training.early_stopping, last_step(checkpoint, training))
+def _is_finished(checkpoint: Path, training: TrainingRecipe, scorer: "Scorer | None") -> bool:
+    from minisft.training.checkpoint_scores import early_stopping_of
+
+    return is_last(checkpoint, early_stopping_of(training, scorer), last_step(checkpoint, training))
 
 
-def extend_run(recipe: Recipe, run: RunFolder, checkpoint: Path) -> None:
+def extend_run(recipe: Recipe, run: RunFolder, checkpoint: Path, scorer: "Scorer | None" = None) -> None:
     """Write a recipe that has more epochs or steps than the run; `model/` is removed, and written again at the new end.
 
     Nothing is lost: `model/` is a copy of the last checkpoint. If the process is killed between the two, the run is in
     the state that it had before its end.
     """
-    if _is_finished(checkpoint, recipe.training):
+    if _is_finished(checkpoint, recipe.training, scorer):
         return
     refuse_foreign_files(run.model)
     if run.model.exists():
@@ -175,6 +179,7 @@ def train_in_this_process(
     resume_from: Path | None,
     callbacks: Sequence["TrainerCallback"] = (),
     pause_at: int | None = None,
+    scorer: "Scorer | None" = None,
 ) -> None:
     """Train in this process to the end, and make `model/` from the last checkpoint; or only to the step `pause_at`.
 
@@ -184,12 +189,13 @@ def train_in_this_process(
     """
     import torch
 
-    trainer = run_steps(recipe, run, resume_from, callbacks, pause_at)
+    from minisft.training.checkpoint_scores import early_stopping_of
+
+    trainer = run_steps(recipe, run, resume_from, callbacks, pause_at, scorer)
     trainer.accelerator.wait_for_everyone()
     stopped = trainer.state.global_step < trainer.state.max_steps and not trainer.ended_early
     if trainer.ended_early and trainer.is_world_process_zero():
-        patience = recipe.training.early_stopping
-        say(f"stopped early at step {trainer.state.global_step}: {patience} evaluations without a lower held-out loss")
+        say(f"stopped early at step {trainer.state.global_step}: {early_stopping_of(recipe.training, scorer)}")
     if trainer.args.should_save and not stopped:
         _certify_and_publish(run)
     trainer.accelerator.wait_for_everyone()
@@ -220,18 +226,31 @@ def run_steps(
     resume_from: Path | None,
     callbacks: Sequence["TrainerCallback"] = (),
     pause_at: int | None = None,
+    scorer: "Scorer | None" = None,
 ) -> "SupervisedTokenTrainer":
     """Take the steps of a run and write its checkpoints; return the trainer, which holds the model."""
-    trainer = make_trainer(recipe, run, resume_from)
+    from minisft.training.checkpoint_scores import CheckpointScores, early_stopping_of
+
+    early_stopping = early_stopping_of(recipe.training, scorer)
+    trainer = make_trainer(recipe, run, resume_from, early_stopping=early_stopping)
     trainer.pause_at = pause_at
     for callback in callbacks:
         trainer.add_callback(callback)
+    if scorer is not None and early_stopping is not None:
+        scores = CheckpointScores(trainer, scorer, early_stopping, recipe.training)
+        if resume_from is not None and scores.ends_with(resume_from):
+            return trainer
+        trainer.add_callback(scores)
     take_steps(trainer, run, resume_from)
     return trainer
 
 
 def make_trainer(
-    recipe: Recipe, run: RunFolder, resume_from: Path | None = None, build: Callable[..., Any] | None = None
+    recipe: Recipe,
+    run: RunFolder,
+    resume_from: Path | None = None,
+    build: Callable[..., Any] | None = None,
+    early_stopping: "EarlyStopping | None" = None,
 ) -> "SupervisedTokenTrainer":
     """Load the model and make the trainer for the data of a run folder.
 
@@ -242,6 +261,7 @@ def make_trainer(
         run: The run folder, with prepared data.
         resume_from: The checkpoint from which training will go on.
         build: Makes the model from its folder, with the arguments of `load_model`, and needs no weights; None loads it.
+        early_stopping: What ends the run before its last step.
     """
     import torch
 
@@ -257,7 +277,8 @@ def make_trainer(
     encoder = Encoder(tokenizer, recipe.data.template, recipe.data.template_options)
     model = _load_for_training(recipe, resolved, arguments.device, build or load_model)
     tokenizer.chat_template = encoder.chat_template
-    return _trainer(recipe, run, model, encoder, arguments, _start_step(resume_from), resolved.folder)
+    begun_at = _start_step(resume_from)
+    return _trainer(recipe, run, model, encoder, arguments, begun_at, resolved.folder, early_stopping)
 
 
 def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: Path | None = None) -> None:
@@ -404,7 +425,14 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any, loa
 
 
 def _trainer(
-    recipe: Recipe, run: RunFolder, model: Any, encoder: Encoder, arguments: Any, begun_at: int, base_model_folder: Path
+    recipe: Recipe,
+    run: RunFolder,
+    model: Any,
+    encoder: Encoder,
+    arguments: Any,
+    begun_at: int,
+    base_model_folder: Path,
+    early_stopping: "EarlyStopping | None",
 ) -> "SupervisedTokenTrainer":
     from transformers.integrations import TensorBoardCallback
 
@@ -436,11 +464,11 @@ def _trainer(
         strategy=training.strategy,
         stop_token_ids=encoder.stop_token_ids,
         describe_rows=lambda rows: ", ".join(str(dataset[row].get("id", row)) for row in rows),
-        on_saved=partial(prune, run, training),
+        on_saved=partial(prune, run, training, early_stopping),
         base_model_folder=base_model_folder,
         held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
         eval_every=training.eval_every,
-        early_stopping=training.early_stopping,
+        early_stopping=early_stopping,
         optimizer_cls_and_kwargs=own_optimizer(training.optimizer, training.learning_rate),
         row_losses=run.row_losses,
         sources=sources,
@@ -466,12 +494,3 @@ def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -
         problem = "there are no held-out conversations to compute a loss on"
         raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test, and train again")
     return HeldOutRows(dataset, row_tokens=row_tokens, processes=arguments.world_size, rank=arguments.process_index)
-
-
-def train_as_worker(
-    root: Path, resume_from: Path | None, trust_remote_code: bool = False, pause_at: int | None = None
-) -> None:
-    """Train as a process that `train` started: the recipe is in the run folder, the consent in the arguments."""
-    set_deepspeed_environment(on_cpu())
-    recipe = load_run(root, trust_remote_code=trust_remote_code)
-    train_in_this_process(recipe, RunFolder(root), resume_from, pause_at=pause_at)

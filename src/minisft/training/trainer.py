@@ -38,7 +38,7 @@ from minisft.training.checkpoints import (
     write_metadata,
 )
 from minisft.training.frozen import unreached_parameters
-from minisft.training.held_out import EVAL_LOSS, HeldOutRows, eval_losses, is_due, stops_early
+from minisft.training.held_out import EVAL_LOSS, EarlyStopping, HeldOutRows, is_due
 from minisft.training.integrity import explain_damage, forbid_pickled_code
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss, row_losses, unwrapped
@@ -75,7 +75,7 @@ class SupervisedTokenTrainer(Trainer):
         sources: SourceLosses | None = None,
         held_out: HeldOutRows | None = None,
         eval_every: str | int | None = None,
-        early_stopping: int | None = None,
+        early_stopping: EarlyStopping | None = None,
         **kwargs: Any,
     ) -> None:
         self.sampler = sampler
@@ -450,8 +450,10 @@ def set_stop_tokens(model: Any, stop_token_ids: tuple[int, ...]) -> None:
 class HeldOutLoss(TrainerCallback):
     """Compute the held-out loss when it is due, in the log of its step, and end the run when it no longer falls."""
 
-    def __init__(self, trainer: SupervisedTokenTrainer, every: str | int | None, patience: int | None) -> None:
-        self.trainer, self.every, self.patience = trainer, every, patience
+    def __init__(
+        self, trainer: SupervisedTokenTrainer, every: str | int | None, early_stopping: EarlyStopping | None
+    ) -> None:
+        self.trainer, self.every, self.early_stopping = trainer, every, early_stopping
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch_steps = len(self.trainer.sampler)
@@ -459,7 +461,8 @@ class HeldOutLoss(TrainerCallback):
             control.should_evaluate = control.should_log = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if stops_early(eval_losses(state.log_history), self.patience):
+        by_loss = self.early_stopping is not None and self.early_stopping.key == EVAL_LOSS
+        if by_loss and self.early_stopping.ends(state.log_history):
             self.trainer.ended_early = True
             control.should_save = control.should_training_stop = True
 

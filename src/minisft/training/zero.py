@@ -433,3 +433,22 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+@contextlib.contextmanager
+def load_unsharded(config: Any) -> Iterator[None]:
+    """Let from_pretrained load complete models inside the block: under ZeRO-3 all processes would have to shard them.
+
+    Args:
+        config: The TrainingArguments' `hf_deepspeed_config`; None: not under DeepSpeed.
+    """
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)

@@ -52,7 +52,7 @@ def test_the_first_step_does_not_count_in_the_figures(tmp_path):
     assert (figures["peak_memory_mb"], figures["communication_mb"]) == (1234.0, 7.0)
     assert figures["final_loss"] == pytest.approx(0.4)
     assert (figures["best"], figures["test_loss"]) == ("checkpoint-10", 1.5)
-    assert figures["bleu"] == {"score": 20.0, "low": 19.0, "high": 21.0}
+    assert figures["bleu"] == figures["scores"]["bleu"] == {"score": 20.0, "low": 19.0, "high": 21.0}
 
 
 def test_a_run_without_metrics_has_no_figures(tmp_path):
@@ -124,6 +124,27 @@ def test_the_setting_with_the_best_score_is_taken(tmp_path):
         "high scores best: BLEU 25.0 [24.0, 26.0], with checkpoint-10; next is middle with 24.0 [23.0, 25.0]: the "
         "intervals overlap, so it may be chance."
     ]
+
+
+def test_every_metric_has_a_column_and_the_one_that_chose_the_checkpoints_decides(tmp_path):
+    for name, refused in (("low", 0.5), ("lower", 0.25)):
+        path = make_run(tmp_path / "compare" / name, bleu=100 * refused, off=refused) / "evaluation" / "results.json"
+        results = json.loads(path.read_text())
+        results["checkpoints"][0]["refusal"] = {"score": refused, "low": refused - 0.01, "high": refused + 0.01}
+        results["checkpoints"][0]["precision"] = {"score": 0.75, "low": 0.5, "high": 1.0}  # a metric of one's own
+        results |= {"best_by": {"metric": "refusal", "higher_is_better": False}, "lower_is_better": ["refusal"]}
+        path.write_text(json.dumps(results))
+    found = write_comparison(tmp_path, [entry(name, name) for name in ("low", "lower")])
+    assert found["take"] == ["lower"]
+    assert found["verdict"] == [
+        "lower scores best: refusal 0.25 [0.24, 0.26], with checkpoint-10; next is low with 0.5 [0.49, 0.51]: the "
+        "intervals do not overlap."
+    ]
+    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    heads = next(line for line in lines if "s/step" in line)
+    assert re.search(r"BLEU \| chrF \| refusal \| precision \|", heads)
+    assert any("25.0 [24.0, 26.0] | 30.0 [29.0, 31.0] | 0.25 [0.24, 0.26] | 0.75 [0.5, 1] |" in line for line in lines)
+    assert found["variants"][0]["precision"] is None, "of the arithmetic, not the metric"
 
 
 def test_a_failed_variant_is_named_and_the_others_are_compared(tmp_path):

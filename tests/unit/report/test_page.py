@@ -296,3 +296,26 @@ def test_benchmarks_have_a_table_with_the_difference_to_the_base_model(tmp_path)
     assert "<td>0.25 ± 0.071</td><td>0.5 ± 0.08 (+0.25)</td>" in section
     assert "<td>6.5</td><td>6 (-0.5)</td>" in section
     assert NASTY not in page
+
+
+def test_the_markdown_has_the_verdicts_and_the_benchmarks(tmp_path):
+    path = make_run(tmp_path) / "evaluation" / "results.json"
+    figure = {"score": 0.5, "stderr": 0.05}
+    tuned = figure | {"difference": 0.125, "difference_stderr": 0.07}
+    pair = {"model": "checkpoint-9", "rival": "base", "wins": 12, "ties": 2, "losses": 6, "order_decided": 1,
+            "identical": 0, "invalid": 0, "unjudged": 0, "win_rate": 0.65, "low": 0.5, "high": 0.8, "p": 0.04}  # fmt: skip
+    added = {
+        "benchmarks": {
+            "harness": "0.4",
+            "models": {"base": {"t": {"acc": figure}}, "checkpoint-9": {"t": {"acc": tuned}}},
+        },
+        "judge": {"model": NASTY, "pairs": [pair], "reliable": True},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | added))
+    text = write_results(tmp_path).read_text()
+    assert "## A judge's verdicts" in text
+    assert "| checkpoint-9 | base | 65.0 \\[50.0, 80.0\\] | 0.040 | 12 / 2 / 6 | 1 | 0 |" in text
+    assert "| t acc | 0.5 ± 0.05 | 0.5 ± 0.05 (+0.125) |" in text
+    assert "<script>" not in text, "the name of the judge is text"
+    order = [text.index(f"## {title}") for title in ("A judge's verdicts", "Benchmarks", "Examples")]
+    assert order == sorted(order)

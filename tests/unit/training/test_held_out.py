@@ -14,7 +14,9 @@ from minisft.report.run_data import read_run
 from minisft.run_folder import RunFolder, run_identity
 from minisft.training.callbacks import MetricsFile
 from minisft.training.checkpoints import best_checkpoints, is_last
-from minisft.training.held_out import HeldOutRows, is_due, stops_early
+from minisft.training.held_out import EarlyStopping, HeldOutRows, is_due, stops_early
+
+BY_METRIC = ["training.early_stopping=2", "training.early_stopping_by=best_by", "evaluation.best_by=bleu"]
 
 
 @pytest.mark.parametrize(
@@ -36,11 +38,19 @@ def test_the_held_out_loss_is_due_after_the_last_step(every, due):
         ([3.0, 2.0, 2.5, 2.1], 2, True),
         ([3.0, math.nan], 1, True),
         ([math.nan, 3.0], 1, False),
-        ([3.0, 4.0, 5.0], None, False),
     ],
 )
 def test_a_run_ends_when_the_lowest_is_too_old(losses, patience, stops):
     assert stops_early(losses, patience) == stops
+
+
+def test_a_higher_score_may_be_the_better_one():
+    history = [{"eval_bleu": score, "step": step} for step, score in enumerate((3.0, 9.0, 8.0), 1)]
+    assert EarlyStopping(1, "eval_bleu", higher_is_better=True).ends([{"loss": 1.0}, *history])
+    assert not EarlyStopping(2, "eval_bleu", higher_is_better=True).ends(history)
+    assert not EarlyStopping(1).ends(history), "there is no held-out loss"
+    assert str(EarlyStopping(2, "eval_bleu", True)) == "2 evaluations without a higher bleu"
+    assert str(EarlyStopping(1)) == "1 evaluation without a lower held-out loss"
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -92,13 +102,24 @@ def test_the_lowest_of_them_makes_the_best_checkpoint(tmp_path):
     assert best_checkpoints(run) == {"checkpoint-4", None}
 
 
+def test_the_best_by_the_score_of_early_stopping_is_kept(tmp_path):
+    run = RunFolder(tmp_path)
+    history = [{"step": step, "eval_bleu": score} for step, score in ((1, 99.0), (2, 1.0), (4, 3.0))]
+    for step in (2, 4, 6):
+        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+    state = {"global_step": 6, "max_steps": 9, "log_history": history}
+    (run.checkpoints / "checkpoint-6" / "trainer_state.json").write_text(json.dumps(state))
+    assert best_checkpoints(run, EarlyStopping(2, "eval_bleu", True)) == {"checkpoint-4", None}
+    assert best_checkpoints(run, EarlyStopping(2, "eval_bleu", False)) == {"checkpoint-2", None}
+
+
 def test_a_checkpoint_knows_that_the_run_ended_with_it(tmp_path):
     history = [{"eval_loss": loss} for loss in (2.0, 2.5)]
     (tmp_path / "trainer_state.json").write_text(
         json.dumps({"global_step": 8, "max_steps": 20, "log_history": history})
     )
-    assert is_last(tmp_path, early_stopping=1)
-    assert not is_last(tmp_path, early_stopping=2)
+    assert is_last(tmp_path, EarlyStopping(1))
+    assert not is_last(tmp_path, EarlyStopping(2))
     assert not is_last(tmp_path)
 
 
@@ -108,6 +129,11 @@ def test_a_checkpoint_knows_that_the_run_ended_with_it(tmp_path):
         (["training.early_stopping=2"], "no held-out loss to stop on"),
         (["training.eval_every=epoch", "data.test_fraction=0"], "no held-out conversations"),
         (["training.eval_every=0"], "not above zero"),
+        (["training.early_stopping_by=best_by"], "there is no early stopping"),
+        ([*BY_METRIC[:2]], "evaluation.best_by is not set"),
+        ([*BY_METRIC, "evaluation.best_by=loss"], "evaluation.best_by is loss"),
+        ([*BY_METRIC, "data.test_fraction=0"], "no held-out conversations to answer"),
+        ([*BY_METRIC, "evaluation.backend=vllm"], "GPU memory that training needs"),
         (["training.eval_every=never"], "does not fit"),
     ],
 )
@@ -123,3 +149,11 @@ def test_it_may_change_on_resume_unless_it_decides_when_the_run_ends(recipe_file
         load_recipe(recipe_file, ["training.early_stopping=2", f"training.eval_every={every}"]) for every in (5, 6)
     ]
     assert run_identity(stopping[0]) != run_identity(stopping[1])
+
+
+def test_what_the_scores_depend_on_may_not_change_on_resume(recipe_file):
+    by_metric = load_recipe(recipe_file, BY_METRIC)
+    for change in ("training.save_every=7", "evaluation.max_new_tokens=9", "evaluation.metrics=[bleu]"):
+        assert run_identity(load_recipe(recipe_file, [*BY_METRIC, change])) != run_identity(by_metric)
+        assert run_identity(load_recipe(recipe_file, [change])) == run_identity(load_recipe(recipe_file))
+    assert run_identity(load_recipe(recipe_file, [*BY_METRIC, "training.eval_every=5"])) == run_identity(by_metric)

@@ -1,4 +1,4 @@
-"""The process that the launcher starts: `... -m minisft.training.worker RUN [CHECKPOINT] [--pause-at=N] [OPTION]`.
+"""The process that the launcher starts: `... -m minisft.training_worker RUN [CHECKPOINT] [--pause-at=N] [OPTION]`.
 
 The option is --trust-remote-code.
 """
@@ -14,7 +14,8 @@ def main() -> None:
     root, *checkpoint = [word for word in sys.argv[1:] if not word.startswith("--")]
 
     def work() -> None:
-        from minisft.training.run_training import PAUSE_OPTION, train_as_worker
+        from minisft.runner import train_as_worker
+        from minisft.training.run_training import PAUSE_OPTION
 
         pauses = [int(word.removeprefix(PAUSE_OPTION)) for word in sys.argv[1:] if word.startswith(PAUSE_OPTION)]
         resume_from = Path(checkpoint[0]) if checkpoint else None
