@@ -112,6 +112,7 @@ class TrainingRecipe:
     offload: Literal["optimizer", "parameters"] | None = None
     gradient_checkpointing: bool = False
     deterministic: bool = False
+    kernels: Literal["auto", "liger", "compile", "none"] = "auto"
     row_tokens: int | None = None
     memory_limit_gb: float | None = None
     report_to: list[str] = field(default_factory=list)

@@ -248,6 +248,20 @@ def recorded_threads(run: RunFolder) -> int | None:
     return threads if isinstance(threads, int) and threads > 0 else None
 
 
+def read_kernels(run: RunFolder) -> str | None:
+    """Return the kernels that a run trained with; None if it has no record of its training.
+
+    Runs of versions without kernels had none.
+
+    Raises:
+        UserError: environment.json is damaged.
+    """
+    if not run.environment.is_file():
+        return None
+    found = read_json(run.environment, "restore it from a copy").get("kernels", {})
+    return str(found.get("chosen", "none")) if isinstance(found, dict) else "none"
+
+
 def trained_alone(run: RunFolder, model: str) -> bool:
     """Return whether a run of `model` gave each conversation its own row, as its environment.json records."""
     try:

@@ -71,6 +71,46 @@ def test_a_resumed_run_with_deterministic_kernels_has_the_same_bits(recipe, tmp_
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+def require_package(kernels):
+    if kernels == "liger":
+        pytest.importorskip("liger_kernel")
+
+
+def kernels_of(run):
+    return json.loads(run.environment.read_text(encoding="utf-8"))["kernels"]
+
+
+@pytest.mark.parametrize("kernels", ["liger", "compile"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-4), ("bf16", 2e-2)])
+@pytest.mark.parametrize("key", ["packing=true", "gradient_checkpointing=true", "lora={rank: 4}"])
+def test_kernels_take_the_steps_of_none(recipe, tmp_path, kernels, precision, tolerance, key):
+    require_package(kernels)
+    words = f"training.precision={precision}", f"training.{key}"
+    plain = train(recipe, tmp_path / "plain", *words, "training.kernels=none")
+    fused = train(recipe, tmp_path / "fused", *words, f"training.kernels={kernels}")
+    assert kernels_of(fused)["replaced"] == ["LlamaMLP", "LlamaRMSNorm", "apply_rotary_pos_emb"]
+    losses = [[line["loss"] for line in logged_steps(run)] for run in (fused, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+
+
+@pytest.mark.parametrize(("kernels", "strategy"), [("liger", "zero2"), ("liger", "zero3"), ("compile", "zero2")])
+def test_kernels_under_zero_take_the_steps_of_none(recipe, tmp_path, kernels, strategy):
+    require_package(kernels)
+    pytest.importorskip("deepspeed")
+    words = "training.precision=bf16", f"training.strategy={strategy}"
+    plain = train(recipe, tmp_path / "plain", *words, "training.kernels=none")
+    fused = train(recipe, tmp_path / "fused", *words, f"training.kernels={kernels}")
+    losses = [[line["loss"] for line in logged_steps(run)] for run in (fused, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_auto_has_the_kernels_of_liger_and_keeps_them(recipe, tmp_path):
+    require_package("liger")
+    run = train(recipe, tmp_path / "run", "training.max_steps=4")
+    assert kernels_of(run)["chosen"] == "liger"
+    assert kernels_of(train(recipe, tmp_path / "run", "--resume"))["chosen"] == "liger"
+
+
 @pytest.mark.parametrize("key_heads", [8, 2])
 @pytest.mark.parametrize("window", [None, 96])
 @pytest.mark.parametrize("head_size", [64, 128])

@@ -173,6 +173,7 @@ def _keep_few_kernels() -> None:
 
 PACKAGES = (
     "minisft", "torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers", "datasets", "sacrebleu",
+    "liger-kernel",
 )  # fmt: skip
 
 

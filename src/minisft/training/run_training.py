@@ -19,6 +19,7 @@ from minisft.row_losses import truncate_row_losses
 from minisft.run_folder import (
     RunFolder,
     delete_replaced_run,
+    read_kernels,
     recorded_threads,
     step_of,
     trust_arguments,
@@ -47,6 +48,7 @@ from minisft.training.device import (
     use_deterministic_kernels,
 )
 from minisft.training.distributed import is_joined, launch
+from minisft.training.kernels import KernelChoice, require_kernels, use_kernels
 from minisft.training.nodes import Nodes, local_processes, use_network_interface
 from minisft.training.optimization import (
     clipping_norm,
@@ -103,6 +105,7 @@ def require_feasible(recipe: Recipe, nodes: Nodes | None = None) -> None:
     require_schedule(training)
     _check_trackers(training)
     choose_precision(training.precision)
+    require_kernels(training.kernels, training.strategy, "cpu" if on_cpu() else "cuda")
     if training.lora is not None:
         from minisft.training.lora import require_quantisation
 
@@ -276,9 +279,18 @@ def make_trainer(
     tokenizer = load_tokenizer(resolved.folder, recipe.trust_remote_code)
     encoder = Encoder(tokenizer, recipe.data.template, recipe.data.template_options)
     model = _load_for_training(recipe, resolved, arguments.device, build or load_model)
+    kernels = KernelChoice(recipe.training.kernels)
+    if build is None:  # without weights nothing can be compared
+        resumed = None if resume_from is None else read_kernels(run)
+        kernels = use_kernels(model, recipe.training, arguments.device, resumed)
+    model = _with_adapters(recipe, model, resolved)
     tokenizer.chat_template = encoder.chat_template
     begun_at = _start_step(resume_from)
-    return _trainer(recipe, run, model, encoder, arguments, begun_at, resolved.folder, early_stopping)
+    trainer = _trainer(recipe, run, model, encoder, arguments, begun_at, resolved.folder, early_stopping)
+    trainer.kernels = kernels
+    if kernels.reason and not on_cpu() and trainer.is_world_process_zero():
+        say(f"note: training.kernels is none: {kernels.reason}")
+    return trainer
 
 
 def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: Path | None = None) -> None:
@@ -297,7 +309,7 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         truncate_row_losses(run.row_losses, _start_step(resume_from))
         arguments = trainer.args
         precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-        environment = describe_environment(precision)
+        environment = describe_environment(precision) | {"kernels": trainer.kernels.as_dict()}
         write_environment(run, environment)
         trainer.on_probed = lambda result: write_environment(
             run, environment | {"probe": result.as_dict() | {"frozen": list(trainer.frozen)}}
@@ -388,7 +400,7 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any, loa
     from transformers import set_seed
 
     from minisft.training import attention
-    from minisft.training.lora import add_lora, frozen_dtype, modules_without_adapters, quantised_loading
+    from minisft.training.lora import frozen_dtype, quantised_loading
 
     lora, precision = recipe.training.lora, choose_precision(recipe.training.precision)
     set_seed(recipe.seed)
@@ -416,6 +428,14 @@ def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any, loa
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.max_length > limit:
         say(f"note: the model knows {limit} positions, and data.max_length allows {recipe.data.max_length}")
+    return model
+
+
+def _with_adapters(recipe: Recipe, model: Any, resolved: ResolvedModel) -> Any:
+    """Return the model with adapters, if the recipe has LoRA."""
+    from minisft.training.lora import add_lora, modules_without_adapters
+
+    lora = recipe.training.lora
     if lora is None:
         return model
     excluded = modules_without_adapters(model) if lora.target_modules == "all-linear" else None

@@ -40,6 +40,7 @@ from minisft.training.checkpoints import (
 from minisft.training.frozen import unreached_parameters
 from minisft.training.held_out import EVAL_LOSS, EarlyStopping, HeldOutRows, is_due
 from minisft.training.integrity import explain_damage, forbid_pickled_code
+from minisft.training.kernels import KernelChoice
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss, row_losses, unwrapped
 from minisft.training.model_call import PADDING_FREE_CALL, ModelCall
@@ -89,6 +90,7 @@ class SupervisedTokenTrainer(Trainer):
         self.sources = sources
         self.held_out = held_out
         self.call = PADDING_FREE_CALL
+        self.kernels = KernelChoice()
         self.frozen: tuple[str, ...] = ()
         self.saves_invalid_weights = False  # a replay looks at them
         self._staging: str | None = None

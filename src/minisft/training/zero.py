@@ -310,6 +310,15 @@ def _fill_sharded(parameter: Any, weight: torch.Tensor, moments: dict[str, torch
         safe_set_local_optimizer_state(parameter, _part_here(parameter, moment), kind)
 
 
+@contextlib.contextmanager
+def gathered(parameters: list[Any]) -> Iterator[None]:
+    """Gather parameters that ZeRO-3 has sharded, within the context; all processes must call it."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
 def _part_here(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
     size = parameter.ds_tensor.numel()
     piece = whole[torch.distributed.get_rank() * size :][:size]

@@ -1,0 +1,59 @@
+"""Liger's own kernels, forward and backward, against plain torch: by Triton's interpreter, which needs no GPU."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minisft.run_folder import RunFolder
+
+MISSING = [name for name in ("triton", "liger_kernel") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"{' and '.join(MISSING)} not installed: pip install --no-deps liger-kernel triton"
+)
+
+
+def interpreted(*words):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted_kernels", *map(str, words)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def found():
+    return json.loads(interpreted())
+
+
+@pytest.mark.parametrize("kernel", ["rms_norm of Llama", "rms_norm of Gemma", "rotary", "swiglu", "geglu"])
+def test_a_kernel_computes_what_plain_torch_computes(found, kernel):
+    assert len(found[kernel]) in (3, 4)  # outputs and gradients
+    assert max(found[kernel]) < 1e-6
+
+
+@pytest.mark.parametrize("model", ["Llama", "Qwen3", "Gemma2", "Phi3"])
+def test_a_model_gets_kernels(found, model):
+    assert found[model]["replaced"] == [f"{model}MLP", f"{model}RMSNorm", "apply_rotary_pos_emb"]
+    assert found[model]["difference"] < 1e-5
+
+
+def test_a_model_with_another_activation_is_refused(found):
+    """Liger's SwiGLU does not read the activation of the configuration."""
+    assert "compute something else than the code of LlamaForCausalLM" in found["Llama with another activation"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("key", ["lora={rank: 2}", "gradient_checkpointing=true", "packing=true"])
+def test_training_takes_the_same_steps(recipe_file, tmp_path, key):
+    words = ("train", recipe_file, f"training.{key}", "training.max_steps=3", "training.row_tokens=64",
+             "training.batch_size=1", "training.scheduler=constant", "data.max_length=64")  # fmt: skip
+    losses = []
+    for kernels in ("none", "liger"):
+        interpreted(*words, f"output={tmp_path / kernels}", f"training.kernels={kernels}")
+        run = RunFolder(tmp_path / kernels)
+        assert json.loads(run.environment.read_text())["kernels"]["chosen"] == kernels
+        losses.append([json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-4)
