@@ -10,7 +10,7 @@ from minisft.files import cache_folder
 from minisft.hash_cache import hash_files_once
 from minisft.models import weights_fingerprint
 
-opened = []
+opened: list[str] = []
 watching = False
 
 
