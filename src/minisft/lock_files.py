@@ -17,6 +17,8 @@ from typing import Any
 from minisft.errors import UserError
 from minisft.manifest import record_files
 
+_LARGEST = 4096  # bytes of a lock file that are read
+
 
 def lock_file(path: Path) -> Path:
     """Return the file that stands for the lock file `path`."""
@@ -77,8 +79,10 @@ def _create(held: Path, holder: dict[str, Any]) -> bool:
 def _holder(held: Path) -> dict[str, Any] | None:
     """Return who holds the lock; None where nobody does any more, or the file is not written completely."""
     try:
-        holder = json.loads(held.read_bytes())
-    except (OSError, ValueError):
+        handle = os.open(held, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # no link, no pipe
+        with open(handle, "rb") as file:  # noqa: PTH123 (a handle)
+            holder = json.loads(file.read(_LARGEST))
+    except (OSError, ValueError, RecursionError):
         return None
     return holder if isinstance(holder, dict) else None
 
