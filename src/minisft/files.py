@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.lock_files import hold_lock_file, is_lock_file_held
 from minisft.manifest import record_files, record_folder, record_scratch_folder, refuse_foreign_files
 
 # What a file system refuses: no room, a quota, a limit on a file's size, read-only or forbidden, a broken disk.
@@ -258,6 +259,8 @@ def refuse_huge_files(folder: Path, largest: Mapping[str, int]) -> None:
 def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
     """Hold the lock file `path`, which is created; the kernel releases the lock when this process ends, even if killed.
 
+    Where the file system has no such locks, `lock_files` holds it by a second file.
+
     The package filelock would not make this shorter: it has no test that neither creates nor takes the lock (see
     `is_lock_held`), and by default it falls back to a lock that outlives a killed process.
 
@@ -267,13 +270,15 @@ def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
 
     Raises:
         BlockingIOError: Another process holds the lock.
-        UserError: The name is taken by something else, or the file system has no locks.
+        UserError: The name is taken by something else; or the file system has no locks, and a process of another host
+            seems to hold this one.
     """
     deadline = time.monotonic() + patience
     if not path.exists():
         record_files(path)
     handle = _open_lock(path)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, handle)
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -284,12 +289,10 @@ def hold_lock(path: Path, patience: float = 1.0) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in _NO_FLOCK:
                     raise
-                problem = f"the file system of this folder cannot lock files ({os.strerror(error.errno)})"
-                raise UserError(path.parent, problem, "use a folder on another file system") from None
+                stack.enter_context(hold_lock_file(path, deadline, _LOCK_RETRY))
+                break
             time.sleep(_LOCK_RETRY)
         yield
-    finally:
-        os.close(handle)
 
 
 def is_lock_held(path: Path) -> bool:
@@ -301,6 +304,10 @@ def is_lock_held(path: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        return is_lock_file_held(path)
     finally:
         os.close(handle)
     return False

@@ -33,6 +33,7 @@ from minisft.files import (
     refuse_huge_files,
     write_folder_atomically,
 )
+from minisft.hash_cache import hash_files_once
 from minisft.recipe import BUILT_IN_MODELS
 from minisft.text import first_line
 
@@ -383,11 +384,17 @@ def _with_adapters(model: "PreTrainedModel", folder: Path, merge: bool) -> "PreT
         return cast("PreTrainedModel", whole)
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """Return a hash of a model folder's configuration, weights and tokenizer."""
+def weights_fingerprint(folder: Path, *, read_again: bool = False) -> str:
+    """Return a hash of a model folder's configuration, weights and tokenizer.
+
+    Args:
+        folder: Model folder.
+        read_again: Whether to read files that were hashed before and have the same size and times since.
+    """
     patterns = ("*.safetensors", "config.json", _ADAPTER_CONFIG, "tokenizer.json", _TEKKEN)
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
     with waiting("hashing the weights"):
-        return hash_files(sorted(path for pattern in patterns for path in folder.glob(pattern)))
+        return hash_files(paths) if read_again else hash_files_once(paths)
 
 
 @contextlib.contextmanager
@@ -512,7 +519,7 @@ def _resolve_gguf(name: str, path: Path) -> ResolvedModel:
         if file.read(4) != b"GGUF":
             raise UserError(name, "this is not a GGUF file", "give a file that llama.cpp or a hub wrote as GGUF")
     with waiting(f"hashing {path.name}"):
-        folder = cache_folder() / "models" / f"{path.stem}-{hash_files([path])[:16]}"
+        folder = cache_folder() / "models" / f"{path.stem}-{hash_files_once([path])[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder.with_suffix(".lock"), patience=math.inf):  # the first process converts
         if not folder.exists():

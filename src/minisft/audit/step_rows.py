@@ -205,7 +205,7 @@ def _measure_rows(
         trainer = make_trainer(one, scratch)
         if weights is not None:
             trainer._load_from_checkpoint(str(weights))
-        trainer.freeze_unreached()
+        trainer.prepare_weights()
         trainer.probe()
         model: Any = trainer.model
         model.eval()  # dropout would draw other numbers than the step did
@@ -215,8 +215,8 @@ def _measure_rows(
             with trainer.compute_loss_context_manager():
                 total, losses = row_losses(model, packed.to(trainer.args.device), trainer.call)
             (total / len(losses)).backward()
-            norm = _gradient_norm(model)
-            model.zero_grad(set_to_none=True)
+            norm = _gradient_norm(trainer.trained_parameters())
+            trainer.clear_gradients()
             row = data[number]
             by_place = dict(zip((packed.predict_at + 1).tolist(), losses.tolist(), strict=True))
             texts = token_texts(row["input_ids"], tokenizer)
@@ -226,12 +226,8 @@ def _measure_rows(
             )
 
 
-def _gradient_norm(model: Any) -> float:
-    squares = [
-        torch.linalg.vector_norm(one.grad, dtype=torch.float64) ** 2
-        for one in model.parameters()
-        if one.grad is not None
-    ]
+def _gradient_norm(trained: Sequence[torch.nn.Parameter]) -> float:
+    squares = [torch.linalg.vector_norm(one.grad, dtype=torch.float64) ** 2 for one in trained if one.grad is not None]
     return float(torch.stack(squares).sum().sqrt())
 
 

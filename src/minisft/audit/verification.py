@@ -246,7 +246,7 @@ def _compare_base_model(recipe: Recipe, before: str) -> list[Change]:
     if not before:
         return []
     try:
-        now = weights_fingerprint(resolve_model(recipe.model, recipe.trust_remote_code).folder)
+        now = weights_fingerprint(resolve_model(recipe.model, recipe.trust_remote_code).folder, read_again=True)
     except UserError as error:
         return [Change("base model", f"{recipe.model}: {error.problem}")]
     return [] if now == before else [Change("base model", f"{recipe.model}: weights, configuration or tokenizer")]

@@ -10,7 +10,6 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +31,6 @@ from minisft.training.batching import (
     pack_sequences,
 )
 from minisft.training.device import choose_precision
-from minisft.training.probe import without_autocast
 
 if TYPE_CHECKING:
     from minisft.training.trainer import SupervisedTokenTrainer
@@ -77,7 +75,7 @@ def live_trainer(context: CheckContext) -> "SupervisedTokenTrainer":
         switch_off_dropout(trainer.model)
         trainer.args.save_strategy = "no"
         assert trainer.model is not None
-        trainer.freeze_unreached()
+        trainer.prepare_weights()
         trainer.accelerator.prepare_model(trainer.model)
         trainer.model.to(trainer.args.device)
         context.probed = trainer.probe()
@@ -88,10 +86,12 @@ def live_trainer(context: CheckContext) -> "SupervisedTokenTrainer":
 def _arithmetics(context: CheckContext) -> list[Arithmetic]:
     """Return the recipe's arithmetic and, if that is half precision and the weights are in fp32, fp32."""
     trainer, precision = live_trainer(context), choose_precision(context.recipe.training.precision)
-    model: Any = trainer.model
     found = [Arithmetic(precision, tolerance(context), contextlib.nullcontext)]
-    if precision != "fp32" and next(model.parameters()).dtype == torch.float32:
-        found.append(Arithmetic("fp32", FP32_TOLERANCE, partial(without_autocast, model, trainer.args.device)))
+    model: Any = trainer.model
+    with trainer.weights_in_fp32():
+        exact = next(model.parameters()).dtype == torch.float32
+    if precision != "fp32" and exact:
+        found.append(Arithmetic("fp32", FP32_TOLERANCE, trainer.arithmetic_of_fp32))
     return found
 
 
@@ -241,10 +241,10 @@ def _take_step(trainer: "SupervisedTokenTrainer", count: int, row_tokens: int) -
     scaler = trainer.accelerator.scaler  # None except in fp16
     if scaler is not None:
         scaler.load_state_dict(scaler.state_dict() | {"scale": _LOSS_SCALE})
-    model.zero_grad()
+    trainer.clear_gradients()
     loss = float(trainer.training_step(model, batch))
-    norms = [weight.grad.norm() for weight in model.parameters() if weight.grad is not None]
-    model.zero_grad()
+    norms = [weight.grad.norm() for weight in trainer.trained_parameters() if weight.grad is not None]
+    trainer.clear_gradients()
     return loss, float(torch.stack(norms).norm()) / trainer.loss_scale()
 
 
@@ -265,10 +265,10 @@ def _row_losses(context: CheckContext, rows: Sequence[Sequence[Conversation]]) -
 
 @torch.no_grad()
 def _padded_loss(trainer: "SupervisedTokenTrainer", conversations: list[Conversation]) -> float:
-    """Return the summed loss of a padded batch in transformers' own attention, in the format of the weights."""
+    """Return the summed loss of a padded batch in transformers' own attention, in the format of the exact weights."""
     assert trainer.model is not None
     trainer.model.eval()
-    with transformers_attention(trainer.model), without_autocast(trainer.model, trainer.args.device):
+    with transformers_attention(trainer.model), trainer.arithmetic_of_fp32():
         return float(padded_loss(trainer.model, _as_lists(conversations)))
 
 

@@ -36,7 +36,6 @@ def plain_steps(
     decayed: set[str],
     weight_decay: float,
     max_grad_norm: float,
-    arithmetic: Any,
 ) -> list[tuple[float, float]]:
     """Train a model for a few steps; this changes its weights.
 
@@ -47,7 +46,6 @@ def plain_steps(
         decayed: Names of the parameters with weight decay.
         weight_decay: Their weight decay.
         max_grad_norm: Norm to which the gradients are clipped.
-        arithmetic: Returns the context manager of a forward (autocast, or none).
 
     Returns:
         For each step, the mean loss over the learned tokens and the gradient norm before clipping.
@@ -62,8 +60,7 @@ def plain_steps(
     taken = []
     for conversations, learning_rate in zip(steps, learning_rates, strict=True):
         optimizer.zero_grad()
-        with arithmetic():
-            loss = padded_loss(model, conversations) / count_learned(conversations)
+        loss = padded_loss(model, conversations) / count_learned(conversations)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([weight for _, weight in named], max_grad_norm)
         for group in optimizer.param_groups:

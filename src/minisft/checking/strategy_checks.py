@@ -1,6 +1,5 @@
 """Checks of the strategy: the same steps as vanilla, checkpoints that load and resume, and the planned cost."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from minisft.planning.plan_table import duration
 from minisft.run_folder import RunFolder, read_metrics
 from minisft.training.batching import StepSampler, measure_lengths
 from minisft.training.optimization import clipping_norm
-from minisft.training.probe import without_autocast
 from minisft.training.zero import ZERO_STAGES
 
 _REPORT = "report it, with the versions in check.json"
@@ -74,7 +72,7 @@ def _plain_loop(context: CheckContext, learning_rates: list[float]) -> TakenStep
     """Take the steps in this process, without the Trainer."""
     trainer = live_trainer(context)
     model: Any = trainer.model
-    with transformers_attention(model):
+    with transformers_attention(model), trainer.arithmetic_of_fp32():
         return plain_steps(
             model,
             [_conversations_of(trainer.train_dataset, step) for step in _batches(context, trainer.train_dataset)],
@@ -82,7 +80,6 @@ def _plain_loop(context: CheckContext, learning_rates: list[float]) -> TakenStep
             decayed=set(trainer.get_decay_parameter_names(model)),
             weight_decay=context.recipe.training.weight_decay,
             max_grad_norm=clipping_norm(context.recipe.training),
-            arithmetic=partial(without_autocast, model, trainer.args.device),
         )
 
 

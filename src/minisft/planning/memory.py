@@ -13,6 +13,7 @@ from minisft.planning.model_cost import ModelCost
 from minisft.recipe import LoraRecipe
 from minisft.training.device import keeps_freed_memory
 from minisft.training.loss import chunk_length
+from minisft.training.master_weights import uses_masters
 
 ZERO = ("zero1", "zero2", "zero3")
 # Elements of a bucket in which DeepSpeed reduces gradients, its default; a GPU allocates the full bucket at once.
@@ -41,6 +42,7 @@ class Setting:
         offload: True where the optimizer is offloaded to the host.
         lora: The adapters; None trains all weights.
         optimizer_bytes: Bytes of optimizer state for each trained parameter; 8 are Adam's two moments.
+        bf16: True where the half precision is bf16.
     """
 
     strategy: str
@@ -51,10 +53,29 @@ class Setting:
     offload: bool = False
     lora: LoraRecipe | None = None
     optimizer_bytes: int = 8
+    bf16: bool = False
 
     def __post_init__(self) -> None:
+        assert self.half or not self.bf16
         assert self.strategy in ("vanilla", *ZERO)
         assert not (self.offload and self.strategy == "vanilla"), "only DeepSpeed offloads"
+
+    @property
+    def masters(self) -> bool:
+        """Whether the trained weights are in half precision, with fp32 weights in the optimizer."""
+        if self.strategy in ZERO:
+            return self.half
+        return uses_masters(self.strategy, "bf16" if self.bf16 else "", lora=self.lora is not None)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a trained weight, and of a gradient that is sent."""
+        return 2 if self.masters else 4
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the sum of the gradients of a step's rows: fp32 in bf16, but for ZeRO-1."""
+        return 4 if self.bf16 and self.strategy != "zero1" else self.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -89,17 +110,17 @@ class Memory:
 def model_states(cost: ModelCost, setting: Setting) -> tuple[float, float, float]:
     """Return bytes of weights, gradients and optimizer states, before anything is gathered or offloaded.
 
-    Vanilla keeps fp32 weights in every precision, so 4 + 4 + 8 bytes a parameter; ZeRO in half precision 2 + 2 + 12,
-    sharded by stage; ZeRO in fp32 keeps an fp32 copy too, 4 + 4 + 12. Frozen weights have the precision of the
-    arithmetic. An optimizer other than Adam has `optimizer_bytes` in place of the 8.
+    Vanilla in fp32 and fp16 keeps fp32 weights, so 4 + 4 + 8 bytes a parameter, and in bf16 fp32 masters and sums of
+    gradients too, 2 + 4 + 12; ZeRO in half precision 2 + 2 + 12, sharded by stage, and in bf16 from stage 2 on
+    2 + 4 + 12; ZeRO in fp32 keeps an fp32 copy too, 4 + 4 + 12. Frozen weights have the precision of the arithmetic. An
+    optimizer other than Adam has `optimizer_bytes` in place of the 8.
     """
     trained, frozen = cost.trainable, cost.parameters - cost.trainable
     zero = setting.strategy in ZERO
-    width = 2 if zero and setting.half else 4
     frozen_width = _NF4_BYTES if setting.lora and setting.lora.load_in_4bit else (2 if setting.half else 4)
-    weights = width * trained + frozen_width * frozen
-    gradients = width * trained
-    optimizer = (setting.optimizer_bytes + (4 if zero else 0)) * trained
+    weights = setting.weight_bytes * trained + frozen_width * frozen
+    gradients = setting.gradient_bytes * trained
+    optimizer = (setting.optimizer_bytes + (4 if zero or setting.masters else 0)) * trained
     shards = setting.processes
     return (
         weights / (shards if setting.strategy == "zero3" else 1),
@@ -211,14 +232,14 @@ def _gathered_weights(cost: ModelCost, setting: Setting) -> float:
 def _communication_buffers(cost: ModelCost, setting: Setting) -> float:
     """Return the bytes of the communication buffers.
 
-    DDP's buckets hold every gradient a second time; DeepSpeed has a single bucket, of which a CPU allocates only the
-    part that is filled, and ZeRO-2 a second one on a GPU, where it fills one while it reduces the other
-    (stage_1_and_2.py, `setup_buckets`, with `overlap_comm`). DDP starts with a broadcast of all weights, 250 MiB at a
-    time, and allocates the buckets afterwards, in the same memory.
+    DDP's buckets hold every gradient a second time, in the format in which it is sent; DeepSpeed has a single bucket,
+    of which a CPU allocates only the part that is filled, and ZeRO-2 a second one on a GPU, where it fills one while it
+    reduces the other (stage_1_and_2.py, `setup_buckets`, with `overlap_comm`). DDP starts with a broadcast of all
+    weights, 250 MiB at a time, and allocates the buckets afterwards, in the same memory.
     """
     if setting.strategy == "vanilla":
         broadcast = min(4.0 * cost.parameters, _BROADCAST_BYTES) if _keeps_freed(setting) else 0.0
-        return max(4.0 * cost.trainable, broadcast) if setting.processes > 1 else 0.0
+        return max(float(setting.weight_bytes) * cost.trainable, broadcast) if setting.processes > 1 else 0.0
     buckets = 2 if setting.strategy == "zero2" else 1
     elements = min(BUCKET, cost.trainable) if setting.on_cpu else buckets * BUCKET
     return elements * (2 if setting.half else 4)

@@ -14,6 +14,7 @@ from minisft.planning.memory import LIVE, ZERO, Memory, Setting, memory_of
 from minisft.planning.model_cost import ModelCost, ModelCosts, PrecisionMode
 from minisft.planning.workload import Workload
 from minisft.recipe import LoraRecipe
+from minisft.training.master_weights import uses_masters
 
 # Bytes that an update reads and writes for each trained parameter. AdamW reads weight, gradient and two moments, and
 # writes three of them; clipping reads the gradients, then scales them.
@@ -84,8 +85,7 @@ def traffic(cost: ModelCost, setting: Setting, rows: float) -> float:
     where they are more than DeepSpeed keeps gathered (`LIVE`).
     """
     share = (setting.processes - 1) / setting.processes
-    width = 2 if setting.half and setting.strategy in ZERO else 4
-    gradients, weights = width * cost.trainable, width * cost.parameters
+    gradients, weights = (setting.weight_bytes * count for count in (cost.trainable, cost.parameters))
     if setting.strategy == "vanilla":
         return share * 2 * gradients
     if setting.strategy == "zero1":
@@ -121,8 +121,9 @@ class Job:
     optimizer_bytes: int = 8
 
     def cost(self, strategy: str, lora: LoraRecipe | None) -> ModelCost:
-        """Return the model's cost in the precision that the strategy trains in: DeepSpeed casts, vanilla autocasts."""
-        mode: PrecisionMode = "half" if strategy != "vanilla" else "autocast"
+        """Return the model's cost in the precision that the strategy trains in: half, autocast or fp32."""
+        masters = strategy != "vanilla" or uses_masters(strategy, self.precision, lora=lora is not None)
+        mode: PrecisionMode = "half" if masters else "autocast"
         return self.model.of("fp32" if self.precision == "fp32" else mode, lora)
 
 
@@ -164,7 +165,7 @@ class Prediction:
 
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as plain numbers."""
-        settings = {key: value for key, value in asdict(self.setting).items() if key not in ("half", "on_cpu")}
+        settings = {key: value for key, value in asdict(self.setting).items() if key not in ("half", "bf16", "on_cpu")}
         return {
             **settings,
             "fits": self.fits,
@@ -202,6 +203,7 @@ def predict(
     setting = Setting(
         strategy=strategy, processes=job.processes, half=job.precision != "fp32", on_cpu=machine.kind == "cpu",
         checkpointing=checkpointing, offload=offload, lora=lora, optimizer_bytes=job.optimizer_bytes,
+        bf16=job.precision == "bf16",
     )  # fmt: skip
     cost = job.cost(strategy, lora)
     # 2. Memory of the largest process.

@@ -4,9 +4,10 @@ Without a mask, transformers would build a dense block-diagonal one of (tokens, 
 conversations. The function here runs causal attention on each conversation instead: by a kernel of the GPU for rows of
 several conversations, or by scaled-dot-product attention on one conversation after the other.
 
-FlashAttention (Dao 2023, arXiv 2307.08691) where the package `flash-attn` is installed, else torch's own
-variable-length attention, which has the same kernels built in. Which of them is available, and what it supports,
-depends on versions and on the GPU. So each is tested on a small row first, and one that fails, or differs from plain
+FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) where the package `flash_attn_interface` is installed,
+FlashAttention 2 (Dao 2023, arXiv 2307.08691) where `flash-attn` is, else torch's own variable-length attention, which
+has the kernels of the second built in. Which of them is available, and what it supports, depends on versions and on the
+GPU. So each is tested on a small row first, and one that fails, or differs from plain
 attention on each conversation alone, is not used.
 """
 
@@ -145,13 +146,35 @@ class Shape:
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...], Shape], torch.Tensor]
 
 
+def flash_attn_3(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: Shape
+) -> torch.Tensor:
+    """Attend with the kernels for Hopper GPUs, which come as a package of their own."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    ends, longest = _ends(lengths, shape.device), max(lengths)
+    found = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        ends,
+        ends,
+        longest,
+        longest,
+        softmax_scale=shape.scaling,
+        causal=True,
+        window_size=_window(shape),
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # as in `flash_attn`
+    )
+    return found[0] if isinstance(found, tuple) else found  # earlier versions return the log-sum-exp too
+
+
 def flash_attn(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: Shape
 ) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
     ends, longest = _ends(lengths, shape.device), max(lengths)
-    window = (-1, -1) if shape.window is None else (shape.window - 1, 0)
     return flash_attn_varlen_func(  # type: ignore[no-any-return]
         q,
         k,
@@ -162,9 +185,14 @@ def flash_attn(
         longest,
         softmax_scale=shape.scaling,
         causal=True,
-        window_size=window,
+        window_size=_window(shape),
         deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds up atomically otherwise
     )
+
+
+def _window(shape: Shape) -> tuple[int, int]:
+    """Return how many tokens before and after itself a token attends to, as FlashAttention takes it; -1 is all."""
+    return (-1, -1) if shape.window is None else (shape.window - 1, 0)
 
 
 def torch_varlen(
@@ -195,7 +223,7 @@ def _torch_varlen(
     )
 
 
-KERNELS: tuple[Kernel, ...] = (flash_attn, torch_varlen, torch_varlen_repeated)
+KERNELS: tuple[Kernel, ...] = (flash_attn_3, flash_attn, torch_varlen, torch_varlen_repeated)
 
 
 @lru_cache(maxsize=8)
@@ -287,13 +315,29 @@ def per_conversation_attention(
             outputs.append(_attention_by_scores(query, key, value, shape, dropout, sinks))
             continue
         mask = _window_mask(query, shape.window)
+        sharing = grouped and _shares_key_heads(shape, mask)
+        if grouped and not sharing:
+            key, value = (one.repeat_interleave(shape.heads // shape.key_heads, 1) for one in (key, value))
         outputs.append(
             scaled_dot_product_attention(
-                query, key, value, mask, dropout, mask is None, scale=shape.scaling, enable_gqa=grouped
+                query, key, value, mask, dropout, mask is None, scale=shape.scaling, enable_gqa=sharing
             )
         )
     # Contiguous in this order, as some models need it.
     return torch.cat([output.transpose(1, 2) for output in outputs], 1)[0]
+
+
+def _shares_key_heads(shape: Shape, mask: torch.Tensor | None) -> bool:
+    """Return whether scaled-dot-product attention shares a key head among several heads without slow arithmetic.
+
+    On a GPU only FlashAttention does: in half precision, without a mask, on GPUs from capability 8 on. Otherwise torch
+    would take its reference implementation, whose memory grows with the square of the conversation, and not the
+    memory-efficient kernel, which needs as many key heads as heads (torch: sdp_utils.cpp, `supports_gqa`).
+    """
+    if shape.device.type != "cuda":
+        return True
+    half = shape.dtype in (torch.float16, torch.bfloat16)
+    return half and mask is None and torch.cuda.get_device_capability(shape.device)[0] >= 8
 
 
 def _attention_by_scores(

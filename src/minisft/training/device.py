@@ -16,6 +16,8 @@ from minisft.processes import WAITING_VARIABLES
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's kernels, and torch's
+# The settings of torch's allocator: their name since torch 2.9, and before it.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _KERNELS = 64  # a row of a Llama needs about 21: three products (forward, two backward) of seven shapes
 
 
@@ -130,6 +132,16 @@ def keeps_freed_memory(strategy: str, *, half: bool) -> bool:
     0.5 GB more for a 135M model would save 4 % of a step.
     """
     return strategy == "vanilla" and not half
+
+
+def use_expandable_segments(cpu: bool) -> None:
+    """Let torch's allocator of GPU memory grow its blocks; call it before the first tensor on a GPU.
+
+    Rows have different lengths, so blocks of fixed sizes become too fragmented for the next row (torch's notes: "CUDA
+    semantics", "Optimizing memory usage"). Settings of the user stay, as one variable or under its older name.
+    """
+    if not cpu and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        os.environ[_ALLOCATOR_SETTINGS[0 if torch.__version__ >= "2.9" else 1]] = "expandable_segments:True"
 
 
 def use_deterministic_kernels(asked: bool) -> None:

@@ -316,7 +316,8 @@ class _EmbeddingLookup(torch.autograd.Function):
         lookups.gradients.append(gradient.reshape(-1, gradient.shape[-1]))
         if not lookups.last and sum(map(len, lookups.ids)) < ctx.rows:
             return None, None, None, None
-        gathered = torch.cat(lookups.gradients), torch.cat(lookups.ids)
+        # In fp32: a token occurs many times, and autograd rounds the sum to the format of the weights.
+        gathered = torch.cat(lookups.gradients).float(), torch.cat(lookups.ids)
         lookups.ids, lookups.gradients = [], []
         total = torch.ops.aten.embedding_dense_backward(*gathered, ctx.rows, ctx.padding_idx, False)
         return total, None, None, None

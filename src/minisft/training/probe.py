@@ -116,6 +116,7 @@ class Probe:
         arithmetic: Returns the context manager of a forward (autocast, or none).
         half: Whether products are computed in half precision.
         max_length: Maximum number of tokens of a conversation; longer windows need no proof.
+        weights_in_fp32: Returns the context in which the model has fp32 weights, if it has any.
     """
 
     model: Any
@@ -123,6 +124,7 @@ class Probe:
     arithmetic: Callable[[], Any]
     half: bool
     max_length: int
+    weights_in_fp32: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def run(self) -> ProbeResult | None:
         """Find the call with which the model is right; the model is left with the attention of that call.
@@ -187,9 +189,10 @@ class Probe:
         """Return the worse result of the precisions; None if logits are not finite."""
         inner = unwrapped(self.model)
         results = [self._compare_in(call, self.arithmetic, HALF_TOLERANCE if self.half else FP32_TOLERANCE)]
-        if self.half and next(inner.parameters()).dtype == torch.float32:
-            in_fp32 = partial(without_autocast, inner, self.device)
-            results.append(self._compare_in(call, in_fp32, FP32_TOLERANCE))
+        with self.weights_in_fp32():
+            if self.half and next(inner.parameters()).dtype == torch.float32:
+                in_fp32 = partial(without_autocast, inner, self.device)
+                results.append(self._compare_in(call, in_fp32, FP32_TOLERANCE))
         if not all(math.isfinite(size) for result in results for size in result.differences()):
             return None
         return max(results, key=lambda result: ("right", "alone", "refused").index(result.verdict))

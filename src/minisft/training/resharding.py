@@ -25,6 +25,8 @@ from minisft.training.zero import MOMENTS, ZERO_STAGES, fill_fp32_masters, fill_
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from minisft.training.trainer import SupervisedTokenTrainer
+
 
 # Optimizers whose state is AdamW's two moments in fp32.
 _OPTIMIZERS = ("adamw", "adamw_torch", "adamw_torch_fused")
@@ -75,7 +77,7 @@ def _obstacle(wrote: str, training: TrainingRecipe, precision: str) -> str | Non
     return None
 
 
-def reshard_state(trainer: "Trainer", checkpoint: Path) -> None:
+def reshard_state(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
     """Load weights, optimizer and schedule of another layout into a trainer that is ready for its first step.
 
     Args:
@@ -99,7 +101,11 @@ def reshard_state(trainer: "Trainer", checkpoint: Path) -> None:
             trainer.model_wrapped, trained, state.read, state.weight, adam_steps=state.steps, steps=step_of(checkpoint)
         )
     else:
-        _fill_optimizer(trainer.optimizer, trained, state)
+        masters = trainer.masters
+        updated = trained if masters is None else {name: masters.of(weight) for name, weight in trained.items()}
+        _fill_optimizer(trainer.optimizer, updated, state)
+        if masters is not None:
+            masters.round()
     _continue_schedule(trainer, checkpoint)
 
 

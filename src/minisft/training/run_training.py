@@ -46,9 +46,11 @@ from minisft.training.device import (
     prepare_cpu_memory,
     require_processes,
     use_deterministic_kernels,
+    use_expandable_segments,
 )
 from minisft.training.distributed import is_joined, launch
 from minisft.training.kernels import KernelChoice, require_kernels, use_kernels
+from minisft.training.master_weights import uses_masters
 from minisft.training.nodes import Nodes, local_processes, use_network_interface
 from minisft.training.optimization import (
     clipping_norm,
@@ -270,6 +272,7 @@ def make_trainer(
 
     suppress_known_warnings()
     prepare_cpu_memory(recipe.training.strategy, choose_precision(recipe.training.precision), on_cpu())
+    use_expandable_segments(on_cpu())
     use_deterministic_kernels(recipe.training.deterministic)
     start_counting()
     if recipe.training.strategy in ZERO_STAGES and not torch.distributed.is_initialized():
@@ -307,9 +310,7 @@ def take_steps(trainer: "SupervisedTokenTrainer", run: RunFolder, resume_from: P
         trainer.add_callback(OnFirstStep(partial(delete_replaced_run, run)))
         truncate_metrics(run.metrics, _start_step(resume_from))
         truncate_row_losses(run.row_losses, _start_step(resume_from))
-        arguments = trainer.args
-        precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-        environment = describe_environment(precision) | {"kernels": trainer.kernels.as_dict()}
+        environment = describe_environment(trainer.precision) | {"kernels": trainer.kernels.as_dict()}
         write_environment(run, environment)
         trainer.on_probed = lambda result: write_environment(
             run, environment | {"probe": result.as_dict() | {"frozen": list(trainer.frozen)}}
@@ -350,6 +351,7 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
 
     training = recipe.training
     precision = choose_precision(training.precision)
+    masters = uses_masters(training.strategy, precision, lora=training.lora is not None)
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         num_train_epochs=training.epochs,
@@ -363,7 +365,7 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
         lr_scheduler_kwargs=dict(training.scheduler_args),
         warmup_steps=training.warmup_ratio,  # below 1 it is a fraction of all steps
         max_grad_norm=clipping_norm(training),
-        bf16=precision == "bf16",
+        bf16=precision == "bf16" and not masters,  # autocast, or DeepSpeed's bf16 weights
         fp16=precision == "fp16",
         save_strategy="epoch" if training.save_every == "epoch" else "steps",
         save_steps=500 if training.save_every == "epoch" else training.save_every,  # 500: unused default
@@ -395,7 +397,7 @@ def _arguments(recipe: Recipe, run: RunFolder) -> Any:
 
 
 def _load_for_training(recipe: Recipe, resolved: ResolvedModel, device: Any, load: Callable[..., Any]) -> Any:
-    """Load fp32 weights: half precision is for arithmetic, and the weights that are updated stay in fp32."""
+    """Load fp32 weights: those that the optimizer updates are fp32 in every precision."""
     import torch
     from transformers import set_seed
 
@@ -482,6 +484,7 @@ def _trainer(
         processing_class=encoder.tokenizer,
         sampler=sampler,
         strategy=training.strategy,
+        precision=choose_precision(training.precision),
         stop_token_ids=encoder.stop_token_ids,
         describe_rows=lambda rows: ", ".join(str(dataset[row].get("id", row)) for row in rows),
         on_saved=partial(prune, run, training, early_stopping),

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,9 +43,10 @@ from minisft.training.integrity import explain_damage, forbid_pickled_code
 from minisft.training.kernels import KernelChoice
 from minisft.training.lora import has_adapters, save_adapters
 from minisft.training.loss import EmbeddingLookups, accumulate_embedding_gradient, row_loss, row_losses, unwrapped
+from minisft.training.master_weights import MasterWeights, uses_masters
 from minisft.training.model_call import PADDING_FREE_CALL, ModelCall
 from minisft.training.optimization import clip_gradients
-from minisft.training.probe import Probe, ProbeResult, refuse_wrong_model
+from minisft.training.probe import Probe, ProbeResult, refuse_wrong_model, without_autocast
 from minisft.training.resharding import reshard_state, restore_fp32_weights, same_layout
 from minisft.training.source_losses import SourceLosses
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
@@ -68,6 +69,7 @@ class SupervisedTokenTrainer(Trainer):
         *args: Any,
         sampler: StepSampler,
         strategy: str,
+        precision: str,
         stop_token_ids: tuple[int, ...],
         describe_rows: Callable[[tuple[int, ...]], str],
         on_saved: Callable[[Path], None],
@@ -81,6 +83,8 @@ class SupervisedTokenTrainer(Trainer):
     ) -> None:
         self.sampler = sampler
         self.strategy = strategy
+        self.precision = precision
+        self.masters: MasterWeights | None = None
         self.stop_token_ids = stop_token_ids
         self.describe_rows = describe_rows
         self.on_saved = on_saved
@@ -97,6 +101,8 @@ class SupervisedTokenTrainer(Trainer):
         self._writing = WriteErrors()
         super().__init__(*args, **kwargs)
         assert self.args.gradient_accumulation_steps == 1
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True  # spares DDP two copies of each gradient
         self._step = StepMetrics()
         self._row_losses = RowLossBuffer()
         self._norm: Any = None
@@ -118,7 +124,7 @@ class SupervisedTokenTrainer(Trainer):
         Raises:
             UserError: The checkpoint is damaged, or holds objects other than plain state, which could run code.
         """
-        self.freeze_unreached()  # DDP and DeepSpeed choose the parameters of their buckets when they wrap the model
+        self.prepare_weights()  # DDP and DeepSpeed choose the parameters of their buckets when they wrap the model
         with explain_damage(resume_from_checkpoint):
             ready = self._prepare_or_resume(max_steps, train_dataloader, resume_from_checkpoint)
         forwards = self.sampler.forwards_per_epoch()
@@ -131,7 +137,42 @@ class SupervisedTokenTrainer(Trainer):
             )
         return ready
 
-    def freeze_unreached(self) -> None:
+    def prepare_weights(self) -> None:
+        """Freeze what no loss can reach, and in bf16 keep fp32 masters; a second call changes nothing."""
+        self._freeze_unreached()
+        if uses_masters(self.strategy, self.precision, lora=has_adapters(self._model())) and self.masters is None:
+            self.masters = MasterWeights(self._model())
+
+    def weights_in_fp32(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the model has its masters; a model without masters keeps its weights."""
+        return contextlib.nullcontext() if self.masters is None else self.masters.in_fp32()
+
+    @contextlib.contextmanager
+    def arithmetic_of_fp32(self) -> Iterator[None]:
+        """Inside the block the model, as vanilla trains it, computes in fp32 with its exact weights."""
+        with self.weights_in_fp32(), without_autocast(self._model(), self.args.device):
+            yield
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that the optimizer updates; without DeepSpeed, `training_step` gives them gradients."""
+        trained = [weight for weight in self._model().parameters() if weight.requires_grad]
+        return trained if self.masters is None else [self.masters.of(weight) for weight in trained]
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients of the trained parameters."""
+        for weight in self.trained_parameters():
+            weight.grad = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer of the masters, if there are any, and of the model's weights otherwise."""
+        if self.masters is None:
+            return super().create_optimizer(model)
+        with self.masters.in_fp32():
+            optimizer = super().create_optimizer(model)
+        self.masters.update_with(optimizer)
+        return optimizer
+
+    def _freeze_unreached(self) -> None:
         """Freeze the trainable parameters that no loss can reach, and name them.
 
         ZeRO-3 has sharded the weights by now, so no forward is possible; it trains with such parameters.
@@ -151,11 +192,15 @@ class SupervisedTokenTrainer(Trainer):
         Raises:
             UserError: The model is wrong for every row, or cannot be called as training calls it.
         """
-        half = self.args.bf16 or self.args.fp16
-        arithmetic = self.compute_loss_context_manager
         name = model_class(unwrapped(self._model())).__name__
-        longest = int(self.sampler.sizes.tokens.max())
-        result = Probe(self.model_wrapped, self.args.device, arithmetic, half, longest).run()
+        result = Probe(
+            self.model_wrapped,
+            self.args.device,
+            arithmetic=self.compute_loss_context_manager,
+            half=self.precision != "fp32",
+            max_length=int(self.sampler.sizes.tokens.max()),
+            weights_in_fp32=self.weights_in_fp32,
+        ).run()
         if result is None:
             self.call = ModelCall.of(unwrapped(self._model()))
             return None
@@ -169,8 +214,11 @@ class SupervisedTokenTrainer(Trainer):
         return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with explain_damage(resume_from_checkpoint), forbid_pickled_code(Path(resume_from_checkpoint)):
+        folder = Path(resume_from_checkpoint)
+        with explain_damage(resume_from_checkpoint), forbid_pickled_code(folder), self.weights_in_fp32():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.masters is not None:
+            self.masters.round()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn of weights that a checkpoint lacks, except for tied weights, which are saved once."""
@@ -249,6 +297,8 @@ class SupervisedTokenTrainer(Trainer):
                     if last:  # DeepSpeed steps inside the last backward
                         self._synchronise_step(total, batch)
                     self.accelerator.backward(loss, **options)
+        if self.masters is not None and self.masters.reducing:
+            self.masters.collect_reduced()
         if self._row_losses.is_full:
             self._write_row_losses()
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
@@ -286,6 +336,8 @@ class SupervisedTokenTrainer(Trainer):
     def _reduction(self, model: Any, last: bool) -> Any:
         """Reduce gradients over the processes, and let DeepSpeed step, only in the last backward of a step."""
         self.accelerator.gradient_state._set_sync_gradients(last)
+        if self.masters is not None:
+            self.masters.reducing = last and self.args.world_size > 1
         if last or self.is_deepspeed_enabled:
             yield
         else:
@@ -337,7 +389,9 @@ class SupervisedTokenTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.args.device.type == "cpu" and not (self.is_deepspeed_enabled or self.args.fp16):
-            return clip_gradients(model.parameters(), self.args.max_grad_norm)
+            return clip_gradients(self.trained_parameters(), self.args.max_grad_norm)
+        if self.masters is not None:
+            return torch.nn.utils.clip_grad_norm_(self.trained_parameters(), self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -408,6 +462,11 @@ class SupervisedTokenTrainer(Trainer):
         with zero_writes_through(engine, self._writing):
             super()._save_optimizer_and_scheduler(output_dir)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; under ZeRO-1 and ZeRO-2 only the process that writes copies the weights, which all have."""
+        if self.args.should_save or self.strategy not in ("zero1", "zero2"):
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             self._writing(self._save_plain, output_dir, state_dict)
@@ -422,7 +481,8 @@ class SupervisedTokenTrainer(Trainer):
             save_adapters(self._model(), folder, state_dict)
             cast(Any, self.processing_class).save_pretrained(folder)
             return
-        super()._save(output_dir, self._without_tied(state_dict))
+        with self.weights_in_fp32():
+            super()._save(output_dir, self._without_tied(state_dict))
         # Its pickled arguments contain paths of this machine, and nothing reads them.
         Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

@@ -38,8 +38,23 @@ def test_table_1_of_the_zero_paper(processes, zero1, zero2, zero3):
 
 
 def test_sixteen_bytes_a_parameter():
-    """The ZeRO paper, section 3.1: 16 bytes, here 4 + 4 + 8, since vanilla's weights are fp32."""
+    """The ZeRO paper, section 3.1: 16 bytes, here 4 + 4 + 8, since vanilla's weights are fp32 in fp16."""
     assert sum(model_states(sized(7.5e9), on_gpus("vanilla", 8))) == 16 * 7.5e9
+
+
+@pytest.mark.parametrize(
+    ("strategy", "states"),
+    [
+        ("vanilla", (2, 4, 12)),
+        ("zero1", (2, 2, 12 / 8)),
+        ("zero2", (2, 4 / 8, 12 / 8)),
+        ("zero3", (2 / 8, 4 / 8, 12 / 8)),
+    ],
+)
+def test_bf16_adds_two_bytes_for_sums_of_gradients_in_fp32(strategy, states):
+    """As with Megatron's distributed optimizer: 18 bytes a parameter (its README, "Distributed Optimizer", "bf16")."""
+    found = model_states(sized(1e9), on_gpus(strategy, 8, bf16=True))
+    assert found == tuple(size * 1e9 for size in states)
 
 
 @pytest.mark.parametrize("parameters", [7.24e9, 8.03e9])
@@ -95,10 +110,11 @@ def test_torchtune_lora_llama2_7b():
 def test_traffic_of_the_zero_paper():
     """Section 7: data parallelism and ZeRO-1 and 2 move 2 values a parameter, ZeRO-3 moves 3; all-reducing costs one more.
 
-    DeepSpeed on gradients of half precision; vanilla all-reduces fp32.
+    DeepSpeed on gradients of half precision, as vanilla in bf16; in fp16 it all-reduces fp32.
     """
     cost, moved = sized(7.5e9), 63 / 64 * 7.5e9
     assert traffic(cost, on_gpus("vanilla", 64), rows=4) == 2 * 4 * moved
+    assert traffic(cost, on_gpus("vanilla", 64, bf16=True), rows=4) == 2 * 2 * moved
     assert traffic(cost, on_gpus("zero1", 64), rows=4) == 3 * 2 * moved
     assert traffic(cost, on_gpus("zero3", 64), rows=1) == 3 * 2 * moved
     assert traffic(cost, on_gpus("zero3", 64), rows=4) == 12 * 2 * moved

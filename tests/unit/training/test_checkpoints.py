@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from minisft.data.preparation import prepare
+from minisft.recipe import load_recipe
 from minisft.run_folder import RunFolder
 from minisft.training.checkpoints import (
     drop_optimizer_states,
@@ -16,6 +20,7 @@ from minisft.training.checkpoints import (
     remove_unfinished,
     staging_folder,
 )
+from minisft.training.run_training import make_trainer
 
 
 @pytest.fixture
@@ -118,3 +123,26 @@ def test_left_overs_are_no_checkpoints(run):
     assert names(run) == ["2", "4", "6", "8"]
     remove_unfinished(run.checkpoints)
     assert not staging_folder(run.checkpoints).exists()
+
+
+@pytest.fixture
+def trainer(recipe_file):
+    recipe = load_recipe(recipe_file, [])
+    prepare(recipe)
+    return make_trainer(recipe, RunFolder(Path(recipe.output)))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "copies"), [("zero1", [1, 0]), ("zero2", [1, 0]), ("zero3", [1, 1])], ids=["zero1", "zero2", "zero3"]
+)
+def test_only_the_process_that_writes_copies_weights_that_all_have(trainer, strategy, copies, monkeypatch):
+    """Under ZeRO-3 the copy is a gather, in which every process takes part."""
+    trainer.strategy, trainer.is_deepspeed_enabled = strategy, True
+    trainer.deepspeed = trainer.model_wrapped = SimpleNamespace(config={}, save_checkpoint=lambda folder: None)
+    monkeypatch.setattr(trainer, "_save", lambda *words, **options: None)
+    for rank, expected in enumerate(copies):
+        copied: list[object] = []
+        monkeypatch.setattr(trainer.accelerator, "get_state_dict", copied.append)
+        monkeypatch.setattr(type(trainer.args), "should_save", property(lambda self, rank=rank: rank == 0))
+        trainer.save_model("folder")
+        assert len(copied) == expected

@@ -14,6 +14,7 @@ from minisft.training.device import (
     keeps_freed_memory,
     prepare_cpu_memory,
     use_deterministic_kernels,
+    use_expandable_segments,
 )
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -82,6 +83,38 @@ def test_a_users_other_number_of_threads_is_refused(threads, monkeypatch):
 def test_a_gpus_process_is_left_alone(prepare, precision):
     assert not prepare("vanilla", precision, cpu=False)
     assert not {*CACHES} & {*os.environ}
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    """The names of the allocator's settings, neither of which is set."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return names
+
+
+@pytest.mark.parametrize(("version", "name"), [("2.13.0", 0), ("2.8.0", 1)])
+def test_blocks_of_a_gpus_memory_grow(allocator, monkeypatch, version, name):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    use_expandable_segments(cpu=False)
+    assert {one: os.environ.get(one) for one in allocator} == {
+        allocator[name]: "expandable_segments:True", allocator[1 - name]: None
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [0, 1])
+def test_a_users_own_settings_of_the_allocator_stay(allocator, monkeypatch, name):
+    monkeypatch.setenv(allocator[name], "max_split_size_mb:64")
+    use_expandable_segments(cpu=False)
+    assert os.environ[allocator[name]] == "max_split_size_mb:64"
+    assert allocator[1 - name] not in os.environ
+
+
+def test_a_cpus_process_has_no_settings_of_a_gpu(allocator):
+    use_expandable_segments(cpu=True)
+    assert not {*allocator} & {*os.environ}
 
 
 @pytest.mark.parametrize("autocast", [False, True])

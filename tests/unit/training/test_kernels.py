@@ -17,6 +17,8 @@ from minisft.training.attention import (
     Shape,
     first_verified,
     flash_attn,
+    flash_attn_3,
+    per_conversation_attention,
     register,
     select_kernel,
     torch_varlen,
@@ -92,8 +94,75 @@ def test_the_package_is_called_as_it_documents(shape, monkeypatch):
         assert max_q == max_k == int((cu_q[1:] - cu_q[:-1]).max())
         return explicit(q, k, v, cu_q, softmax_scale, window_size[0])
 
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=function))
     assert first_verified(KERNELS, shape) is flash_attn
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_sums", [False, True], ids=["output alone", "with the log-sum-exp"])
+def test_flash_attention_3_comes_first(shape, with_sums, monkeypatch):
+    """Its second version returns the output alone, the first one a tuple (hopper/flash_attn_interface.py)."""
+
+    def function(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+        softmax_scale=None, causal=False, *, window_size=(-1, -1), deterministic=False,
+    ):  # fmt: skip
+        assert causal
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert cu_seqlens_q.dtype == torch.int32
+        assert max_seqlen_q == max_seqlen_k
+        output = explicit(q, k, v, cu_seqlens_q, softmax_scale, window_size[0])
+        return (output, None) if with_sums else output
+
+    def of_another_gpu(*_, **__):
+        raise RuntimeError("FlashAttention 3 needs a Hopper GPU")
+
+    def second(q, k, v, ends, *_, softmax_scale, window_size, **__):
+        return explicit(q, k, v, ends, softmax_scale, window_size[0])
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=second))
+    package = types.SimpleNamespace(flash_attn_varlen_func=function)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    assert first_verified(KERNELS, shape) is flash_attn_3
+    package.flash_attn_varlen_func = of_another_gpu
+    assert first_verified(KERNELS, shape) is flash_attn
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "key_heads"),
+    [
+        ({}, 9, 4),
+        ({"window": 2}, 9, 4),
+        ({"dtype": torch.bfloat16}, 9, 2),
+        ({"dtype": torch.bfloat16, "window": 2}, 9, 4),
+        ({"dtype": torch.float16}, 7, 4),
+        ({"device": torch.device("cpu")}, 9, 2),
+        ({"device": torch.device("cpu"), "window": 2}, 9, 2),
+        ({"key_heads": 4}, 9, 4),
+    ],
+)
+def test_key_heads_are_repeated_where_no_fast_kernel_shares_them(changes, capability, key_heads, monkeypatch):
+    """On a GPU that is not there: the tensors that reach torch's attention have the shapes that its kernels take."""
+    shape = replace(SHAPE, device=GPU) if "device" not in changes else SHAPE
+    shape, lengths, seen = replace(shape, **changes), (7, 3), []
+    exact = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query, key, value, mask, dropout, causal, *, scale, enable_gqa):
+        assert enable_gqa == (key.shape[1] != query.shape[1])
+        seen.append((key.shape[1], value.shape[1]))
+        return exact(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), heads, 16) for heads in (4, shape.key_heads, shape.key_heads))
+    found = per_conversation_attention(q, k, v, lengths, shape)
+    assert seen == [(key_heads, key_heads)] * 2
+    torch.testing.assert_close(found, right(q, k, v, lengths, shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -109,6 +178,7 @@ def test_torchs_own_is_called_as_it_documents(shape, shares_heads, taken, monkey
     def old(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
         return new(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
 
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if shares_heads else old)
     assert first_verified(KERNELS, shape) is taken
