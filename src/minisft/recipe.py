@@ -199,7 +199,7 @@ class EvaluationRecipe:
     top_p: float = 1.0
     processes: int | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
-    tensor_parallel_size: int = 1  # of vLLM: number of GPUs that share one model
+    tensor_parallel_size: int | None = None  # of vLLM: number of GPUs that share one model; None: as many as it needs
     gpu_memory_utilization: float = 0.9  # of vLLM: the share of a GPU's memory that it may take
     judge: JudgeRecipe | None = None
     benchmarks: list[str] = field(default_factory=list)
