@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from minisft.errors import UserError
 from minisft.files import apply_umask
 from minisft.models import model_class
 from minisft.row_losses import append_row_losses, make_records, sync_row_losses
-from minisft.training.batching import RowDataset, StepBatch, StepSampler, collate
+from minisft.training.batching import PackedRow, RowDataset, StepBatch, StepSampler, collate
 from minisft.training.callbacks import RestoreSampler, StopRequest
 from minisft.training.checkpoints import (
     WriteErrors,
@@ -46,6 +47,7 @@ from minisft.training.model_call import PADDING_FREE_CALL, ModelCall
 from minisft.training.optimization import clip_gradients
 from minisft.training.probe import Probe, ProbeResult, refuse_wrong_model
 from minisft.training.resharding import reshard_state, restore_fp32_weights, same_layout
+from minisft.training.sequence_parallel import make_group
 from minisft.training.source_losses import SourceLosses
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
 from minisft.training.step_row_losses import RowLossBuffer, StepRowLosses
@@ -76,6 +78,7 @@ class SupervisedTokenTrainer(Trainer):
         held_out: HeldOutRows | None = None,
         eval_every: str | int | None = None,
         early_stopping: int | None = None,
+        sequence_parallel: int = 1,
         **kwargs: Any,
     ) -> None:
         self.sampler = sampler
@@ -95,6 +98,7 @@ class SupervisedTokenTrainer(Trainer):
         self._writing = WriteErrors()
         super().__init__(*args, **kwargs)
         assert self.args.gradient_accumulation_steps == 1
+        self.sequence_group = make_group(sequence_parallel)
         self._step = StepMetrics()
         self._row_losses = RowLossBuffer()
         self._norm: Any = None
@@ -153,13 +157,16 @@ class SupervisedTokenTrainer(Trainer):
         arithmetic = self.compute_loss_context_manager
         name = model_class(unwrapped(self._model())).__name__
         longest = int(self.sampler.sizes.tokens.max())
-        result = Probe(self.model_wrapped, self.args.device, arithmetic, half, longest).run()
+        probe = Probe(self.model_wrapped, self.args.device, arithmetic, half, longest)
+        result = probe.run()
         if result is None:
-            self.call = ModelCall.of(unwrapped(self._model()))
+            self.call = replace(ModelCall.of(unwrapped(self._model())), sequence_group=self.sequence_group)
             return None
         self.on_probed(result)
         refuse_wrong_model(name, result)
-        self.call = result.call
+        self.call = replace(result.call, sequence_group=self.sequence_group)
+        if self.sequence_group is not None:
+            probe.refuse_unshareable_model(self.call, self.sequence_group)
         if result.verdict == "alone":
             self.sampler.row_tokens = 1
             if self.held_out is not None:
@@ -235,7 +242,7 @@ class SupervisedTokenTrainer(Trainer):
         mean = self.args.world_size / batch.step_supervised
         backward_factor = self.loss_scale() * mean
         with lookup as lookups:
-            for number, row in enumerate(batch.rows, 1):
+            for number, row in enumerate(map(self.own_part, batch.rows), 1):
                 lookups.last = last = number == len(batch.rows)
                 with self._reduction(model, last):
                     with self.compute_loss_context_manager():
@@ -251,6 +258,10 @@ class SupervisedTokenTrainer(Trainer):
             self._write_row_losses()
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
         return total
+
+    def own_part(self, row: PackedRow) -> PackedRow:
+        """Return the part of a row that this process computes: all of it, unless several processes share its tokens."""
+        return row if self.sequence_group is None else self.sequence_group.part_of(row)
 
     def loss_scale(self) -> float:
         """Return the factor by which the next backward multiplies the loss: in fp16 the loss scale, otherwise 1."""
@@ -298,7 +309,8 @@ class SupervisedTokenTrainer(Trainer):
         started = time.perf_counter()
         with waiting("computing the held-out loss"), self.compute_loss_context_manager():
             share = self.held_out.sum_of_losses(
-                self.model_wrapped, lambda model, row: row_loss(model, row.to(self.args.device), self.call)
+                self.model_wrapped,
+                lambda model, row: row_loss(model, self.own_part(row).to(self.args.device), self.call),
             )
         total = float(self.accelerator.gather(share.reshape(1).to(self.args.device)).sum())
         logs = {EVAL_LOSS: total / self.held_out.supervised, "eval_seconds": time.perf_counter() - started}
