@@ -27,7 +27,7 @@ UNITS = {
     "training.warmup_ratio": "share of the steps", "training.save_every": "optimizer steps",
     "training.keep_checkpoints": "checkpoints", "training.log_every": "optimizer steps",
     "training.eval_every": "optimizer steps", "training.early_stopping": "evaluations",
-    "training.row_tokens": "tokens", "training.memory_limit_gb": "GB",
+    "training.sequence_parallel": "processes", "training.row_tokens": "tokens", "training.memory_limit_gb": "GB",
     "training.lora.dropout": "probability", "evaluation.max_new_tokens": "tokens", "evaluation.examples": "answers",
     "evaluation.limit": "conversations", "evaluation.batch_size": "prompts", "evaluation.top_p": "probability",
     "evaluation.processes": "processes", "evaluation.tensor_parallel_size": "GPUs",

@@ -269,7 +269,7 @@ def load_model(
     with waiting("loading the model"):
         if not is_adapter(folder):
             return _load_plain(folder, options)
-        return _with_adapters(_load_plain(base or _base_of(folder, trust_remote_code), options), folder, merge)
+        return _with_adapters(_load_plain(base or base_of_adapter(folder, trust_remote_code), options), folder, merge)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -347,7 +347,7 @@ def transformers_attention(model: Any) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
-def _base_of(adapter: Path, trust_remote_code: bool) -> Path:
+def base_of_adapter(adapter: Path, trust_remote_code: bool) -> Path:
     """Return the folder of the base model that an adapter names."""
     try:
         name = json.loads((adapter / _ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]

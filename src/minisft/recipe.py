@@ -111,6 +111,7 @@ class TrainingRecipe:
     lora: LoraRecipe | None = None
     offload: Literal["optimizer", "parameters"] | None = None
     gradient_checkpointing: bool = False
+    sequence_parallel: int = 1
     deterministic: bool = False
     kernels: Literal["auto", "liger", "compile", "none"] = "auto"
     row_tokens: int | None = None
@@ -121,7 +122,7 @@ class TrainingRecipe:
         _require_positive(
             "training", self, "processes", "epochs", "max_steps", "batch_size", "gradient_accumulation",
             "learning_rate", "max_grad_norm", "log_every", "row_tokens", "memory_limit_gb", "keep_checkpoints",
-            "early_stopping",
+            "early_stopping", "sequence_parallel",
         )  # fmt: skip
         _require_not_negative("training.", self, "weight_decay")
         for key in ("save_every", "eval_every"):
@@ -139,6 +140,19 @@ class TrainingRecipe:
         if not 0 <= self.warmup_ratio < 1:
             problem = f"must be at least 0 and below 1, and is {self.warmup_ratio}"
             raise UserError("training.warmup_ratio", problem, "give a fraction of all steps such as 0.03")
+        if self.processes % self.sequence_parallel:
+            problem = f"{self.sequence_parallel} does not divide the {self.processes} processes that share rows"
+            raise UserError("training.sequence_parallel", problem, "give a divisor of training.processes")
+
+    @property
+    def replicas(self) -> int:
+        """Number of copies of the model that compute different rows: processes / sequence_parallel."""
+        return self.processes // self.sequence_parallel
+
+    @property
+    def global_batch(self) -> int:
+        """Number of conversations of a step, or of packs: batch_size x replicas x gradient_accumulation."""
+        return self.batch_size * self.replicas * self.gradient_accumulation
 
 
 @dataclass(frozen=True)
@@ -204,7 +218,7 @@ class EvaluationRecipe:
     top_p: float = 1.0
     processes: int | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
-    tensor_parallel_size: int = 1  # of vLLM: number of GPUs that share one model
+    tensor_parallel_size: int | None = None  # of vLLM: number of GPUs that share one model; None: as many as it needs
     gpu_memory_utilization: float = 0.9  # of vLLM: the share of a GPU's memory that it may take
     judge: JudgeRecipe | None = None
     benchmarks: list[str] = field(default_factory=list)

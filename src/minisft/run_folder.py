@@ -33,7 +33,7 @@ _FREE_DATA_KEYS = ("verify", "processes")
 _FREE_TRAINING_KEYS = (
     "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
     "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to", "keep_optimizer", "keep_checkpoints",
-    "offload",
+    "offload", "sequence_parallel",
 )  # fmt: skip
 # The keys of `evaluation` on which the scores of checkpoints depend.
 _SCORE_KEYS = ("metrics", "best_by", "turns", "max_new_tokens", "limit", "temperature", "top_p")
@@ -187,7 +187,7 @@ def _is_resolved_recipe(path: Path) -> bool:
 def run_identity(recipe: Recipe) -> dict[str, Any]:
     """Return what identifies a run: model, data, seed, optimization keys and global batch, by dotted key."""
     training = recipe.training
-    batch = training.batch_size * training.processes * training.gradient_accumulation
+    batch = training.global_batch
     keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
     keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
     free = _FREE_TRAINING_KEYS

@@ -33,6 +33,31 @@ def test_70b_on_64_gpus_from_its_configuration_alone(capsys, recipe_file):
     assert max(len(line) for line in tables if not line.startswith("choice")) <= 96
 
 
+BIG = (f"model={MODELS / 'llama3-70b'}", "training.gradient_checkpointing=true", "training.precision=bf16")
+
+
+def test_70b_on_8_gpus_says_what_zero3_needs_and_what_would_fit(capsys, recipe_file):
+    status, out, err = run(capsys, "plan", recipe_file, *BIG, "--gpu", "h100", "--count", 8)
+    assert status == 0, err
+    assert "8 x h100 on 1 node(s)" in out
+    assert "nothing fits: zero3 needs the least memory, " in out
+    assert "32 h100 on 4 nodes with training.strategy=zero3" in out
+
+
+def test_processes_that_share_rows_keep_their_part_of_the_activations(capsys, recipe_file):
+    words = (recipe_file, *BIG, "training.processes=8", "training.row_tokens=65536", "--gpu", "h100", "--count", 8)
+    activations = {}
+    for size in (1, 8):
+        status, out, err = run(capsys, "plan", *words, f"training.sequence_parallel={size}", "--json")
+        assert status == 0, err
+        planned = {row["strategy"]: row for row in json.loads(out)["strategies"] if not row["offload"]}
+        activations[size] = planned["zero3"]["memory_bytes"]["activations"]
+    assert activations[8] == pytest.approx(activations[1] / 8, rel=1e-3)
+    status, _, err = run(capsys, "plan", *words[:-1], 6, "training.sequence_parallel=4")
+    assert status == 2
+    assert "training.sequence_parallel: 4 does not divide the 6 processes of the plan" in err
+
+
 def test_this_machine_with_its_data(capsys, recipe_file):
     status, out, _ = run(capsys, "plan", recipe_file)
     assert status == 0

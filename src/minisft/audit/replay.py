@@ -109,12 +109,13 @@ def layout_of(run: RunFolder, step: int) -> tuple[str, int] | None:
 def replay_recipe(run: RunFolder, recipe: Recipe, step: int, folder: Path) -> Recipe:
     """Return the recipe of a replay that ends with `step`: the layout that took the step, and no output but losses."""
     training = recipe.training
-    global_batch = training.batch_size * training.processes * training.gradient_accumulation
+    global_batch = training.global_batch
     strategy, processes = layout_of(run, step) or (training.strategy, training.processes)
     same = processes == training.processes
     changed: dict[str, Any] = {
         "strategy": strategy,
         "processes": processes,
+        "sequence_parallel": training.sequence_parallel if same else 1,
         "batch_size": training.batch_size if same else global_batch // processes,
         "gradient_accumulation": training.gradient_accumulation if same else 1,
         "precision": precision_of(run),

@@ -195,8 +195,9 @@ def _measure_rows(
 ) -> Iterator[RowReport]:
     """Yield the rows of a step with their gradient norms and token losses under the weights before it."""
     one = replay_recipe(run, recipe, step, scratch.root)
-    batch = one.training.batch_size * one.training.processes * one.training.gradient_accumulation
-    alone = {"strategy": "vanilla", "processes": 1, "batch_size": batch, "gradient_accumulation": 1, "offload": None}
+    batch = one.training.global_batch
+    alone = {"strategy": "vanilla", "processes": 1, "batch_size": batch, "gradient_accumulation": 1, "offload": None,
+             "sequence_parallel": 1}  # fmt: skip
     one = replace(one, training=replace(one.training, **alone))  # type: ignore[arg-type]
     data = load_train(run.root)
     sizes, dataset = measure_lengths(data), RowDataset(data)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minisft.errors import UserError
 
@@ -172,14 +172,11 @@ def load_model_and_encoder(
 
 
 def load_for_chat(name: str, trust_remote_code: bool, base: str | None = None) -> "PreTrainedModel":
-    """Load the model alone, in eval mode, on the GPU if there is one."""
-    import torch
-
+    """Load the model alone, in eval mode, on the GPU if there is one, or over several GPUs."""
     from minisft.evaluation.generation import inference_dtype
-    from minisft.models import is_adapter, load_model, resolve_model
+    from minisft.evaluation.placement import load_for_inference
+    from minisft.models import is_adapter, resolve_model
 
     folder = resolve_model(name, trust_remote_code, adapters=True).folder
     base_folder = resolve_model(base, trust_remote_code).folder if base and is_adapter(folder) else None
-    model = load_model(folder, dtype=inference_dtype(), trust_remote_code=trust_remote_code, base=base_folder)
-    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    return load_for_inference(folder, dtype=inference_dtype(), trust_remote_code=trust_remote_code, base=base_folder)

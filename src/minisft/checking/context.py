@@ -268,7 +268,9 @@ class CheckContext:
         """Recipe of the scratch run that takes the same steps on one process, without a strategy."""
         batch = self.steps.conversations
         folder = self.scratch / "reference"
-        recipe = step_recipe(self.recipe, folder, self.steps, strategy="vanilla", processes=1, batch_size=batch)
+        recipe = step_recipe(
+            self.recipe, folder, self.steps, strategy="vanilla", processes=1, sequence_parallel=1, batch_size=batch
+        )
         make_scratch_run(recipe, self.splits["train"], self.steps.rows)
         return recipe
 

@@ -28,7 +28,8 @@ def can_overfit_batch(context: CheckContext, max_steps: int = MAX_STEPS) -> str:
     rows = _shortest_rows(context)
     recipe = step_recipe(
         context.recipe, context.scratch / "learning", Steps(len(rows), []),
-        strategy="vanilla", processes=1, batch_size=len(rows), max_steps=max_steps, save_every=max_steps,
+        strategy="vanilla", processes=1, sequence_parallel=1, batch_size=len(rows),
+        max_steps=max_steps, save_every=max_steps,
         learning_rate=_RATE_TIMES_WIDTH / context.width, scheduler="constant", scheduler_args={}, weight_decay=0.0,
         optimizer="adamw",
     )  # fmt: skip

@@ -59,7 +59,7 @@ def choose_steps(training: TrainingRecipe, train_split: Any) -> Steps:
     """Choose short rows of different lengths, and as many for a step as the recipe has, within a budget of tokens."""
     tokens = measure_lengths(train_split).tokens
     budget = _TOKENS_CPU if on_cpu() else _TOKENS_GPU
-    global_batch = training.batch_size * training.processes * training.gradient_accumulation
+    global_batch = training.global_batch
     for conversations in range(global_batch, training.processes, -1):
         rows = short_rows(tokens, STEPS * conversations)
         if conversations % training.processes == 0 and int(tokens[rows].clip(max=row_limit()).sum()) <= budget:
@@ -87,7 +87,7 @@ def step_recipe(recipe: Recipe, folder: Path, steps: Steps, **training: Any) -> 
     """
     own = recipe.training
     changed = {
-        "batch_size": steps.conversations // own.processes, "gradient_accumulation": 1, "max_steps": STEPS,
+        "batch_size": steps.conversations // own.replicas, "gradient_accumulation": 1, "max_steps": STEPS,
         "save_every": RESUME_AT, "log_every": 1, "warmup_ratio": 0.0, "report_to": [],
         "keep_checkpoints": None, "eval_every": None, "early_stopping": None,
         "early_stopping_by": "loss", **training,

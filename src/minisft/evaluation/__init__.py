@@ -8,7 +8,8 @@ In reading order:
 - monitor: which models to score, and waiting for a running training
 - examples: the prompts and references, which are the same for every model
 - evaluator: answers and held-out loss of one model, read from the result cache if they were computed before
-- backends: transformers or vLLM, in this process or in several
+- backends, vllm_model: transformers or vLLM, in this process or in several
+- placement, batch_memory: how many GPUs share a model, and how many rows fit into memory
 - generation, kv_cache: the only decoding loop, with sampling and streaming; chat and the server use it too
 - metrics: BLEU, chrF, means over answers, intervals and p-values, held-out loss, the constant baseline
 - resampling: the bootstrap resamples of rows behind every interval and p-value

@@ -4,7 +4,6 @@ The result of a batch depends neither on the process that computes it nor on the
 the same for any number of processes, and only the process that distributes them writes files.
 """
 
-import gc
 import os
 import signal
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -21,11 +21,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from minisft.console import warn
 from minisft.errors import UserError
+from minisft.evaluation.batch_memory import (
+    BatchLimit,
+    CacheSize,
+    cache_budget,
+    compute_in_batches,
+    free_unused_memory,
+    rows_on_cpu,
+)
 from minisft.evaluation.generation import Generated, Sampling, context_length, generate
 from minisft.evaluation.metrics import LossRow, sum_of_losses
-from minisft.models import is_out_of_memory, load_config, load_model
-from minisft.optional_packages import require_package
+from minisft.evaluation.placement import Placement, count_weights, gpu_memory, load_for_inference, place_copies
+from minisft.evaluation.vllm_model import VllmModel, require_vllm
+from minisft.models import is_out_of_memory, load_model
+from minisft.recipe import EvaluationRecipe
 from minisft.text import first_line
 
 if TYPE_CHECKING:
@@ -33,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class TransformersModel:
-    """A model in this process.
+    """A model in this process, on one device or over several GPUs.
 
     Args:
         weights: The model's folder.
@@ -41,9 +52,10 @@ class TransformersModel:
         trust_remote_code: Run code from the folder.
         base: Folder of the base model if `weights` holds adapters; None: the base model that the adapters name.
         load: Loads the weights.
+        memory_share: Share of a device's free memory that this process may use.
 
     Raises:
-        UserError: The folder is damaged or incomplete.
+        UserError: The folder is damaged or incomplete, or memory does not suffice for it.
     """
 
     def __init__(
@@ -53,19 +65,23 @@ class TransformersModel:
         trust_remote_code: bool,
         base: Path | None = None,
         load: "Callable[..., PreTrainedModel]" = load_model,
+        memory_share: float = 1.0,
     ) -> None:
         from safetensors import SafetensorError
 
         try:
-            model = load(weights, dtype=dtype, trust_remote_code=trust_remote_code, base=base)
+            model = load_for_inference(weights, dtype=dtype, trust_remote_code=trust_remote_code, base=base, load=load)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             if is_out_of_memory(error):  # the folder is intact, so it must not be reported as damaged
                 raise
             raise UserError(
                 weights, f"{type(error).__name__}: {first_line(error)}", "train again, or delete it"
             ) from error
-        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: PreTrainedModel = model.to(device).eval()
+        self.model: PreTrainedModel = model
+        self.weights = weights
+        self._memory_share = memory_share
+        self._most_rows: Callable[[int], int] | None = None
+        self.answer_limit, self.loss_limit = BatchLimit(), BatchLimit()
 
     def answer(
         self,
@@ -75,134 +91,68 @@ class TransformersModel:
         max_new_tokens: int,
         sampling: Sampling | None,
     ) -> list[Generated]:
-        """Return the answers to prompts [rows, tokens], decoded as one batch if the key-value cache allows it."""
-        return generate(
-            self.model,
-            prompts,
-            stop_token_ids=stop_token_ids,
-            max_new_tokens=max_new_tokens,
-            batch_size=len(prompts),
-            sampling=sampling,
-        )
+        """Return the answers to prompts [rows, tokens], decoded as one batch if memory suffices, else as several.
+
+        Raises:
+            UserError: Memory does not suffice for a single prompt.
+        """
+        context = context_length(self.model.config)
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        lengths = lengths if context is None else [min(length, context) for length in lengths]
+
+        def decode(places: list[int]) -> list[Generated]:
+            return generate(
+                self.model,
+                [prompts[place] for place in places],
+                stop_token_ids=stop_token_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=len(places),
+                most_rows=None,
+                sampling=sampling,
+            )
+
+        answers: dict[int, Generated] = {}
+        for places, found in compute_in_batches(lengths, self._rows, decode, self.answer_limit, self.weights):
+            answers |= dict(zip(places, found, strict=True))
+        return [answers[place] for place in range(len(prompts))]
+
+    def _rows(self, positions: int) -> int:
+        """Return the most rows whose keys and values fit; the first call measures what the cache takes."""
+        if self._most_rows is None:
+            size = CacheSize.measure(self.model)
+            budget = cache_budget(size, self._memory_share)
+            self._most_rows = partial(size.most_rows, free=budget)
+        rows = self._most_rows(positions)
+        return rows if torch.cuda.is_available() else min(rows, rows_on_cpu(positions))
 
     def sum_of_losses(self, rows: Sequence[LossRow]) -> tuple[float, int]:
-        """Return what `metrics.sum_of_losses` computes with this model."""
-        return sum_of_losses(self.model, rows)
+        """Return what `metrics.sum_of_losses` computes with this model, in several batches if memory runs out.
+
+        Raises:
+            UserError: Memory does not suffice for a single row.
+        """
+        lengths = [len(ids) for ids, _ in rows]
+        total, count = 0.0, 0
+        for _, (loss, tokens) in compute_in_batches(
+            lengths,
+            lambda _: len(rows),
+            lambda places: sum_of_losses(self.model, [rows[place] for place in places]),
+            self.loss_limit,
+            self.weights,
+        ):
+            total, count = total + loss, count + tokens
+        return total, count
+
+    @property
+    def halved_at(self) -> int | None:
+        """The number of rows with which memory ran out, so that batches were halved; None if it never did."""
+        return self.answer_limit.halved_at or self.loss_limit.halved_at
 
     def release(self) -> None:
         """Free the model's memory."""
         del self.model
-        _collect()
-
-
-class VllmModel:
-    """A model in vLLM (Kwon et al. 2023), which schedules the rows of a batch itself.
-
-    Args:
-        weights: The model's folder.
-        dtype: Dtype of the weights.
-        trust_remote_code: Run code from the folder.
-        tensor_parallel_size: Number of GPUs that share the model.
-        gpu_memory_utilization: The share of a GPU's memory that vLLM may take.
-
-    Raises:
-        UserError: The folder holds only an adapter.
-    """
-
-    def __init__(
-        self,
-        weights: Path,
-        dtype: torch.dtype,
-        trust_remote_code: bool,
-        tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.9,
-    ) -> None:
-        if (weights / "adapter_config.json").exists():
-            problem = "this folder holds an adapter, and the vLLM backend loads complete models only"
-            raise UserError(weights, problem, "set evaluation.backend to transformers")
-        from vllm import LLM
-
-        self.context = context_length(load_config(weights, trust_remote_code))
-        self.llm = LLM(
-            model=str(weights),
-            dtype=str(dtype).removeprefix("torch."),
-            trust_remote_code=trust_remote_code,
-            tensor_parallel_size=tensor_parallel_size,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes longer than it saves
-            generation_config="vllm",  # vLLM would otherwise take the temperature of the folder's file as a default
-        )
-
-    def answer(
-        self,
-        prompts: list[list[int]],
-        *,
-        stop_token_ids: Sequence[int],
-        max_new_tokens: int,
-        sampling: Sampling | None,
-    ) -> list[Generated]:
-        """Return the answers to prompts [rows, tokens]; they end by the rules of `generation.generate`."""
-        from vllm import SamplingParams
-
-        rooms = [max_new_tokens if self.context is None else self.context - len(prompt) for prompt in prompts]
-        rooms = [max(0, min(max_new_tokens, room)) for room in rooms]
-        places = [place for place, room in enumerate(rooms) if room > 0]
-        settings = [
-            SamplingParams(
-                temperature=sampling.temperature if sampling else 0.0,
-                top_p=sampling.top_p if sampling else 1.0,
-                seed=sampling.seed_of(prompts[place]) if sampling else None,
-                max_tokens=rooms[place],
-                stop_token_ids=list(stop_token_ids),
-                ignore_eos=True,  # only the trained terminators end an answer
-                detokenize=False,
-            )
-            for place in places
-        ]
-        requests = [{"prompt_token_ids": prompts[place]} for place in places]
-        outputs = self.llm.generate(requests, settings, use_tqdm=False) if requests else []
-        answers = [Generated([], "context") for _ in prompts]
-        for place, output in zip(places, outputs, strict=True):
-            ids = list(output.outputs[0].token_ids)
-            if ids and ids[-1] in stop_token_ids:
-                answers[place] = Generated(ids[:-1], "stop")
-            else:
-                answers[place] = Generated(ids, "length" if rooms[place] == max_new_tokens else "context")
-        return answers
-
-    def release(self) -> None:
-        """Free the model's memory."""
-        del self.llm
-        _collect()
-
-
-def require_vllm() -> None:
-    """Check that vLLM is usable.
-
-    Raises:
-        UserError: vLLM is not installed, or there is no GPU and it is not a build for CPUs.
-    """
-    fix = "leave evaluation.backend at transformers"
-    require_package("evaluation.backend", "vllm", fix)
-    if not torch.cuda.is_available() and not _is_cpu_build():
-        problem = "this build of vLLM needs a GPU, and this machine has none"
-        raise UserError("evaluation.backend", problem, f"install vLLM's CPU build, or {fix}")
-
-
-def _is_cpu_build() -> bool:
-    """Return whether vLLM itself finds that it is to run on this machine's CPU."""
-    try:
-        from vllm.platforms import current_platform
-
-        return bool(current_platform.is_cpu())
-    except (ImportError, RuntimeError):
-        return False
-
-
-def _collect() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        self._most_rows = None
+        free_unused_memory()
 
 
 @dataclass(frozen=True)
@@ -233,8 +183,11 @@ class ModelSpec:
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
 
-    def load(self) -> "TransformersModel | VllmModel":
+    def load(self, memory_share: float = 1.0) -> "TransformersModel | VllmModel":
         """Load the model with the library of the backend.
+
+        Args:
+            memory_share: Share of a device's free memory that transformers may use.
 
         Raises:
             UserError: The folder is damaged or incomplete, or the backend is vllm and cannot be used here.
@@ -248,7 +201,7 @@ class ModelSpec:
                 self.tensor_parallel_size,
                 self.gpu_memory_utilization,
             )
-        return TransformersModel(self.weights, self.dtype, self.trust_remote_code, self.base)
+        return TransformersModel(self.weights, self.dtype, self.trust_remote_code, self.base, memory_share=memory_share)
 
 
 @dataclass(frozen=True)
@@ -285,11 +238,13 @@ class Outcome:
         task: The task's number.
         value: The return value of its `of`.
         seconds: Time that it took, without loading.
+        halved_at: Number of rows with which memory ran out so far in that process, so that batches are smaller.
     """
 
     task: int
     value: Any
     seconds: float
+    halved_at: int | None = None
 
 
 class Workers:
@@ -297,11 +252,14 @@ class Workers:
 
     Args:
         processes: Number of processes; 1: this process performs the tasks itself.
+        gpus_each: Number of GPUs that each process uses, if there are any.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, gpus_each: int = 1) -> None:
         self.processes = processes
+        self.gpus_each = gpus_each
         self._loaded = _LoadedModel()
+        self._told_of_memory = False
         self._pool: ProcessPoolExecutor | None = None
         self._stop: Event | None = None
 
@@ -310,11 +268,10 @@ class Workers:
             spawn = get_context("spawn")
             self._stop = spawn.Event()
             threads = max(1, torch.get_num_threads() // self.processes)
-            gpus = [str(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-            if gpus and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
-                gpus = visible.split(",")
+            groups = gpu_groups(_visible_gpus(), self.gpus_each)
+            share = min(1.0, max(1, len(groups)) / self.processes)
             self._pool = ProcessPoolExecutor(
-                self.processes, spawn, _start_process, (spawn.Value("i", 0), gpus, threads, self._stop)
+                self.processes, spawn, _start_process, (spawn.Value("i", 0), groups, threads, share, self._stop)
             )
         return self
 
@@ -334,14 +291,14 @@ class Workers:
         """
         if self._pool is None:
             for number, task in enumerate(tasks):
-                yield Outcome(number, *_perform(self._loaded, spec, task))
+                yield self._told(Outcome(number, *_perform(self._loaded, spec, task)))
             return
-        numbers: dict[Future[tuple[Any, float]], int] = {
+        numbers: dict[Future[tuple[Any, float, int | None]], int] = {
             self._pool.submit(_perform, None, spec, task): number for number, task in enumerate(tasks)
         }
         try:
             for done in as_completed(numbers):
-                yield Outcome(numbers[done], *done.result())
+                yield self._told(Outcome(numbers[done], *done.result()))
         except BrokenProcessPool as error:
             problem = "a process of the evaluation died, as happens when memory runs out"
             raise RuntimeError(f"{problem}; its answers are kept: evaluate again with fewer processes") from error
@@ -349,27 +306,64 @@ class Workers:
             for future in numbers:
                 future.cancel()
 
+    def _told(self, outcome: Outcome) -> Outcome:
+        """Return the outcome; say once if memory ran out, whichever process it was."""
+        if outcome.halved_at is not None and not self._told_of_memory:
+            self._told_of_memory = True
+            warn(
+                f"memory ran out with {outcome.halved_at} rows at once: such batches are halved and computed again, "
+                "with the same result; a smaller evaluation.batch_size avoids the attempt"
+            )
+        return outcome
 
-def default_processes(gpus: int | None = None) -> int:
-    """Return the number of processes to use: one per GPU, and one on a CPU, all of whose cores one process uses.
 
-    Args:
-        gpus: Number of GPUs; None: as many as this machine has.
+def place_model(folder: Path, dtype: torch.dtype, settings: EvaluationRecipe) -> Placement:
+    """Return how many processes evaluate models as large as the one in `folder`, and how many GPUs each of them uses.
+
+    Raises:
+        UserError: The recipe asks for more GPUs than there are, or vLLM has too little memory for the model.
     """
-    return max(1, torch.cuda.device_count() if gpus is None else gpus)
+    memory = gpu_memory()
+    weights = count_weights(folder) * dtype.itemsize if memory else 0
+    placement = place_copies(weights, memory, processes=settings.processes, gpus_each=settings.tensor_parallel_size)
+    if settings.backend == "vllm" and memory:
+        room = settings.gpu_memory_utilization * min(memory) * placement.gpus_each
+        if weights > room:
+            problem = (
+                f"the weights need {weights / 1e9:.0f} GB, and vLLM may use {room / 1e9:.0f} GB of "
+                f"{placement.gpus_each} GPUs"
+            )
+            fix = "use more GPUs, or leave evaluation.backend at transformers, which keeps the rest on the host"
+            raise UserError("evaluation.backend", problem, fix)
+    return placement
+
+
+def _visible_gpus() -> list[str]:
+    """Return the GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    if not torch.cuda.is_available():
+        return []
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return visible.split(",")
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def gpu_groups(gpus: Sequence[str], gpus_each: int) -> list[str]:
+    """Return a value of CUDA_VISIBLE_DEVICES for each group of `gpus_each` GPUs; GPUs that are left over are idle."""
+    return [",".join(gpus[start : start + gpus_each]) for start in range(0, len(gpus) - gpus_each + 1, gpus_each)]
 
 
 class _LoadedModel:
-    """The model that a process has loaded."""
+    """The model that a process has loaded; `memory_share` is that of `TransformersModel`."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_share: float = 1.0) -> None:
+        self.memory_share = memory_share
         self._spec: ModelSpec | None = None
         self._model: TransformersModel | VllmModel | None = None
 
     def get(self, spec: ModelSpec) -> "TransformersModel | VllmModel":
         if self._model is None or self._spec != spec:
             self.release()  # first, so that two models never share the memory
-            self._model, self._spec = spec.load(), spec
+            self._model, self._spec = spec.load(self.memory_share), spec
         return self._model
 
     def release(self) -> None:
@@ -381,23 +375,32 @@ class _LoadedModel:
 _model_of_pool_process = _LoadedModel()
 
 
-def _perform(loaded: _LoadedModel | None, spec: ModelSpec, task: AnswerTask | LossTask) -> tuple[Any, float]:
-    """Return a task's value and seconds. `loaded` is None in a process of the pool, which keeps a model of its own."""
+def _perform(
+    loaded: _LoadedModel | None, spec: ModelSpec, task: AnswerTask | LossTask
+) -> tuple[Any, float, int | None]:
+    """Return a task's value, its seconds, and `halved_at` of `TransformersModel`.
+
+    `loaded` is None in a process of the pool, which keeps a model of its own.
+    """
     model = (loaded or _model_of_pool_process).get(spec)
     started = time.perf_counter()
     value = task.of(model, spec)
-    return value, time.perf_counter() - started
+    halved_at = model.halved_at if isinstance(model, TransformersModel) else None
+    return value, time.perf_counter() - started, halved_at
 
 
-def _start_process(counter: "Synchronized[int]", gpus: list[str], threads: int, stop: Event) -> None:
-    """Prepare a process of the pool: assign it a GPU or a share of the cores, and end it together with its parent."""
+def _start_process(
+    counter: "Synchronized[int]", groups: list[str], threads: int, memory_share: float, stop: Event
+) -> None:
+    """Prepare a process of the pool: assign it GPUs or a share of the cores, and end it together with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and sets `stop`
     with counter.get_lock():
         number = counter.value
         counter.value += 1
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    if groups:
+        os.environ["CUDA_VISIBLE_DEVICES"] = groups[number % len(groups)]
     torch.set_num_threads(threads)
+    _model_of_pool_process.memory_share = memory_share
 
     def exit_with_parent() -> None:
         parent = parent_process()

@@ -22,8 +22,9 @@ from rich.text import Text
 from minisft.console import console, say, waiting
 from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec
+from minisft.evaluation.placement import load_for_inference
 from minisft.files import write_atomically
-from minisft.models import load_model, load_tokenizer, weights_fingerprint
+from minisft.models import load_tokenizer, weights_fingerprint
 from minisft.optional_packages import require_package
 from minisft.results import benchmark_rows
 from minisft.text import dump_json, first_line
@@ -172,7 +173,7 @@ def _figures(
 
         base = next(iter(models.values()))
         with waiting(f"{name}: loading the model"):
-            model = load_model(weights, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, base=base)
+            model = load_for_inference(weights, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, base=base)
         tokenizer = load_tokenizer(base, spec.trust_remote_code)
         harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         for task in missing:

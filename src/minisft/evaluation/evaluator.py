@@ -159,13 +159,13 @@ class Evaluator:
         cache.add_loss(rows, loss if math.isfinite(loss) else None, seconds)
 
     def _missing(self, examples: Sequence[EvalExample], cache: ResultCache) -> list[AnswerTask]:
-        """Return batches of the prompts without a cached answer, each prompt once.
+        """Return batches of the prompts without a cached answer, each prompt once; a process divides them if it must.
 
         All prompts are batched before the answered ones are left out: a resumed evaluation has the same batches.
         """
         prompts = list({tuple(example.prompt_ids): example.prompt_ids for example in examples}.values())
         size = _VLLM_BATCH if self.spec.backend == "vllm" else self.settings.batch_size
-        batches = plan_batches([len(prompt) for prompt in prompts], size, self.settings.max_new_tokens)
+        batches = plan_batches([len(prompt) for prompt in prompts], size)
         left = [[prompts[i] for i in batch if not cache.has_answer(prompts[i])] for batch in batches]
         return [AnswerTask(batch) for batch in left if batch]
 

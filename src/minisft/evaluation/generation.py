@@ -22,6 +22,7 @@ from minisft.evaluation.kv_cache import (
     merged,
     new_cache,
     repeated,
+    select_rows,
     without_first_positions,
 )
 from minisft.models import forward_arguments
@@ -168,6 +169,7 @@ def generate(
     on_token: Callable[[int, int], bool | None] | None = None,
     prompt_cache: PromptCache | None = None,
     prefill_rows: int = 8,
+    most_rows: Callable[[int], int] | None = lambda longest: CACHE_POSITIONS // longest,
 ) -> list[Generated]:
     """Return the answers to `prompts`, in their order.
 
@@ -182,6 +184,7 @@ def generate(
         on_token: Called with (index of the prompt, id) for every id except the terminator; True ends that row.
         prompt_cache: Keys and values to reuse, updated in place; for a single prompt only.
         prefill_rows: Number of prompts that go through the model together before decoding, in order of length.
+        most_rows: As for `plan_batches`.
 
     Returns:
         One `Generated` per prompt.
@@ -189,7 +192,8 @@ def generate(
     assert prompt_cache is None or len(prompts) == 1
     stops = frozenset(stop_token_ids)
     answers: dict[int, Generated] = {}
-    for indices in plan_batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens):
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    for indices in plan_batches(lengths, batch_size, most_rows):
         decoder = Decoder(model, pad_token_id=pad_token_id, prefill_rows=prefill_rows, prompt_cache=prompt_cache)
         requests = []
         for index in indices:
@@ -201,14 +205,22 @@ def generate(
     return [answers[index] for index in range(len(prompts))]
 
 
-def plan_batches(lengths: Sequence[int], batch_size: int, new_tokens: int) -> list[list[int]]:
-    """Return batches of prompt indices, similar lengths together; longest first, so that memory runs out at once."""
+def plan_batches(
+    lengths: Sequence[int], batch_size: int, most_rows: Callable[[int], int] | None = None
+) -> list[list[int]]:
+    """Return batches of row indices, similar lengths together; longest first, so that memory runs out at once.
+
+    Args:
+        lengths: Positions that each row needs.
+        batch_size: The most rows of a batch.
+        most_rows: Returns the most rows of a batch whose longest row has so many positions; at least one row is taken.
+    """
     batches: list[list[int]] = []
     rows = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or len(batches[-1]) >= rows:
             batches.append([])
-            rows = max(1, min(batch_size, CACHE_POSITIONS // (lengths[index] + new_tokens)))
+            rows = max(1, batch_size if most_rows is None else min(batch_size, most_rows(lengths[index])))
         batches[-1].append(index)
     return batches
 
@@ -324,7 +336,7 @@ class Decoder:
             # 3. Drop finished rows, and run the model on the picked tokens.
             tokens = self._advance(picked)
             if self.rows:
-                self._logits = _forward(self.model, tokens, self._mask, self._cache)
+                self._logits = last_logits(self.model, tokens, self._mask, self._cache)
         ended, self._ended = self._ended, {}
         return ended
 
@@ -350,7 +362,7 @@ class Decoder:
         shared = min(common_prefix(prompts[0], prompt[:-1]) for prompt in prompts)
         if self._plain and len(prompts) > 1 and shared >= SHARED_AT_LEAST:
             prefix = torch.tensor([prompts[0][:shared]], device=self.model.device)
-            _forward(self.model, prefix, torch.ones_like(prefix), start)
+            last_logits(self.model, prefix, torch.ones_like(prefix), start)
         else:
             shared = 0
         # 2. The rest of each prompt.
@@ -360,7 +372,7 @@ class Decoder:
             some = prompts[place : place + size]
             cache = repeated(start, len(some)) if self._plain else start
             tokens, mask = _left_padded(some, shared, self.pad, self.model.device)
-            logits.append(_forward(self.model, tokens, mask, cache))
+            logits.append(last_logits(self.model, tokens, mask, cache))
             masks.append(mask)
             caches.append(cache)
         # 3. Masks and caches of all rows as one, right-aligned.
@@ -372,9 +384,9 @@ class Decoder:
         [prompt] = prompts
         shared = kept.reuse(prompt)
         cache = kept.cache if kept.cache is not None else new_cache(self.model)
-        kept.ids, kept.cache = [], None  # after an exception in `_forward` ids and cache would disagree
+        kept.ids, kept.cache = [], None  # after an exception in `last_logits` ids and cache would disagree
         tokens, mask = _left_padded([prompt], shared, self.pad, self.model.device)
-        return _forward(self.model, tokens, mask, cache), mask, cache
+        return last_logits(self.model, tokens, mask, cache), mask, cache
 
     def _join(self, rows: list[_Row], logits: Tensor, mask: Tensor, cache: DynamicCache) -> None:
         """Add rows that have gone through the model to those that are decoded, right-aligned."""
@@ -439,7 +451,7 @@ class Decoder:
         keep = torch.tensor(unfinished, dtype=torch.long, device=self.model.device)
         self._mask, self._logits = self._mask[keep], self._logits[keep]
         if unfinished:
-            self._cache.batch_select_indices(keep)
+            select_rows(self._cache, keep)
         elif self.kept is None:
             self._cache = new_cache(self.model)  # frees the memory
         return keep
@@ -460,7 +472,7 @@ def _left_padded(prompts: list[list[int]], shared: int, pad: int, device: torch.
     return torch.tensor(padded, device=device), torch.tensor(real, device=device)
 
 
-def _forward(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+def last_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
     """Return the logits [rows, vocabulary] of each row's last token, given tokens [rows, new] and mask [rows, all]."""
     accepted = forward_arguments(model)
     extra: dict[str, Any] = {}

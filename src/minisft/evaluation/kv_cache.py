@@ -128,6 +128,14 @@ def merged(caches: list[DynamicCache], width: int) -> DynamicCache:
     return together
 
 
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep the given rows [rows] of every layer, on whatever device it is."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        keys = getattr(layer, "keys", None)
+        layer.batch_select_indices(rows if keys is None else rows.to(keys.device))
+
+
 def without_first_positions(cache: DynamicCache, count: int) -> None:
     """Drop the first `count` positions of all rows, which are padding in each; for preallocated layers only."""
     layers: list[Any] = cache.layers

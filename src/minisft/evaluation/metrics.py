@@ -17,6 +17,7 @@ from sacrebleu.metrics.helpers import extract_all_word_ngrams
 from transformers import PreTrainedModel
 
 from minisft.data.encoder import IGNORED
+from minisft.evaluation.placement import is_divided
 from minisft.evaluation.resampling import RESAMPLES, SEED, percentile_interval, resampled_rows
 from minisft.models import forward_arguments
 
@@ -266,11 +267,17 @@ def sum_of_losses(model: PreTrainedModel, rows: Sequence[LossRow]) -> tuple[floa
     wanted = (targets != IGNORED).any(dim=0).nonzero()[:, 0]  # positions whose logits at least one row needs
     if len(wanted) == 0:
         return 0.0, 0
-    if "logits_to_keep" in forward_arguments(model):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=wanted).logits
-    else:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, wanted]
+    logits = logits_of(model, ids, mask, wanted.tolist())
     targets = targets[:, wanted]
     kept = targets != IGNORED
     loss = torch.nn.functional.cross_entropy(logits[kept].float(), targets[kept], reduction="sum")
     return loss.item(), int(kept.sum())
+
+
+def logits_of(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """Return the logits [rows, positions, vocabulary] of some positions, given ids and mask [rows, all positions]."""
+    if "logits_to_keep" not in forward_arguments(model):
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, positions]
+    # Numbers suit the last layer on whatever GPU it is; accelerate would move a tensor to the first GPU.
+    keep: Any = positions if is_divided(model) else torch.tensor(positions, device=ids.device)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits

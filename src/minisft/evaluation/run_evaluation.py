@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.console import console, say, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
-from minisft.evaluation.backends import ModelSpec, Workers, default_processes, require_vllm
+from minisft.evaluation.backends import ModelSpec, Workers, place_model
 from minisft.evaluation.benchmarks import LoadedTask, load_tasks, print_benchmarks, run_benchmarks
 from minisft.evaluation.custom_metrics import CUSTOM, CustomMetric, RowMetric, as_row_metrics
 from minisft.evaluation.evaluator import Evaluator, ScoredModel, SetScores
@@ -25,6 +25,7 @@ from minisft.evaluation.result_files import write_changes, write_side_by_side
 from minisft.evaluation.retention import load_retained
 from minisft.evaluation.row_metrics import load_row_metrics
 from minisft.evaluation.score_tables import print_table
+from minisft.evaluation.vllm_model import require_vllm
 from minisft.files import hold_lock, write_atomically
 from minisft.metric_names import LOSS, METRICS, higher_is_better, parse_metrics
 from minisft.models import load_config, load_tokenizer, resolve_model, weights_fingerprint
@@ -88,7 +89,9 @@ def evaluate(
     with _exclusive(output / "evaluation"):
         # 1. Load the examples, which are the same for every model.
         base = _find_base(recipe, run)
-        with workers or Workers(recipe.evaluation.processes or default_processes()) as pool:
+        dtype = dtype or inference_dtype(recipe.training.precision)
+        placement = place_model(base, dtype, recipe.evaluation)
+        with workers or Workers(placement.processes, placement.gpus_each) as pool:
             evaluator = make_evaluator(recipe, output, base, pool, row_metrics, dtype)
             constant = evaluator.score_constant(
                 best_constant(train_answers(output, evaluator.encoder, recipe.evaluation.turns))
@@ -200,7 +203,7 @@ def make_evaluator(
             Sampling(settings.temperature, settings.top_p, recipe.seed) if settings.temperature > 0 else None,
             settings.backend,
             base,
-            settings.tensor_parallel_size,
+            workers.gpus_each,
             settings.gpu_memory_utilization,
         ),
         workers,

@@ -168,6 +168,10 @@ def dry_run(recipe: Recipe, job: Job, strategy: str) -> DryRun:
     require_gpu(job.machine)
     if recipe.training.lora is not None and recipe.training.lora.load_in_4bit:
         return DryRun("not possible", "the kernels of 4-bit weights exist on a GPU only", strategy)
+    if recipe.training.sequence_parallel > 1:
+        return DryRun(
+            "not possible", "processes that share rows exchange them, and one process stands for all", strategy
+        )
     library = build_device(torch_folder())
     with tempfile.TemporaryDirectory(prefix="minisft-dry-run-") as name:
         folder = Path(name)

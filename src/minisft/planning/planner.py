@@ -116,7 +116,10 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
     """
     training = recipe.training
     per_node = count or training.processes
-    processes = per_node * nodes
+    processes, shards = per_node * nodes, training.sequence_parallel
+    if processes % shards:
+        problem = f"{shards} does not divide the {processes} processes of the plan"
+        raise UserError("training.sequence_parallel", problem, "change it, or --count")
     # 1. The model's configuration, and the precision on the machine.
     config = config_of(recipe)
     precision: str = training.precision
@@ -128,24 +131,25 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
     if machine.measured:
         machine = with_layer_benchmark(machine, config, precision, per_node)
     # 3. The work, counted from the data, or assumed with the longest conversations that data and model allow.
-    row_tokens = training.row_tokens or default_tokens_per_forward(machine.kind == "cpu")
+    row_tokens = training.row_tokens or default_tokens_per_forward(machine.kind == "cpu") * shards
     if trained_alone(RunFolder(Path(recipe.output)), recipe.model):
         row_tokens = 1
     if sizes is not None:
-        workload = workload_of(sizes, recipe, row_tokens=row_tokens, processes=processes)
+        workload = workload_of(sizes, recipe, row_tokens=row_tokens, processes=processes // shards)
     else:
         limit = getattr(config.get_text_config(), "max_position_embeddings", None) or recipe.data.max_length
         length = min(recipe.data.max_length, limit)
-        workload = workload_assumed(training, row_tokens=row_tokens, processes=processes, length=length)
+        workload = workload_assumed(training, row_tokens=row_tokens, processes=processes // shards, length=length)
     return Job(
         model=ModelCosts(config),
         machine=machine,
         processes=processes,
         nodes=nodes,
         precision=precision,
-        workload=workload,
+        workload=workload.shared_by(shards),
         row_tokens=row_tokens,
         optimizer_bytes=bytes_of_states(training.optimizer),
+        sequence_parallel=shards,
     )
 
 
@@ -237,7 +241,8 @@ def suggestions(recipe: Recipe, job: Job) -> Iterator[str]:
     # 2. Rows of half the tokens, a quarter and so on; a row cannot be shorter than the longest conversation.
     row_tokens = job.row_tokens // 2
     while row_tokens >= job.workload.longest:
-        row = (row_tokens, _supervised_of(job, row_tokens))
+        part = row_tokens // job.sequence_parallel
+        row = (part, _supervised_of(job, part))
         if name := _first_fit(job, lora=lora, checkpointing=checkpointing, row=row):
             yield f"training.row_tokens={row_tokens} with training.strategy={name}"
             break
@@ -310,7 +315,7 @@ def largest_row(job: Job, prediction: Prediction) -> int:
     )
     fixed_bytes = very_long.memory.peak - tokens * per_token
     left = prediction.usable_bytes - prediction.process_bytes - fixed_bytes
-    return max(0, int(left / per_token) // 64 * 64)
+    return max(0, int(left / per_token) * job.sequence_parallel // 64 * 64)
 
 
 def _name(prediction: Prediction) -> str:

@@ -109,6 +109,7 @@ class Job:
         workload: The work of the run.
         row_tokens: Largest number of tokens of a row.
         optimizer_bytes: Bytes of optimizer state for each trained parameter.
+        sequence_parallel: Number of processes that share the tokens of a row; the rows of `workload` are their parts.
     """
 
     model: ModelCosts
@@ -119,6 +120,7 @@ class Job:
     workload: Workload
     row_tokens: int
     optimizer_bytes: int = 8
+    sequence_parallel: int = 1
 
     def cost(self, strategy: str, lora: LoraRecipe | None) -> ModelCost:
         """Return the model's cost in the precision that the strategy trains in: half, autocast or fp32."""

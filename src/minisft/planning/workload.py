@@ -1,6 +1,6 @@
 """The work of a run: its steps, its rows and the largest row, computed from the lengths of the data alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,6 +46,23 @@ class Workload:
     def __post_init__(self) -> None:
         assert self.row_tokens.shape == self.row_supervised.shape
         assert len(self.row_tokens) > 0
+
+    def shared_by(self, processes: int) -> "Workload":
+        """Return the work of a process where so many of them share the tokens of each row.
+
+        The supervised tokens of a row may all be in one part of it.
+        """
+        if processes == 1:
+            return self
+        tokens = -(-self.row_tokens // processes)
+        return replace(
+            self,
+            busiest_tokens=self.busiest_tokens / processes,
+            busiest_supervised=self.busiest_supervised / processes,
+            busiest_squares=self.busiest_squares / processes,
+            row_tokens=tokens,
+            row_supervised=np.minimum(self.row_supervised, tokens),
+        )
 
     def heaviest_row(self, per_token: float, per_supervised: float) -> tuple[int, int]:
         """Return tokens and supervised tokens of the row that needs most bytes, at these bytes for each of them."""

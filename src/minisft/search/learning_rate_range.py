@@ -175,7 +175,8 @@ def _short_recipe(recipe: Recipe, folder: Path, rate: float, steps: int) -> Reci
     """Return the recipe of the test: in this process, with the same global batch, `steps` long."""
     own = recipe.training
     training = replace(
-        own, strategy="vanilla", processes=1, gradient_accumulation=own.gradient_accumulation * own.processes,
+        own, strategy="vanilla", processes=1, sequence_parallel=1,
+        gradient_accumulation=own.gradient_accumulation * own.replicas,
         offload=None, max_steps=steps, learning_rate=rate, scheduler="constant", scheduler_args={}, warmup_ratio=0.0,
         save_every=steps, keep_checkpoints=None, log_every=1, eval_every=None, early_stopping=None,
         early_stopping_by="loss", report_to=[],

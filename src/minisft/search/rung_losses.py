@@ -33,7 +33,7 @@ def rung_steps(sizes: "Sizes", recipe: "Recipe") -> list[int]:
     while last is None or len(counts) < last:
         steps = steps_of_epoch(
             sizes.tokens,
-            global_batch=training.batch_size * training.processes * training.gradient_accumulation,
+            global_batch=training.global_batch,
             pack_tokens=recipe.data.max_length if training.packing else None,
             seed=recipe.seed,
             epoch=epoch,

@@ -281,7 +281,7 @@ class _Search:
         training = recipe.training
         if training.save_every != "epoch":
             return step % int(training.save_every) == 0
-        batch = training.batch_size * training.processes * training.gradient_accumulation
+        batch = training.global_batch
         return not training.packing and step % -(-len(self.sizes) // batch) == 0
 
     def _reach(self, number: int, rung: int) -> None:

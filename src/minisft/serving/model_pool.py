@@ -4,17 +4,17 @@ A run has `final` (when its training has ended), `base` and every `checkpoint-N`
 """
 
 import json
-import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.generation import context_length, inference_dtype
-from minisft.models import is_adapter, load_config, load_model, load_tokenizer, resolve_model, weights_fingerprint
+from minisft.evaluation.placement import count_weights, free_gpu_memory, load_for_inference
+from minisft.models import is_adapter, load_config, load_tokenizer, resolve_model, weights_fingerprint
 from minisft.recipe import Recipe
 from minisft.run_folder import RunFolder, load_run, require_same_base_model
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 FINAL, BASE = "final", "base"
 _MEMORY_SHARE = 0.8  # of the memory that is free at the start, without --memory
-_HEADER_LIMIT = 100 << 20  # bytes; the limit of the safetensors format
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ class ModelPool:
             UserError: It is larger than the limit that the user gave.
         """
         folder, base = self._folders(model)
-        files = [path for part in (folder, base) if part is not None for path in part.glob("*.safetensors")]
-        size = sum(map(_count_weights, files)) * inference_dtype().itemsize
+        parts = [part for part in (folder, base) if part is not None]
+        size = sum(map(count_weights, parts)) * inference_dtype().itemsize
         if self.strict and size > self.limit:
             problem = f"its weights need {size / 1e9:.2f} GB, and the server may use {self.limit / 1e9:.2f} GB"
             raise UserError(model.name, problem, "start the server with a higher --memory")
@@ -123,15 +122,12 @@ class ModelPool:
         Raises:
             UserError: It cannot be loaded, or the base model is not the one that the run began with.
         """
-        import torch
-
         folder, base = self._folders(model)
         if self.run is not None and self.recipe is not None and (base or folder) == self._base_folder():
             origin = str(resolve_model(self.recipe.model, self.trust))
             require_same_base_model(self.run, origin, weights_fingerprint(base or folder))
-        loaded = load_model(folder, dtype=inference_dtype(), trust_remote_code=self.trust, base=base)
-        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-        return LoadedModel(model.name, loaded.to(device).eval(), self.size(model))
+        loaded = load_for_inference(folder, dtype=inference_dtype(), trust_remote_code=self.trust, base=base)
+        return LoadedModel(model.name, loaded, self.size(model))
 
     def add(self, loaded: LoadedModel) -> None:
         """Take a loaded model in."""
@@ -200,21 +196,6 @@ class ModelPool:
         return folder, resolve_model(str(name), self.trust).folder
 
 
-def _count_weights(path: Path) -> int:
-    """Return the number of weights in a safetensors file: 8 bytes of length, and a JSON header of that length."""
-    with path.open("rb") as file:
-        [length] = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(min(length, _HEADER_LIMIT)))
-    count = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            product = 1
-            for size in tensor["shape"]:
-                product *= size
-            count += product
-    return count
-
-
 def _time_of(folder: Path) -> int:
     try:
         return int(folder.stat().st_mtime)
@@ -223,9 +204,7 @@ def _time_of(folder: Path) -> int:
 
 
 def _free_memory() -> int:
+    """Return the bytes that are free on all GPUs together, or on a CPU."""
     import psutil
-    import torch
 
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+    return sum(free_gpu_memory()) or int(psutil.virtual_memory().available)

@@ -8,6 +8,7 @@ In reading order:
 - run_training: from the prepared data to the final model; worker is the process that the launcher starts
 - batching: which conversations make which step, on which process, in which forward; packed rows without padding
 - attention: each conversation of a packed row attends to itself alone
+- sequence_parallel: processes that share the tokens of a row
 - probe, model_call: whether the model is right in a packed row, in a row of its own, or not at all; its arguments
 - loss: the sum over supervised tokens, a chunk of logits at a time
 - trainer: the optimizer step, and how a checkpoint is written and resumed

@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from minisft.errors import UserError
+from minisft.training.sequence_parallel import SequenceGroup
 
 PADDING_FREE = "minisft_padding_free"
 
@@ -46,6 +47,7 @@ def padding_free_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sequence_group: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each conversation of a row.
@@ -62,6 +64,8 @@ def padding_free_attention(
         sliding_window: Number of tokens that a token attends to, itself included.
         softcap: Bound of the scores, which become softcap * tanh(scores / softcap).
         s_aux: (heads,) Attention sinks: a further score of each head, which takes probability and has no value.
+        sequence_group: The processes that share the row; queries, keys and values are then those of this process's
+            tokens, and `conversation_lengths` those of the complete row.
         **kwargs: Further arguments of the model to its attention.
 
     Returns:
@@ -73,13 +77,36 @@ def padding_free_attention(
     _refuse(module, attention_mask, conversation_lengths, kwargs)
     lengths = tuple(conversation_lengths or ())
     query, key, value = in_autocast_type(query, key, value)
+    if sequence_group is not None:
+        if query.shape[1] % sequence_group.size:
+            problem = f"{sequence_group.size} processes cannot share its {query.shape[1]} attention heads"
+            raise UserError(type(module).__name__, problem, "set training.sequence_parallel to a divisor of them")
+        key, value = (sequence_group.repeat_key_heads(one, query.shape[1]) for one in (key, value))
+        query, key, value = (sequence_group.gather_tokens(one) for one in (query, key, value))
+        s_aux = None if s_aux is None else sequence_group.own_part(s_aux)
+    output = _attend(query, key, value, lengths, dropout, scaling, sliding_window, softcap, s_aux)
+    return output if sequence_group is None else sequence_group.gather_heads(output), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend within each conversation of a complete row, with all heads or some of them; see above."""
     window = sliding_window if sliding_window is not None and max(lengths) > sliding_window else None
     shape = Shape(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device, scaling, window, softcap)
     rows = [one[0].transpose(0, 1) for one in (query, key, value)]  # (tokens, heads, head size)
     kernel = select_kernel(shape, dropout) if value.shape == key.shape and s_aux is None else None
     if kernel is None:
-        return per_conversation_attention(rows[0], rows[1], rows[2], lengths, shape, dropout, s_aux)[None], None
-    return kernel(rows[0], rows[1], rows[2], lengths, shape)[None], None
+        return per_conversation_attention(rows[0], rows[1], rows[2], lengths, shape, dropout, s_aux)[None]
+    return kernel(rows[0], rows[1], rows[2], lengths, shape)[None]
 
 
 def in_autocast_type(*heads: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -33,6 +33,9 @@ class PackedRow:
         predict_at: (supervised,) positions in the row whose next token is supervised.
         targets: (supervised,) ids of those next tokens.
         indexes: Dataset rows of the conversations, for messages about them.
+        shards: Number of processes that share the row's tokens (`training.sequence_parallel`). With several, `tokens`
+            and `predict_at` are those of this process's part, and `lengths` those of the complete row.
+        start: Position in the complete row at which the part starts.
     """
 
     input_ids: torch.Tensor
@@ -41,9 +44,12 @@ class PackedRow:
     predict_at: torch.Tensor
     targets: torch.Tensor
     indexes: tuple[int, ...]
+    shards: int = 1
+    start: int = 0
 
     def __post_init__(self) -> None:
-        assert self.input_ids.shape == self.position_ids.shape == (1, sum(self.lengths))
+        assert self.input_ids.shape == self.position_ids.shape == (1, sum(self.lengths) // self.shards)
+        assert sum(self.lengths) % self.shards == 0
         assert self.predict_at.shape == self.targets.shape
         # On a GPU the answer would have to be waited for; a row is made on the CPU, where it is checked.
         assert self.targets.device.type != "cpu" or IGNORED not in self.targets

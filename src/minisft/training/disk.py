@@ -138,7 +138,7 @@ class StepsOfRun:
 
         epoch = steps_of_epoch(
             measure_lengths(load_split(run.root, "train")).tokens,
-            global_batch=training.batch_size * training.processes * training.gradient_accumulation,
+            global_batch=training.global_batch,
             pack_tokens=max_length if training.packing else None,
             seed=seed,
             epoch=0,

@@ -8,6 +8,7 @@ import torch
 from minisft.models import forward_arguments
 from minisft.training.attention import PADDING_FREE
 from minisft.training.batching import PackedRow
+from minisft.training.sequence_parallel import SequenceGroup
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ModelCall:
         selects_logits: Whether the forward computes only the logits of given positions (`logits_to_keep`).
         attention_mask: Whether the forward takes a mask.
         use_cache: Whether the forward takes the switch of its cache.
+        sequence_group: The processes that share the tokens of a row, for rows that are shared.
     """
 
     packed: bool = True
@@ -33,6 +35,7 @@ class ModelCall:
     selects_logits: bool = True
     attention_mask: bool = True
     use_cache: bool = True
+    sequence_group: SequenceGroup | None = None
 
     @classmethod
     def of(cls, model: Any) -> "ModelCall":
@@ -57,6 +60,8 @@ class ModelCall:
             assert len(row.lengths) == 1
             return found | ({"attention_mask": torch.ones_like(row.input_ids)} if self.attention_mask else {})
         found["conversation_lengths"] = row.lengths
+        if row.shards > 1:
+            found["sequence_group"] = self.sequence_group
         if self.position_ids:
             found["position_ids"] = row.position_ids
         return found | (_boundaries(row) if self.boundaries else {})

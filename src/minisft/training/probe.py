@@ -36,6 +36,7 @@ from minisft.text import first_line
 from minisft.training.batching import pack_sequences
 from minisft.training.loss import forward_row, unwrapped
 from minisft.training.model_call import ModelCall
+from minisft.training.sequence_parallel import WHERE, SequenceGroup
 
 Verdict = Literal["right", "alone", "refused"]
 # Largest relative difference of the logits of a position that rounding explains. In half precision that of a real model
@@ -168,6 +169,40 @@ class Probe:
             problem = f"it cannot be called as training calls a model ({_message(error)})"
             raise UserError(model_class(inner).__name__, problem, "use another model, or report this one") from error
         return result and replace(result, reason=reason)
+
+    def refuse_unshareable_model(self, call: ModelCall, group: SequenceGroup) -> None:
+        """Check that the parts of a shared row have the logits of the complete row, on every process of the group.
+
+        Recurrent layers, convolutions and whatever else mixes tokens outside of attention see only their own part.
+
+        Raises:
+            UserError: They differ, or the model has no attention of MiniSFT.
+        """
+        inner = unwrapped(self.model)
+        name = model_class(inner).__name__
+        fix = "leave it out, or use another model"
+        if call.boundaries:
+            raise UserError(WHERE, f"{name} has recurrent layers, which compute a row from its start", fix)
+        if not call.packed:
+            raise UserError(WHERE, f"{name} does not take MiniSFT's attention, which shares a row", fix)
+        vocabulary = inner.config.get_text_config().vocab_size
+        conversations = _ids(vocabulary, 1, _TOKENS), _ids(vocabulary, 5, _TOKENS + 1)
+        arrays = [np.asarray(ids) for ids in conversations]
+        row = pack_sequences([(ids, ids) for ids in arrays])
+        part = group.part_of(row)
+        own = (row.predict_at >= part.start) & (row.predict_at < part.start + part.input_ids.shape[1])
+        training = inner.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.arithmetic():
+                complete = forward_row(self.model, row.to(self.device), call)[0].float()[own.to(self.device)]
+                shared = forward_row(self.model, part.to(self.device), call)[0].float()
+        finally:
+            self.model.train(training)
+        difference = group.largest(_difference(shared, complete) if len(shared) else 0.0, self.device)
+        if difference > (HALF_TOLERANCE if self.half else FP32_TOLERANCE):
+            problem = f"{name} computes a row differently if processes share it (relative difference {difference:.2g})"
+            raise UserError(WHERE, problem, fix)
 
     def _with_boundaries(self, call: ModelCall) -> ProbeResult | None:
         """Return the result with boundaries if rows of several are right with them; that needs the layers' kernels."""

@@ -11,7 +11,7 @@ from minisft.console import say
 from minisft.data.encoder import Encoder
 from minisft.errors import StoppedError, UserError
 from minisft.manifest import record_files, refuse_foreign_files
-from minisft.models import ResolvedModel, load_model, load_tokenizer, resolve_model
+from minisft.models import ResolvedModel, load_config, load_model, load_tokenizer, resolve_model
 from minisft.optional_packages import not_installed
 from minisft.output_filters import suppress_known_warnings
 from minisft.recipe import Recipe, TrainingRecipe
@@ -59,6 +59,7 @@ from minisft.training.optimization import (
     require_schedule,
     trainer_name,
 )
+from minisft.training.sequence_parallel import require_divisible
 from minisft.training.step_metrics import start_counting
 from minisft.training.zero import (
     COLLECTIVE_TIMEOUT,
@@ -281,6 +282,9 @@ def make_trainer(
     resolved = resolve_model(recipe.model, recipe.trust_remote_code, weights=build is None)
     tokenizer = load_tokenizer(resolved.folder, recipe.trust_remote_code)
     encoder = Encoder(tokenizer, recipe.data.template, recipe.data.template_options)
+    if recipe.training.sequence_parallel > 1:
+        config = load_config(resolved.folder, recipe.trust_remote_code)
+        require_divisible(config, recipe.training.sequence_parallel, arguments.world_size)
     model = _load_for_training(recipe, resolved, arguments.device, build or load_model)
     kernels = KernelChoice(recipe.training.kernels)
     if build is None:  # without weights nothing can be compared
@@ -467,13 +471,16 @@ def _trainer(
     training = recipe.training
     dataset = load_split(run.root, "train")
     sizes = measure_lengths(dataset)
+    shards = training.sequence_parallel
+    replicas, replica = arguments.world_size // shards, arguments.process_index // shards
+    row_tokens = training.row_tokens or default_tokens_per_forward(on_cpu()) * shards
     sources = sources_of(dataset, read_ledger(run.root / "dataset"), sizes.supervised)
     sampler = StepSampler(
         sizes,
-        global_batch=training.batch_size * arguments.world_size * training.gradient_accumulation,
-        row_tokens=training.row_tokens or default_tokens_per_forward(on_cpu()),
-        processes=arguments.world_size,
-        rank=arguments.process_index,
+        global_batch=training.batch_size * replicas * training.gradient_accumulation,
+        row_tokens=row_tokens,
+        processes=replicas,
+        rank=replica,
         seed=recipe.seed,
         pack_tokens=recipe.data.max_length if training.packing else None,
     )
@@ -489,12 +496,13 @@ def _trainer(
         describe_rows=lambda rows: ", ".join(str(dataset[row].get("id", row)) for row in rows),
         on_saved=partial(prune, run, training, early_stopping),
         base_model_folder=base_model_folder,
-        held_out=_held_out(recipe, run, sampler.row_tokens, arguments),
+        held_out=_held_out(recipe, run, row_tokens, replicas, replica),
         eval_every=training.eval_every,
         early_stopping=early_stopping,
         optimizer_cls_and_kwargs=own_optimizer(training.optimizer, training.learning_rate),
         row_losses=run.row_losses,
         sources=sources,
+        sequence_parallel=shards,
         callbacks=[MetricsFile(run.metrics, sources)],
     )
     if trainer.is_world_process_zero():
@@ -506,7 +514,8 @@ def _trainer(
     return trainer
 
 
-def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -> "HeldOutRows | None":
+def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, replicas: int, replica: int) -> "HeldOutRows | None":
+    """Return the held-out rows of one of `replicas` copies of the model, if the recipe asks for their loss."""
     from minisft.data.prepared import load_split
     from minisft.training.held_out import HeldOutRows
 
@@ -516,4 +525,4 @@ def _held_out(recipe: Recipe, run: RunFolder, row_tokens: int, arguments: Any) -
     if len(dataset) == 0:
         problem = "there are no held-out conversations to compute a loss on"
         raise UserError("training.eval_every", problem, "set data.test_fraction above 0, or data.test, and train again")
-    return HeldOutRows(dataset, row_tokens=row_tokens, processes=arguments.world_size, rank=arguments.process_index)
+    return HeldOutRows(dataset, row_tokens=row_tokens, processes=replicas, rank=replica)

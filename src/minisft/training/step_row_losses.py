@@ -55,7 +55,7 @@ class RowLossBuffer:
         if not row.indexes:  # a row without conversations
             return
         sums = self._steps[-1][2]
-        conversation = np.searchsorted(np.cumsum(row.lengths), row.predict_at.numpy(), side="right")
+        conversation = np.searchsorted(np.cumsum(row.lengths), row.predict_at.numpy() + row.start, side="right")
         places = torch.from_numpy(np.asarray([self._places[index] for index in row.indexes])[conversation])
         if sums.device.type == "cuda":  # from pinned memory, so that the CPU does not wait for what the GPU computes
             places = places.pin_memory()

@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from minisft.errors import UserError
 from minisft.files import apply_umask
 from minisft.models import model_class
 from minisft.row_losses import append_row_losses, make_records, sync_row_losses
-from minisft.training.batching import RowDataset, StepBatch, StepSampler, collate
+from minisft.training.batching import PackedRow, RowDataset, StepBatch, StepSampler, collate
 from minisft.training.callbacks import RestoreSampler, StopRequest
 from minisft.training.checkpoints import (
     WriteErrors,
@@ -48,6 +49,7 @@ from minisft.training.model_call import PADDING_FREE_CALL, ModelCall
 from minisft.training.optimization import clip_gradients
 from minisft.training.probe import Probe, ProbeResult, refuse_wrong_model, without_autocast
 from minisft.training.resharding import reshard_state, restore_fp32_weights, same_layout
+from minisft.training.sequence_parallel import make_group
 from minisft.training.source_losses import SourceLosses
 from minisft.training.step_metrics import StepMetrics, bytes_sent, peak_memory_mb
 from minisft.training.step_row_losses import RowLossBuffer, StepRowLosses
@@ -79,6 +81,7 @@ class SupervisedTokenTrainer(Trainer):
         held_out: HeldOutRows | None = None,
         eval_every: str | int | None = None,
         early_stopping: EarlyStopping | None = None,
+        sequence_parallel: int = 1,
         **kwargs: Any,
     ) -> None:
         self.sampler = sampler
@@ -103,6 +106,7 @@ class SupervisedTokenTrainer(Trainer):
         assert self.args.gradient_accumulation_steps == 1
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # spares DDP two copies of each gradient
+        self.sequence_group = make_group(sequence_parallel)
         self._step = StepMetrics()
         self._row_losses = RowLossBuffer()
         self._norm: Any = None
@@ -193,20 +197,23 @@ class SupervisedTokenTrainer(Trainer):
             UserError: The model is wrong for every row, or cannot be called as training calls it.
         """
         name = model_class(unwrapped(self._model())).__name__
-        result = Probe(
+        probe = Probe(
             self.model_wrapped,
             self.args.device,
             arithmetic=self.compute_loss_context_manager,
             half=self.precision != "fp32",
             max_length=int(self.sampler.sizes.tokens.max()),
             weights_in_fp32=self.weights_in_fp32,
-        ).run()
+        )
+        result = probe.run()
         if result is None:
-            self.call = ModelCall.of(unwrapped(self._model()))
+            self.call = replace(ModelCall.of(unwrapped(self._model())), sequence_group=self.sequence_group)
             return None
         self.on_probed(result)
         refuse_wrong_model(name, result)
-        self.call = result.call
+        self.call = replace(result.call, sequence_group=self.sequence_group)
+        if self.sequence_group is not None:
+            probe.refuse_unshareable_model(self.call, self.sequence_group)
         if result.verdict == "alone":
             self.sampler.row_tokens = 1
             if self.held_out is not None:
@@ -285,7 +292,7 @@ class SupervisedTokenTrainer(Trainer):
         mean = self.args.world_size / batch.step_supervised
         backward_factor = self.loss_scale() * mean
         with lookup as lookups:
-            for number, row in enumerate(batch.rows, 1):
+            for number, row in enumerate(map(self.own_part, batch.rows), 1):
                 lookups.last = last = number == len(batch.rows)
                 with self._reduction(model, last):
                     with self.compute_loss_context_manager():
@@ -303,6 +310,10 @@ class SupervisedTokenTrainer(Trainer):
             self._write_row_losses()
         self._step = StepMetrics(batch.step_tokens, batch.step_supervised, started, sent_before)
         return total
+
+    def own_part(self, row: PackedRow) -> PackedRow:
+        """Return the part of a row that this process computes: all of it, unless several processes share its tokens."""
+        return row if self.sequence_group is None else self.sequence_group.part_of(row)
 
     def loss_scale(self) -> float:
         """Return the factor by which the next backward multiplies the loss: in fp16 the loss scale, otherwise 1."""
@@ -352,7 +363,8 @@ class SupervisedTokenTrainer(Trainer):
         started = time.perf_counter()
         with waiting("computing the held-out loss"), self.compute_loss_context_manager():
             share = self.held_out.sum_of_losses(
-                self.model_wrapped, lambda model, row: row_loss(model, row.to(self.args.device), self.call)
+                self.model_wrapped,
+                lambda model, row: row_loss(model, self.own_part(row).to(self.args.device), self.call),
             )
         total = float(self.accelerator.gather(share.reshape(1).to(self.args.device)).sum())
         logs = {EVAL_LOSS: total / self.held_out.supervised, "eval_seconds": time.perf_counter() - started}

@@ -17,12 +17,11 @@ from minisft.evaluation.backends import (
     LossTask,
     ModelSpec,
     TransformersModel,
-    VllmModel,
     Workers,
-    default_processes,
-    require_vllm,
+    gpu_groups,
 )
 from minisft.evaluation.generation import Generated, Sampling
+from minisft.evaluation.vllm_model import VllmModel, require_vllm
 from tests.tiny import byte_tokenizer
 
 
@@ -124,9 +123,10 @@ def test_processes_end_with_the_one_that_hands_out_the_work(tiny_model, tmp_path
     assert not any(Path(f"/proc/{process}").exists() for process in processes)
 
 
-def test_evaluation_uses_one_process_for_each_gpu_and_one_on_a_cpu():
-    assert [default_processes(gpus) for gpus in (0, 1, 4)] == [1, 1, 4]
-    assert default_processes() == max(1, torch.cuda.device_count())
+def test_each_process_gets_its_own_gpus():
+    assert gpu_groups(["0", "1", "5"], 1) == ["0", "1", "5"]
+    assert gpu_groups(["0", "1", "2", "3", "7"], 2) == ["0,1", "2,3"]
+    assert gpu_groups([], 1) == []
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,83 @@ def test_weights_that_do_not_fit_the_config_are_reported_with_the_first_line_of_
     with pytest.raises(UserError) as raised:
         TransformersModel(tmp_path, torch.float32, False, load=load)
     assert (raised.value.where, raised.value.problem) == (str(tmp_path), "RuntimeError: size mismatch for lm_head")
+
+
+# --- memory that runs out --------------------------------------------------------------------------------------
+
+
+class LimitedModel(torch.nn.Module):
+    """A model whose forward runs out of memory with more than `rows` rows; `seen` holds the rows of each call."""
+
+    def __init__(self, model, rows):
+        super().__init__()
+        self.inner, self.rows, self.seen = model, rows, []
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, input_ids, position_ids=None, logits_to_keep=0, **kwargs):
+        self.seen.append(len(input_ids))
+        if len(input_ids) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.inner(input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
+
+
+def answer(model, prompts):
+    return model.answer(prompts, stop_token_ids=(1,), max_new_tokens=6, sampling=Sampling(1.5, 0.9, 7))
+
+
+@pytest.fixture
+def long_and_short(tiny_model):
+    """Return 8 prompts of two lengths, and what an unlimited model answers."""
+    ids = byte_tokenizer()("guest asks for tea with milk and one sugar please")["input_ids"]
+    prompts = [ids[place : place + size] for place in range(4) for size in (12, 40)]
+    return prompts, answer(TransformersModel(Path(tiny_model), torch.float32, False), prompts)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does_with_the_same_answers(tiny_model, long_and_short, rows):
+    prompts, expected = long_and_short
+    model = TransformersModel(Path(tiny_model), torch.float32, False)
+    model.model = limited = LimitedModel(model.model, rows)  # type: ignore[assignment]
+    assert answer(model, prompts) == expected
+    assert model.halved_at == 8
+    tried = len(limited.seen)
+    assert answer(model, prompts) == expected
+    assert max(limited.seen[tried:]) <= rows  # a later batch does not try the size that failed again
+
+
+def test_the_losses_of_a_batch_that_does_not_fit_are_those_of_its_halves(tiny_model, long_and_short):
+    rows = sorted(((ids, ids) for ids in long_and_short[0]), key=lambda row: -len(row[0]))
+    model = TransformersModel(Path(tiny_model), torch.float32, False)
+    loss, tokens = model.sum_of_losses(rows)
+    model.model = LimitedModel(model.model, 2)  # type: ignore[assignment]
+    halved, counted = model.sum_of_losses(rows)
+    assert counted == tokens
+    assert halved == pytest.approx(loss, rel=1e-6)
+    assert model.halved_at == 8
+
+
+def test_a_single_row_that_does_not_fit_is_an_error_of_the_user(tiny_model):
+    model = TransformersModel(Path(tiny_model), torch.float32, False)
+    model._rows(10)  # measured before memory runs out
+    model.model = LimitedModel(model.model, 0)  # type: ignore[assignment]
+    with pytest.raises(UserError, match="memory ran out with a single row of 13 tokens"):
+        answer(model, [[5, 6, 7, 8, 9, 10, 11]])
+
+
+def test_an_evaluation_says_once_that_batches_are_halved(tiny_model, long_and_short, capsys):
+    prompts, expected = long_and_short
+    with Workers(1) as workers:
+        spec = ModelSpec(Path(tiny_model), torch.float32, False, (1,), 6, Sampling(1.5, 0.9, 7))
+        model = workers._loaded.get(spec)
+        model.model = LimitedModel(model.model, 2)
+        outcomes = list(workers.perform(spec, [AnswerTask(prompts), AnswerTask(prompts)]))
+    assert [outcome.value for outcome in outcomes] == [expected, expected]
+    assert capsys.readouterr().err.count("memory ran out with 8 rows at once") == 1
 
 
 # --- vLLM: a stand-in with its interface -----------------------------------------------------------------------
