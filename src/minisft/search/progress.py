@@ -39,7 +39,6 @@ class SearchProgress:
 
     def show(
         self,
-        settings: Sequence[Mapping[str, Any]],
         trials: Sequence[Mapping[str, Any]],
         jobs: Iterable[Job],
         rung: int,
