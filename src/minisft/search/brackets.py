@@ -29,8 +29,8 @@ def run_brackets(runner: TrialRunner, budget: Budget | None) -> None:
     trials.study.expect(sum(brackets))
     runner.progress.total = sum(trials_cost(size) for size in brackets)
     start = 0
-    for size in brackets:
-        _run_bracket(runner, range(start, start + size))
+    for bracket, size in enumerate(brackets):
+        _run_bracket(runner, bracket, range(start, start + size))
         start += size
     if trials.best_and_ties() is None:
         first = min(trials.failed)
@@ -39,7 +39,7 @@ def run_brackets(runner: TrialRunner, budget: Budget | None) -> None:
         raise UserError(trials.output, problem, f"see {trials.log(first)}; vary other values, or other keys")
 
 
-def _run_bracket(runner: TrialRunner, numbers: Sequence[int]) -> None:
+def _run_bracket(runner: TrialRunner, bracket: int, numbers: Sequence[int]) -> None:
     trials = runner.trials
     while len(trials) <= numbers[-1] and trials.add():
         pass
@@ -60,7 +60,7 @@ def _run_bracket(runner: TrialRunner, numbers: Sequence[int]) -> None:
         reached = [[trials.losses[n][r] for n in numbers if len(trials.losses[n]) > r] for r in range(rung + 1)]
         if not reached[rung]:
             return
-        decision = decide(size, rung, reached, trials.seed)
+        decision = decide(size, rung, reached, trials.seed, bracket=bracket)
         alive, stopped = decision.going_on, dict(decision.stopped)
         if fraction == 1:
             for number in alive:

@@ -3,19 +3,25 @@
 All trials are scored on the same held-out rows, so two trials are compared by their differences row by row: the rows
 that are hard for both cancel out (paired bootstrap).
 
-The best trial is chosen by looking at all of them, and each may be the one that chance favours. The comparison accounts
-for both with the model confidence set of Hansen, Lunde and Nason 2011, "The Model Confidence Set" (Econometrica 79,
-453-497), with their range statistic: the largest difference between any two trials, in standard errors, is compared
-with the distribution of that maximum under the hypothesis that all trials are equal. If it is beyond the quantile, the
-worst trial is excluded, and the rest is tested again. With the probability of the level, asymptotically, no trial that
-is as good as the best is excluded, however many there are.
+The best trial is chosen by looking at all of them, and so are the trials that stop at a rung. The comparison therefore
+covers every pair of the trials that reached the rung, not only the pairs that are reported: the largest difference of
+any two, in standard errors, is compared with the distribution of that maximum under the hypothesis that all trials are
+equal. Pairs beyond its quantile differ; the others are tested again without them (step-down maximum test: Romano and
+Wolf 2005, "Stepwise Multiple Testing as Formalized Data Snooping", Econometrica 73, 1237-1282). With the probability
+of the level, asymptotically, no two equal trials are told apart, whichever of them is reported and however many there
+are.
 
-A study looks at its trials up to five times: at four rungs and for its verdict. The level of each look is therefore
-99 %, so that with a probability of 95 % no look excludes a trial that is as good as the best (Bonferroni).
+A search tests at several moments, and `ERROR_RATE` is shared among all of them (Bonferroni), so that with a probability
+of 95 % no trial that is as good as the best is called worse, by the verdict or when it is stopped early:
+
+- half of it belongs to the verdict, in equal parts to the rungs at which trials are compared: `VERDICT_LEVEL`;
+- the other half belongs to early stops, and is spent on one bracket after the other: `stop_level`. The number of
+  brackets is not known in advance, since a search can go on with a larger budget (alpha spending: Foster and Stine
+  2008, "Alpha-investing", Journal of the Royal Statistical Society B 70, 429-444, without its returns).
 
 The distribution comes from a studentised bootstrap: each resample is divided by its own standard error (Efron 1979;
 Hall 1988, "Theoretical Comparison of Bootstrap Confidence Intervals"), which keeps the level with few rows too. Four
-rows or fewer never exclude a trial.
+rows or fewer tell no trials apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,9 +30,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from minisft.evaluation.resampling import RESAMPLES, percentile_interval, resampled_rows
+from minisft.search.budget import RUNGS
 
-LOOKS = 5  # number of times that a study compares its trials: at four rungs, and for its verdict
-_LEVEL = 0.05 / LOOKS  # the largest probability that one look excludes a trial that is as good as the best
+ERROR_RATE = 0.05  # the largest probability that a search calls a trial worse that is as good as the best
+VERDICT_LEVEL = ERROR_RATE / 2 / len(RUNGS)  # of the verdict at one rung
 FEWEST_ROWS = 5  # with fewer, more than 1 % of the resamples hold one row only, and have no standard error
 _NO_SPREAD = 1e-12  # a standard error below this share of the loss is rounding
 
@@ -100,18 +107,33 @@ def best_trial(trials: Sequence[RowLosses]) -> int:
     return min(trials, key=lambda rows: rows.loss).trial
 
 
-def clearly_worse(trials: Sequence[RowLosses], seed: int = 0) -> list[int]:
-    """Return the numbers of the trials that are worse than the best one by more than chance, in the order given.
+def stop_level(bracket: int) -> float:
+    """Return the level at which trials of a bracket, numbered from 0, are stopped early.
+
+    The levels of all brackets add up to half of `ERROR_RATE`. A bracket tests twice, but a trial is stopped only if it
+    is worse at two rungs in a row, and the rung at 1/4 is one of the two each time: one level is enough.
+    """
+    return ERROR_RATE / 2 / ((bracket + 1) * (bracket + 2))
+
+
+def clearly_worse(
+    trials: Sequence[RowLosses], seed: int = 0, *, than: int | None = None, level: float = VERDICT_LEVEL
+) -> list[int]:
+    """Return the numbers of the trials that are worse than another one by more than chance, in the order given.
 
     Args:
-        trials: Losses of all trials on the same rows.
+        trials: Losses on the same rows of all trials among which the compared ones were chosen.
         seed: Seed of the resamples.
+        than: Number of the trial to compare with; None: the best one of `trials`.
+        level: The largest probability that any two equal trials are told apart.
 
     Raises:
         ValueError: There is no trial, or the trials were not scored on the same rows.
     """
-    kept = _confidence_set(trials, seed)
-    return [rows.trial for rows in trials if rows.trial not in kept]
+    worse = _differences(trials, seed, level)
+    numbers = [rows.trial for rows in trials]
+    other = numbers.index(best_trial(trials) if than is None else than)
+    return [number for place, number in enumerate(numbers) if worse[place, other]]
 
 
 def indistinguishable(trials: Sequence[RowLosses], seed: int = 0) -> list[int]:
@@ -124,8 +146,8 @@ def indistinguishable(trials: Sequence[RowLosses], seed: int = 0) -> list[int]:
     Raises:
         ValueError: There is no trial, or the trials were not scored on the same rows.
     """
-    kept = _confidence_set(trials, seed) - {best_trial(trials)}
-    return [rows.trial for rows in trials if rows.trial in kept]
+    distinct = {best_trial(trials), *clearly_worse(trials, seed)}
+    return [rows.trial for rows in trials if rows.trial not in distinct]
 
 
 def cheapest(numbers: Sequence[int], costs: Mapping[int, float]) -> int:
@@ -150,53 +172,55 @@ def _require_same_rows(trials: Sequence[RowLosses]) -> None:
             raise ValueError(f"trials {first.trial} and {rows.trial} were not scored on the same rows")
 
 
-def _confidence_set(trials: Sequence[RowLosses], seed: int) -> set[int]:
-    """Return the numbers of the trials in the model confidence set; the best trial is always one of them."""
+def _differences(trials: Sequence[RowLosses], seed: int, level: float) -> np.ndarray:
+    """Return which trial (first axis) is worse than which other one by more than chance: bool (trials, trials)."""
     _require_same_rows(trials)
-    if len(trials[0].sums) < FEWEST_ROWS:
-        return {rows.trial for rows in trials}
-    observed, resampled = _paired_statistics(trials, seed)
-    kept = list(range(len(trials)))
-    while len(kept) > 1:
-        among = np.ix_(kept, kept)
-        largest = observed[among].max()
-        maxima = np.abs(resampled[among]).max(axis=(0, 1))  # (resamples,)
-        if (1 + np.sum(maxima >= largest)) / (1 + RESAMPLES) > _LEVEL:
+    worse = np.zeros((len(trials), len(trials)), dtype=bool)
+    if len(trials[0].sums) < FEWEST_ROWS or len(trials) < 2:
+        return worse
+    first, second = np.triu_indices(len(trials), 1)
+    observed, resampled = _paired_statistics(trials, first, second, seed)
+    equal = np.ones(len(observed), dtype=bool)  # pairs that are not told apart
+    while equal.any():
+        maxima = np.sort(np.abs(resampled[equal]).max(axis=0))
+        beyond = RESAMPLES - np.searchsorted(maxima, np.abs(observed))  # resamples whose maximum is at least as large
+        found = equal & ((1 + beyond) / (1 + RESAMPLES) <= level)
+        if not found.any():
             break
-        worst = int(np.argmax(observed[among].max(axis=1)))
-        del kept[worst]
-    return {trials[index].trial for index in kept}
+        equal &= ~found
+    worse[first, second], worse[second, first] = ~equal & (observed > 0), ~equal & (observed < 0)
+    return worse
 
 
-def _paired_statistics(trials: Sequence[RowLosses], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the difference of each two trials in standard errors: observed, and centred on it in each resample.
+def _paired_statistics(
+    trials: Sequence[RowLosses], first: np.ndarray, second: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the difference of each pair of trials in standard errors: observed, and centred on it in each resample.
+
+    Args:
+        trials: Losses of all trials.
+        first: int (pairs,): place of one trial of each pair.
+        second: int (pairs,): place of the other one.
+        seed: Seed of the resamples.
 
     Returns:
-        (trials, trials), positive where the first trial is worse than the second, and (trials, trials, resamples).
+        (pairs,), positive where the first trial is worse than the second, and (pairs, resamples).
     """
     sums = np.stack([np.asarray(rows.sums, dtype=np.float64) for rows in trials], axis=1)  # (rows, trials)
     tokens = np.asarray(trials[0].tokens, dtype=np.float64)
     count, loss = len(tokens), sums.sum(axis=0) / tokens.sum()
     residuals = sums - tokens[:, None] * loss  # of the ratio of sums, so that the number of tokens is random too
     times = _times_drawn(count, seed)  # (resamples, rows)
-    drawn, drawn_squares = times @ tokens, times @ tokens**2
+    drawn, drawn_squares = (times @ tokens)[:, None], (times @ tokens**2)[:, None]
     unbiased = count / (count - 1)
     rounding = _NO_SPREAD * np.abs(loss).max()
-    observed = np.zeros((len(trials), len(trials)))
-    resampled = np.zeros((len(trials), len(trials), RESAMPLES))
-    for one in range(len(trials) - 1):
-        others = np.arange(one + 1, len(trials))
-        errors = residuals[:, [one]] - residuals[:, others]  # (rows, others)
-        spread = np.sqrt(unbiased * (errors**2).sum(axis=0)) / tokens.sum()
-        observed[one, others] = _in_standard_errors(loss[one] - loss[others], spread, rounding)
-        shift = times @ errors / drawn[:, None]  # (resamples, others)
-        squares = (
-            times @ errors**2 - 2 * shift * (times @ (errors * tokens[:, None])) + shift**2 * drawn_squares[:, None]
-        )
-        spread = np.sqrt(unbiased * np.maximum(squares, 0)) / drawn[:, None]
-        resampled[one, others] = _in_standard_errors(shift, spread, rounding).T
-        observed[others, one], resampled[others, one] = -observed[one, others], -resampled[one, others]
-    return observed, resampled
+    errors = residuals[:, first] - residuals[:, second]  # (rows, pairs)
+    spread = np.sqrt(unbiased * (errors**2).sum(axis=0)) / tokens.sum()
+    observed = _in_standard_errors(loss[first] - loss[second], spread, rounding)
+    shift = times @ errors / drawn  # (resamples, pairs)
+    squares = times @ errors**2 - 2 * shift * (times @ (errors * tokens[:, None])) + shift**2 * drawn_squares
+    spread = np.sqrt(unbiased * np.maximum(squares, 0)) / drawn
+    return observed, _in_standard_errors(shift, spread, rounding).T
 
 
 def _times_drawn(count: int, seed: int) -> np.ndarray:
