@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,9 @@ def evaluate(
         # 1. Load the examples, which are the same for every model.
         base = _find_base(recipe, run)
         with workers or Workers(recipe.evaluation.processes or default_processes()) as pool:
-            evaluator, constant = _load_examples(recipe, output, base, dtype, pool, row_metrics)
+            evaluator = _load_evaluator(recipe, output, base, dtype, pool, row_metrics)
+            stock_answer = best_constant(train_answers(output, evaluator.encoder, recipe.evaluation.turns))
+            constant = evaluator.score_constant(stock_answer)
             if custom_metrics and not evaluator.held_out.examples:
                 problem = "there are no held-out answers to score"
                 raise UserError("metrics", problem, "set data.test_fraction above 0")
@@ -145,15 +147,40 @@ def _find_base(recipe: Recipe, run: RunFolder) -> Path:
     return resolved.folder
 
 
-def _load_examples(
+def score_model(
+    recipe: Recipe, output: Path, name: str, weights: Path, folder: Path
+) -> tuple[ScoredModel, list[UserError]]:
+    """Score one model on a run's held-out conversations, beside any evaluation of the run: results.json stays as it is.
+
+    Args:
+        recipe: The run's recipe, with the metrics to compute.
+        output: The run folder, whose held-out conversations are answered.
+        name: Name of the model, NAME-STEP.
+        weights: Its folder.
+        folder: Folder for its answers, in a folder of its name, and for the result cache.
+
+    Returns:
+        Its scores, and the errors of metrics that failed.
+
+    Raises:
+        UserError: There are no held-out conversations, or `max_new_tokens` leaves no room for a prompt.
+    """
+    row_metrics = load_row_metrics(parse_metrics(recipe.evaluation.metrics))
+    base = _find_base(recipe, RunFolder(output))
+    with Workers(1) as workers:
+        evaluator = replace(_load_evaluator(recipe, output, base, None, workers, row_metrics), folder=folder)
+        return evaluator.evaluate_model(name, weights), list(evaluator.failures.values())
+
+
+def _load_evaluator(
     recipe: Recipe,
     output: Path,
     base: Path,
     dtype: "torch.dtype | None",
     workers: Workers,
     row_metrics: Sequence[RowMetric],
-) -> tuple[Evaluator, ScoredModel]:
-    """Return the evaluator, which has the same examples for every model, and the scored constant baseline."""
+) -> Evaluator:
+    """Return the evaluator, which has the same examples for every model."""
     settings = recipe.evaluation
     encoder = Encoder(
         load_tokenizer(base, recipe.trust_remote_code), recipe.data.template, recipe.data.template_options
@@ -163,7 +190,7 @@ def _load_examples(
     if settings.retain is not None:
         context = context_length(load_config(base, recipe.trust_remote_code))
         retained = load_retained(settings.retain, encoder, min(recipe.data.max_length, context or sys.maxsize))
-    evaluator = Evaluator(
+    return Evaluator(
         settings,
         encoder,
         load_held_out(output, encoder, settings.turns, settings.limit, required=not prompts),
@@ -185,7 +212,6 @@ def _load_examples(
         row_metrics,
         retained,
     )
-    return evaluator, evaluator.score_constant(best_constant(train_answers(output, encoder, settings.turns)))
 
 
 def _write_comparisons(evaluator: Evaluator, scored_models: dict[str, ScoredModel], best: str | None) -> None:

@@ -8,6 +8,7 @@ from minisft.search.halving import decide
 from minisft.search.rung_losses import read_seconds
 from minisft.search.search_result import write_result
 from minisft.search.space import Axis, Choices, Range, count_combinations, own_settings
+from minisft.search.statistics import cost
 from minisft.search.trial_runner import TrialRunner
 from minisft.search.trials import Trials, training_seconds
 from minisft.text import duration
@@ -50,21 +51,21 @@ def _run_bracket(runner: TrialRunner, bracket: int, numbers: Sequence[int]) -> N
     for rung, fraction in enumerate(RUNGS):
         # 1. Train; the place of a trial that fails goes to the best of those that were stopped at the rung before.
         runner.train(alive, rung)
-        spare = sorted(stopped, key=lambda number: trials.losses[number][-1].loss)
-        while spare and sum(len(trials.losses[number]) > rung for number in numbers) < len(alive):
+        spare = sorted(stopped, key=lambda number: cost(trials.scores[number][-1]))
+        while spare and sum(len(trials.scores[number]) > rung for number in numbers) < len(alive):
             runner.train([spare[0]], rung)
             stopped.pop(spare.pop(0))
         for number, reason in stopped.items():
             runner.stop(number, reason)
         # 2. Decide.
-        reached = [[trials.losses[n][r] for n in numbers if len(trials.losses[n]) > r] for r in range(rung + 1)]
+        reached = [[trials.scores[n][r] for n in numbers if len(trials.scores[n]) > r] for r in range(rung + 1)]
         if not reached[rung]:
             return
         decision = decide(size, rung, reached, trials.seed, bracket=bracket)
         alive, stopped = decision.going_on, dict(decision.stopped)
         if fraction == 1:
             for number in alive:
-                trials.study.finish(number, "complete", trials.losses[number][-1].loss)
+                trials.study.finish(number, "complete", trials.scores[number][-1].value)
         write_result(trials)
 
 
@@ -122,7 +123,7 @@ def _seconds_of_run(runner: TrialRunner) -> float:
             break
         if runner.load(number):
             runner.train([number], 0)
-        if trials.losses[number]:
+        if trials.scores[number]:
             steps = trials.steps[number]
             training = training_seconds(trials.run(number), steps[0])
             validation = read_seconds([trials.losses_file(number, 0)])

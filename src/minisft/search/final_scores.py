@@ -9,6 +9,7 @@ from minisft.console import say, warn
 from minisft.errors import UserError
 from minisft.files import write_atomically
 from minisft.recipe import Recipe, dump_recipe
+from minisft.results import score_keys
 from minisft.run_folder import RunFolder, step_of
 from minisft.search.rung_losses import read_losses
 from minisft.search.space import checked
@@ -100,7 +101,7 @@ def _test_entry(trials: Trials, entries: dict[str, Any], name: str) -> dict[str,
     file = "best" if entries[name] is entries["best"] else name
     rows = read_losses(trials.output / "losses" / f"test-{file}.npz", 0)
     loss = estimate(rows, trials.seed)
-    scores = {key: entries[name][key] for key in ("bleu", "chrf") if key in entries[name]}
+    scores = {key: entries[name][key] for key in score_keys(entries[name])}
     return {"loss": loss.value, "low": loss.low, "high": loss.high, "rows": len(rows.sums), **scores}
 
 
@@ -122,7 +123,7 @@ def _train_defaults(runner: TrialRunner) -> RunFolder | None:
         str(run.root),
         str(trials.output / "defaults.log" if trial is None else trials.log(trial)),
         trial=trial,
-        fingerprint=runner.fingerprint,
+        fingerprint=trials.rows.base.fingerprint,
         trust_remote_code=recipe.trust_remote_code,
     )
     with runner.progress.waiting("training the recipe's own settings"):

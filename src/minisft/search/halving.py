@@ -1,11 +1,11 @@
-"""Which trials go on at a rung, and which cannot be told apart from the best: functions of their held-out losses."""
+"""Which trials go on at a rung, and which cannot be told apart from the best: functions of held-out scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from minisft.search.budget import RUNGS, kept_at
-from minisft.search.statistics import RowLosses, clearly_worse, stop_level
+from minisft.search.statistics import TrialScores, clearly_worse, cost, stop_level
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Decision:
     stopped: dict[int, Literal["rung", "worse"]]
 
 
-def decide(size: int, rung: int, losses: Sequence[Sequence[RowLosses]], seed: int, *, bracket: int = 0) -> Decision:
+def decide(size: int, rung: int, losses: Sequence[Sequence[TrialScores]], seed: int, *, bracket: int = 0) -> Decision:
     """Decide which trials of a bracket go on after a rung.
 
     The better half goes on. A trial of that half is stopped too if it is worse than the best by more than chance at
@@ -36,7 +36,7 @@ def decide(size: int, rung: int, losses: Sequence[Sequence[RowLosses]], seed: in
         bracket: Number of the bracket, from 0; later ones stop fewer trials early (`stop_level`).
     """
     here = losses[rung]
-    order = [rows.trial for rows in sorted(here, key=lambda rows: (rows.loss, rows.trial))]
+    order = [rows.trial for rows in sorted(here, key=lambda rows: (cost(rows), rows.trial))]
     if rung == len(RUNGS) - 1:
         return Decision(order, {})
     going_on = order[: kept_at(size, rung + 1)]
@@ -53,12 +53,12 @@ def decide(size: int, rung: int, losses: Sequence[Sequence[RowLosses]], seed: in
     return Decision(going_on, stopped)
 
 
-def _distances(losses: Sequence[RowLosses], best: int) -> dict[int, float]:
-    means = {rows.trial: rows.loss for rows in losses}
+def _distances(losses: Sequence[TrialScores], best: int) -> dict[int, float]:
+    means = {rows.trial: cost(rows) for rows in losses}
     return {number: mean - means[best] for number, mean in means.items()}
 
 
-def best_and_ties(losses: Mapping[int, Sequence[RowLosses]], seed: int) -> tuple[int, list[int]] | None:
+def best_and_ties(losses: Mapping[int, Sequence[TrialScores]], seed: int) -> tuple[int, list[int]] | None:
     """Return the best complete trial, and the trials that cannot be told apart from it; None if none is complete.
 
     A stopped trial is compared with the best at the last rung that it reached, on the same rows. Its losses there are
@@ -72,7 +72,7 @@ def best_and_ties(losses: Mapping[int, Sequence[RowLosses]], seed: int) -> tuple
     complete = [number for number, rung in last.items() if rung == len(RUNGS) - 1]
     if not complete:
         return None
-    best = min(complete, key=lambda number: (losses[number][-1].loss, number))
+    best = min(complete, key=lambda number: (cost(losses[number][-1]), number))
     tied: set[int] = set()
     for rung in range(len(RUNGS)):
         reached = [losses[number][rung] for number in last if last[number] >= rung]

@@ -1,7 +1,7 @@
 """The search: trials pause at rungs, the better half goes on, and the winner is an ordinary run that is complete.
 
-Everything that is decided follows from the losses on disk and from the settings in Optuna's storage. A search that was
-killed replays its decisions from them, and goes on with what is missing.
+Everything that is decided follows from the losses or scores on disk and from the settings in Optuna's storage. A
+search that was killed replays its decisions from them, and goes on with what is missing.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,12 @@ from typing import Any
 
 from minisft.console import say
 from minisft.errors import UserError
+from minisft.metric_names import LOSS
 from minisft.recipe import Recipe
 from minisft.search.brackets import run_brackets
 from minisft.search.budget import read_budget
 from minisft.search.final_scores import score_on_test_rows, write_best_recipes
+from minisft.search.objective import read_objective, with_objective
 from minisft.search.page import write_search_page
 from minisft.search.progress import SearchProgress
 from minisft.search.search_result import read_result, write_result
@@ -22,11 +24,11 @@ from minisft.search.search_setup import (
     default_axes,
     only_search,
     prepare_rows,
-    read_sizes,
     refuse_folder,
     refuse_other_study,
     require_feasible_values,
     search_identity,
+    with_fixed_split,
     with_validation,
 )
 from minisft.search.space import read_axes
@@ -50,6 +52,7 @@ class SearchOptions:
         seed: Seed of the sampler and of the bootstrap.
         resume: Go on with the search in the output folder.
         defaults: Whether the recipe's own settings are trained to the end too, to be scored beside the winner.
+        objective: What chooses the best trial: `loss`, or a metric of the answers to the validation rows.
     """
 
     varied: tuple[str, ...] = ()
@@ -60,6 +63,7 @@ class SearchOptions:
     seed: int = 0
     resume: bool = False
     defaults: bool = True
+    objective: str = LOSS
 
     def __post_init__(self) -> None:
         if self.validation is not None and not 0 < self.validation < 1:
@@ -88,20 +92,30 @@ def search(
     budget = None if options.budget is None else read_budget(options.budget)
     axes = read_axes(options.varied or default_axes(recipe), recipe)
     require_feasible_values(recipe, axes)
+    objective = read_objective(options.objective, recipe)
+    recipe = with_objective(with_fixed_split(recipe, axes), objective)
     output = Path(recipe.output)
     refuse_folder(output, resume=options.resume)
     with only_search(output), TrialPool(options.workers, output / "processes.log") as pool:
         # 2. Open the study, and prepare the data: validation rows for the trials, test rows for the end.
-        study = Study(options.storage or default_storage(output), f"minisft {output.name}", axes, options.seed)
+        study = Study(
+            options.storage or default_storage(output),
+            f"minisft {output.name}",
+            axes,
+            options.seed,
+            higher_is_better=objective.higher_is_better,
+        )
         trials_recipe = with_validation(recipe, options.validation)
         begun = bool(study.settings)
-        refuse_other_study(study, search_identity(trials_recipe, axes, options.seed), output, resume=options.resume)
-        fingerprint = prepare_rows(recipe, trials_recipe, output, begun=begun)
+        refuse_other_study(
+            study, search_identity(trials_recipe, axes, options.seed, objective.key), output, resume=options.resume
+        )
+        rows = prepare_rows(recipe, trials_recipe, axes, begun=begun)
         # 3. Train the trials.
         earlier = read_result(output)
-        trials = Trials(trials_recipe, axes, study, read_sizes(output), options.seed)
-        progress = SearchProgress(output)
-        runner = TrialRunner(trials, pool, progress, fingerprint, keeps_own=options.defaults)
+        trials = Trials(rows, axes, study, options.seed, objective)
+        progress = SearchProgress(output, objective.key)
+        runner = TrialRunner(trials, pool, progress, keeps_own=options.defaults)
         run_brackets(runner, budget)
         # 4. Score the winner on the test rows, once.
         found = trials.best_and_ties()

@@ -43,10 +43,11 @@ def search_result(trials: Trials, test: dict[str, Any] | None = None) -> dict[st
             "recipe_all_data": "best_all_data.yaml",
         }
     return {
-        "objective": "loss",
+        "objective": trials.objective.key,
+        "higher_is_better": trials.objective.higher_is_better,
         "rungs": list(RUNGS),
         "vary": [str(axis) for axis in trials.axes],
-        "validation_rows": next((len(reached[0].sums) for reached in trials.losses.values() if reached), None),
+        "validation_rows": next((len(reached[0]) for reached in trials.scores.values() if reached), None),
         "trials": trial_entries(trials),
         "best": best,
         "indistinguishable": found[1] if found is not None else [],
@@ -62,11 +63,11 @@ def trial_entries(trials: Trials) -> list[dict[str, Any]]:
 
 def _entry(trials: Trials, number: int) -> dict[str, Any]:
     rungs = []
-    for rung, rows in enumerate(trials.losses.get(number, [])):
-        loss = estimate(rows, trials.seed)
+    for rung, rows in enumerate(trials.scores.get(number, [])):
+        found = estimate(rows, trials.seed)
         step = trials.steps[number][rung]
         rungs.append(
-            {"fraction": RUNGS[rung], "step": step, "objective": loss.value, "low": loss.low, "high": loss.high}
+            {"fraction": RUNGS[rung], "step": step, "objective": found.value, "low": found.low, "high": found.high}
         )
     last: dict[str, Any] = rungs[-1] if rungs else {}
     state = "failed" if number in trials.failed else "pruned" if number in trials.stopped else "running"

@@ -5,19 +5,18 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minisft.console import say, warn
 from minisft.errors import UserError
 from minisft.files import hold_lock
+from minisft.metric_names import LOSS
 from minisft.recipe import Recipe
 from minisft.run_folder import run_identity
 from minisft.search.search_result import RESULT
 from minisft.search.space import Axis, Choices, checked, combinations, default_options
 from minisft.search.study import Study
-
-if TYPE_CHECKING:
-    from minisft.training.batching import Sizes
+from minisft.search.training_rows import BaseModel, TrainingRows, prepare_folder
 
 _DEFAULT_VALIDATION = 0.1
 _ENOUGH_ROWS = 20
@@ -71,6 +70,13 @@ def only_search(output: Path) -> Iterator[None]:
         yield
 
 
+def with_fixed_split(recipe: Recipe, axes: Sequence[Axis]) -> Recipe:
+    """Return the recipe with its split fixed by `data.seed`, if `seed` is varied: trials have the same rows."""
+    if not any(axis.key == "seed" for axis in axes):
+        return recipe
+    return replace(recipe, data=replace(recipe.data, seed=recipe.data_seed))
+
+
 def with_validation(recipe: Recipe, fraction: float | None) -> Recipe:
     """Return the recipe of the trials: its test rows are validation rows, taken from the train rows."""
     data = recipe.data
@@ -80,10 +86,12 @@ def with_validation(recipe: Recipe, fraction: float | None) -> Recipe:
     return replace(recipe, data=replace(data, validation_fraction=share))
 
 
-def search_identity(recipe: Recipe, axes: Sequence[Axis], seed: int) -> dict[str, Any]:
+def search_identity(recipe: Recipe, axes: Sequence[Axis], seed: int, objective: str) -> dict[str, Any]:
     """Return what must stay the same when a search goes on."""
     varied = {axis.key for axis in axes}
     kept = {key: value for key, value in run_identity(recipe).items() if key not in varied}
+    if objective != LOSS:
+        kept["--objective"] = objective
     return json.loads(json.dumps({**kept, "--vary": [str(axis) for axis in axes], "--seed": seed}, default=str))
 
 
@@ -107,42 +115,33 @@ def refuse_other_study(study: Study, identity: dict[str, Any], output: Path, *, 
         raise UserError(output, "the storage holds this search already", "pass --resume, or choose another `output`")
 
 
-def prepare_rows(recipe: Recipe, trials_recipe: Recipe, output: Path, *, begun: bool) -> str:
-    """Prepare the rows of the trials and the test rows; return the fingerprint of the base model.
+def prepare_rows(recipe: Recipe, trials_recipe: Recipe, axes: Sequence[Axis], *, begun: bool) -> TrainingRows:
+    """Prepare the rows of the trials, and the test rows.
+
+    Args:
+        recipe: The recipe as the user gave it, with its test rows.
+        trials_recipe: The recipe of the trials, whose test rows are the validation rows.
+        axes: What is varied.
+        begun: Whether the search goes on.
 
     Raises:
-        UserError: The data cannot be used, hold no validation row, or are not those that the search began with.
+        UserError: The data cannot be used, hold no validation row, or are not those that the search began with, or a
+            value of a varied key changes the validation rows.
     """
-    from minisft.data.preparation import prepare
     from minisft.models import resolve_model, weights_fingerprint
-    from minisft.run_folder import record_base_model
-    from minisft.run_start import open_run
 
+    output = Path(trials_recipe.output)
     resolved = resolve_model(recipe.model, recipe.trust_remote_code)
-    fingerprint = weights_fingerprint(resolved.folder)
+    base = BaseModel(resolved, weights_fingerprint(resolved.folder))
+    prepared = prepare_folder(trials_recipe, output / "data", base, begun=begun)
+    if prepared.test_rows == 0:
+        problem = f"no conversation is left to validate on, of {prepared.train_rows:,}"
+        raise UserError("--validation", problem, "give more conversations with different first prompts")
+    if prepared.test_rows < _ENOUGH_ROWS:
+        warn(f"{prepared.test_rows} validation rows tell few settings apart: raise --validation")
+    say(f"data: {prepared.train_rows:,} train rows, {prepared.test_rows:,} validation rows")
     tested = replace(recipe, data=replace(recipe.data, validation_fraction=None))
-    for name, one in (("data", trials_recipe), ("test", tested)):
-        folder = replace(one, output=str(output / name))
-        with open_run(folder, prepares_only=True) as run:
-            record_base_model(run, str(resolved), fingerprint)
-            try:
-                prepared = prepare(folder, model_folder=resolved.folder, begun=begun and run.dataset.exists())
-            except UserError as error:
-                if not begun:
-                    raise
-                raise UserError(output, error.problem, "restore what changed, or choose another `output`") from None
-        if name == "data":
-            if prepared.test_rows == 0:
-                problem = f"no conversation is left to validate on, of {prepared.train_rows:,}"
-                raise UserError("--validation", problem, "give more conversations with different first prompts")
-            if prepared.test_rows < _ENOUGH_ROWS:
-                warn(f"{prepared.test_rows} validation rows tell few settings apart: raise --validation")
-            say(f"data: {prepared.train_rows:,} train rows, {prepared.test_rows:,} validation rows")
-    return fingerprint
-
-
-def read_sizes(output: Path) -> "Sizes":
-    from minisft.data.prepared import load_split
-    from minisft.training.batching import measure_lengths
-
-    return measure_lengths(load_split(output / "data", "train"))
+    prepare_folder(tested, output / "test", base, begun=begun)
+    rows = TrainingRows(trials_recipe, base, begun)
+    rows.require_same_validation(axes)
+    return rows

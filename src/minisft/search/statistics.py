@@ -40,7 +40,7 @@ _NO_SPREAD = 1e-12  # a standard error below this share of the loss is rounding
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Held-out losses of one trial at one rung.
+    """Held-out losses of one trial at one rung: the objective is the mean loss of a supervised token.
 
     Args:
         trial: Number of the trial.
@@ -67,44 +67,112 @@ class RowLosses:
             row = int(np.argmin(self.tokens >= 1))
             raise ValueError(f"trial {self.trial}: row {row} has no supervised token: leave it out for all trials")
 
+    higher_is_better = False
+
     @property
     def loss(self) -> float:
         """Mean loss per supervised token, in nats."""
         return float(self.sums.sum() / self.tokens.sum())
 
+    @property
+    def value(self) -> float:
+        return self.loss
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+
+@dataclass(frozen=True)
+class RowMeans:
+    """A number for each held-out answer of one trial at one rung: the objective is their mean.
+
+    Args:
+        trial: Number of the trial.
+        sums: float64 (answers,): the numbers, in the same order for all trials.
+        higher_is_better: Whether a higher mean is better.
+    """
+
+    trial: int
+    sums: np.ndarray
+    higher_is_better: bool
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The weight of each answer, (answers,): one."""
+        return np.ones(len(self.sums), dtype=np.int64)
+
+    @property
+    def value(self) -> float:
+        return float(self.sums.mean())
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+
+@dataclass(frozen=True)
+class CorpusScores:
+    """A corpus metric of the held-out answers of one trial at one rung, such as BLEU, which is no mean over answers.
+
+    Args:
+        trial: Number of the trial.
+        value: The score.
+        resamples: float64 (resamples,): the score of each resample; the resamples draw the same answers for all trials.
+        answers: Number of answers.
+        higher_is_better: Whether a higher score is better.
+    """
+
+    trial: int
+    value: float
+    resamples: np.ndarray
+    answers: int
+    higher_is_better: bool = True
+
+    def __len__(self) -> int:
+        return self.answers
+
+
+TrialScores = RowLosses | RowMeans | CorpusScores
+
+
+def cost(scores: TrialScores) -> float:
+    """Return the objective with the sign that makes the lowest one the best."""
+    return -scores.value if scores.higher_is_better else scores.value
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A held-out loss, in nats per supervised token, and its 95 % interval."""
+    """A held-out loss in nats per supervised token, or another objective, and its 95 % interval."""
 
     value: float
     low: float
     high: float
 
 
-def estimate(rows: RowLosses, seed: int = 0) -> Estimate:
-    """Return the mean loss per supervised token, with a 95 % percentile bootstrap interval over rows.
+def estimate(rows: TrialScores, seed: int = 0) -> Estimate:
+    """Return the objective, with a 95 % percentile bootstrap interval over rows.
 
     With few rows the interval is too narrow; `minisft.results.MIN_CONVERSATIONS` is the fewest that support one. The
     interval is that of one trial alone: two trials whose intervals overlap may still differ on the same rows.
 
     Args:
-        rows: Losses of one trial.
-        seed: Seed of the resamples.
+        rows: Losses or scores of one trial.
+        seed: Seed of the resamples; those of a corpus metric are drawn already.
     """
-    draws = resampled_rows(len(rows.sums), seed)
+    if isinstance(rows, CorpusScores):
+        return Estimate(rows.value, *percentile_interval(rows.resamples))
+    draws = resampled_rows(len(rows), seed)
     low, high = percentile_interval(rows.sums[draws].sum(axis=1) / rows.tokens[draws].sum(axis=1))
-    return Estimate(rows.loss, low, high)
+    return Estimate(rows.value, low, high)
 
 
-def best_trial(trials: Sequence[RowLosses]) -> int:
+def best_trial(trials: Sequence[TrialScores]) -> int:
     """Return the number of the trial with the lowest loss; of equals, the first.
 
     Raises:
         ValueError: There is no trial, or the trials were not scored on the same rows.
     """
     _require_same_rows(trials)
-    return min(trials, key=lambda rows: rows.loss).trial
+    return min(trials, key=cost).trial
 
 
 def stop_level(bracket: int) -> float:
@@ -117,12 +185,12 @@ def stop_level(bracket: int) -> float:
 
 
 def clearly_worse(
-    trials: Sequence[RowLosses], seed: int = 0, *, than: int | None = None, level: float = VERDICT_LEVEL
+    trials: Sequence[TrialScores], seed: int = 0, *, than: int | None = None, level: float = VERDICT_LEVEL
 ) -> list[int]:
     """Return the numbers of the trials that are worse than another one by more than chance, in the order given.
 
     Args:
-        trials: Losses on the same rows of all trials among which the compared ones were chosen.
+        trials: Losses or scores on the same rows of all trials among which the compared ones were chosen.
         seed: Seed of the resamples.
         than: Number of the trial to compare with; None: the best one of `trials`.
         level: The largest probability that any two equal trials are told apart.
@@ -136,11 +204,11 @@ def clearly_worse(
     return [number for place, number in enumerate(numbers) if worse[place, other]]
 
 
-def indistinguishable(trials: Sequence[RowLosses], seed: int = 0) -> list[int]:
+def indistinguishable(trials: Sequence[TrialScores], seed: int = 0) -> list[int]:
     """Return the numbers of the trials that cannot be told apart from the best one, without it.
 
     Args:
-        trials: Losses of all trials on the same rows.
+        trials: Losses or scores of all trials on the same rows.
         seed: Seed of the resamples.
 
     Raises:
@@ -160,7 +228,7 @@ def cheapest(numbers: Sequence[int], costs: Mapping[int, float]) -> int:
     return min(numbers, key=lambda number: costs[number])
 
 
-def _require_same_rows(trials: Sequence[RowLosses]) -> None:
+def _require_same_rows(trials: Sequence[TrialScores]) -> None:
     """Check that there are trials, that each has a number of its own, and that all were scored on the same rows."""
     if not trials:
         raise ValueError("there is no trial to compare")
@@ -168,18 +236,28 @@ def _require_same_rows(trials: Sequence[RowLosses]) -> None:
         raise ValueError(f"two trials have the same number: {[rows.trial for rows in trials]}")
     first = trials[0]
     for rows in trials[1:]:
-        if not np.array_equal(rows.tokens, first.tokens):
+        same = len(rows) == len(first) and type(rows) is type(first)
+        if same and isinstance(rows, RowLosses) and isinstance(first, RowLosses):
+            same = np.array_equal(rows.tokens, first.tokens)
+        if not same:
             raise ValueError(f"trials {first.trial} and {rows.trial} were not scored on the same rows")
 
 
-def _differences(trials: Sequence[RowLosses], seed: int, level: float) -> np.ndarray:
+def _differences(trials: Sequence[TrialScores], seed: int, level: float) -> np.ndarray:
     """Return which trial (first axis) is worse than which other one by more than chance: bool (trials, trials)."""
     _require_same_rows(trials)
     worse = np.zeros((len(trials), len(trials)), dtype=bool)
-    if len(trials[0].sums) < FEWEST_ROWS or len(trials) < 2:
+    if len(trials[0]) < FEWEST_ROWS or len(trials) < 2:
         return worse
     first, second = np.triu_indices(len(trials), 1)
-    observed, resampled = _paired_statistics(trials, first, second, seed)
+    ratios = [rows for rows in trials if not isinstance(rows, CorpusScores)]
+    corpora = [rows for rows in trials if isinstance(rows, CorpusScores)]
+    if corpora:
+        observed, resampled = _paired_corpus_statistics(corpora, first, second)
+    else:
+        observed, resampled = _paired_statistics(ratios, first, second, seed)
+    if trials[0].higher_is_better:
+        observed = -observed
     equal = np.ones(len(observed), dtype=bool)  # pairs that are not told apart
     while equal.any():
         maxima = np.sort(np.abs(resampled[equal]).max(axis=0))
@@ -192,19 +270,36 @@ def _differences(trials: Sequence[RowLosses], seed: int, level: float) -> np.nda
     return worse
 
 
+def _paired_corpus_statistics(
+    trials: Sequence[CorpusScores], first: np.ndarray, second: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `_paired_statistics` returns, for a corpus metric, whose differences are no sums over rows.
+
+    The standard error of a difference is its standard deviation over the resamples, which are centred on their mean as
+    in `minisft.evaluation.metrics.p_value` (Koehn 2004).
+    """
+    values = np.array([rows.value for rows in trials])
+    resamples = np.stack([rows.resamples for rows in trials])  # (trials, resamples)
+    differences = resamples[first] - resamples[second]
+    spread, rounding = differences.std(axis=1, ddof=1), _NO_SPREAD * max(1.0, np.abs(values).max())
+    centred = differences - differences.mean(axis=1, keepdims=True)
+    observed = _in_standard_errors(values[first] - values[second], spread, rounding)
+    return observed, _in_standard_errors(centred, spread[:, None], rounding)
+
+
 def _paired_statistics(
-    trials: Sequence[RowLosses], first: np.ndarray, second: np.ndarray, seed: int
+    trials: Sequence[RowLosses | RowMeans], first: np.ndarray, second: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the difference of each pair of trials in standard errors: observed, and centred on it in each resample.
 
     Args:
-        trials: Losses of all trials.
+        trials: Losses or other row by row numbers of all trials.
         first: int (pairs,): place of one trial of each pair.
         second: int (pairs,): place of the other one.
         seed: Seed of the resamples.
 
     Returns:
-        (pairs,), positive where the first trial is worse than the second, and (pairs, resamples).
+        (pairs,), positive where the objective of the first trial is higher, and (pairs, resamples).
     """
     sums = np.stack([np.asarray(rows.sums, dtype=np.float64) for rows in trials], axis=1)  # (rows, trials)
     tokens = np.asarray(trials[0].tokens, dtype=np.float64)

@@ -21,15 +21,11 @@ class TrialRunner:
         trials: The trials.
         pool: The processes.
         progress: What is seen of the search.
-        fingerprint: Fingerprint of the base model's weights.
         keeps_own: Whether the trial with the recipe's own settings will be trained to its end, even if it is stopped.
     """
 
-    def __init__(
-        self, trials: Trials, pool: TrialPool, progress: SearchProgress, fingerprint: str, *, keeps_own: bool
-    ) -> None:
-        self.trials, self.pool, self.progress = trials, pool, progress
-        self.fingerprint, self.keeps_own = fingerprint, keeps_own
+    def __init__(self, trials: Trials, pool: TrialPool, progress: SearchProgress, *, keeps_own: bool) -> None:
+        self.trials, self.pool, self.progress, self.keeps_own = trials, pool, progress, keeps_own
 
     def load(self, number: int) -> bool:
         """Make the run folder of a trial; return whether it can be trained, and record that it failed if not."""
@@ -41,7 +37,7 @@ class TrialRunner:
         return True
 
     def train(self, numbers: Sequence[int], rung: int) -> None:
-        """Train trials to a rung, unless that is done, and read their losses there."""
+        """Train trials to a rung, unless that is done, and read their losses or scores there."""
         trials = self.trials
         missing = [n for n in numbers if not trials.read_rung(n, rung) and not trials.read_failure(n)]
         jobs = [self._job(number, rung) for number in missing]
@@ -68,18 +64,21 @@ class TrialRunner:
             drop_optimizer_states(folder, keep=folder)  # none is kept
 
     def _job(self, number: int, rung: int) -> Job:
-        recipe, steps = self.trials.recipe_of(number), self.trials.steps[number]
+        trials = self.trials
+        recipe, steps = trials.recipe_of(number), trials.steps[number]
         is_last = rung == len(RUNGS) - 1
         return Job(
             "train",
             recipe.output,
-            str(self.trials.log(number)),
-            losses=str(self.trials.losses_file(number, rung)),
+            str(trials.log(number)),
+            losses=str(trials.losses_file(number, rung)),
             trial=number,
             step=None if is_last else steps[rung],
             temporary_steps=tuple(step for step in steps[:-1] if not self._is_saved_anyway(recipe, step)),
-            fingerprint=self.fingerprint,
+            fingerprint=trials.rows.base.fingerprint,
             trust_remote_code=recipe.trust_remote_code,
+            metric=None if trials.objective.metric is None else {"entry": trials.objective.metric},
+            answers=str(trials.answers_folder()),
         )
 
     def _is_saved_anyway(self, recipe: Recipe, step: int) -> bool:
@@ -88,7 +87,7 @@ class TrialRunner:
         if training.save_every != "epoch":
             return step % int(training.save_every) == 0
         batch = training.batch_size * training.processes * training.gradient_accumulation
-        return not training.packing and step % -(-len(self.trials.sizes) // batch) == 0
+        return not training.packing and step % -(-len(self.trials.rows.sizes(recipe)) // batch) == 0
 
     def _fail(self, number: int, error: str) -> None:
         warn(f"trial {number} failed, and the others go on: {error}")

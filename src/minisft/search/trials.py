@@ -1,26 +1,24 @@
 """What is known of the trials of a search: their settings, losses, states, and the files that hold them.
 
-Everything follows from the losses on disk and from the settings in Optuna's storage, so that a search which was killed
-knows the same again.
+Everything follows from the losses or scores on disk and from the settings in Optuna's storage, so that a search which
+was killed knows the same again.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from minisft.comparison.shared_files import begin_variant
 from minisft.recipe import Recipe
 from minisft.run_folder import RunFolder
 from minisft.search.halving import best_and_ties
-from minisft.search.rung_losses import read_losses, rung_steps
+from minisft.search.objective import Objective, read_scores
+from minisft.search.rung_losses import rung_steps
 from minisft.search.space import Axis, Range, checked, holds, own_settings
-from minisft.search.statistics import RowLosses
+from minisft.search.statistics import TrialScores
 from minisft.search.study import Study
-
-if TYPE_CHECKING:
-    from minisft.training.batching import Sizes
+from minisft.search.training_rows import TrainingRows
 
 SHARED_FILES = ("dataset", "base_model.json")  # of a run folder, which all trials share
 
@@ -29,23 +27,25 @@ class Trials:
     """The trials of a search.
 
     Args:
-        recipe: The recipe of the trials, whose test rows are the validation rows; its `output` is the search's folder.
+        rows: The prepared rows. Their `recipe` is that of the trials; its `output` is the search's folder.
         axes: What is varied.
         study: The trials in Optuna's storage.
-        sizes: Tokens of the train rows.
         seed: Seed of the bootstrap.
+        objective: What the search optimizes.
 
     Attributes:
-        losses: Of each trial, its losses at the rungs that it has reached.
+        scores: Of each trial, its losses or scores at the rungs that it has reached.
         steps: Of each trial that can be trained, the steps of all rungs.
         stopped: Of each trial that was stopped early, the reason.
         failed: Of each trial that failed, the error.
     """
 
-    def __init__(self, recipe: Recipe, axes: Sequence[Axis], study: Study, sizes: "Sizes", seed: int) -> None:
-        self.recipe, self.axes, self.study, self.sizes, self.seed = recipe, axes, study, sizes, seed
+    def __init__(self, rows: TrainingRows, axes: Sequence[Axis], study: Study, seed: int, objective: Objective) -> None:
+        self.objective = objective
+        self.rows, self.axes, self.study, self.seed = rows, axes, study, seed
+        self.recipe = recipe = rows.recipe
         self.output = Path(recipe.output)
-        self.losses: dict[int, list[RowLosses]] = {}
+        self.scores: dict[int, list[TrialScores]] = {}
         self.steps: dict[int, list[int]] = {}
         self.stopped: dict[int, str] = {}
         self.failed: dict[int, str] = {}
@@ -69,26 +69,26 @@ class Trials:
         """Make the run folder of a trial, unless that is done.
 
         Raises:
-            UserError: The recipe refuses the trial's settings.
+            UserError: The recipe refuses the trial's settings, or they change the validation rows.
         """
-        self.losses.setdefault(number, [])
+        self.scores.setdefault(number, [])
         if number in self.steps:
             return
         recipe = self.recipe_of(number)
-        begin_variant(recipe, [self.output / "data"], SHARED_FILES)
-        self.steps[number] = rung_steps(self.sizes, recipe)
+        begin_variant(recipe, [self.rows.folder(recipe)], SHARED_FILES)
+        self.steps[number] = rung_steps(self.rows.sizes(recipe), recipe)
 
     def read_rung(self, number: int, rung: int) -> bool:
-        """Read the losses of a trial at a rung, if they are there, and report the loss to Optuna.
+        """Read the losses or scores of a trial at a rung, if they are there, and report the objective to Optuna.
 
         Returns:
             Whether they are there.
         """
-        path = self.losses_file(number, rung)
-        if len(self.losses[number]) <= rung and path.exists():
-            self.losses[number].append(read_losses(path, number))
-            self.study.report(number, rung, self.losses[number][rung].loss)
-        return len(self.losses[number]) > rung
+        path = self.scores_file(number, rung)
+        if len(self.scores[number]) <= rung and path.exists():
+            self.scores[number].append(read_scores(path, number, self.objective))
+            self.study.report(number, rung, self.scores[number][rung].value)
+        return len(self.scores[number]) > rung
 
     def read_failure(self, number: int) -> bool:
         """Read the error of a trial that failed; return whether it did."""
@@ -100,7 +100,7 @@ class Trials:
 
     def best_and_ties(self) -> tuple[int, list[int]] | None:
         """Return the best complete trial, and those that cannot be told apart from it; None if none is complete."""
-        sound = {number: reached for number, reached in self.losses.items() if number not in self.failed}
+        sound = {number: reached for number, reached in self.scores.items() if number not in self.failed}
         return best_and_ties(sound, self.seed)
 
     def recipe_of(self, number: int) -> Recipe:
@@ -125,6 +125,10 @@ class Trials:
 
     def losses_file(self, number: int, rung: int) -> Path:
         return self.output / "losses" / f"trial-{number}-rung-{rung}.npz"
+
+    def answers_folder(self) -> Path:
+        """Return the folder for the answers of all trials to the validation prompts, if the objective is a metric."""
+        return self.output / "validation"
 
     def failure_file(self, number: int) -> Path:
         return self.output / "losses" / f"trial-{number}-failed.json"
