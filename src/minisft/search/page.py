@@ -33,9 +33,10 @@ _KINDS = {  # the legend of all charts, in the order in which it is read
     "worse": "worse",
     "stopped": "trained for fewer steps, so pale",
 }
-_NOTES = """<p class="soft">Trials are compared row by row on the same held-out rows (paired bootstrap, model confidence
-set), so two trials may differ although their intervals overlap. A trial that was stopped early is compared with the
-best one at its last rung, and has the {objective} of that rung.</p>
+_NOTES = """<p class="soft">Trials are compared row by row on the same held-out rows (paired bootstrap), so two trials
+may differ although their intervals overlap. With a probability of 95 %, no trial that is as good as the best one is
+called worse. A trial that was stopped early is compared with the best one at its last rung, and has the {objective} of
+that rung.</p>
 """
 
 

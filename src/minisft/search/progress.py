@@ -159,4 +159,9 @@ class TrialTable:
             table.add_row(*map(Text, (*cells, state)))
         yield table
         if len(self.trials) > shown:
-            yield Text(f"and {len(self.trials) - shown} trials that are not shown here", style="dim")
+            yield Text(
+                f"and {len(self.trials) - shown} trials that are not shown here",
+                "dim",
+                no_wrap=True,
+                overflow="ellipsis",
+            )

@@ -90,8 +90,7 @@ def search_identity(recipe: Recipe, axes: Sequence[Axis], seed: int, objective: 
     """Return what must stay the same when a search goes on."""
     varied = {axis.key for axis in axes}
     kept = {key: value for key, value in run_identity(recipe).items() if key not in varied}
-    if objective != LOSS:
-        kept["--objective"] = objective
+    kept["--objective"] = objective
     return json.loads(json.dumps({**kept, "--vary": [str(axis) for axis in axes], "--seed": seed}, default=str))
 
 
@@ -105,6 +104,7 @@ def refuse_other_study(study: Study, identity: dict[str, Any], output: Path, *, 
     if earlier is None or not study.settings:
         study.record("identity", identity)
         return
+    earlier = {"--objective": LOSS, **earlier}  # a study of an earlier version has no other one
     changed = [key for key in {**earlier, **identity} if earlier.get(key) != identity.get(key)]
     if changed:
         key = changed[0]
