@@ -107,7 +107,9 @@ def write_score(path: Path, score: "Score", seconds: float) -> None:
     """Write what the bootstrap of a score needs, complete or not at all, with the seconds that computing it took."""
     from minisft.evaluation.metrics import CorpusScore
 
-    numbers = {"counts": score.counts} if isinstance(score, CorpusScore) else {"values": np.array(score.rows())}
+    numbers: dict[str, Any] = {"values": np.array(score.rows())}
+    if isinstance(score, CorpusScore):
+        numbers = {"counts": score.counts}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         np.savez(file, seconds=np.array(seconds), **numbers)

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from minisft.errors import UserError
 from minisft.search.budget import BRACKET
@@ -56,7 +56,7 @@ class Study:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.axes, self._seed = list(axes), seed
-        self._direction = "maximize" if higher_is_better else "minimize"
+        self._direction: Literal["minimize", "maximize"] = "maximize" if higher_is_better else "minimize"
         self._expected = 0  # number of trials that the budget pays for
         try:
             self._study = optuna.create_study(

@@ -84,7 +84,7 @@ class Trials:
         Returns:
             Whether they are there.
         """
-        path = self.scores_file(number, rung)
+        path = self.losses_file(number, rung)
         if len(self.scores[number]) <= rung and path.exists():
             self.scores[number].append(read_scores(path, number, self.objective))
             self.study.report(number, rung, self.scores[number][rung].value)
