@@ -143,7 +143,8 @@ class TrialTable:
     def __rich_console__(self, terminal: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(box=None, pad_edge=False)
         for head in ("trial", "settings", "rung", f"{metric_title(self.objective)}, 95 % interval", "state"):
-            table.add_column(head, no_wrap=True, overflow="ellipsis")
+            # in a narrow terminal the settings are shortened first, since only their column may wrap
+            table.add_column(head, no_wrap=head != "settings", overflow="ellipsis")
         # below the rows are what is being waited for and the cursor; above them the head
         shown = max(1, options.size.height - _OTHER_LINES)
         going_on = sorted(self.trials, key=lambda trial: (trial["state"] in ("pruned", "failed"), -trial["number"]))
@@ -156,7 +157,7 @@ class TrialTable:
                 rung,
                 objective_text(trial, self.objective),
             )
-            table.add_row(*map(Text, (*cells, state)))
+            table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in (*cells, state)))
         yield table
         if len(self.trials) > shown:
             yield Text(

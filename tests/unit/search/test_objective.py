@@ -13,6 +13,8 @@ from minisft.search.objective import Objective, read_objective, read_scores, wit
 from minisft.search.statistics import best_trial, clearly_worse, estimate, indistinguishable
 from tests.tiny import WORDS
 
+AGREES = {"regex": "^yes", "name": "agrees"}
+FUNCTION = "tests.unit.search.test_objective:shortness"
 METRICS = [
     "bleu",
     {"regex": "^yes", "name": "agrees"},
@@ -61,9 +63,9 @@ def trial(folder, number, score, objective=BLEU):
         ("loss", Objective()),
         ("bleu", BLEU),
         ("chrf", Objective("chrf", True, "chrf")),
-        ("agrees", Objective("agrees", True, METRICS[1])),
+        ("agrees", Objective("agrees", True, AGREES)),
         ("refusal", Objective("refusal", False, "refusal")),
-        (METRICS[-1], Objective(METRICS[-1], True, METRICS[-1])),
+        (FUNCTION, Objective(FUNCTION, True, FUNCTION)),
         (f"{__name__}:penalty", Objective(f"{__name__}:penalty", False, f"{__name__}:penalty")),
     ],
 )
@@ -126,10 +128,10 @@ def test_the_direction_of_a_mean_decides_which_trial_is_best(tmp_path, higher):
 
 
 def test_equal_corpora_are_rarely_told_apart(tmp_path):
-    """0.05 and two standard errors of 100 sets of four models whose answers are as good as each other's."""
+    """0.05 and two standard errors of 40 sets of four models whose answers are as good as each other's."""
     wrong = 0
-    for seed in range(100):
+    for seed in range(40):
         scores = [CorpusScore("bleu", *corpus(0.7 + number * 1e-9, seed, answers=40)) for number in range(4)]
         trials = [trial(tmp_path, number, score) for number, score in enumerate(scores)]
         wrong += any(clearly_worse(trials, than=one.trial, level=0.05) for one in trials)
-    assert wrong / 100 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 100)
+    assert wrong / 40 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 40)

@@ -14,9 +14,10 @@ def entry(number, state="running", **more):
 
 
 def lines(table, width=100, height=24):
-    console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
+    file = io.StringIO()
+    console = Console(file=file, width=width, height=height, color_system=None)
     console.print(table)
-    return console.file.getvalue().splitlines()
+    return file.getvalue().splitlines()
 
 
 def test_a_trial_has_its_settings_rung_loss_and_state():
@@ -29,6 +30,7 @@ def test_a_trial_has_its_settings_rung_loss_and_state():
     assert "1.2500 [1.0000, 1.5000]  pruned" in shown[1]
     assert "step 3 of 9, train loss 2.1000" in shown[2]
     assert "failed" in shown[3]
+    assert "1.2500 [1.0000, 1.5000]  pruned" in lines(TrialTable(trials, "loss", {}), width=60)[1]
     assert "BLEU, 95 % interval" in lines(TrialTable(trials, "bleu", {}))[0]
 
 
