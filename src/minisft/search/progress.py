@@ -88,7 +88,7 @@ class SearchProgress:
         for number, (lines, last) in self._running.items():
             newest = lines.read_end()[-1:]
             if newest and newest[0]["step"] < last:
-                states[number] = f"step {newest[0]['step']} of {last}, train loss {newest[0]['loss']:.4f}"
+                states[number] = f"step {newest[0]['step']} of {last}"
         left = self._seconds_left()
         self._display.body = TrialTable(self._trials, self.objective, states)
         self._display.waiting_for = "training trials" + ("" if left is None else f"; at most {duration(left)} left")
@@ -144,7 +144,7 @@ class TrialTable:
         table = Table(box=None, pad_edge=False)
         for head in ("trial", "settings", "rung", f"{metric_title(self.objective)}, 95 % interval", "state"):
             # in a narrow terminal the settings are shortened first, since only their column may wrap
-            table.add_column(head, no_wrap=head != "settings", overflow="ellipsis")
+            table.add_column(head, no_wrap=head != "settings", overflow="ellipsis", min_width=5)
         # below the rows are what is being waited for and the cursor; above them the head
         shown = max(1, options.size.height - _OTHER_LINES)
         going_on = sorted(self.trials, key=lambda trial: (trial["state"] in ("pruned", "failed"), -trial["number"]))

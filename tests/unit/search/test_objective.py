@@ -15,13 +15,7 @@ from tests.tiny import WORDS
 
 AGREES = {"regex": "^yes", "name": "agrees"}
 FUNCTION = "tests.unit.search.test_objective:shortness"
-METRICS = [
-    "bleu",
-    {"regex": "^yes", "name": "agrees"},
-    "length",
-    "refusal",
-    "tests.unit.search.test_objective:shortness",
-]
+METRICS = ["bleu", AGREES, "length", "refusal", FUNCTION]
 BLEU = Objective("bleu", True, "bleu")
 
 
