@@ -88,9 +88,12 @@ def with_validation(recipe: Recipe, fraction: float | None) -> Recipe:
 
 def search_identity(recipe: Recipe, axes: Sequence[Axis], seed: int, objective: str) -> dict[str, Any]:
     """Return what must stay the same when a search goes on."""
-    varied = {axis.key for axis in axes}
+    # the recipe's own values of varied keys of `data`, and its split, say which rows all trials are validated on
+    varied = {axis.key for axis in axes if not axis.key.startswith("data.")}
     kept = {key: value for key, value in run_identity(recipe).items() if key not in varied}
     kept["--objective"] = objective
+    if "seed" in varied:
+        kept["data.seed"] = recipe.data_seed
     return json.loads(json.dumps({**kept, "--vary": [str(axis) for axis in axes], "--seed": seed}, default=str))
 
 
