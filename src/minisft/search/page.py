@@ -267,7 +267,8 @@ def _keys(study: dict[str, Any]) -> list[str]:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """Return a text as the beginning of a sentence; names such as chrF keep their case."""
+    return text if any(map(str.isupper, text)) else text[:1].upper() + text[1:]
 
 
 def _rung_points(trial: dict[str, Any]) -> list[list[float]]:
