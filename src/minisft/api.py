@@ -702,6 +702,7 @@ def search(
     seed: int = 0,
     resume: bool = False,
     defaults: bool = True,
+    objective: str = "loss",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Search the best settings of a recipe; return the content of search.json.
@@ -721,6 +722,7 @@ def search(
         seed: Seed of the sampler and of the bootstrap.
         resume: Go on with the search in the folder.
         defaults: Train the recipe's own settings to the end too, to score them beside the winner.
+        objective: What chooses the best trial: "loss", or a metric of the answers to the validation rows.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
@@ -734,7 +736,7 @@ def search(
         from minisft.search.search import SearchOptions
         from minisft.search.search import search as search_settings
 
-    options = SearchOptions(tuple(vary), budget, validation, workers, storage, seed, resume, defaults)
+    options = SearchOptions(tuple(vary), budget, validation, workers, storage, seed, resume, defaults, objective)
     return search_settings(found, options)
 
 

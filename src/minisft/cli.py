@@ -180,7 +180,7 @@ def compare(arguments: Arguments) -> int:
 def search(arguments: Arguments) -> None:
     from minisft import api
 
-    names = ("vary", "budget", "validation", "workers", "storage", "seed", "resume", "defaults")
+    names = ("vary", "budget", "validation", "workers", "storage", "seed", "resume", "defaults", "objective")
     with _json_alone(arguments) as print_json:
         if arguments.range_test:
             _refuse_beside_range_test(arguments)
@@ -193,6 +193,8 @@ def _refuse_beside_range_test(arguments: Arguments) -> None:
     for name in ("vary", "budget", "validation", "storage", "resume"):
         if getattr(arguments, name):
             raise UserError("--lr-range", f"--{name} is of a search", f"leave out --{name}, or leave out --lr-range")
+    if arguments.objective != "loss":
+        raise UserError("--lr-range", "--objective is of a search", "leave out --objective, or leave out --lr-range")
 
 
 def report(arguments: Arguments) -> None:

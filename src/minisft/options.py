@@ -275,7 +275,12 @@ def compare(parser: Parser) -> None:
 def search(parser: Parser) -> None:
     parser.add_argument(
         "--vary", action="append", default=[], metavar="KEY=LOW..HIGH|KEY=A,B",
-        help="a key of `training` and its range or values; repeatable; default: learning rate, epochs, batch size",
+        help="a key of `training`, seed, data.max_length or data.overflow, and its range or values; repeatable; "
+        "default: learning rate, epochs, batch size",
+    )  # fmt: skip
+    parser.add_argument(
+        "--objective", default="loss", metavar="NAME",
+        help="what chooses the best trial: loss (default), or a metric of the validation answers, such as bleu",
     )  # fmt: skip
     parser.add_argument(
         "--budget", metavar="30m|3x|20",

@@ -49,6 +49,7 @@ class DataRecipe:
     test: str | list[Any] | dict[str, Any] | None = None
     test_fraction: float = 0.1
     validation_fraction: float | None = None
+    seed: int | None = None
     limit: int | None = None
     verify: bool = True
     processes: int | None = None
@@ -61,6 +62,8 @@ class DataRecipe:
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             problem = f"must be above 0 and below 1, and is {self.validation_fraction}"
             raise UserError("data.validation_fraction", problem, "give a fraction such as 0.1, or leave it out")
+        if self.seed is not None:
+            _require_not_negative("data.", self, "seed")
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,11 @@ class Recipe:
         if self.seed > LARGEST_SEED:
             problem = f"{self.seed} is too large: it must be at most {LARGEST_SEED}"
             raise UserError("seed", problem, "give a number of 32 bits, as numpy and torch take it")
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the split and of the sources' weights: `data.seed`, or `seed`."""
+        return self.seed if self.data.seed is None else self.data.seed
 
 
 def _require_not_negative(section: str, recipe: Any, *keys: str) -> None:

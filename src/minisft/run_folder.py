@@ -29,7 +29,7 @@ _LARGEST = {
     "checkpoints/*/*config.json": 16 << 20, "checkpoints/*/tokenizer.json": 128 << 20,
 }  # fmt: skip
 # Keys that may change on --resume, since the losses and weights do not depend on them.
-_FREE_DATA_KEYS = ("verify", "processes")
+_FREE_DATA_KEYS = ("verify", "processes", "seed")
 _FREE_TRAINING_KEYS = (
     "strategy", "processes", "batch_size", "gradient_accumulation", "save_every", "log_every",
     "gradient_checkpointing", "row_tokens", "memory_limit_gb", "report_to", "keep_optimizer", "keep_checkpoints",
@@ -190,6 +190,8 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     batch = training.global_batch
     keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
     keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
+    if recipe.data_seed != recipe.seed:
+        keys["data.seed"] = recipe.data_seed
     free = _FREE_TRAINING_KEYS
     if training.early_stopping is None or training.early_stopping_by != "loss":
         free += ("eval_every",)

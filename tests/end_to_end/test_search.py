@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sacrebleu.metrics import CHRF
 
 pytest.importorskip("optuna")
 
@@ -238,6 +239,45 @@ def test_asked_to_stop_it_saves_and_goes_on(searched, tmp_path, tiny_model, talk
     done = minisft(*command[3:], "--resume")
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "run") == outcome(output)
+
+
+@pytest.mark.long
+def test_a_metric_chooses_among_trials_whose_seed_and_length_differ(tmp_path, tiny_model, talks):
+    recipe = write_recipe(tmp_path, tiny_model, talks, SETTINGS)
+    varied = ["--vary", "seed=0,1", "--vary", "data.max_length=256,300", "--objective", "chrf"]
+    done = minisft("search", recipe, *varied, "--validation", "0.3", "--no-defaults", "--json")
+    assert done.returncode == 0, done.stderr
+    output, found = tmp_path / "run", json.loads(done.stdout)
+    assert (found["objective"], found["higher_is_better"]) == ("chrf", True)
+    assert [(one["settings"]["seed"], one["settings"]["data.max_length"]) for one in found["trials"]] == [
+        (0, 256), (0, 300), (1, 256), (1, 300),
+    ]  # fmt: skip
+    assert len({tuple(_ids(output / trial["run"], "test")) for trial in found["trials"]}) == 1
+    assert len({line["loss"] for run in "02" for line in read_metrics(RunFolder(output / "trials" / run))[:1]}) == 2
+    best = found["trials"][found["best"]["number"]]
+    outputs = output / "validation" / f"trial-{best['number']}-{best['steps']}" / "outputs.jsonl"
+    answers = [json.loads(line) for line in outputs.read_text().splitlines()]
+    texts = [[" ".join(answer[key].splitlines()) for answer in answers] for key in ("output", "reference")]
+    assert best["objective"] == pytest.approx(CHRF().corpus_score(texts[0], [texts[1]]).score)
+    assert best["objective"] == max(one["objective"] for one in found["trials"] if one["state"] == "complete")
+    assert {"bleu", "chrf", "loss"} <= set(found["test"]["best"])
+    done = minisft("train", output / found["best"]["recipe"])
+    assert done.returncode == 0, done.stderr
+    assert bits(output / "best") == bits(output / found["best"]["run"])
+    other = minisft("search", recipe, *varied[:-2], "--validation", "0.3", "--no-defaults", "--resume")
+    assert "--objective is 'chrf' there, 'loss' here" in other.stderr
+
+
+def test_a_value_that_changes_the_validation_rows_is_refused_before_any_trial(capsys, recipe_file, tmp_path):
+    error = refused(capsys, "search", recipe_file, "--vary", "data.max_length=48,256")
+    assert "--vary data.max_length=48" in error
+    assert "trials are compared on the same ones" in error or "changes the validation rows" in error
+    assert not list((tmp_path / "run").glob("trials/*"))
+
+
+def test_an_objective_that_does_not_exist_is_refused(capsys, recipe_file, tmp_path):
+    assert "there is no metric 'blue'" in refused(capsys, "search", recipe_file, "--objective", "blue")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_range_test_prints_the_rates_and_leaves_no_run(capsys, recipe_file, tmp_path):

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 Fingerprint = Mapping[str, Any]  # a hash for each thing that a data set depends on, by the thing's name
-_FREE_KEYS = ("processes", "verify")  # keys of the data recipe that do not change the rows
+# Keys of the data recipe that do not change the rows; its seed is hashed as `data_seed`.
+_FREE_KEYS = ("processes", "verify", "seed")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.py")
 _NAMES = {
     "recipe": "the recipe's data keys",
@@ -51,7 +52,7 @@ def fingerprint(recipe: Recipe, sources: Mapping[str, Sequence[Source]], templat
     code = _hash_files([(str(path.relative_to(folder)), path) for path in sorted(folder.rglob("*.py"))])
     settings = {name: value for name, value in vars(recipe.data).items() if name not in _FREE_KEYS}
     return {
-        "recipe": _hash_json([settings, recipe.seed]),
+        "recipe": _hash_json([settings, recipe.data_seed]),
         "sources": hashes,
         "template": "" if template is None else _hash_files([("", template)]),
         "program": _hash_json([__version__, version("tokenizers"), version("transformers"), code]),

@@ -74,9 +74,9 @@ def encode_sources(
     """
     import pyarrow as pa
 
-    streams = [read_source(source, index, recipe.seed) for index, source in enumerate(sources)]
+    streams = [read_source(source, index, recipe.data_seed) for index, source in enumerate(sources)]
     chunks, detected = with_formats(streams, sources, recipe.data)
-    task = ChunkTask(recipe.data, tuple(detected), recipe.seed)
+    task = ChunkTask(recipe.data, tuple(detected), recipe.data_seed)
     kinds = (np.uint64, np.uint64, np.int32, np.int32)
     columns: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in kinds]
     place, conversations = schema().get_field_index("conversation"), 0

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from minisft.errors import UserError
-from minisft.evaluation.backends import Workers, default_processes
+from minisft.evaluation.backends import Workers, place_model
+from minisft.evaluation.generation import inference_dtype
 from minisft.evaluation.row_metrics import load_row_metrics
 from minisft.evaluation.run_evaluation import best_by, make_evaluator
 from minisft.files import hold_lock
@@ -33,9 +34,9 @@ class CheckpointScorer:
     def __init__(self, recipe: Recipe, output: Path) -> None:
         row_metrics = load_row_metrics(parse_metrics(recipe.evaluation.metrics))
         self.metric, self.higher_is_better = best_by(recipe.evaluation, row_metrics)
-        self._processes = recipe.evaluation.processes or default_processes()
         base = resolve_model(recipe.model, recipe.trust_remote_code).folder
-        self._evaluator = make_evaluator(recipe, output, base, Workers(1), row_metrics)
+        self._placement = place_model(base, inference_dtype(recipe.training.precision), recipe.evaluation)
+        self._evaluator = make_evaluator(recipe, output, base, self._workers(), row_metrics)
         if not self._evaluator.held_out.first.examples:
             problem = "there are no held-out answers to score"
             fix = "set data.test_fraction above 0, or data.test, and train again"
@@ -55,7 +56,7 @@ class CheckpointScorer:
                 stack.enter_context(hold_lock(folder / ".lock"))
             except BlockingIOError:  # `evaluate --follow` is at work, and two processes must not write one cache
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisft-")))
-            workers = stack.enter_context(Workers(self._processes))
+            workers = stack.enter_context(self._workers())
             evaluator = replace(self._evaluator, workers=workers, folder=folder)
             scored = evaluator.evaluate_model(checkpoint.name, checkpoint)
         if self.metric not in scored.scores:
@@ -63,3 +64,6 @@ class CheckpointScorer:
             fix = f"{error.fix}; then resume with --resume: {checkpoint.name} is complete, and is scored first"
             raise UserError(error.where, error.problem, fix)
         return scored.scores[self.metric].score
+
+    def _workers(self) -> Workers:
+        return Workers(self._placement.processes, self._placement.gpus_each)

@@ -52,6 +52,12 @@ class Interval:
         }
 
 
+def _sacrebleu_metric(name: str) -> Any:
+    metric: Any = {"bleu": BLEU, "chrf": CHRF}[name]()
+    metric._force = True  # else sacrebleu warns of tokenised text if many answers end in " ."
+    return metric
+
+
 class CorpusScore:
     """A corpus metric of outputs against their references, computed from sacrebleu's counts of each row.
 
@@ -63,12 +69,18 @@ class CorpusScore:
 
     def __init__(self, metric: str, outputs: Sequence[str], references: Sequence[str]) -> None:
         assert len(outputs) == len(references) > 0
-        self._metric: Any = {"bleu": BLEU, "chrf": CHRF}[metric]()
-        self._metric._force = True  # else sacrebleu warns of tokenised text if many answers end in " ."
+        self._metric = _sacrebleu_metric(metric)
         rows = self._metric._extract_corpus_statistics(
             [one_line(text) for text in outputs], [[one_line(text) for text in references]]
         )
         self.counts = np.array(rows, dtype="int64")  # [rows, counts]
+
+    @classmethod
+    def from_counts(cls, metric: str, counts: np.ndarray) -> "CorpusScore":
+        """Return the score whose `counts` were kept, int64 [rows, counts]."""
+        score = cls.__new__(cls)
+        score._metric, score.counts = _sacrebleu_metric(metric), counts
+        return score
 
     @cached_property
     def score(self) -> float:

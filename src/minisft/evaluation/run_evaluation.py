@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,31 @@ def _find_base(recipe: Recipe, run: RunFolder) -> Path:
             "give a smaller number",
         )
     return resolved.folder
+
+
+def score_model(
+    recipe: Recipe, output: Path, name: str, weights: Path, folder: Path
+) -> tuple[ScoredModel, list[UserError]]:
+    """Score one model on a run's held-out conversations, beside any evaluation of the run: results.json stays as it is.
+
+    Args:
+        recipe: The run's recipe, with the metrics to compute.
+        output: The run folder, whose held-out conversations are answered.
+        name: Name of the model, NAME-STEP.
+        weights: Its folder.
+        folder: Folder for its answers, in a folder of its name, and for the result cache.
+
+    Returns:
+        Its scores, and the errors of metrics that failed.
+
+    Raises:
+        UserError: There are no held-out conversations, or `max_new_tokens` leaves no room for a prompt.
+    """
+    row_metrics = load_row_metrics(parse_metrics(recipe.evaluation.metrics))
+    base = _find_base(recipe, RunFolder(output))
+    with Workers(1) as workers:
+        evaluator = replace(make_evaluator(recipe, output, base, workers, row_metrics), folder=folder)
+        return evaluator.evaluate_model(name, weights), list(evaluator.failures.values())
 
 
 def make_evaluator(

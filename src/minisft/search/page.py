@@ -1,6 +1,9 @@
 """The page of a search: one file that opens offline, from `search.json` and the metric logs of the trials."""
 
+import json
 import math
+import re
+import shlex
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from minisft.report.verdict import SAME_SPEED
 from minisft.results import MIN_CONVERSATIONS
 from minisft.run_folder import RunFolder, read_metrics
 from minisft.search.charts import Mark, bar_chart, in_drawing_order, parallel_chart, slice_chart, style, text_of
+from minisft.search.objective import objective_text
 from minisft.search.statistics import cheapest
 
 _STATES = {
@@ -29,9 +33,10 @@ _KINDS = {  # the legend of all charts, in the order in which it is read
     "worse": "worse",
     "stopped": "trained for fewer steps, so pale",
 }
-_NOTES = """<p class="soft">Trials are compared row by row on the same held-out rows (paired bootstrap, model confidence
-set), so two trials may differ although their intervals overlap. A trial that was stopped early is compared with the
-best one at its last rung, and has the {objective} of that rung.</p>
+_NOTES = """<p class="soft">Trials are compared row by row on the same held-out rows (paired bootstrap), so two trials
+may differ although their intervals overlap. With a probability of 95 %, no trial that is as good as the best one is
+called worse. A trial that was stopped early is compared with the best one at its last rung, and has the {objective} of
+that rung.</p>
 """
 
 
@@ -67,7 +72,8 @@ def search_verdict(study: dict[str, Any]) -> list[str]:
     best = trials[study["best"]["number"]]
     tied = sorted(number for number in study["indistinguishable"] if number in trials)
     settings = settings_text(best["settings"])
-    sentences = [f"Trial {best['number']} is best, with {settings}: {_objective_name(study)} {_objective_text(best)}."]
+    objective = f"{_objective_name(study)} {objective_text(best, study['objective'])}"
+    sentences = [f"Trial {best['number']} is best, with {settings}: {objective}."]
     if len(tied) == 1:
         sentences.append(f"Trial {tied[0]} cannot be told apart from it.")
     elif tied:
@@ -134,14 +140,6 @@ def _objective_name(study: dict[str, Any]) -> str:
     return "held-out loss" if study["objective"] == "loss" else METRIC_NAMES.get(study["objective"], study["objective"])
 
 
-def _objective_text(trial: dict[str, Any]) -> str:
-    """Return the objective of a trial with its interval; "" if it has none."""
-    value, low, high = (trial.get(key) for key in ("objective", "low", "high"))
-    if value is None or not math.isfinite(value):
-        return ""
-    return f"{value:.4f}" if low is None or high is None else f"{value:.4f} [{low:.4f}, {high:.4f}]"
-
-
 def _mark(trial: dict[str, Any], study: dict[str, Any]) -> Mark:
     """Return a trial as the charts draw it."""
     number, objective = trial["number"], trial.get("objective")
@@ -155,7 +153,7 @@ def _mark(trial: dict[str, Any], study: dict[str, Any]) -> Mark:
         kind = "worse" if trial["state"] == "complete" else "stopped"
     title = f"trial {number} ({_STATES[trial['state']]}): {settings_text(trial['settings'])}"
     if objective is not None:
-        title += f": {_objective_text(trial)}"
+        title += f": {objective_text(trial, study['objective'])}"
     return Mark(title, trial["settings"], objective, trial.get("low"), trial.get("high"), kind)
 
 
@@ -171,18 +169,18 @@ def _body(output: Path, study: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     curves, data = _curves(output, study, marks, legend)
     parts = [
         f'<div class="verdict">{sentences}</div>\n',
-        _failures(study["trials"]),
-        _recipes(output, study),
+        _failures(output, study["trials"]),
         _test_scores(study),
         _charts(study, marks, legend),
         curves,
+        _recipes(output, study),
         _trials(study, marks),
         f'<p class="soft">This page was written with {escape(environment())}.</p>\n',
     ]
     return "".join(parts), data
 
 
-def _failures(trials: list[dict[str, Any]]) -> str:
+def _failures(output: Path, trials: list[dict[str, Any]]) -> str:
     """Return the settings and the errors of the trials that failed."""
     parts = []
     for trial in trials:
@@ -190,15 +188,17 @@ def _failures(trials: list[dict[str, Any]]) -> str:
             settings = escape(settings_text(trial["settings"]))
             parts.append(f'<p class="bad">Trial {trial["number"]} failed, the others continued: {settings}</p>\n')
             if trial.get("error"):
-                parts.append(f'<pre tabindex="0">{escape(str(trial["error"]))}</pre>\n')
+                parts.append(f'<pre tabindex="0">{escape(_relative_paths(str(trial["error"]), output))}</pre>\n')
     return "".join(parts)
 
 
 def _charts(study: dict[str, Any], marks: list[Mark], legend: str) -> str:
     """Return a slice for each varied key, how much each key matters, and a line through all keys for each trial."""
     name, keys, parts = _objective_name(study), _keys(study), []
+    better = "higher" if study.get("higher_is_better") else "lower"
     figures = "".join(
-        f"<figure>{chart}<figcaption>{escape(f'{_capital(name)} by {key}')}, 95 % intervals.</figcaption></figure>\n"
+        f"<figure>{chart}<figcaption>{escape(f'{_capital(name)} by {key}')}, 95 % intervals; {better} is better."
+        "</figcaption></figure>\n"
         for key in keys
         if (chart := slice_chart(key, marks, name))
     )
@@ -247,7 +247,12 @@ def _trials(study: dict[str, Any], marks: list[Mark]) -> str:
         state = {"best": "best", "tied": "cannot be told apart"}.get(mark.kind, trial["state"])
         steps = trial.get("steps")
         settings = [text_of(trial["settings"][key]) if key in trial["settings"] else "" for key in keys]
-        cells = [state, "" if steps is None else f"{steps:,}", _objective_text(trial), str(trial.get("run") or "")]
+        cells = [
+            state,
+            "" if steps is None else f"{steps:,}",
+            objective_text(trial, study["objective"]),
+            str(trial.get("run") or ""),
+        ]
         rows.append(([str(trial["number"]), *settings, *cells], mark.kind == "best"))
     table = scrolling_table("trials", ["trial", *keys, "state", "steps", name, "run"], rows)
     return (
@@ -262,7 +267,8 @@ def _keys(study: dict[str, Any]) -> list[str]:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """Return a text as the beginning of a sentence; names such as chrF keep their case."""
+    return text if any(map(str.isupper, text)) else text[:1].upper() + text[1:]
 
 
 def _rung_points(trial: dict[str, Any]) -> list[list[float]]:
@@ -276,23 +282,36 @@ def _key_class(kind: str) -> str:
 
 
 def _recipes(output: Path, study: dict[str, Any]) -> str:
-    """Return the recipes of the best trial as YAML: that of its own run, and that for training on all rows."""
+    """Return the best settings as words of a command, and the recipes of the best trial, which open when clicked."""
     if study["best"] is None:
         return ""
-    parts: list[str] = []
+    settings = " ".join(_override(key, value) for key, value in study["best"].get("settings", {}).items())
+    parts = [f"<p>In any command, after the recipe: <code>{escape(settings)}</code></p>\n"] if settings else []
     for key, title in (
         ("recipe", "reproduces the best trial"),
         ("recipe_all_data", "trains on all rows: a second run"),
     ):
         path = study["best"].get(key)
         if path and (output / path).is_file():
-            text = (output / path).read_text(encoding="utf-8", errors="replace")
-            opened = "" if parts else " open"
+            text = _relative_paths((output / path).read_text(encoding="utf-8", errors="replace"), output)
             parts.append(
-                f"<details{opened}><summary>{escape(str(path))} {title}</summary>"
+                f"<details><summary>{escape(str(path))} {title}</summary>"
                 f'<pre tabindex="0">{escape(text)}</pre></details>\n'
             )
     return f'<h2 id="recipe">The recipe to use</h2>\n{"".join(parts)}' if parts else ""
+
+
+def _override(key: str, value: Any) -> str:
+    """Return a setting as a word of the command line, quoted for a shell."""
+    return shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}")
+
+
+def _relative_paths(text: str, output: Path) -> str:
+    """Return a text in which paths inside the search's folder are relative to it."""
+    for folder in dict.fromkeys((str(output.resolve()), str(output.absolute()), str(output))):
+        if folder != ".":
+            text = re.sub(rf"(?<![\w./-]){re.escape(folder)}/(?=[\w.])", "", text)
+    return text
 
 
 def _test_scores(study: dict[str, Any]) -> str:
@@ -301,10 +320,13 @@ def _test_scores(study: dict[str, Any]) -> str:
     if not scores:
         return ""
     columns: dict[str, dict[str, str]] = {}  # cells by head and system
+    metrics = dict.fromkeys(
+        key for score in scores.values() if isinstance(score, dict) for key in score if isinstance(score[key], dict)
+    )
     for system, score in scores.items():
         named = score if isinstance(score, dict) else {study["objective"]: score}
         loss = {"score": named.get("loss"), **{key: named[key] for key in ("low", "high") if key in named}}
-        for key, value in (("loss", loss), *((metric, named.get(metric)) for metric in METRIC_NAMES)):
+        for key, value in (("loss", loss), *((key, named.get(key)) for key in metrics)):
             if text := _score_text(key, value):
                 columns.setdefault(METRIC_NAMES.get(key, key), {})[system] = text
     rows = [([system, *(cells.get(system, "") for cells in columns.values())], system == "best") for system in scores]

@@ -16,6 +16,24 @@ from minisft.recipe import Recipe, make_recipe
 from minisft.recipe_schema import recipe_keys
 
 SECTION = "training."
+# Keys outside `training` that can be varied. Those of `data` change train rows only, which `TrainingRows` checks.
+OTHER_KEYS = ("seed", "data.max_length", "data.overflow")
+_REFUSED = {  # keys that cannot be varied, by their beginning: why, and what to do
+    "model": (
+        "losses of models with different tokenizers cannot be compared, and all trials share one base model",
+        "make a search for each model, and compare the winners on the test rows",
+    ),
+    "output": ("each trial has a folder of its own", "leave it out"),
+    "trust_remote_code": ("it does not change what is learned", "leave it out"),
+    "evaluation": (
+        "it does not change what is learned: two of its values would be the same trial",
+        "vary keys of `training`; --objective names the metric that chooses the best trial",
+    ),
+    "data": (
+        "it changes the validation rows, and trials are compared on the same rows",
+        "make a search for each of its values; of `data`, max_length and overflow can be varied",
+    ),
+}
 _FREE_SECTIONS = ("training.scheduler_args.",)  # their keys are those of the schedule
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"\s*({_NUMBER})\s*\.\.\s*({_NUMBER})\s*")
@@ -97,7 +115,7 @@ def read_axis(option: str) -> Axis:
     """Read the value of one option `--vary`.
 
     Raises:
-        UserError: It names no key or no values, the key is none of `training`, or the range is upside down.
+        UserError: It names no key or no values, the key cannot be varied, or the range is upside down.
     """
     key, separator, values = option.partition("=")
     key = key.strip()
@@ -113,19 +131,17 @@ def read_axis(option: str) -> Axis:
 
 
 def _require_key(key: str) -> None:
-    known = [name for name in recipe_keys() if name != "training"]
-    if key in known and not key.startswith(SECTION):
-        problem = (
-            "trials are compared on the same rows with the same base model, and this key changes more than training"
-        )
-        raise UserError(
-            f"--vary {key}", problem, "vary keys of `training`, and make a search for each value of this key"
-        )
-    if key in known or key.startswith(_FREE_SECTIONS):
+    known = list(recipe_keys())
+    varied = [name for name in known if name.startswith(SECTION) or name in OTHER_KEYS]
+    if key in varied or key.startswith(_FREE_SECTIONS):
         return
-    inside = [name for name in known if name.startswith(SECTION)]
-    last = {name.rpartition(".")[2]: name for name in inside}
-    close = difflib.get_close_matches(key, inside, n=1) or [
+    if key == "training":
+        raise UserError(f"--vary {key}", "this is a section, not a key", "vary one of its keys, such as learning_rate")
+    if key in known:
+        problem, fix = _REFUSED[key.partition(".")[0]]
+        raise UserError(f"--vary {key}", f"{key} cannot be varied: {problem}", fix)
+    last = {name.rpartition(".")[2]: name for name in varied}
+    close = difflib.get_close_matches(key, varied, n=1) or [
         last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)
     ]
     fix = f"did you mean {close[0]!r}?" if close else "see docs/recipe.md for the keys of `training`"

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from minisft.errors import UserError
 from minisft.search.budget import BRACKET
@@ -33,20 +33,22 @@ class Study:
         name: Name of the study in the storage.
         axes: What is varied.
         seed: Seed of the sampler.
+        higher_is_better: Whether a higher objective is better.
 
     Raises:
         UserError: The storage cannot be opened or written.
     """
 
-    def __init__(self, url: str, name: str, axes: Sequence[Axis], seed: int) -> None:
+    def __init__(self, url: str, name: str, axes: Sequence[Axis], seed: int, *, higher_is_better: bool = False) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.axes, self._seed = list(axes), seed
+        self._direction: Literal["minimize", "maximize"] = "maximize" if higher_is_better else "minimize"
         self._expected = 0  # number of trials that the budget pays for
         try:
             self._study = optuna.create_study(
-                study_name=name, storage=_storage(url), direction="minimize", load_if_exists=True
+                study_name=name, storage=_storage(url), direction=self._direction, load_if_exists=True
             )
         except Exception as error:  # each database and driver raises errors of its own
             problem = f"the storage cannot be opened or written ({type(error).__name__}: {first_line(error)})"
@@ -88,24 +90,24 @@ class Study:
         self._study.add_trial(trial)
         return settings
 
-    def report(self, number: int, rung: int, loss: float) -> None:
-        """Report the held-out loss of a trial at a rung, once."""
+    def report(self, number: int, rung: int, value: float) -> None:
+        """Report the objective of a trial at a rung, once."""
         import optuna
 
         trial = self._trial(number)
         if not trial.state.is_finished() and rung not in trial.intermediate_values:
-            optuna.trial.Trial(self._study, trial._trial_id).report(loss, rung)
+            optuna.trial.Trial(self._study, trial._trial_id).report(value, rung)
 
-    def finish(self, number: int, state: str, loss: float | None = None) -> None:
-        """Record the end of a trial, once: "complete" with its loss, "pruned" or "failed"."""
+    def finish(self, number: int, state: str, value: float | None = None) -> None:
+        """Record the end of a trial, once: "complete" with its objective, "pruned" or "failed"."""
         from optuna.trial import TrialState
 
         if not self._trial(number).state.is_finished():
             states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-            self._study.tell(number, loss, states[state])
+            self._study.tell(number, value, states[state])
 
     def importance(self) -> dict[str, float]:
-        """Return the share of each key in the variation of the loss at the first rung, by Optuna's PED-ANOVA.
+        """Return the share of each key in the variation of the objective at the first rung, by Optuna's PED-ANOVA.
 
         The first rung is the only one that all trials reach. Below four trials, or with one key, it is empty.
         """
@@ -115,7 +117,7 @@ class Study:
         reached = [trial for trial in self._study.get_trials(deepcopy=False) if 0 in trial.intermediate_values]
         if len(self.axes) < 2 or len(reached) < 4:
             return {}
-        first_rung = optuna.create_study()
+        first_rung = optuna.create_study(direction=self._direction)
         for trial in reached:
             first_rung.add_trial(
                 optuna.create_trial(
@@ -157,7 +159,7 @@ class Study:
             warnings.simplefilter("ignore")  # multivariate sampling is called experimental
             sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=BRACKET)
         # In a copy of the study: a trial of the study itself is added in one write, when its settings are complete.
-        copy = optuna.create_study(sampler=sampler)
+        copy = optuna.create_study(sampler=sampler, direction=self._direction)
         copy.add_trials(self._study.get_trials())
         drawn = copy.ask({axis.key: _distribution(axis) for axis in self.axes}).params
         return {axis.key: _as_value(axis, drawn[axis.key]) for axis in self.axes}

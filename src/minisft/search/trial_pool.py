@@ -34,6 +34,8 @@ class Job:
         fingerprint: Fingerprint of the base model's weights.
         trust_remote_code: The user's consent to code that comes with the model.
         models: Folders by name, to score.
+        metric: The entry of `evaluation.metrics` to score trials by, under "entry"; None: by their losses.
+        answers: Folder for the answers that the metric needs.
     """
 
     kind: str
@@ -46,6 +48,8 @@ class Job:
     fingerprint: str | None = None
     trust_remote_code: bool = False
     models: dict[str, str] = field(default_factory=dict)
+    metric: dict[str, Any] | None = None
+    answers: str | None = None
 
 
 @dataclass(frozen=True)

@@ -108,13 +108,14 @@ def _perform(job: dict[str, Any], writing: int) -> int:
 
 
 def _train(job: dict[str, Any]) -> None:
-    """Train a trial to a step or to its end, and write the losses of its held-out rows there."""
+    """Train a trial to a step or to its end, and write the losses or the scores of its held-out rows there."""
     import time
 
     from minisft.data.prepared import load_split
     from minisft.models import resolve_model
     from minisft.run_folder import RunFolder, load_run, step_of
     from minisft.runner import train_run
+    from minisft.search.objective import compute_score, write_score
     from minisft.search.rung_losses import compute_row_losses, write_losses
     from minisft.training.checkpoints import latest_resumable, remove_checkpoint
 
@@ -128,21 +129,29 @@ def _train(job: dict[str, Any]) -> None:
         return
     started = time.perf_counter()
     model = run.model if run.is_trained() else run.checkpoints / f"checkpoint-{step}"
-    losses = compute_row_losses(
-        model,
-        load_split(run.root, "test"),
-        precision=recipe.training.precision,
-        trust_remote_code=recipe.trust_remote_code,
-        base=resolve_model(recipe.model, recipe.trust_remote_code).folder,
-    )
-    if not bool((losses[0] < float("inf")).all()):
-        problem = "the loss on the validation rows is not finite"
-        raise UserError(model, problem, "lower training.learning_rate, or use precision fp32 or bf16")
+    if job["metric"] is None:
+        losses = compute_row_losses(
+            model,
+            load_split(run.root, "test"),
+            precision=recipe.training.precision,
+            trust_remote_code=recipe.trust_remote_code,
+            base=resolve_model(recipe.model, recipe.trust_remote_code).folder,
+        )
+        if not bool((losses[0] < float("inf")).all()):
+            problem = "the loss on the validation rows is not finite"
+            raise UserError(model, problem, "lower training.learning_rate, or use precision fp32 or bf16")
+    else:
+        name = f"trial-{job['trial']}-{step_of(run.list_checkpoints()[-1]) if run.is_trained() else step}"
+        score = compute_score(recipe, run.root, (name, model), job["metric"]["entry"], Path(job["answers"]))
     for extra in job["temporary_steps"] if run.is_trained() else ():  # the recipe itself would not have saved them
         checkpoint = run.checkpoints / f"checkpoint-{extra}"
         if checkpoint.is_dir() and checkpoint != run.list_checkpoints()[-1]:
             remove_checkpoint(checkpoint)
-    write_losses(Path(job["losses"]), losses, time.perf_counter() - started)
+    # written last: that it exists says that the trial has reached its rung
+    if job["metric"] is None:
+        write_losses(Path(job["losses"]), losses, time.perf_counter() - started)
+    else:
+        write_score(Path(job["losses"]), score, time.perf_counter() - started)
 
 
 def _score(job: dict[str, Any]) -> None:

@@ -463,3 +463,16 @@ def test_validation_rows_are_train_rows_and_the_test_rows_are_held_back(tmp_path
     kept = [row for split in ("train", "test") for row in load_split(tmp_path / "held", split)]
     assert tokens["kept"] == sum(len(row["input_ids"]) for row in kept)
     assert tokens["supervised"] == sum(label >= 0 for row in kept for label in row["labels"])
+
+
+def test_with_a_seed_of_the_data_the_seed_changes_no_split(tmp_path, tiny_model, conversations):
+    keys = {"model": str(tiny_model), "data.source": str(conversations), "data.template": "mistral"}
+    plain = make_recipe([*keys.items(), ("output", str(tmp_path / "plain"))])
+    ids = {}
+    for name, changed in (("plain", {}), ("other", {"seed": 7}), ("fixed", {"seed": 7, "data.seed": 0})):
+        recipe = make_recipe([("output", str(tmp_path / name)), *changed.items()], plain)
+        prepare(recipe)
+        ids[name] = [row["id"] for row in load_split(tmp_path / name, "test")]
+    assert ids["fixed"] == ids["plain"] != ids["other"]
+    again = make_recipe([("seed", 7), ("data.seed", 0)], plain)
+    assert prepare(again).cached  # in the folder of `plain`, whose data set is the same

@@ -41,6 +41,13 @@ def test_a_tie_is_reported_as_a_tie():
     assert sum(ties) >= 18
 
 
+def test_equal_trials_are_rarely_told_apart_although_each_search_looks_at_several_rungs():
+    """0.05 and two standard errors of 200 searches of eight equal trials, half of which are stopped at each rung."""
+    found = [halve([[1.0] * len(RUNGS)] * BRACKET, seed) for seed in range(200)]
+    wrong = sum(best is None or len(best[1]) < BRACKET - 1 for best in found)
+    assert wrong / 200 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 200)
+
+
 def test_half_goes_on_at_each_rung_and_the_last_one_is_complete():
     losses = [planted(trial, 1.0 + 0.1 * trial, 0) for trial in range(BRACKET)]
     decision = decide(BRACKET, 0, [losses], 0)

@@ -59,6 +59,33 @@ def test_the_page_has_the_verdict_the_recipe_the_charts_and_the_trials(tmp_path)
     assert circles(page) == sorted(["dot c0 wide1", "dot c1", *["dot c7 faint hollow"] * 5] * 3)  # three slices
 
 
+def test_the_recipe_is_closed_and_below_the_charts_and_no_path_of_the_search_is_shown(tmp_path):
+    study = write_study(
+        tmp_path, best={"number": 3, "settings": {"training.lora.target_modules": ["q_proj"]}, "recipe": "best.yaml"}
+    )
+    study["trials"][7]["error"] = f"{tmp_path}/trials/7/model: the loss is not finite"
+    (tmp_path / "search.json").write_text(json.dumps(study), encoding="utf-8")
+    (tmp_path / "best.yaml").write_text(f"model: {tmp_path}-models/m\noutput: {tmp_path}/best\n", encoding="utf-8")
+    path = write_search_page(tmp_path)
+    page, text = Page(path), path.read_text(encoding="utf-8")
+    assert page.all("details") == [{}]  # without `open`
+    assert text.index('id="recipe"') > text.index('id="slices"')
+    assert "<code>&#x27;training.lora.target_modules=[&quot;q_proj&quot;]&#x27;</code>" in text
+    assert "output: best\n" in text
+    assert f"model: {tmp_path}-models/m" in text  # it lies outside
+    assert ">trials/7/model: the loss is not finite<" in text
+
+
+def test_a_metric_is_named_with_its_direction_and_two_digits(tmp_path):
+    study = write_study(tmp_path, objective="bleu", higher_is_better=True)
+    study["test"]["best"]["rouge"] = {"score": 0.31, "low": 0.2, "high": 0.4}
+    (tmp_path / "search.json").write_text(json.dumps(study), encoding="utf-8")
+    text = write_search_page(tmp_path).read_text(encoding="utf-8")
+    assert "BLEU 1.31 [1.28, 1.34]" in text
+    assert "higher is better" in text
+    assert ">0.3100 [0.2000, 0.4000]</td>" in text
+
+
 def test_the_curves_of_the_best_trial_are_drawn_last_and_are_the_widest(tmp_path):
     write_study(tmp_path)
     data = Page(write_search_page(tmp_path)).data

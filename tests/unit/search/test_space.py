@@ -65,9 +65,14 @@ def test_a_list_holds_any_yaml():
         (RATE, "names no values", f"write --vary {RATE}=LOW..HIGH"),
         (f"{RATE}=", "names no values", "write --vary"),
         (f"{RATE}=1,1", "the value 1 occurs twice", "once"),
-        ("data.max_length=128,256", "compared on the same rows", "vary keys of `training`"),
-        ("seed=0,1", "compared on the same rows", "vary keys of `training`"),
-        ("output=a,b", "compared on the same rows", "vary keys of `training`"),
+        ("data.max_lenght=1,2", "unknown key", "did you mean 'data.max_length'?"),
+        ("data.template=chatml,llama3", "data.template cannot be varied: it changes the validation rows", "max_length"),
+        ("data.limit=10,20", "data.limit cannot be varied: it changes the validation rows", "a search for each"),
+        ("model=a,b", "model cannot be varied: losses of models with different tokenizers", "a search for each model"),
+        ("evaluation.max_new_tokens=1,2", "cannot be varied: it does not change what is learned", "--objective"),
+        ("output=a,b", "output cannot be varied: each trial has a folder of its own", "leave it out"),
+        ("trust_remote_code=true,false", "cannot be varied", "leave it out"),
+        ("training={epochs: 1},{epochs: 2}", "this is a section", "vary one of its keys"),
     ],
 )
 def test_what_cannot_be_varied_is_refused(option, problem, fix):
@@ -75,6 +80,12 @@ def test_what_cannot_be_varied_is_refused(option, problem, fix):
         read_axis(option)
     assert problem in refused.value.problem
     assert fix in refused.value.fix
+
+
+@pytest.mark.parametrize("option", ["seed=0,1", "seed=0..9", "data.max_length=128,256", "data.overflow=turns,cut"])
+def test_seed_and_keys_that_change_train_rows_only_can_be_varied(recipe, option):
+    [axis] = read_axes([option], recipe)
+    assert axis.key == option.partition("=")[0]
 
 
 @pytest.mark.parametrize(

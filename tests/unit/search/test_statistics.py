@@ -1,16 +1,22 @@
 """The comparison of trials against planted truths, a loop over resamples, and simulated coverage."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 
 from minisft.evaluation.resampling import RESAMPLES, resampled_rows
+from minisft.search.budget import RUNGS
 from minisft.search.statistics import (
+    ERROR_RATE,
+    VERDICT_LEVEL,
     RowLosses,
     best_trial,
     cheapest,
     clearly_worse,
     estimate,
     indistinguishable,
+    stop_level,
 )
 
 SEEDS = range(20)
@@ -52,10 +58,22 @@ def test_a_planted_tie_is_reported_as_a_tie(margins):
     assert reported >= 18
 
 
-def test_equal_trials_are_told_apart_in_at_most_1_of_100_looks_however_many_trials_there_are():
-    """0.01 and two standard errors of 200 looks; 12 trials are 66 pairs."""
-    wrong = sum(len(indistinguishable(planted(seed, [0.0] * 12, rows=30), seed)) < 11 for seed in range(200))
-    assert wrong / 200 <= 0.01 + 2 * np.sqrt(0.01 * 0.99 / 200)
+def test_equal_trials_are_called_worse_within_the_level_however_many_trials_there_are():
+    """0.05 and two standard errors of 200 sets of 12 trials, which are 66 pairs each."""
+    wrong = sum(clearly_worse(planted(seed, [0.0] * 12, rows=30), seed, level=0.05) != [] for seed in range(200))
+    assert wrong / 200 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 200)
+
+
+def test_the_levels_of_a_search_add_up_to_its_error_rate():
+    spent = len(RUNGS) * VERDICT_LEVEL + sum(stop_level(bracket) for bracket in range(100_000))
+    assert spent <= ERROR_RATE
+    assert spent == pytest.approx(ERROR_RATE, rel=1e-4)
+
+
+def test_a_trial_is_compared_with_the_one_that_is_named():
+    trials = planted(0, [0.0, 0.3, 0.3, 0.6])
+    assert clearly_worse(trials, than=10) == [30]
+    assert clearly_worse(trials) == [10, 20, 30]
 
 
 def test_trials_are_either_clearly_worse_or_indistinguishable_or_best():
@@ -67,23 +85,29 @@ def test_trials_are_either_clearly_worse_or_indistinguishable_or_best():
 
 
 def test_the_verdict_equals_that_of_a_loop_over_resamples():
-    """Hansen, Lunde and Nason 2011 with studentised resamples, one resample and one pair after the other."""
+    """Romano and Wolf 2005 with studentised resamples, one resample and one pair after the other."""
     for seed in range(4):
         trials = planted(seed, [0.0, 0.03, 0.05, 0.02], rows=25)
-        numbers = {rows.trial for rows in trials}
-        while len(numbers) > 1:
-            pairs = [(a, b) for a in trials for b in trials if a.trial != b.trial and {a.trial, b.trial} <= numbers]
-            observed = {(a.trial, b.trial): _loop_statistic(a, b, np.arange(25), 0.0) for a, b in pairs}
-            centres = {(a.trial, b.trial): a.loss - b.loss for a, b in pairs}
+        observed = {(a.trial, b.trial): _loop_statistic(a, b, np.arange(25), 0.0) for a, b in permutations(trials, 2)}
+        equal, best = set(observed), best_trial(trials)
+        while equal:
             maxima = [
-                max(_loop_statistic(a, b, rows, centres[a.trial, b.trial]) for a, b in pairs)
+                max(
+                    _loop_statistic(a, b, rows, a.loss - b.loss)
+                    for a, b in permutations(trials, 2)
+                    if (a.trial, b.trial) in equal
+                )
                 for rows in resampled_rows(25, seed)
             ]
-            largest = max(observed.values())
-            if (1 + sum(m >= largest for m in maxima)) / (1 + RESAMPLES) > 0.01:
+            p_values = {pair: (1 + sum(m >= observed[pair] for m in maxima)) / (1 + RESAMPLES) for pair in equal}
+            beyond = {pair for pair in equal if p_values[pair] <= VERDICT_LEVEL}
+            if not beyond:
                 break
-            numbers.remove(max(observed, key=lambda pair: observed[pair])[0])
-        assert numbers == {best_trial(trials), *indistinguishable(trials, seed)}
+            equal -= beyond | {(b, a) for a, b in beyond}
+        told_apart = {
+            a for a, b in permutations([rows.trial for rows in trials], 2) if (a, b) not in equal and b == best
+        }
+        assert set(clearly_worse(trials, seed)) == told_apart
 
 
 def _loop_statistic(a, b, rows, centre):
