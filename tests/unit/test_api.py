@@ -1,6 +1,7 @@
 """The Python API: what it exports, what it takes, what it refuses, and what comes back."""
 
 import datetime
+import gc
 import json
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 import minisft
 from minisft.data.in_memory import source_of
 from minisft.recipe import load_recipe, make_recipe
+from minisft.runner import importing
 
 FUNCTIONS = ("train", "prepare", "evaluate", "export", "init", "plan", "check", "load", "push", "serve")
 SETTINGS = {
@@ -300,3 +302,12 @@ def test_check_returns_its_results(recipe_file):
 def test_loading_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(minisft.UserError, match="not a run folder"):
         minisft.load(tmp_path)
+
+
+def test_the_garbage_collector_pauses_for_imports_only():
+    with importing():
+        assert not gc.isenabled()
+        with importing():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
