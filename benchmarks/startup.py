@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -49,7 +49,7 @@ class Sampler:
 
     def __init__(self) -> None:
         self.began = self.last = time.perf_counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.main = threading.get_ident()
         self.to_first_step: tuple[float, float] | None = None  # seconds, and those of all processors
         self.ended = threading.Event()

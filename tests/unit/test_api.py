@@ -1,7 +1,6 @@
 """The Python API: what it exports, what it takes, what it refuses, and what comes back."""
 
 import datetime
-import gc
 import json
 import statistics
 import subprocess
@@ -17,7 +16,6 @@ from transformers import TrainerCallback
 import minisft
 from minisft.data.in_memory import source_of
 from minisft.recipe import load_recipe, make_recipe
-from minisft.runner import importing
 
 FUNCTIONS = ("train", "prepare", "evaluate", "export", "init", "plan", "check", "load", "push", "serve")
 SETTINGS = {
@@ -304,10 +302,21 @@ def test_loading_what_is_no_run_is_refused(tmp_path):
         minisft.load(tmp_path)
 
 
-def test_the_garbage_collector_pauses_for_imports_only():
-    with importing():
-        assert not gc.isenabled()
-        with importing():
-            pass
-        assert not gc.isenabled()
-    assert gc.isenabled()
+PAUSES = """
+import gc
+from minisft.runner import importing
+with importing():
+    print(gc.isenabled())
+    import torch
+print(gc.isenabled(), gc.get_freeze_count() > 100_000)
+before = gc.get_freeze_count()
+with importing():
+    print(gc.isenabled())
+print(gc.get_freeze_count() == before)
+"""
+
+
+def test_the_garbage_collector_pauses_for_the_first_imports_only():
+    """Frozen garbage is never collected, so a second call must not freeze what the caller has dropped."""
+    done = subprocess.run([sys.executable, "-c", PAUSES], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "True", "True"]
