@@ -1,6 +1,6 @@
 """How long `minisft train` takes to its first step and `minisft chat` to its first token, and what it spends that on.
 
-A thread looks at the stack of the main thread every few milliseconds, so that nothing has to be changed to be measured.
+A thread looks at the stack of the main thread every few milliseconds, so that the commands are measured as they are.
 The data of the run is prepared before, and the built-in model is converted before. Each command runs in a process of
 its own; the commands take turns, and medians over the rounds are reported.
 
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -49,9 +49,9 @@ class Sampler:
 
     def __init__(self) -> None:
         self.began = self.last = time.perf_counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.main = threading.get_ident()
-        self.to_first_step: float | None = None
+        self.to_first_step: tuple[float, float] | None = None  # seconds, and those of all processors
         self.ended = threading.Event()
 
     def watch(self, finish: Callable[[dict[str, Any]], None]) -> None:
@@ -61,7 +61,7 @@ class Sampler:
             functions = functions_of(frame)
             now = time.perf_counter()
             if self.to_first_step is None and ("minisft/training/trainer.py", "training_step") in functions:
-                self.to_first_step = now - self.began
+                self.to_first_step = now - self.began, os.times().user
             if ("transformers/trainer.py", "_maybe_log_save_evaluate") in functions:
                 break
             self.seconds[part_of(frame, functions)] += now - self.last
@@ -166,7 +166,8 @@ def report(name: str, results: list[dict[str, Any]]) -> None:
 
     print(f"\n## {name}: {median('seconds'):.2f} s, {median('user_seconds'):.2f} s of processor time")
     if results[0]["to_first_step"] is not None:
-        print(f"the first step begins after {median('to_first_step'):.2f} s")
+        seconds, user = (statistics.median(one["to_first_step"][at] for one in results) for at in (0, 1))
+        print(f"the first step begins after {seconds:.2f} s, {user:.2f} s of processor time")
     print("\n| part | seconds |\n|---|---|")
     parts = {part: statistics.median(one["parts"].get(part, 0.0) for one in results) for part in results[0]["parts"]}
     for part, seconds in sorted(parts.items(), key=lambda item: -item[1]):

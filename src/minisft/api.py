@@ -19,8 +19,8 @@ from minisft.recipe_argument import (
     set_library_environment,
 )
 from minisft.runner import (
-    IMPORTING,
     dry_run_training,
+    importing,
     prepare_run,
     refuse_callbacks_elsewhere,
     train_in_launched_process,
@@ -287,8 +287,9 @@ def train(
         WorkerError: A process of the run failed or was killed.
     """
     found = _recipe("train", recipe, overrides, trust_remote_code, model, data, test, output)
-    from minisft.training.distributed import adopt_slurm, is_joined
-    from minisft.training.nodes import parse_nodes
+    with importing():
+        from minisft.training.distributed import adopt_slurm, is_joined
+        from minisft.training.nodes import parse_nodes
 
     machines = parse_nodes(nodes, node_rank, rendezvous)
     if machines is None:
@@ -367,10 +368,9 @@ def contamination(
     """
     found = _recipe_or_run("contamination", run, overrides, trust_remote_code)
     files = [expand_user_path(str(path), "--against") for path in against]
-    from minisft.console import waiting
     from minisft.run_start import refuse_untrusted_links
 
-    with waiting(IMPORTING):
+    with importing():
         from minisft.evaluation.contamination import measure_contamination, print_contamination
 
     refuse_untrusted_links(Path(found.output))
@@ -427,9 +427,9 @@ def export(
     """
     target = expand_user_path(str(folder), "the folder to write")
     found = _recipe_or_run("export", run, overrides, trust_remote_code)
-    from minisft.console import say, waiting
+    from minisft.console import say
 
-    with waiting(IMPORTING):
+    with importing():
         from minisft.exporting.export import ExportOptions
         from minisft.exporting.export import export as export_model
 
@@ -555,14 +555,14 @@ def check(
         UserError: The checks cannot be made.
     """
     found = _recipe("check", recipe, overrides, trust_remote_code, model, data, test, output)
-    from minisft.console import say, waiting
+    from minisft.console import say
     from minisft.files import write_atomically
     from minisft.run_start import open_run
     from minisft.training.device import on_cpu
     from minisft.training.zero import set_deepspeed_environment
 
     set_deepspeed_environment(on_cpu())  # before transformers is imported
-    with waiting(IMPORTING):
+    with importing():
         if not quick:
             from minisft.training.run_training import require_feasible
 
@@ -730,9 +730,7 @@ def search(
         StoppedError: SIGINT or SIGTERM was received, and the trials under way have saved their work.
     """
     found = _recipe("search", recipe, overrides, trust_remote_code, model, data, test, output)
-    from minisft.console import waiting
-
-    with waiting(IMPORTING):
+    with importing():
         from minisft.search.search import SearchOptions
         from minisft.search.search import search as search_settings
 
@@ -766,9 +764,9 @@ def learning_rate_range(
         StoppedError: SIGINT or SIGTERM was received.
     """
     found = _recipe("search", recipe, overrides, trust_remote_code, model, data, None, output)
-    from minisft.console import say, waiting
+    from minisft.console import say
 
-    with waiting(IMPORTING):
+    with importing():
         from minisft.search.learning_rate_range import learning_rate_range as run_range_test
         from minisft.search.learning_rate_range import range_lines
 
@@ -832,9 +830,7 @@ def why(
     if step is not None and row is not None:
         raise UserError("minisft.why", "`step` and `row` are two questions", "give one of them")
     recipe = _recipe_of_run("why", run, trust_remote_code)
-    from minisft.console import waiting
-
-    with waiting(IMPORTING):
+    with importing():
         from minisft.audit import display
         from minisft.audit.findings import find_suspicious_rows
         from minisft.audit.similar_rows import find_similar_rows
@@ -870,9 +866,7 @@ def verify(run: "str | Path | Run", *, steps: int = 2, trust_remote_code: bool =
     if steps < 0:
         raise UserError("steps", f"must be at least 0, and is {steps}", "give a number of steps to replay")
     recipe = _recipe_of_run("verify", run, trust_remote_code)
-    from minisft.console import waiting
-
-    with waiting(IMPORTING):
+    with importing():
         from minisft.audit.verification import show_verification
         from minisft.audit.verification import verify as verify_run
 
@@ -924,9 +918,7 @@ def push(
         UserError: The export is refused, or the hub refuses it or cannot be reached.
     """
     found = _recipe_or_run("push", run, overrides, trust_remote_code)
-    from minisft.console import waiting
-
-    with waiting(IMPORTING):
+    with importing():
         from minisft.exporting.export import ExportOptions
         from minisft.exporting.hub import push as push_model
 
@@ -936,9 +928,8 @@ def push(
 def chat(folder: str | Path, **options: Any) -> None:
     """Chat in the terminal with the model of a run or of a model folder; for the options see `chat.terminal.chat`."""
     set_library_environment()
-    from minisft.console import waiting
-
-    with waiting(IMPORTING):
+    with importing():
+        import minisft.evaluation.generation  # noqa: F401 (every answer needs it)
         from minisft.chat.terminal import chat as start_chat
 
     start_chat(folder, **options)
@@ -1171,11 +1162,10 @@ def _evaluate(
     shown: Callable[[Path], object] | None = None,
 ) -> dict[str, Any]:
     """Score the run, call `shown` with its folder, and then refuse checkpoints that are damaged."""
-    from minisft.console import waiting
     from minisft.run_folder import RunFolder
     from minisft.run_start import refuse_untrusted_links
 
-    with waiting(IMPORTING):
+    with importing():
         from minisft.evaluation.judge import require_all_judged
         from minisft.evaluation.run_evaluation import evaluate as score_checkpoints
         from minisft.evaluation.run_evaluation import require_all_scored

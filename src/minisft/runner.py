@@ -4,14 +4,14 @@ Heavy libraries are imported inside the functions, so that `minisft --help` is f
 """
 
 import contextlib
-from collections.abc import Sequence
+import gc
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft.errors import UserError
-
-IMPORTING = "importing torch and transformers"
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -20,6 +20,28 @@ if TYPE_CHECKING:
     from minisft.run_folder import RunFolder
     from minisft.training.checkpoint_scores import Scorer
     from minisft.training.nodes import Nodes
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Show that libraries are being imported; for the first of them, the garbage collector pauses.
+
+    It would visit their objects many times, although all of them stay: a fifth of the processor time of a start. Later
+    calls in the same process change nothing, since a trainer that the caller has dropped must still be collected.
+    """
+    from minisft.console import waiting
+
+    pauses = gc.isenabled() and "torch" not in sys.modules
+    if pauses:
+        gc.collect()  # what is garbage now would stay, too
+        gc.disable()
+    try:
+        with waiting("importing torch and transformers"):
+            yield
+    finally:
+        if pauses:
+            gc.freeze()
+            gc.enable()
 
 
 def prepare_run(
@@ -33,10 +55,10 @@ def prepare_run(
         output: Path to print in messages, if the run will be renamed to it.
         fingerprint: Fingerprint of the weights, where the caller has computed it already.
     """
-    from minisft.console import row_progress, say, waiting
+    from minisft.console import row_progress, say
     from minisft.run_folder import RunFolder, record_base_model
 
-    with waiting(IMPORTING):
+    with importing():
         from minisft.data.inspect import write_preview
         from minisft.data.preparation import prepare as prepare_data
         from minisft.data.stats import ledger_lines
@@ -81,10 +103,9 @@ def train_run(
         UserError: The recipe, the data, the model or the machine does not allow it.
         StoppedError: SIGINT or SIGTERM was received, and a checkpoint was written.
     """
-    from minisft.console import waiting
     from minisft.run_start import start_run
 
-    with waiting(IMPORTING):
+    with importing():
         from minisft.data.sources import require_sources
         from minisft.models import resolve_model
         from minisft.report.plots import draw_curves
@@ -118,12 +139,12 @@ def dry_run_training(recipe: "Recipe", *, force: bool, resume: bool, nodes: "Nod
     """
     import tempfile
 
-    from minisft.console import say, waiting
+    from minisft.console import say
     from minisft.manifest import size_of_written_files
     from minisft.run_folder import RunFolder, describe_run
     from minisft.run_start import open_run, refuse_start
 
-    with waiting(IMPORTING):
+    with importing():
         from minisft.data.sources import require_sources
         from minisft.models import resolve_model
         from minisft.training.disk import require_disk

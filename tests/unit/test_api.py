@@ -300,3 +300,23 @@ def test_check_returns_its_results(recipe_file):
 def test_loading_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(minisft.UserError, match="not a run folder"):
         minisft.load(tmp_path)
+
+
+PAUSES = """
+import gc
+from minisft.runner import importing
+with importing():
+    print(gc.isenabled())
+    import torch
+print(gc.isenabled(), gc.get_freeze_count() > 100_000)
+before = gc.get_freeze_count()
+with importing():
+    print(gc.isenabled())
+print(gc.get_freeze_count() == before)
+"""
+
+
+def test_the_garbage_collector_pauses_for_the_first_imports_only():
+    """Frozen garbage is never collected, so a second call must not freeze what the caller has dropped."""
+    done = subprocess.run([sys.executable, "-c", PAUSES], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "True", "True"]
