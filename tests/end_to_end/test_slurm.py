@@ -62,13 +62,13 @@ def test_a_preempted_run_resumes_ends_in_the_same_bits_and_is_scored(cluster, tm
 def test_a_requeued_job_gets_sigterm_resumes_from_its_newest_checkpoint_and_ends_in_the_same_bits(
     cluster, tmp_path, tiny_model, conversations
 ):
-    settings = SETTINGS.replace("epochs: 100", "epochs: 20").replace("save_every: 1000", "save_every: 4")
+    settings = "{epochs: 20, batch_size: 4, learning_rate: 1.0e-3, precision: fp32, save_every: 4}"
     recipe = write_recipe(tmp_path, tiny_model, conversations, settings)
     whole, run = tmp_path / "whole", tmp_path / "run"
     alone = minisft("train", recipe, f"output={whole}", OMP_NUM_THREADS="1")
     assert alone.returncode == 0, alone.stderr
-    submitted = minisft("submit", recipe, "--nodes", "2", "--time", "30", "--gpus-per-node", "0", "--no-evaluate",
-                        "--now", "--json", **cluster)  # fmt: skip
+    submitted = minisft("submit", recipe, "--time", "30", "--gpus-per-node", "0", "--no-evaluate", "--now", "--json",
+                        **cluster)  # fmt: skip
     assert submitted.returncode == 0, submitted.stderr
     job = str(json.loads(submitted.stdout)["job"])
     log = tmp_path / f"run.train-{job}.log"
