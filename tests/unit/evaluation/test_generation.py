@@ -212,7 +212,7 @@ def test_the_cache_is_passed_under_the_name_that_the_model_has_for_it(model):
     renamed = RenamedCacheLlama(model.config).eval()
     renamed.load_state_dict(model.state_dict())
     prompts = prompts_of(7, 3, 12)
-    settings = {"stop_token_ids": (2,), "max_new_tokens": 8, "batch_size": 2, "pad_token_id": 0}
+    settings: dict[str, Any] = {"stop_token_ids": (2,), "max_new_tokens": 8, "batch_size": 2, "pad_token_id": 0}
     assert generate(renamed, prompts, **settings) == generate(model, prompts, **settings)
 
 
