@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `minisft COMMAND ...`; return the exit status: 0 done, 2 the user can fix it, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        try:
+            print(_overview(), flush=True)
+        except BrokenPipeError:
+            return _end_without_reader()
         return 0
     from minisft.files import WRITE_ERRNOS
     from minisft.output_filters import escape_library_output, suppress_known_warnings
@@ -38,14 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, StoppedError, WorkerError) as stop:
         print(f"minisft: {printable(str(stop)) or 'stopped'}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return _end_without_reader()
     except OSError as error:
         if error.errno not in WRITE_ERRNOS:
             raise
         print(f"minisft: {printable(str(_refused(error)))}", file=sys.stderr)
         return 2
+
+
+def _end_without_reader() -> int:
+    """Return the exit status where the reader of stdout, such as `head`, has seen enough; the rest goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def _refused(error: OSError) -> UserError:

@@ -22,7 +22,7 @@ from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.text import Text
 
-from minisft.text import printable
+from minisft.text import printable, wrap_words
 
 
 class _PrintableConsole(Console):
@@ -42,12 +42,18 @@ def say(text: str = "", style: str | None = None) -> None:
     """Print one message on stdout, without interpreting markup."""
     # Both consoles are the same terminal: only the one with the display knows how to print above it.
     above = _shown is not None and console.is_terminal
-    (error_console if above else console).print(escape(printable(text)), style=style)
+    _print(error_console if above else console, text, style)
 
 
 def warn(text: str) -> None:
     """Print a warning on stderr, so that it does not mix with piped output."""
-    error_console.print(escape(printable(text)), style="yellow")
+    _print(error_console, text, "yellow")
+
+
+def _print(target: Console, text: str, style: str | None) -> None:
+    """Print one message; in a terminal its lines end between words."""
+    shown = printable(text)
+    target.print(escape(wrap_words(shown, target.width) if target.is_terminal else shown), style=style)
 
 
 # --- what is redrawn in place --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -315,6 +316,11 @@ def _move_comparison(source: Path, target: Path) -> None:
             (source / name).rename(target / name)
 
 
+def _as_in_yaml(value: object) -> str:
+    """Return a value of a recipe as its file has it: null and true, and not Python's None and True."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _refuse_other_run(run: RunFolder, recipe: Recipe, *, resume: bool, prepares_only: bool) -> bool:
     """Refuse a recipe that may not continue the run in its folder; return whether it only makes that run longer."""
     if resume and _extends_run(run, recipe):
@@ -331,8 +337,9 @@ def _refuse_other_run(run: RunFolder, recipe: Recipe, *, resume: bool, prepares_
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
             run.root,
-            f"holds another recipe's run: {key} is {earlier.get(key)!r} there, {now[key]!r} here{more}",
-            "choose another `output`, or pass --force to replace that run"
+            f"holds another recipe's run: {key} is {_as_in_yaml(earlier.get(key))} there, "
+            f"{_as_in_yaml(now[key])} here{more}",
+            "choose another `output`, give the keys that the run has, or replace it with `minisft train --force`"
             + ("; --resume makes it longer" if _extends_run(run, recipe) else ""),
         )
     if run.is_trained() and not prepares_only:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from typing import Any
 
 # Characters that a terminal interprets instead of showing: control characters (C0 except tab and line feed, DEL, C1),
@@ -16,6 +17,34 @@ def printable(text: str) -> str:
     or a file that is meant to be read in one. Tabs and line feeds stay, and line ends of Windows become line feeds.
     """
     return _UNPRINTABLE.sub(lambda match: _escape(ord(match[0])), text.replace("\r\n", "\n"))
+
+
+_UNBROKEN = "\0"  # stands for a space at which no line may end; `printable` leaves none in a text
+
+
+def wrap_words(text: str, width: int) -> str:
+    """Return text whose lines end between words, where a terminal of `width` columns would end them within one.
+
+    Further lines of a row of a table begin below the text behind its label, such as `lengths    5% 53`, and those of a
+    sentence two columns to the right. What is to be copied stays whole: text in backticks, and lines that begin with
+    `next:` or `minisft`.
+    """
+    return "\n".join(_wrapped(line, width) if len(line) > width else line for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    if line.lstrip().startswith(("next:", "minisft ")):
+        return line
+    label = re.match(r" *\S+ {2,}", line)
+    if label and label.end() > width // 2:  # no column would be left for the text
+        label = None
+    begin = label.end() if label else len(line) - len(line.lstrip())
+    whole = re.sub("`[^`]*`", lambda quoted: quoted[0].replace(" ", _UNBROKEN), line[begin:])
+    lines = textwrap.wrap(
+        whole, width, initial_indent=line[:begin],
+        subsequent_indent=" " * (begin if label else begin + 2), break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n".join(lines).replace(_UNBROKEN, " ")
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:

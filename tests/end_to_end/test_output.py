@@ -93,7 +93,7 @@ OURS = [
     rf"step \d+/\d+  epoch {NUMBER}  loss {NUMBER}  \d+ supervised tokens/s  {NUMBER} GB  \d+ s left",
     r"trained: .* \(checkpoints beside it, curve in .*\)",
     r"metrics: .*/metrics\.jsonl; tensorboard --logdir .*/tensorboard",
-    r"next: minisft evaluate .*",
+    r"next: minisft (evaluate|report) .*",
     r"compiling DeepSpeed's communication, once, .*",
 ]
 

@@ -59,36 +59,6 @@ def test_a_preempted_run_resumes_ends_in_the_same_bits_and_is_scored(cluster, tm
 
 
 @pytest.mark.long
-def test_a_requeued_job_gets_sigterm_resumes_from_its_newest_checkpoint_and_ends_in_the_same_bits(
-    cluster, tmp_path, tiny_model, conversations
-):
-    settings = SETTINGS.replace("epochs: 100", "epochs: 20").replace("save_every: 1000", "save_every: 4")
-    recipe = write_recipe(tmp_path, tiny_model, conversations, settings)
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    alone = minisft("train", recipe, f"output={whole}", OMP_NUM_THREADS="1")
-    assert alone.returncode == 0, alone.stderr
-    submitted = minisft("submit", recipe, "--nodes", "2", "--time", "30", "--gpus-per-node", "0", "--no-evaluate",
-                        "--now", "--json", **cluster)  # fmt: skip
-    assert submitted.returncode == 0, submitted.stderr
-    job = str(json.loads(submitted.stdout)["job"])
-    log = tmp_path / f"run.train-{job}.log"
-
-    def log_text():
-        return log.read_text() if log.exists() else f"no log: {slurm(cluster, 'squeue')}"
-
-    wait_until(lambda: any(run.glob("checkpoints/checkpoint-*")), 300, log_text)
-    slurm(cluster, "scontrol", "requeue", job)
-    wait_until(lambda: not slurm(cluster, "squeue", "--noheader", f"--jobs={job}"), 600, log_text)
-
-    said = log_text()
-    assert "JOB " + job in said, "SLURM says in the log that it ended the job"
-    assert "DUE TO JOB REQUEUE" in said
-    assert f"resuming from {run / 'checkpoints'}" in said
-    assert losses(run) == losses(whole)
-    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
-
-
-@pytest.mark.long
 def test_a_job_that_fails_is_not_requeued_and_is_not_scored(cluster, tmp_path, tiny_model, conversations):
     recipe = write_recipe(tmp_path, tiny_model, conversations, SETTINGS)
     submitted = minisft("submit", recipe, "--nodes", "2", "--time", "30", "--gpus-per-node", "0", "--now",

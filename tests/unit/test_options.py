@@ -1,6 +1,9 @@
 """Options stand where the user likes: before, between and after the recipe and its overrides."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -57,3 +60,18 @@ def test_options_and_words_mix_in_every_order(verb):
 )
 def test_a_misspelt_option_or_choice_names_the_nearest(words, fix, capsys):
     assert fix in refused(capsys, *words)
+
+
+def test_the_list_of_commands_ends_quietly_where_nobody_reads_on():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "minisft"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_list_of_commands_fits_its_terminal():
+    narrow = {**os.environ, "COLUMNS": "60"}
+    shown = subprocess.run([sys.executable, "-m", "minisft"], env=narrow, capture_output=True, text=True).stdout
+    assert max(map(len, shown.splitlines())) <= 72  # the last line has the command to go on with
+    assert all(f"  {name} " in shown for name in VERBS)

@@ -481,5 +481,8 @@ def last_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Dyn
         extra["position_ids"] = positions[:, -tokens.shape[1] :]
     if "logits_to_keep" in accepted:
         extra["logits_to_keep"] = 1
-    output = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+    # transformers 5.24 gave this argument a new name, and 5.40 will not accept the earlier one.
+    renamed = "cache" in accepted and "past_key_values" not in accepted
+    extra["cache" if renamed else "past_key_values"] = cache
+    output = model(input_ids=tokens, attention_mask=mask, use_cache=True, **extra)
     return output.logits[:, -1]

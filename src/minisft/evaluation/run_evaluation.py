@@ -468,3 +468,4 @@ def _report(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     if "judge" in results:
         print_judge(results["judge"])
     say(f"All answers and examples: {folder}")
+    say(f"next: minisft report {folder.parent}    or: minisft chat {folder.parent}")

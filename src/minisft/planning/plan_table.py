@@ -44,8 +44,8 @@ def show_plan(plan: Plan) -> None:
     if plan.largest_row:
         mean = float(work.row_tokens.mean())
         say(
-            f"largest row that fits: {plan.largest_row:,} tokens (training.row_tokens), which is also the longest\n"
-            "conversation. batch_size costs no memory: the rows of a step, now of a mean length of\n"
+            f"largest row that fits: {plan.largest_row:,} tokens (training.row_tokens), which is also the longest "
+            "conversation. batch_size costs no memory: the rows of a step, now of a mean length of "
             f"{mean:,.0f} tokens, are computed one after another."
         )
     if any(row.setting.offload for row in plan.rows):

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from minisft.evaluation.generation import Generated, Sampling, draw_tokens, generate, inference_dtype, plan_batches
 from minisft.evaluation.kv_cache import PromptCache, new_cache
+from minisft.models import forward_arguments
 
 VOCABULARY = 97
 
@@ -198,13 +200,30 @@ def test_batches_hold_similar_lengths_and_every_prompt_once():
     assert plan_batches([40000, 30000], 8, lambda longest: 65536 // longest) == [[0], [1]]
 
 
+class RenamedCacheLlama(LlamaForCausalLM):
+    """A model whose forward names its cache as transformers does from 5.24 on, and refuses the earlier name."""
+
+    def forward(self, input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep):
+        hidden = self.model(input_ids, attention_mask, position_ids, cache, use_cache=use_cache).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, -logits_to_keep:]))
+
+
+def test_the_cache_is_passed_under_the_name_that_the_model_has_for_it(model):
+    renamed = RenamedCacheLlama(model.config).eval()
+    renamed.load_state_dict(model.state_dict())
+    prompts = prompts_of(7, 3, 12)
+    settings: dict[str, Any] = {"stop_token_ids": (2,), "max_new_tokens": 8, "batch_size": 2, "pad_token_id": 0}
+    assert generate(renamed, prompts, **settings) == generate(model, prompts, **settings)
+
+
 def test_the_preallocated_cache_gives_the_logits_of_the_plain_one(model):
     preallocated: Any = new_cache(model)
     plain: Any = DynamicCache(config=model.config)
+    cache_name = "past_key_values" if "past_key_values" in forward_arguments(model) else "cache"
     for ids in prompts_of(5, 1, 1, 70, 1):
         tokens = torch.tensor([ids, ids[::-1]])
         with torch.inference_mode():
-            left, right = (model(tokens, past_key_values=c, use_cache=True).logits for c in (preallocated, plain))
+            left, right = (model(tokens, **{cache_name: c}, use_cache=True).logits for c in (preallocated, plain))
         assert torch.equal(left, right)
     for cache in (preallocated, plain):
         cache.crop(-3)
