@@ -190,7 +190,7 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     batch = training.batch_size * training.processes * training.gradient_accumulation
     keys: dict[str, Any] = {"model": recipe.model, "seed": recipe.seed}
     keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
-    free = _FREE_TRAINING_KEYS
+    free: tuple[str, ...] = _FREE_TRAINING_KEYS
     if training.early_stopping is None or training.early_stopping_by != "loss":
         free += ("eval_every",)
     if training.early_stopping_by == "loss":
