@@ -19,12 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from minisft.data.preparation import prepare
 from minisft.recipe import load_recipe
 from minisft.row_losses import HEADER
 from minisft.run_folder import RunFolder, write_resolved_recipe
+from minisft.training.batching import PackedRow
 from minisft.training.run_training import make_trainer, take_steps
 from minisft.training.step_row_losses import RowLossBuffer
 
@@ -37,13 +39,13 @@ class TimedBuffer(RowLossBuffer):
 
     seconds = 0.0
 
-    def start_step(self, *args: Any) -> None:
-        self._timed(super().start_step, *args)
+    def start_step(self, step: int, rows: tuple[int, ...], device: torch.device) -> None:
+        self.timed(super().start_step, step, rows, device)
 
-    def add(self, *args: Any) -> None:
-        self._timed(super().add, *args)
+    def add(self, row: PackedRow, losses: torch.Tensor) -> None:
+        self.timed(super().add, row, losses)
 
-    def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
+    def timed(self, call: Callable[..., Any], *args: Any) -> Any:
         started = time.perf_counter()
         try:
             return call(*args)
@@ -54,9 +56,11 @@ class TimedBuffer(RowLossBuffer):
 class NoBuffer(RowLossBuffer):
     """Keeps nothing."""
 
-    def start_step(self, *args: Any) -> None: ...
+    def start_step(self, step: int, rows: tuple[int, ...], device: torch.device) -> None:
+        return
 
-    def add(self, *args: Any) -> None: ...
+    def add(self, row: PackedRow, losses: torch.Tensor) -> None:
+        return
 
 
 class EverySecondStep(TrainerCallback):
@@ -70,7 +74,7 @@ class EverySecondStep(TrainerCallback):
         self.trainer, self.steps = trainer, list[tuple[bool, float, float]]()
         self.kept, self.nothing, self.started = TimedBuffer(), NoBuffer(), 0.0
         write = trainer._write_row_losses
-        trainer._write_row_losses = lambda: self.kept._timed(write)
+        trainer._write_row_losses = lambda: self.kept.timed(write)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._row_losses = self.nothing if state.global_step % 2 else self.kept
