@@ -5,8 +5,9 @@
 
 One training takes all steps with the same conversations, and keeps the losses of rows in every second step only, so
 that both kinds of steps do the same work under the same load. The ratio of their median times is the cost. Steps of a
-busy machine differ by more than that, so the time spent inside the code of the row losses is measured too: on a CPU,
-nothing of it can hide behind other work.
+busy machine differ by more than that, so processor time is measured too, to which other processes add nothing: that of
+the code of the row losses, which has one thread, times the number of threads, as a share of that of the whole step. If
+all threads were busy throughout, this would be its share of the step's duration; otherwise it is above that share.
 """
 
 import argparse
@@ -35,7 +36,7 @@ WARM_UP = 4  # steps that are not counted
 
 
 class TimedBuffer(RowLossBuffer):
-    """Adds up the seconds that its methods take."""
+    """Adds up the seconds of processor time that its methods take."""
 
     seconds = 0.0
 
@@ -46,11 +47,11 @@ class TimedBuffer(RowLossBuffer):
         self.timed(super().add, row, losses)
 
     def timed(self, call: Callable[..., Any], *args: Any) -> Any:
-        started = time.perf_counter()
+        started = time.thread_time()
         try:
             return call(*args)
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += time.thread_time() - started
 
 
 class NoBuffer(RowLossBuffer):
@@ -67,23 +68,25 @@ class EverySecondStep(TrainerCallback):
     """Keep the losses of rows in even steps only, and time every step, the writing included.
 
     Attributes:
-        steps: (whether the losses were kept, seconds of the step, seconds of these inside the code of row losses).
+        steps: (whether the losses were kept, seconds of the step, processor time of all its threads, processor time of
+            the code of row losses).
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer, self.steps = trainer, list[tuple[bool, float, float]]()
-        self.kept, self.nothing, self.started = TimedBuffer(), NoBuffer(), 0.0
+        self.trainer, self.steps = trainer, list[tuple[bool, float, float, float]]()
+        self.kept, self.nothing, self.started = TimedBuffer(), NoBuffer(), (0.0, 0.0)
         write = trainer._write_row_losses
         trainer._write_row_losses = lambda: self.kept.timed(write)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._row_losses = self.nothing if state.global_step % 2 else self.kept
-        self.kept.seconds, self.started = 0.0, time.perf_counter()
+        self.kept.seconds, self.started = 0.0, (time.perf_counter(), time.process_time())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:  # the trainer has written the losses of rows before
             keeps = self.trainer._row_losses is self.kept
-            self.steps.append((keeps, time.perf_counter() - self.started, self.kept.seconds))
+            seconds, processor = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+            self.steps.append((keeps, seconds, processor, self.kept.seconds))
 
 
 def measure(model: str | None, batch_size: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -102,15 +105,17 @@ def measure(model: str | None, batch_size: int, steps: int, folder: Path) -> dic
     counted = timer.steps[WARM_UP:]
     with_losses = [one for one in counted if one[0]]
     seconds = {
-        "with": statistics.median(second for _, second, _ in with_losses),
-        "without": statistics.median(second for keeps, second, _ in counted if not keeps),
+        "with": statistics.median(one[1] for one in with_losses),
+        "without": statistics.median(one[1] for one in counted if not one[0]),
     }
-    rows = sum(keeps for keeps, _, _ in timer.steps) * batch_size
+    threads = torch.get_num_threads()
+    rows = sum(one[0] for one in timer.steps) * batch_size
     return {
         "steps": len(counted),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "ratio": round(seconds["with"] / seconds["without"], 4),
-        "share_inside": round(statistics.median(inside / second for _, second, inside in with_losses), 6),
+        "share_of_processor_time": round(threads * statistics.median(one[3] / one[2] for one in with_losses), 6),
+        "threads": threads,
         "bytes_per_row_and_epoch": (run.row_losses.stat().st_size - len(HEADER)) / rows,
         "processor": platform.processor() or platform.machine(),
     }

@@ -76,4 +76,4 @@ def test_the_benchmark_keeps_the_losses_of_every_second_step(monkeypatch, tmp_pa
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     found = importlib.import_module("row_losses").measure(str(tiny_model), 4, 10, tmp_path)
     assert (found["steps"], found["bytes_per_row_and_epoch"]) == (6, 12)
-    assert 0 < found["share_inside"] < 1
+    assert 0 < found["share_of_processor_time"] < 1
