@@ -65,7 +65,7 @@ class NoBuffer(RowLossBuffer):
 
 
 class EverySecondStep(TrainerCallback):
-    """Keep the losses of rows in even steps only, and time every step, the writing included.
+    """Keep the losses of rows in every second step only, and time every step, the writing included.
 
     Attributes:
         steps: (whether the losses were kept, seconds of the step, processor time of all its threads, processor time of
