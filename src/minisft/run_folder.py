@@ -192,7 +192,7 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     keys |= {f"data.{k}": v for k, v in asdict(recipe.data).items() if k not in _FREE_DATA_KEYS}
     if recipe.data_seed != recipe.seed:
         keys["data.seed"] = recipe.data_seed
-    free = _FREE_TRAINING_KEYS
+    free: tuple[str, ...] = _FREE_TRAINING_KEYS
     if training.early_stopping is None or training.early_stopping_by != "loss":
         free += ("eval_every",)
     if training.early_stopping_by == "loss":

@@ -114,7 +114,8 @@ def test_a_metric_that_fails_ends_the_run_with_a_complete_checkpoint(recipe, tmp
 @pytest.mark.parametrize("strategy", ["vanilla", "zero2", "zero3"])
 def test_two_processes_agree(recipe, tmp_path, strategy):
     words = [*STOPPING, "evaluation.best_by=bleu", f"training.strategy={strategy}"]
-    done = minisft("train", recipe, f"output={tmp_path}/run", *words, "training.processes=2", "training.batch_size=4")
+    words += ["training.processes=2", "training.batch_size=4", f"output={tmp_path}/run"]
+    done = minisft("train", recipe, *words, timeout=900)
     assert done.returncode == 0, done.stderr
     run = RunFolder(tmp_path / "run")
     scored = history(run, "eval_bleu")

@@ -1,5 +1,8 @@
 """row_losses.bin of real runs: each row and step exactly once, and the losses of metrics.jsonl."""
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -67,3 +70,10 @@ def test_a_loss_that_is_not_finite_leaves_the_losses_of_its_rows(capsys, recipe_
     assert status == 2, err
     records = minisft.load(tmp_path / "run").row_losses
     assert not np.isfinite(records[records["step"] == records["step"].max()]["loss"]).all()
+
+
+def test_the_benchmark_keeps_the_losses_of_every_second_step(monkeypatch, tmp_path, tiny_model):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    found = importlib.import_module("row_losses").measure(str(tiny_model), 4, 10, tmp_path)
+    assert (found["steps"], found["bytes_per_row_and_epoch"]) == (6, 12)
+    assert 0 < found["share_of_processor_time"] < 1

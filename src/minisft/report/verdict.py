@@ -201,8 +201,8 @@ def _best_setting(variants: list[dict[str, Any]]) -> tuple[dict[str, Any], str] 
     The metric is the one that chose the best checkpoints. The sentence says whether the interval of its score overlaps
     that of the next trajectory.
     """
-    chosen = next((v["best_by"] for v in variants if v.get("best_by")), {"metric": LOSS, "higher_is_better": False})
-    metric, higher = chosen["metric"], chosen["higher_is_better"]
+    chosen: dict[str, Any] = next((v["best_by"] for v in variants if v.get("best_by")), {"metric": LOSS})
+    metric, higher = str(chosen["metric"]), bool(chosen.get("higher_is_better"))
     scored = [v for v in variants if metric in v.get("scores", {})]
     if not scored:
         with_loss = [v for v in variants if v.get("test_loss") is not None]

@@ -65,8 +65,8 @@ class CheckpointScores(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.stops_here:  # whoever asked for that may not wait for answers; resuming scores it
             return
-        steps = {"epoch_steps": len(self.trainer.sampler), "last": state.max_steps}
-        if not is_due(state.global_step, every=self.training.save_every, **steps):
+        every, epoch_steps = self.training.save_every, len(self.trainer.sampler)
+        if not is_due(state.global_step, every=every, epoch_steps=epoch_steps, last=state.max_steps):
             return
         self._score(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if self.early_stopping.ends(state.log_history):

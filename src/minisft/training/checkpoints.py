@@ -158,8 +158,8 @@ def best_checkpoints(run: RunFolder, early_stopping: EarlyStopping | None = None
         values = {
             f"checkpoint-{entry['step']}": entry[early_stopping.key] for entry in history if early_stopping.key in entry
         }
-        best_of = max if early_stopping.higher_is_better else min
-        best.add(best_of((name for name in values if name in there), key=values.__getitem__, default=None))
+        sign = -1 if early_stopping.higher_is_better else 1
+        best.add(min((name for name in values if name in there), key=lambda name: sign * values[name], default=None))
     return best
 
 

@@ -535,8 +535,8 @@ class HeldOutLoss(TrainerCallback):
             control.should_evaluate = control.should_log = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        by_loss = self.early_stopping is not None and self.early_stopping.key == EVAL_LOSS
-        if by_loss and self.early_stopping.ends(state.log_history):
+        rule = self.early_stopping
+        if rule is not None and rule.key == EVAL_LOSS and rule.ends(state.log_history):
             self.trainer.ended_early = True
             control.should_save = control.should_training_stop = True
 
