@@ -130,7 +130,9 @@ def use_kernels(model: Any, training: TrainingRecipe, device: torch.device, resu
 def _apply_proven(model: Any, kernels: Kernels, proof: Proof) -> Applied | Obstacle:
     """Put kernels into a model and compare; if they are refused, the model has its own code again."""
     before = [(module, dict(vars(module))) for module in model.modules()]
-    problem, replaced, difference = None, (), math.inf
+    problem: str | None = None
+    replaced: tuple[str, ...] = ()
+    difference = math.inf
     try:
         expected = proof.run()
         replaced = apply_liger(model) if kernels == "liger" else apply_compiled(model)

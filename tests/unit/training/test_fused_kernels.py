@@ -10,6 +10,7 @@ from types import MethodType
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from minisft.errors import UserError
 from minisft.recipe import TrainingRecipe
@@ -78,6 +79,7 @@ def test_kernels_that_are_right_are_used(model, play, asked, precision, strategy
     choice = use_kernels(model, settings(asked, precision=precision, strategy=strategy), CPU)
     assert (choice.asked, choice.chosen, choice.replaced, choice.reason) == (asked, "liger", ("LlamaRMSNorm",), "")
     assert "forward" in vars(model.model.norm)
+    assert choice.difference is not None
     assert choice.difference < (1e-5 if precision == "fp32" else 0.05)
 
 
@@ -126,7 +128,7 @@ def test_the_comparison_leaves_the_model_as_it_was(model, play):
 def test_every_kind_of_layer_is_compared(model):
     """The second layer is of another kind; a fault there shows, and the third is left out."""
 
-    class OtherMLP(type(model.model.layers[1].mlp)):
+    class OtherMLP(LlamaMLP):
         pass
 
     model.model.layers[1].mlp.__class__ = OtherMLP
@@ -146,7 +148,6 @@ def test_what_cannot_be_used_is_refused_before_anything_is_loaded(capsys, recipe
 
 def test_obstacles():
     assert find_obstacle("compile", "zero2", "cpu") is None
-    assert "ZeRO-3 gathers weights" in find_obstacle("compile", "zero3", "cuda").problem
     require_kernels("auto", "zero3", "cpu")
     with pytest.raises(UserError, match="ZeRO-3 gathers"):
         require_kernels("compile", "zero3", "cuda")
@@ -154,7 +155,8 @@ def test_obstacles():
 
 def test_liger_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'minisft[gpu]'" in find_obstacle("liger", "vanilla", "cuda").fix
+    with pytest.raises(UserError, match=r"liger-kernel is not installed[\s\S]*pip install 'minisft\[gpu\]'"):
+        require_kernels("liger", "vanilla", "cuda")
 
 
 # --- the run's record, and resuming -----------------------------------------------------------------------
@@ -217,8 +219,7 @@ def test_other_models_of_the_process_keep_their_code(model, monkeypatch):
     def apply(model, *, cross_entropy, fused_linear_cross_entropy):
         assert not cross_entropy
         assert not fused_linear_cross_entropy
-        modeling_llama.apply_rotary_pos_emb = liger_rotary
-        modeling_llama.LlamaRMSNorm = torch.nn.LayerNorm
+        vars(modeling_llama).update(apply_rotary_pos_emb=liger_rotary, LlamaRMSNorm=torch.nn.LayerNorm)
         model.model.norm.forward = MethodType(norm.forward, model.model.norm)
 
     patch = SimpleNamespace(_apply_liger_kernel_to_instance=apply)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -15,10 +17,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def interpreted(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.interpreted_kernels", *map(str, words)], capture_output=True, text=True
-    )
+def interpreted(*words, **environment):
+    command = [sys.executable, "-m", "tests.interpreted_kernels", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -57,3 +58,22 @@ def test_training_takes_the_same_steps(recipe_file, tmp_path, key):
         assert json.loads(run.environment.read_text())["kernels"]["chosen"] == kernels
         losses.append([json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()])
     assert losses[1] == pytest.approx(losses[0], rel=2e-4)
+
+
+@pytest.mark.long
+def test_zero3_gathers_the_weights_that_are_compared(recipe_file, tmp_path):
+    """One process, which joins as if a launcher had started it: a worker would not have the interpreter."""
+    pytest.importorskip("deepspeed")
+    joined = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port())}  # fmt: skip
+    words = ("training.strategy=zero3", "training.kernels=liger", "training.max_steps=1", "training.batch_size=1")
+    interpreted("train", recipe_file, *words, "training.row_tokens=48", "data.max_length=48", **joined)
+    found = json.loads(RunFolder(tmp_path / "run").environment.read_text())["kernels"]
+    assert found["chosen"] == "liger"
+    assert found["difference"] < 1e-5
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
