@@ -32,7 +32,10 @@ class PlantedForCausalLM(LlamaForCausalLM):
             self.factors = torch.ones(2)  # neither parameter nor buffer: it stays on the CPU
         if "fp32" in config.faults:
             for layer in self.model.layers:
-                layer.self_attn.register_forward_pre_hook(without_autocast)
+                attention = layer.self_attn
+                for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+                    part.register_forward_hook(lambda module, inputs, output: output.float())
+                attention.o_proj.register_forward_pre_hook(lambda module, inputs: inputs[0].bfloat16())
         self.post_init()
 
     def forward(self, *arguments, **options):
@@ -46,10 +49,6 @@ class PlantedForCausalLM(LlamaForCausalLM):
         if "rank" in self.config.faults and torch.distributed.get_rank() == 1:
             torch.distributed.all_reduce(torch.ones(3, device=output.logits.device))
         return output
-
-
-def without_autocast(module, arguments):
-    torch.set_autocast_enabled("cuda", False)
 """
 
 pytestmark = pytest.mark.skipif(
@@ -97,7 +96,7 @@ def faults_of(capsys, words):
 
 
 def test_four_faults_of_one_model_are_all_found(capsys, planted):
-    """An `.item()` for every row, fp32 queries under autocast, a collective of one rank, and an uncounted 1 GB."""
+    """An `.item()` for every row, fp32 queries in bf16, a collective of one rank, and an uncounted 1 GB."""
     faults, found = faults_of(capsys, planted("item", "fp32", "rank", "buffer", processes=2))
     assert set(faults) == {"wait", "attention", "collective", "memory"}
     assert f"modeling_planted.py:{line_of('.item()')}" in faults["wait"]["where"]

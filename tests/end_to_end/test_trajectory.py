@@ -133,6 +133,32 @@ def test_half_precision_begins_with_the_weights_of_the_model_and_not_with_rounde
         assert weight.ndim == 1 or not torch.equal(weight, weight.bfloat16().float())
 
 
+# Relative differences of losses and gradient norms between strategies and numbers of processes in bf16: the weights are
+# the same numbers, and what differs is how often a gradient is rounded.
+BF16_LOSS, BF16_NORM = 1e-4, 2e-3
+
+
+@pytest.mark.long
+def test_in_bf16_every_strategy_takes_the_same_steps(recipe, tmp_path):
+    """And sends as many bytes: vanilla all-reduces gradients of 2 bytes."""
+    losses, norms = {}, {}
+    for strategy, processes in (("vanilla", 1), ("vanilla", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)):
+        name = f"{strategy} x{processes}"
+        done = minisft(
+            "train", recipe, f"output={tmp_path / name}", "training.precision=bf16", f"training.strategy={strategy}",
+            f"training.processes={processes}", f"training.batch_size={8 // processes}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        logged = logged_steps(RunFolder(tmp_path / name))
+        losses[name], norms[name] = ([line[key] for line in logged] for key in ("loss", "grad_norm"))
+        if name == "vanilla x2":
+            weights = AutoModelForCausalLM.from_pretrained(RunFolder(tmp_path / name).model)
+            assert logged[-1]["communication_mb"] == pytest.approx(2 * weights.num_parameters() / 1e6, rel=0.02)
+    for name in losses:
+        np.testing.assert_allclose(losses[name], losses["vanilla x1"], rtol=BF16_LOSS, err_msg=name)
+        np.testing.assert_allclose(norms[name], norms["vanilla x1"], rtol=BF16_NORM, err_msg=name)
+
+
 def test_the_recorded_trajectory(tmp_path):
     """`MINISFT_WRITE_GOLDEN=1 pytest` writes the file again: a change of it is a change of the trajectory.
 

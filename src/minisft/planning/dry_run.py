@@ -331,7 +331,7 @@ def _faults_of_attention(result: dict[str, Any], precision: str) -> list[Fault]:
     if precision == "fp32" or not (calls := result["kernels"].get("None float32", 0)):
         return []
     problem = f"queries are fp32 under {precision} in {calls} calls, so no kernel of the GPU takes them"
-    return [Fault("attention", "attention", problem, "cast queries, keys and values to the format of autocast")]
+    return [Fault("attention", "attention", problem, f"compute queries, keys and values in {precision}")]
 
 
 def _faults_of_collectives(results: Sequence[dict[str, Any]]) -> list[Fault]:

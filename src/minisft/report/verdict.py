@@ -154,7 +154,7 @@ def _coincidence(group: list[dict[str, Any]], tolerance: float) -> str:
             f"size; the losses differ by at most {_scientific(against['loss'])}, the gradient norms by at most "
             f"{_scientific(against['grad_norm'])}."
         )
-    # DeepSpeed rounds weights and gradients where autocast does not, so half precision cannot show coinciding curves.
+    # Gradients are rounded for every row or once a step, so half precision cannot show coinciding curves.
     half = [name for name in ("bf16", "fp16") if any(v.get("precision") == name for v in group)]
     if half:
         sentences.append(

@@ -9,9 +9,9 @@ this process, Ctrl-C would wait for them.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -26,7 +26,7 @@ import torch
 
 from minisft.console import waiting, warn
 from minisft.errors import StoppedError, UserError
-from minisft.files import cache_folder
+from minisft.files import cache_folder, hold_lock
 from minisft.optional_packages import require_package
 from minisft.output_filters import drop_lines
 from minisft.processes import exit_with_parent, handle_stop_signals
@@ -66,7 +66,10 @@ def deepspeed_config(
     to_host = {name: {"device": "cpu", "pin_memory": not on_cpu} for name in _OFFLOADED[offload]}
     # On a GPU, gradients are reduced on a stream of their own while the backward goes on; a CPU has no streams.
     overlap = {} if strategy == "zero1" else {"overlap_comm": not on_cpu}
-    return {
+    # The gradients of the rows of a step are summed in fp32. Stage 1 would hold the sums of all parameters on every
+    # process, and send them in fp32 (DeepSpeed's BF16_Optimizer, whose checkpoints have another form).
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if precision == "bf16" and strategy != "zero1" else {}
+    return sums | {
         "zero_optimization": _STAGE_OPTIONS[ZERO_STAGES[strategy]] | overlap | to_host,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
@@ -368,8 +371,7 @@ def _extensions_guarded() -> Iterator[Path]:
     """
     extensions = _extensions_folder()
     extensions.mkdir(parents=True, exist_ok=True)
-    with (extensions / ".minisft.lock").open("w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with hold_lock(extensions / ".minisft.lock", patience=math.inf):
         if os.environ.get("TORCH_EXTENSIONS_DIR") == str(extensions):  # otherwise other users of the folder build too
             _remove_locks(extensions)
         yield extensions

@@ -51,6 +51,17 @@ def test_gradients_are_reduced_beside_the_backward_on_a_gpu_alone(stage):
     assert zero_config(f"zero{stage}", None, on_cpu=True)["overlap_comm"] is False
 
 
+@pytest.mark.parametrize(
+    ("strategy", "precision", "expected"),
+    [("zero1", "bf16", None), ("zero2", "bf16", "fp32"), ("zero3", "bf16", "fp32"), ("zero2", "fp16", None),
+     ("zero3", "fp32", None)],
+)  # fmt: skip
+def test_the_rows_of_a_step_are_summed_in_fp32_where_the_sums_are_sharded(strategy, precision, expected):
+    config = deepspeed_config(strategy, **(SETTINGS | {"precision": precision}), offload=None, on_cpu=False)
+    assert config is not None
+    assert config.get("data_types", {}).get("grad_accum_dtype") == expected
+
+
 @pytest.fixture
 def extensions(tmp_path, monkeypatch) -> Path:
     """The folder of compiled operations, with DeepSpeed's communication built in it."""
