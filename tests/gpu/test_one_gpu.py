@@ -2,12 +2,17 @@
 
 import importlib.util
 import json
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from minisft.evaluation.backends import TransformersModel
+from minisft.models import load_model
 from minisft.run_folder import RunFolder
 from minisft.training.attention import Shape, select_kernel
 from tests.padded import conversations_of_steps, logged_steps, padded_loop, train_rows
@@ -172,6 +177,36 @@ def test_vllm_gives_the_answers_of_transformers(recipe, tmp_path):
         answers.append([json.loads(line)["output"] for line in lines])
     equal = sum(one == other for one, other in zip(*answers, strict=True))
     assert equal >= 0.9 * len(answers[0])
+
+
+@pytest.mark.parametrize("second", ["cpu", 1])
+def test_a_model_on_two_devices_gives_the_answers_of_one(tiny_model, second):
+    """The second layer is in the memory of the host, or on the second GPU."""
+    if second == 1 and torch.cuda.device_count() < 2:
+        pytest.skip("there are not two GPUs here")
+    first = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), 0)
+    load: Any = partial(load_model, device_map={**first, "model.layers.1": second})
+    prompts, rows = [[5, 6, 7, 8], list(range(30, 60)), [40, 41]], [(list(range(3, 40)), list(range(3, 40)))]
+    settings: Any = {"stop_token_ids": (1,), "max_new_tokens": 12, "sampling": None}
+    found = []
+    for loads in (load, load_model):
+        model = TransformersModel(Path(tiny_model), torch.float32, False, load=loads)
+        found.append((model.answer(prompts, **settings), model.sum_of_losses(rows)[0]))
+        model.release()
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs here")
+@pytest.mark.parametrize(("strategy", "precision", "tolerance"), [("zero3", "fp32", 2e-4), ("vanilla", "bf16", 2e-2)])
+def test_two_gpus_that_share_rows_take_the_steps_of_one(recipe, tmp_path, strategy, precision, tolerance):
+    one = train(recipe, tmp_path / "one", f"training.precision={precision}")
+    output = tmp_path / "two"
+    words = f"training.strategy={strategy}", f"training.precision={precision}", "training.sequence_parallel=2"
+    done = minisft("train", recipe, f"output={output}", *words, "training.processes=2")
+    assert done.returncode == 0, done.stderr
+    losses = [[line["loss"] for line in logged_steps(run)] for run in (RunFolder(output), one)]
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs here")

@@ -225,7 +225,7 @@ def test_an_evaluation_says_once_that_batches_are_halved(tiny_model, long_and_sh
     prompts, expected = long_and_short
     with Workers(1) as workers:
         spec = ModelSpec(Path(tiny_model), torch.float32, False, (1,), 6, Sampling(1.5, 0.9, 7))
-        model = workers._loaded.get(spec)
+        model: Any = workers._loaded.get(spec)
         model.model = LimitedModel(model.model, 2)
         outcomes = list(workers.perform(spec, [AnswerTask(prompts), AnswerTask(prompts)]))
     assert [outcome.value for outcome in outcomes] == [expected, expected]

@@ -97,7 +97,7 @@ def test_a_divided_model_gives_the_answers_and_losses_of_the_undivided_one(tiny_
 
 
 def test_the_cache_of_a_model_is_measured_whatever_its_architecture():
-    from transformers import AutoModelForCausalLM, FalconH1Config, Gemma2Config, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -105,9 +105,9 @@ def test_the_cache_of_a_model_is_measured_whatever_its_architecture():
     measured = {
         config.model_type: CacheSize.measure(AutoModelForCausalLM.from_config(config).eval())
         for config in (
-            LlamaConfig(**sizes, **heads),
-            Gemma2Config(**sizes, **heads, sliding_window=16),
-            FalconH1Config(**sizes, **heads, **mamba, bos_token_id=0, eos_token_id=1, pad_token_id=0),
+            AutoConfig.for_model("llama", **sizes, **heads),
+            AutoConfig.for_model("gemma2", **sizes, **heads, sliding_window=16),
+            AutoConfig.for_model("falcon_h1", **sizes, **heads, **mamba, pad_token_id=0),
         )
     }
     position = 2 * 2 * 8 * 4  # keys and values of two heads of size 8, in fp32
@@ -170,6 +170,12 @@ with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     first = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.rotary_emb"), "cuda:0")
     second = dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), "cuda:1")
+    for name, device in {**first, **second}.items():  # accelerate cannot move fake tensors, and finds them in place
+        for module in model.get_submodule(name).modules():
+            for key, weight in module._parameters.items():
+                module._parameters[key] = None if weight is None else torch.nn.Parameter(weight.to(device))
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = buffer.to(device)
     dispatch_model(model, {**first, **second}, skip_keys="past_key_values")
     ids = torch.ones((4, 7), dtype=torch.long, device="cuda:0")
     cache = new_cache(model)

@@ -22,7 +22,12 @@ MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_stat
 MODELS: dict[str, dict[str, Any]] = {
     "grouped queries": {"model_type": "llama", **HEADS},
     "fewer key heads than processes": {"model_type": "llama", **HEADS, "num_key_value_heads": 1},
-    "key heads that 2 does not divide": {"model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 3},
+    "key heads that 2 does not divide": {
+        "model_type": "llama",
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+    },
     "a sliding window and a soft cap": {"model_type": "gemma2", **HEADS, "sliding_window": 6},
     "attention sinks": {"model_type": "gpt_oss", **HEADS, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
@@ -31,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def model_of(model_type, **settings):
     attention.register()
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES, **settings)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention.PADDING_FREE)
 
 
@@ -124,7 +129,7 @@ def test_key_heads_are_copied_as_often_as_the_processes_need(heads, key_heads, s
 
 
 def test_heads_that_cannot_be_shared_are_refused_before_the_model_is_loaded():
-    config = LlamaConfig(num_attention_heads=12, num_key_value_heads=4)
+    config = LlamaConfig(hidden_size=48, num_attention_heads=12, num_key_value_heads=4)
     require_divisible(config, 4, 8)
     with pytest.raises(UserError, match="8 processes cannot share the 12 attention heads") as raised:
         require_divisible(config, 8, 8)
