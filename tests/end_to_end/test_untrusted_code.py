@@ -125,7 +125,7 @@ def test_without_consent_nothing_asks_on_stdin(tmp_path, recipe, canary):
 def test_a_worker_takes_no_consent_from_the_run_folder(own_run, canary, monkeypatch, capsys):
     """A worker reads the recipe in the run folder; the process that starts it passes the consent."""
     from minisft.errors import UserError
-    from minisft.training.run_training import train_as_worker
+    from minisft.runner import train_as_worker
 
     with pytest.raises(UserError, match="consent"):
         train_as_worker(own_run.root, None)
