@@ -143,6 +143,6 @@ def test_only_the_process_that_writes_copies_weights_that_all_have(trainer, stra
     for rank, expected in enumerate(copies):
         copied: list[object] = []
         monkeypatch.setattr(trainer.accelerator, "get_state_dict", copied.append)
-        monkeypatch.setattr(type(trainer.args), "should_save", property(lambda self, rank=rank: rank == 0))
+        monkeypatch.setattr(type(trainer.args), "should_save", rank == 0)
         trainer.save_model("folder")
         assert len(copied) == expected
