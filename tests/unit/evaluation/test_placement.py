@@ -1,7 +1,5 @@
 """Models that do not fit one GPU, and how many rows fit into memory."""
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,48 +146,3 @@ def test_little_memory_makes_smaller_batches_and_the_same_answers(tiny_model):
 def test_a_model_for_inference_is_on_the_cpu_without_a_gpu(tiny_model):
     model = load_for_inference(Path(tiny_model), dtype=torch.float32, trust_remote_code=False)
     assert (model.device.type, model.training) == ("cpu", False)
-
-
-ON_TWO_FAKE_GPUS = """
-import sys
-from pathlib import Path
-from minisft.planning import fake_gpu
-fake_gpu.load_device(fake_gpu.build_device(fake_gpu.torch_folder()))
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-fake_gpu.answer_for_driver("NVIDIA H100 80GB HBM3", 80 << 30, (9, 0))
-torch.cuda.device_count = lambda: 2
-from accelerate import dispatch_model
-from transformers import AutoConfig, AutoModelForCausalLM
-from minisft.evaluation.generation import last_logits
-from minisft.evaluation.kv_cache import new_cache, select_rows
-from minisft.evaluation.metrics import logits_of
-
-with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-    config = AutoConfig.from_pretrained(sys.argv[1], tie_word_embeddings=False)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    first = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.rotary_emb"), "cuda:0")
-    second = dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), "cuda:1")
-    for name, device in {**first, **second}.items():  # accelerate cannot move fake tensors, and finds them in place
-        for module in model.get_submodule(name).modules():
-            for key, weight in module._parameters.items():
-                module._parameters[key] = None if weight is None else torch.nn.Parameter(weight.to(device))
-            for key, buffer in module._buffers.items():
-                module._buffers[key] = buffer.to(device)
-    dispatch_model(model, {**first, **second}, skip_keys="past_key_values")
-    ids = torch.ones((4, 7), dtype=torch.long, device="cuda:0")
-    cache = new_cache(model)
-    logits = last_logits(model, ids, torch.ones_like(ids), cache)
-    print([str(layer.keys.device) for layer in cache.layers], logits.device)
-    select_rows(cache, torch.tensor([0, 2], device="cuda:0"))
-    print([len(layer.keys) for layer in cache.layers])
-    print(tuple(logits_of(model, ids, torch.ones_like(ids), [1, 4]).shape))
-"""
-
-
-def test_decoding_and_losses_mix_no_tensors_of_two_gpus(tiny_model):
-    """Fake tensors know their device, and an operation on two devices raises; a process of its own loads the device."""
-    done = subprocess.run([sys.executable, "-c", ON_TWO_FAKE_GPUS, tiny_model], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[:2] == ["['cuda:0', 'cuda:1'] cuda:0", "[2, 2]"]
-    assert done.stdout.splitlines()[2].startswith("(4, 2, ")
