@@ -25,7 +25,7 @@ from minisft.training.zero import MOMENTS, ZERO_STAGES, fill_fp32_masters, fill_
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from minisft.training.trainer import SupervisedTokenTrainer
+    from minisft.training.master_weights import MasterWeights
 
 
 # Optimizers whose state is AdamW's two moments in fp32.
@@ -77,12 +77,13 @@ def _obstacle(wrote: str, training: TrainingRecipe, precision: str) -> str | Non
     return None
 
 
-def reshard_state(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
+def reshard_state(trainer: "Trainer", checkpoint: Path, masters: "MasterWeights | None") -> None:
     """Load weights, optimizer and schedule of another layout into a trainer that is ready for its first step.
 
     Args:
         trainer: Trainer whose optimizer or engine is made and has taken no step; every process calls this.
         checkpoint: Checkpoint written under another layout; it is not changed.
+        masters: The weights in fp32 that the optimizer updates; None if it updates the model's own, or under ZeRO.
 
     Raises:
         UserError: The parameters of the checkpoint are not those of the trainer.
@@ -101,7 +102,6 @@ def reshard_state(trainer: "SupervisedTokenTrainer", checkpoint: Path) -> None:
             trainer.model_wrapped, trained, state.read, state.weight, adam_steps=state.steps, steps=step_of(checkpoint)
         )
     else:
-        masters = trainer.masters
         updated = trained if masters is None else {name: masters.of(weight) for name, weight in trained.items()}
         _fill_optimizer(trainer.optimizer, updated, state)
         if masters is not None:

@@ -250,7 +250,7 @@ class SupervisedTokenTrainer(Trainer):
             if same_layout(checkpoint, self.strategy, self.args.world_size):
                 return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             ready = super()._prepare_for_training(max_steps, train_dataloader, None)
-            reshard_state(self, checkpoint)
+            reshard_state(self, checkpoint, self.masters)
             return ready
 
     # --- batches

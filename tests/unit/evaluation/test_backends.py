@@ -278,5 +278,5 @@ def test_the_vllm_backend_without_vllm_is_refused(tiny_model):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_vllm_backend_without_a_gpu_is_refused(vllm, tiny_model):
     for refused in (require_vllm, spec_of(tiny_model, backend="vllm").load):
-        with pytest.raises(UserError, match="this build of vllm needs a GPU"):
+        with pytest.raises(UserError, match="this build of vLLM needs a GPU"):
             refused()
