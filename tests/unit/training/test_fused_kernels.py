@@ -197,7 +197,7 @@ def test_a_run_is_resumed_with_its_kernels_or_refused(capsys, recipe_file, half_
 
 def test_another_choice_is_another_run(capsys, recipe_file, half_trained):
     said = refused(capsys, "train", recipe_file, "training.max_steps=2", *CONSTANT, "training.kernels=none", "--resume")
-    assert "training.kernels is \"auto\" there, \"none\" here" in said
+    assert 'training.kernels is "auto" there, "none" here' in said
 
 
 # --- Liger's way of putting kernels in --------------------------------------------------------------------
