@@ -26,8 +26,8 @@ def wrap_words(text: str, width: int) -> str:
     """Return text whose lines end between words, where a terminal of `width` columns would end them within one.
 
     Further lines of a row of a table begin below the text behind its label, such as `lengths    5% 53`, and those of a
-    sentence two columns to the right. What is to be copied stays whole: text in backticks, and lines that begin with
-    `next:` or `minisft`.
+    sentence two columns to the right. What is to be copied stays whole: text in backticks, lines that begin with `next:`
+    or `minisft`, and lines with a word that no line has room for, such as a long path.
     """
     return "\n".join(_wrapped(line, width) if len(line) > width else line for line in text.split("\n"))
 
@@ -40,9 +40,12 @@ def _wrapped(line: str, width: int) -> str:
         label = None
     begin = label.end() if label else len(line) - len(line.lstrip())
     whole = re.sub("`[^`]*`", lambda quoted: quoted[0].replace(" ", _UNBROKEN), line[begin:])
+    further = begin if label else begin + 2
+    if max(map(len, whole.split()), default=0) > width - further:
+        return line
     lines = textwrap.wrap(
         whole, width, initial_indent=line[:begin],
-        subsequent_indent=" " * (begin if label else begin + 2), break_long_words=False, break_on_hyphens=False,
+        subsequent_indent=" " * further, break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
     return "\n".join(lines).replace(_UNBROKEN, " ")
 

@@ -133,7 +133,7 @@ def test_a_comparison_of_few_conversations_is_marked_and_has_no_interval(run_fol
     assert run(capsys, "evaluate", run_folder)[0] == 0
     entries = [Entry(name, run_folder.name, (), name, "done") for name in ("one", "two")]
     found = write_comparison(run_folder.parent, entries)
-    assert "with checkpoint-2, which is below its base model" in found["verdict"][0]
+    assert "with checkpoint-2, which its base model beats" in found["verdict"][0]
     assert "fewer than 20 held-out conversations were scored" in found["verdict"][0]
     assert found["variants"][0]["bleu"]["reliable"] is False
     text = (run_folder.parent / "comparison.md").read_text()

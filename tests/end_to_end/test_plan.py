@@ -30,7 +30,7 @@ def test_70b_on_64_gpus_from_its_configuration_alone(capsys, recipe_file):
     for strategy in STRATEGIES:
         assert sum(line.split()[:1] == [strategy] for line in lines) >= 3, strategy
     tables = lines[lines.index("Memory of the largest process, GB") : lines.index("* does not fit.")]
-    assert max(len(line) for line in tables if not line.startswith("choice")) <= 96
+    assert max(len(line) for line in tables if not line.startswith(("choice", "largest row"))) <= 96
 
 
 BIG = (f"model={MODELS / 'llama3-70b'}", "training.gradient_checkpointing=true", "training.precision=bf16")

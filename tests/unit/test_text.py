@@ -39,8 +39,8 @@ def test_what_is_printable_can_be_encoded_and_holds_no_control(text):
         ("  rows  one two three four", "  rows  one two\n        three four"),
         ("next: minisft evaluate outputs/mine", "next: minisft evaluate outputs/mine"),
         ("  minisft train outputs/mine.yaml", "  minisft train outputs/mine.yaml"),
-        ("to install it: `pip install a-package`", "to install it:\n  `pip install a-package`"),
-        ("in outputs/a-long-name-of-a-folder now", "in\n  outputs/a-long-name-of-a-folder\n  now"),
+        ("to install it: `pip install a-package`", "to install it: `pip install a-package`"),
+        ("in outputs/a-long-name-of-a-folder now", "in outputs/a-long-name-of-a-folder now"),
         ("first\nsecond line that is too long", "first\nsecond line that is\n  too long"),
     ],
 )

@@ -339,7 +339,7 @@ def test_every_command_through_a_pseudo_terminal(tmp_path, model_folder):
         screen.wait_for("... ")
         os.write(ours, b"lines\n")
         screen.wait_for("(cut: the answer reached --max-new-tokens)")
-        say(f"/save {saved}", "Added to ")
+        say(f"/save {saved}", "Added to")
         say("/save", "Say where: /save FILE")
         say("/nonsense", "There is no command /nonsense")
         say("third " * 50, "The context is full: the oldest exchange was dropped.")
@@ -347,7 +347,7 @@ def test_every_command_through_a_pseudo_terminal(tmp_path, model_folder):
         say("/reset", "A new conversation.")
         say("/compare", "There is nothing to compare yet.")
         say("//slash", "(cut: the answer reached --max-new-tokens)")
-        say(f"/save {saved}", "Added to ")
+        say(f"/save {saved}", "Added to")
         say("/exit")
         assert process.wait(timeout=60) == 0
     finally:

@@ -181,9 +181,11 @@ def test_the_steps_of_a_resumed_or_replaced_run_are_shown_once(root, capsys):
 
 def test_ctrl_c_ends_it_quietly_and_not_the_training(root):
     process = start(root, pause=0.7)
+    interrupted = []
 
     def interrupt(screen, watching):
-        if re.search(r"^left +\d+ s", screen, re.MULTILINE):
+        if not interrupted and re.search(r"^left +\d+ s", screen, re.MULTILINE):
+            interrupted.append(watching)  # once: a second signal would kill it while Python shuts down
             os.kill(watching, signal.SIGINT)
 
     session = run_in_terminal(["-m", "minisft", "watch", root], on_screen=interrupt)

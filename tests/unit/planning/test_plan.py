@@ -76,7 +76,7 @@ def test_the_choice_on_h100(recipe, model, processes, chosen):
         (
             "mistral-7b",
             1,
-            ["training.lora={rank: 16} with training.strategy=vanilla", "2 h100 with training.strategy=zero3"],
+            ["training.lora={rank: 16} with training.strategy=vanilla", "4 h100 with training.strategy=zero1"],
         ),
         ("llama3-70b", 1, ["32 h100 on 4 nodes with training.strategy=zero3"]),
         ("llama3-70b", 8, ["training.lora={rank: 16} with training.strategy=zero3", "32 h100 on 4 nodes"]),
