@@ -18,18 +18,6 @@ from minisft.errors import StoppedError
 
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # libgomp's manual: "Environment Variables"
-# How often a waiting thread of libgomp looks for work before it sleeps; docs/performance.md has the measurements.
-# By default it looks 300,000 times, and if another process keeps a core busy, it takes that time from the others.
-_SPIN_COUNT = 10_000
-
-
-def set_waiting_policy() -> None:
-    """Let OpenMP's threads sleep soon when they wait; call it before torch is imported, whose libgomp reads it then.
-
-    A policy that the user set stays.
-    """
-    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING_VARIABLES):
-        os.environ["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)
 
 
 def exit_with_parent() -> None:

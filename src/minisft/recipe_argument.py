@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.errors import UserError
-from minisft.processes import set_waiting_policy
 from minisft.text import printable
 
 if TYPE_CHECKING:
@@ -201,6 +200,5 @@ def built_in_recipe(name: str) -> Path:
 
 
 def set_library_environment() -> None:
-    """Set the variables that libraries read when they are imported: DeepSpeed's log level, OpenMP's waiting policy."""
+    """Set the variable that DeepSpeed reads when it is imported: its log level."""
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    set_waiting_policy()

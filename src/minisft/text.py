@@ -26,8 +26,8 @@ def wrap_words(text: str, width: int) -> str:
     """Return text whose lines end between words, where a terminal of `width` columns would end them within one.
 
     Further lines of a row of a table begin below the text behind its label, such as `lengths    5% 53`, and those of a
-    sentence two columns to the right. What is to be copied stays whole: text in backticks, lines that begin with `next:`
-    or `minisft`, and lines with a word that no line has room for, such as a long path.
+    sentence two columns to the right. What is to be copied stays whole: text in backticks, and lines that begin with
+    `next:` or `minisft`, or have a word that no line has room for, such as a long path.
     """
     return "\n".join(_wrapped(line, width) if len(line) > width else line for line in text.split("\n"))
 
