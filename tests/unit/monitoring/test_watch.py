@@ -181,7 +181,7 @@ def test_the_steps_of_a_resumed_or_replaced_run_are_shown_once(root, capsys):
 
 def test_ctrl_c_ends_it_quietly_and_not_the_training(root):
     process = start(root, pause=0.7)
-    interrupted = []
+    interrupted: list[int] = []
 
     def interrupt(screen, watching):
         if not interrupted and re.search(r"^left +\d+ s", screen, re.MULTILINE):
