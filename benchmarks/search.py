@@ -66,14 +66,14 @@ def main() -> None:
         result_file.write_text(json.dumps(result, indent=1))
     found = json.loads((options.output / "search" / "search.json").read_text())
 
-    # 2. Every rate to its end.
-    rows = []
-    for trial in found["trials"]:
+    # 2. Every rate to its end; the winner first, since its time is compared with that of the search.
+    rows: dict[int, RowLosses] = {}
+    for trial in sorted(found["trials"], key=lambda one: bool(one["number"] != found["best"]["number"])):
         recipe = load_recipe(options.output / "search" / "best.yaml", [(RATE, trial["settings"][RATE])])
-        rows.append(train_to_the_end(recipe, options.output / "full", trial["number"]))
+        rows[trial["number"]] = train_to_the_end(recipe, options.output / "full", trial["number"])
 
     # 3. The comparison.
-    result |= compare(options.output, found, rows)
+    result |= compare(options.output, found, [rows[number] for number in sorted(rows)])
     result_file.write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 

@@ -93,7 +93,9 @@ class _Scale:
 
         decades = math.log10(self.high / self.low) if self.is_log else 0.0
         locator = LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,)) if self.is_log else MaxNLocator(5)
-        return [float(mark) for mark in locator.tick_values(self.low, self.high) if self.low <= mark <= self.high]
+        margin = 1e-9 * self.low if self.is_log else 0.0  # LogLocator's powers of ten are rounded
+        marks = map(float, locator.tick_values(self.low, self.high))
+        return [mark for mark in marks if self.low - margin <= mark <= self.high + margin]
 
     @property
     def gap(self) -> float:

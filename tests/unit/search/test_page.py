@@ -110,6 +110,16 @@ def test_a_slice_shows_each_trial_at_its_value_and_loss(tmp_path):
     assert sorted(range(8), key=lambda n: -heights[n]) == sorted(range(8), key=lambda n: losses[n])
 
 
+def test_the_ends_of_a_logarithmic_axis_have_their_labels(tmp_path):
+    """Matplotlib's powers of ten are rounded: its 1e-5 is below 1e-5."""
+    study = write_study(tmp_path, failed=())
+    for trial, rate in zip(study["trials"], (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 7e-4, 1e-3), strict=True):
+        trial["settings"]["training.learning_rate"] = rate
+    (tmp_path / "search.json").write_text(json.dumps(study), encoding="utf-8")
+    page = Page(write_search_page(tmp_path))
+    assert {"1e-5", "0.0001", "0.001"} <= {text for tag, text in page.texts if tag == "title"}
+
+
 def test_hostile_settings_and_errors_are_text(tmp_path):
     study = write_study(tmp_path, keys=(NASTY, "training.epochs"), importance={NASTY: 1.0})
     for trial in study["trials"]:
