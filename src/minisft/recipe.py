@@ -144,8 +144,12 @@ class TrainingRecipe:
             problem = f"must be at least 0 and below 1, and is {self.warmup_ratio}"
             raise UserError("training.warmup_ratio", problem, "give a fraction of all steps such as 0.03")
         if self.processes % self.sequence_parallel:
-            problem = f"{self.sequence_parallel} does not divide the {self.processes} processes that share rows"
-            raise UserError("training.sequence_parallel", problem, "give a divisor of training.processes")
+            size = self.sequence_parallel
+            problem = f"{size} does not divide training.processes, which is {self.processes}"
+            fix = (
+                f"set training.processes to a multiple of {size}, or sequence_parallel to a divisor of {self.processes}"
+            )
+            raise UserError("training.sequence_parallel", problem, fix)
 
     @property
     def replicas(self) -> int:

@@ -392,15 +392,12 @@ def _say_written(
     )
     if not now:
         scoring = written.evaluation_script
-        first = f"sbatch {shlex.quote(str(written.script))}"
-        after = (
-            ""
-            if scoring is None
-            else (
-                f"    or both: sbatch --dependency=afterok:$(sbatch --parsable {shlex.quote(str(written.script))}) "
-                f"--kill-on-invalid-dep=yes {shlex.quote(str(scoring))}"
-            )
-        )
-        say(f"next: {first}{after}")
+        script = shlex.quote(str(written.script))
+        say("next, to train:" if scoring is None else "next, to train only:")
+        say(f"  sbatch {script}")
+        if scoring is not None:
+            say("or to train, and then to score the run:")
+            say(f"  job=$(sbatch --parsable {script})")
+            say(f"  sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes {shlex.quote(str(scoring))}")
     if untested:
         say(f"SLURM has not tested the script: {untested}")
