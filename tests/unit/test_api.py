@@ -56,6 +56,17 @@ def test_no_module_bears_the_name_of_a_function():
     assert not {path.stem for path in Path(minisft.__file__).parent.iterdir()} & set(FUNCTIONS)
 
 
+def test_a_python_that_is_too_old_is_named():
+    """The code before the check has no newer syntax, so that this is what an old interpreter says too."""
+    code = "import sys; sys.version_info = (3, 8, 18); {}; import minisft"
+    words = [sys.executable, "-c"]
+    imported = subprocess.run([*words, code.format("pass")], capture_output=True, text=True)
+    assert "ImportError: Python 3.8 is too old\n  Fix: use Python 3.10 or newer" in imported.stderr
+    as_command = subprocess.run([*words, code.format("sys.argv = ['-m']")], capture_output=True, text=True)
+    assert as_command.returncode == 2
+    assert as_command.stderr == "minisft: Python 3.8 is too old\n  Fix: use Python 3.10 or newer\n"
+
+
 def test_importing_the_package_loads_no_library_and_takes_little_time():
     heavy = {"torch", "pydantic", "rich", "numpy", "datasets", "transformers", "yaml"}
     found = subprocess.run(
