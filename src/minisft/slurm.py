@@ -344,9 +344,9 @@ def _sbatch(words: Sequence[str], text: str | None = None) -> str:
     done = subprocess.run(["sbatch", *words], input=text, capture_output=True, text=True)
     if done.returncode:
         said = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
-        if any(sign in said for sign in _UNREACHABLE):
+        if signs := [sign for sign in _UNREACHABLE if sign in said]:
             fix = "run this on a login node of the cluster, or leave --now out to write the script only"
-            raise _SlurmUnreachableError("sbatch", f"SLURM cannot be reached from here: {said}", fix)
+            raise _SlurmUnreachableError("sbatch", f"SLURM cannot be reached from here: {signs[0]}", fix)
         fix = (
             "change the options; `sinfo` and `scontrol show partition` show what there is, and --sbatch passes on "
             "options such as account=NAME"
@@ -384,7 +384,7 @@ def _say_written(
     limit = timedelta(seconds=time_limit(options.time))
     say(
         f"{options.nodes} machine(s) with {local} process(es) each, {recipe.training.strategy}; "
-        f"time limit {limit}, at which, or when preempted, it is requeued and resumes"
+        f"at the time limit of {limit}, or when it is preempted, the job is requeued and resumes"
     )
     say(
         f"written: {written.script}, for the recipe {written.recipe}"
