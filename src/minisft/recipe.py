@@ -399,9 +399,8 @@ def _read_recipe(path: Path) -> str:
         with path.open(encoding="utf-8") as file:
             return file.read(MOST_CHARACTERS + 1)  # a device never ends, and a larger file is refused anyway
     except FileNotFoundError:
-        raise UserError(
-            path, "there is no such recipe", "give the path of a recipe such as recipes/demo.yaml"
-        ) from None
+        fix = "give the path of a recipe; `minisft init DATA` writes one for your data"
+        raise UserError(path, "there is no such recipe", fix) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"the recipe cannot be read ({error})", "give a readable YAML file") from None
 
