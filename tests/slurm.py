@@ -87,7 +87,9 @@ def slurm_cluster(folder: Path):
                 wait_until((folder / "munge.sock").exists, 20, "munged does not start")
         stack.callback(subprocess.run, ["scancel", "--user=root"], env=environment, capture_output=True, timeout=60)
         wait_until(
-            lambda: slurm(environment, "sinfo", "-hN", "-o%T").split() == ["idle"] * 2, 60, "the nodes are not idle"
+            lambda: slurm(environment, "sinfo", "-hN", "-ptest", "-o%T").split() == ["idle"] * 2,
+            60,
+            "the nodes are not idle",
         )
         yield environment
 
