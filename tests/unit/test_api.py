@@ -141,10 +141,12 @@ def test_arguments_that_name_no_recipe_are_refused(function, arguments, problem)
 
 def test_rows_in_memory_lie_in_one_file_named_by_their_content(cache):
     listed = source_of(rows())
-    assert source_of(iter(rows())) == source_of(datasets.Dataset.from_list(rows())) == listed
+    assert source_of(iter(rows())) == listed
+    sorted_keys = [json.loads(json.dumps(row, sort_keys=True)) for row in rows()]  # datasets 4.0 sorts nested keys
+    assert source_of(datasets.Dataset.from_list(sorted_keys)) == source_of(sorted_keys)
     assert source_of(rows(29)) != listed
     assert [json.loads(line) for line in Path(listed).read_text().splitlines()] == rows()
-    assert len(list((cache / "rows").iterdir())) == 2
+    assert len(list((cache / "rows").iterdir())) == 3
     assert source_of("a.jsonl") == "a.jsonl"
     assert source_of([Path("a.jsonl"), "b"]) == ["a.jsonl", "b"]
 
