@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -103,7 +102,8 @@ def test_a_sigterm_to_one_worker_ends_the_run(recipe, tmp_path):
     worker.terminate()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.search("a training process failed: rank [01] of 2 processes was ended by SIGTERM", said)
+    assert "minisft: a training process failed: rank " in said
+    assert not worker.is_running()
 
 
 def start(recipe, run, how):

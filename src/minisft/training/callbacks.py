@@ -189,10 +189,11 @@ class StopRequest:
         if self.file is not None:
             self.file.touch()
         name = signal.Signals(number).name
-        again = {
-            signal.SIGINT: "; once more stops at once, without one",
-            signal.SIGTERM: f"; another one after {_ONE_REQUEST:g} s or more stops at once, without one",
-        }.get(number, "")
+        again = ""
+        if number == signal.SIGINT:
+            again = "; once more stops at once, without one"
+        elif number == signal.SIGTERM:
+            again = f"; another one after {_ONE_REQUEST:g} s or more stops at once, without one"
         warn(f"{name}: stopping after this step, with a checkpoint{again}")
 
 
