@@ -47,7 +47,7 @@ test-all: test
 test-gpu: setup
 	$(BIN)/pytest -n 0 -vv --durations 5 tests/gpu
 
-# The fast tests with the oldest versions that pyproject.toml admits; torch, and the tools of `dev`, as constraints.txt.
+# The fast tests with the oldest versions that pyproject.toml admits; torch as in constraints.txt, the newest tools of `dev`.
 test-lowest: setup
 	mkdir -p build
 	$(BIN)/python scripts/lowest_versions.py > build/lowest.txt

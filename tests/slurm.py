@@ -40,7 +40,10 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=1,sched_interval=2
-PartitionName=test Nodes=ALL Default=YES State=UP MaxTime=60
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=ALL Default=YES State=UP MaxTime=60 PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL State=UP MaxTime=60 PriorityTier=2
 """
 
 
@@ -84,7 +87,9 @@ def slurm_cluster(folder: Path):
                 wait_until((folder / "munge.sock").exists, 20, "munged does not start")
         stack.callback(subprocess.run, ["scancel", "--user=root"], env=environment, capture_output=True, timeout=60)
         wait_until(
-            lambda: slurm(environment, "sinfo", "-hN", "-o%T").split() == ["idle"] * 2, 60, "the nodes are not idle"
+            lambda: slurm(environment, "sinfo", "-hN", "-ptest", "-o%T").split() == ["idle"] * 2,
+            60,
+            "the nodes are not idle",
         )
         yield environment
 

@@ -3,6 +3,15 @@
 The Python API; each name is imported when it is first used, so that `import minisft` costs next to nothing.
 """
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - pip refuses to install it there, but a clone can be on the path
+    _old = f"Python {sys.version_info[0]}.{sys.version_info[1]} is too old\n  Fix: use Python 3.10 or newer"
+    if sys.argv[:1] == ["-m"]:  # python -m minisft
+        sys.stderr.write("minisft: " + _old + "\n")
+        sys.exit(2)
+    raise ImportError(_old)
+
 from minisft.version import __version__
 
 TYPE_CHECKING = False  # a type checker takes it for true; importing it from typing would take longer than all the rest

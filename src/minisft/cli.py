@@ -70,7 +70,7 @@ def _run(words: list[str]) -> int:
         return 0
     verb = VERBS.get(words[0])
     if verb is None:
-        raise UserError(f"minisft {words[0]}", "there is no such command", _nearest_verb(words[0]))
+        raise UserError(words[0], "there is no such command", _nearest_verb(words[0]))
     os.environ.setdefault("DS_LOG_LEVEL", "error")  # DeepSpeed reads it when peft or accelerate imports it
     arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
     arguments.verb = words[0]
@@ -218,7 +218,7 @@ def export(arguments: Arguments) -> None:
     from minisft.files import expand_user_path
 
     if len(arguments.words) < 2 or "=" in arguments.words[1]:
-        raise UserError("minisft export", "no folder to write is named", "write: minisft export RUN FOLDER")
+        raise UserError("export", "no folder to write is named", "write: minisft export RUN FOLDER")
     folder = expand_user_path(arguments.words.pop(1), "the folder to write")
     with _json_alone(arguments) as print_json:
         api.export(
@@ -238,7 +238,7 @@ def push(arguments: Arguments) -> None:
     from minisft import api
 
     if len(arguments.words) < 2 or "=" in arguments.words[1]:
-        raise UserError("minisft push", "no repository is named", "write: minisft push RUN ORG/NAME")
+        raise UserError("push", "no repository is named", "write: minisft push RUN ORG/NAME")
     name = arguments.words.pop(1)
     with _json_alone(arguments) as print_json:
         address = api.push(

@@ -59,7 +59,11 @@ class Verb:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         near = self._nearest(message)
-        raise UserError(self.prog, message, f"{f'did you mean `{near}`? ' if near else ''}see `{self.prog} --help`")
+        raise UserError(
+            self.prog.removeprefix("minisft "),
+            message,
+            f"{f'did you mean `{near}`? ' if near else ''}see `{self.prog} --help`",
+        )
 
     def _nearest(self, message: str) -> str | None:
         """Return the option or the choice that is most like the one that argparse refuses, if one is."""

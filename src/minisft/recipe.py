@@ -144,8 +144,12 @@ class TrainingRecipe:
             problem = f"must be at least 0 and below 1, and is {self.warmup_ratio}"
             raise UserError("training.warmup_ratio", problem, "give a fraction of all steps such as 0.03")
         if self.processes % self.sequence_parallel:
-            problem = f"{self.sequence_parallel} does not divide the {self.processes} processes that share rows"
-            raise UserError("training.sequence_parallel", problem, "give a divisor of training.processes")
+            size = self.sequence_parallel
+            problem = f"{size} does not divide training.processes, which is {self.processes}"
+            fix = (
+                f"set training.processes to a multiple of {size}, or sequence_parallel to a divisor of {self.processes}"
+            )
+            raise UserError("training.sequence_parallel", problem, fix)
 
     @property
     def replicas(self) -> int:
@@ -395,9 +399,8 @@ def _read_recipe(path: Path) -> str:
         with path.open(encoding="utf-8") as file:
             return file.read(MOST_CHARACTERS + 1)  # a device never ends, and a larger file is refused anyway
     except FileNotFoundError:
-        raise UserError(
-            path, "there is no such recipe", "give the path of a recipe such as recipes/demo.yaml"
-        ) from None
+        fix = "give the path of a recipe; `minisft init DATA` writes one for your data"
+        raise UserError(path, "there is no such recipe", fix) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"the recipe cannot be read ({error})", "give a readable YAML file") from None
 

@@ -56,6 +56,9 @@ def read_recipe(
     from minisft.run_folder import DISTRUST_OVERRIDE, TRUST_OVERRIDE, came_with_run, load_run, run_of_recipe
 
     path = Path(path)
+    if takes_run and not path.exists():
+        fix = "give the path of a recipe, or of the run folder that its key `output` names; `minisft runs` lists them"
+        raise UserError(path, "there is no such recipe or run folder", fix)
     consent = [TRUST_OVERRIDE] if trust_remote_code else []
     is_folder = path.is_dir()
     root = run_of_recipe(path)

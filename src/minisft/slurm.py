@@ -344,9 +344,9 @@ def _sbatch(words: Sequence[str], text: str | None = None) -> str:
     done = subprocess.run(["sbatch", *words], input=text, capture_output=True, text=True)
     if done.returncode:
         said = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
-        if any(sign in said for sign in _UNREACHABLE):
+        if signs := [sign for sign in _UNREACHABLE if sign in said]:
             fix = "run this on a login node of the cluster, or leave --now out to write the script only"
-            raise _SlurmUnreachableError("sbatch", f"SLURM cannot be reached from here: {said}", fix)
+            raise _SlurmUnreachableError("sbatch", f"SLURM cannot be reached from here: {signs[0]}", fix)
         fix = (
             "change the options; `sinfo` and `scontrol show partition` show what there is, and --sbatch passes on "
             "options such as account=NAME"
@@ -384,7 +384,7 @@ def _say_written(
     limit = timedelta(seconds=time_limit(options.time))
     say(
         f"{options.nodes} machine(s) with {local} process(es) each, {recipe.training.strategy}; "
-        f"time limit {limit}, at which, or when preempted, it is requeued and resumes"
+        f"at the time limit of {limit}, or when it is preempted, the job is requeued and resumes"
     )
     say(
         f"written: {written.script}, for the recipe {written.recipe}"
@@ -392,15 +392,12 @@ def _say_written(
     )
     if not now:
         scoring = written.evaluation_script
-        first = f"sbatch {shlex.quote(str(written.script))}"
-        after = (
-            ""
-            if scoring is None
-            else (
-                f"    or both: sbatch --dependency=afterok:$(sbatch --parsable {shlex.quote(str(written.script))}) "
-                f"--kill-on-invalid-dep=yes {shlex.quote(str(scoring))}"
-            )
-        )
-        say(f"next: {first}{after}")
+        script = shlex.quote(str(written.script))
+        say("next, to train:" if scoring is None else "next, to train only:")
+        say(f"  sbatch {script}")
+        if scoring is not None:
+            say("or to train, and then to score the run:")
+            say(f"  job=$(sbatch --parsable {script})")
+            say(f"  sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes {shlex.quote(str(scoring))}")
     if untested:
         say(f"SLURM has not tested the script: {untested}")

@@ -27,13 +27,13 @@ def wrap_words(text: str, width: int) -> str:
 
     Further lines of a row of a table begin below the text behind its label, such as `lengths    5% 53`, and those of a
     sentence two columns to the right. What is to be copied stays whole: text in backticks, and lines that begin with
-    `next:` or `minisft`, or have a word that no line has room for, such as a long path.
+    `next:` or with a command, or have a word that no line has room for, such as a long path.
     """
     return "\n".join(_wrapped(line, width) if len(line) > width else line for line in text.split("\n"))
 
 
 def _wrapped(line: str, width: int) -> str:
-    if line.lstrip().startswith(("next:", "minisft ")):
+    if line.lstrip().startswith(("next:", "minisft ", "sbatch ", "job=$(")):
         return line
     label = re.match(r" *\S+ {2,}", line)
     if label and label.end() > width // 2:  # no column would be left for the text

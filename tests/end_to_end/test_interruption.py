@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: a checkpoint at the end of the step, a clean end, and the same bits after --resume."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from minisft.run_folder import RunFolder
@@ -73,6 +75,35 @@ def test_a_signal_of_the_scheduler_and_its_sigterm_are_one_request(recipe, tmp_p
     assert process.returncode == 1
     assert "holds the complete state, and --resume continues" in said
     assert len(run.list_checkpoints()) == 1
+
+
+@pytest.mark.long
+def test_a_sigterm_to_all_processes_of_a_run_is_one_request(recipe, tmp_path):
+    """As SLURM sends it under proctrack/linuxproc: to the launcher and its workers, and once more through srun."""
+    run = RunFolder(tmp_path / "run")
+    process = start(recipe, run, ["training.epochs=100000", "training.processes=2", "training.batch_size=4"])
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(everyone) >= 3
+    for one in (*everyone, everyone[0]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "holds the complete state, and --resume continues" in said
+    assert len(run.list_checkpoints()) == 1
+
+
+@pytest.mark.long
+def test_a_sigterm_to_one_worker_ends_the_run(recipe, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    process = start(recipe, run, ["training.epochs=100000", "training.processes=2", "training.batch_size=4"])
+    worker = next(one for one in psutil.Process(process.pid).children(recursive=True)
+                  if "minisft.training_worker" in one.cmdline())  # fmt: skip
+    worker.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "minisft: a training process failed: rank " in said
+    assert not worker.is_running()
 
 
 def start(recipe, run, how):

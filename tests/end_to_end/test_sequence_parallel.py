@@ -49,4 +49,4 @@ def test_more_shares_than_processes_are_refused(tmp_path, tiny_model, conversati
     recipe = write_recipe(tmp_path, tiny_model, conversations, "{processes: 2, sequence_parallel: 4}")
     done = minisft("train", recipe)
     assert done.returncode == 2
-    assert "training.sequence_parallel: 4 does not divide the 2 processes" in done.stderr
+    assert "training.sequence_parallel: 4 does not divide training.processes, which is 2" in done.stderr

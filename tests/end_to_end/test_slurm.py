@@ -1,6 +1,7 @@
 """`minisft submit` with a real SLURM: a ZeRO-2 run on two nodes that is preempted and ends as if it had not been."""
 
 import json
+import re
 
 import pytest
 
@@ -19,16 +20,24 @@ def cluster(tmp_path_factory):
         yield environment
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model, conversations):
+    """Return the folder of the run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = minisft("train", write_recipe(folder, tiny_model, conversations, SETTINGS), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
 def losses(run):
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.long
-def test_a_preempted_run_resumes_ends_in_the_same_bits_and_is_scored(cluster, tmp_path, tiny_model, conversations):
-    recipe = write_recipe(tmp_path, tiny_model, conversations, SETTINGS)
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    alone = minisft("train", recipe, f"output={whole}", OMP_NUM_THREADS="1")
-    assert alone.returncode == 0, alone.stderr
+def test_a_preempted_run_resumes_ends_in_the_same_bits_and_is_scored(
+    cluster, tmp_path, tiny_model, conversations, whole
+):
+    recipe, run = write_recipe(tmp_path, tiny_model, conversations, SETTINGS), tmp_path / "run"
     submitted = minisft("submit", recipe, "--nodes", "2", "--time", "30", "--gpus-per-node", "0", "--now", **cluster)
     assert submitted.returncode == 0, submitted.stderr
     job, scoring = [line.split()[2] for line in submitted.stdout.splitlines() if line.startswith("submitted: job")]
@@ -56,6 +65,39 @@ def test_a_preempted_run_resumes_ends_in_the_same_bits_and_is_scored(cluster, tm
     results = json.loads((run / "evaluation/results.json").read_text())
     assert results["checkpoints"][-1]["step"] == 400
     assert (run / "report.html").exists()
+
+
+SIGTERMS = {
+    "to the script": ("scancel", "--signal=TERM", "--batch"),
+    "by a preemption": ("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1"),
+    "by scontrol requeue": ("scontrol", "requeue"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sent", SIGTERMS)
+def test_at_sigterm_too_a_run_saves_a_checkpoint_and_resumes_to_the_same_bits(
+    cluster, tmp_path, tiny_model, conversations, whole, sent
+):
+    recipe, run = write_recipe(tmp_path, tiny_model, conversations, SETTINGS), tmp_path / "run"
+    words = ("--nodes", "2", "--time", "30", "--gpus-per-node", "0", "--no-evaluate", "--now")
+    submitted = minisft("submit", recipe, *words, **cluster)
+    assert submitted.returncode == 0, submitted.stderr
+    [job] = [line.split()[2] for line in submitted.stdout.splitlines() if line.startswith("submitted: job")]
+    log = tmp_path / f"run.train-{job}.log"
+    wait_until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 10, 180, "there is no step")
+    command = SIGTERMS[sent]
+    if "--partition=urgent" in command:
+        slurm(cluster, *command, f"--output={tmp_path / 'urgent.log'}", f"--chdir={tmp_path}")
+    else:
+        slurm(cluster, *command, job)
+    wait_until(lambda: not slurm(cluster, "squeue", "--noheader", f"--jobs={job}"), 300, log.read_text)
+
+    saved = re.findall(r"resuming from \S+/checkpoint-(\d+),", log.read_text())
+    assert saved, log.read_text()
+    assert all(int(step) >= 10 for step in saved), "the checkpoint of the stop, and not the start"
+    assert losses(run) == losses(whole)
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 @pytest.mark.long

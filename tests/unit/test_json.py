@@ -78,7 +78,7 @@ def test_submit_prints_what_it_wrote(recipe_file, tmp_path, capsys):
         "evaluation_job": None,
     }
     assert all(Path(found[name]).is_file() for name in ("script", "recipe", "evaluation_script"))
-    assert "next: sbatch" in messages
+    assert f"\n  sbatch {tmp_path / 'run.sbatch'}\n" in messages
 
 
 def test_an_error_leaves_stdout_empty(tmp_path, capsys):

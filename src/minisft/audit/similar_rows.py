@@ -140,7 +140,7 @@ def similarities(data: Any, query: np.ndarray) -> np.ndarray:
         hashes = pieces(ids)
         row = np.searchsorted(offsets, np.arange(len(hashes)), side="right") - 1
         inside = np.arange(len(hashes)) + PIECE <= offsets[row + 1]  # not into the next row
-        kept = inside & np.isin(hashes, query)
+        kept = inside & np.isin(hashes, query, kind="sort")
         found = np.stack([row[kept] + first, np.searchsorted(query, hashes[kept])], axis=1)
         pairs.append(np.unique(found, axis=0))
         first += len(chunk)
@@ -155,7 +155,7 @@ def mark_shared(
     ids: Sequence[int], query: np.ndarray, tokenizer: "PreTrainedTokenizerFast"
 ) -> tuple[ReportedToken, ...]:
     """Return the tokens of a row; those of pieces of the query are marked."""
-    hits = np.isin(pieces(np.asarray(ids)), query)
+    hits = np.isin(pieces(np.asarray(ids)), query, kind="sort")
     shared = np.zeros(max(len(ids), PIECE), dtype=bool)
     for offset in range(PIECE):
         shared[offset : offset + len(hits)] |= hits

@@ -225,8 +225,9 @@ def _prepare_into(
     for path in {train.shard.path, test.shard.path}:
         path.unlink()
     # 5. Count duplicates and shared prompts, and make the ledger.
-    shared = np.isin(test.shard.keys[test.mask], train.shard.keys[train.mask])
-    repeated = np.isin(test.shard.identities[test.mask], train.shard.identities[train.mask])
+    # By sorting: the table that numpy takes for keys that lie close together overflows in numpy 2.0.
+    shared = np.isin(test.shard.keys[test.mask], train.shard.keys[train.mask], kind="sort")
+    repeated = np.isin(test.shard.identities[test.mask], train.shard.identities[train.mask], kind="sort")
     facts = {
         "template": encoder.template_name,
         "source_names": {

@@ -100,7 +100,7 @@ def choose_learning_rate(parameters: int, lora: bool) -> Choice:
     exponent = math.log(_LARGE_RATE / _SMALL_RATE) / math.log(_LARGE / _SMALL)
     full = min(_SMALL_RATE, _SMALL_RATE * (parameters / _SMALL) ** exponent)
     source = (
-        f"The larger the model, the smaller the rate: 2e-4 works for SmolLM2-135M (docs/results.md), 8e-6 is the "
+        f"The larger the model, the smaller the rate: 2e-4 was measured for SmolLM2-135M, 8e-6 is the "
         f"published rate at 7B, and between them a line in log-log gives {rate_text(_one_digit(full))} for "
         f"{count_text(parameters)} parameters."
     )
@@ -128,8 +128,8 @@ def choose_epochs(train_rows: int) -> Choice:
         return Choice(2, f"Two epochs from 10,000 to 100,000 rows. {few}")
     if train_rows * 3 >= _FEW_STEPS * _SMALLEST_BATCH:
         return Choice(
-            3, f"Three epochs for up to 10,000 rows, as in recipes/taskmaster-smollm2.yaml. {few} Look at the held-out "
-            "loss: where it rises early, train fewer, or set early_stopping: 1.",
+            3, f"Three epochs for up to 10,000 rows, as in MiniSFT's recipe for Taskmaster-4. {few} Look at the "
+            "held-out loss: where it rises early, train fewer, or set early_stopping: 1.",
         )  # fmt: skip
     value = min(_MOST_EPOCHS, math.ceil(_FEW_STEPS * _SMALLEST_BATCH / max(1, train_rows)))
     return Choice(

@@ -97,8 +97,8 @@ def init(options: InitOptions) -> Path:
     chosen = _choose(found, options, model.folder)
     costs, warnings = cost_lines(found, chosen, options.gpu), warnings_of(found, chosen)
     head = [
-        f"Written by `minisft init {found.data_name}` of MiniSFT {__version__}. Each value has its reason above it; "
-        "docs/init.md has the rules and their sources. A key that is not here has its default (docs/recipe.md).",
+        f"Written by `minisft init {found.data_name}` of MiniSFT {__version__}. Each value has its reason above it. A "
+        "key that is not here has its default; `minisft schema` describes all keys.",
         "",
         *next_commands(chosen, path),
         "",

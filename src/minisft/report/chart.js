@@ -72,7 +72,8 @@ function chart(figure, series, options) {
     });
   });
   series.filter((curve) => curve.levelName).forEach((curve) => {
-    add("text", {x: width - right, y: Y(curve.level) - 6, "text-anchor": "end", class: "level"}, curve.levelName);
+    const above = Y(curve.level) - 6;  // below the line where the save button, in the corner, would cover the name
+    add("text", {x: width - right, y: above < 56 ? above + 30 : above, "text-anchor": "end", class: "level"}, curve.levelName);
   });
   const cross = add("line", {y1: top, y2: height - bottom, class: "grid", visibility: "hidden"});
   const tip = element("div", {class: "tip"});

@@ -91,12 +91,12 @@ def search(
     # 1. Refuse before anything is written.
     require_package("minisft search", "optuna")
     budget = None if options.budget is None else read_budget(options.budget)
-    axes = read_axes(options.varied or default_axes(recipe), recipe)
-    require_feasible_values(recipe, axes)
     objective = read_objective(options.objective, recipe)
-    recipe = with_objective(with_fixed_split(recipe, axes), objective)
     output = Path(recipe.output)
     refuse_folder(output, resume=options.resume)
+    axes = read_axes(options.varied or default_axes(recipe), recipe)
+    require_feasible_values(recipe, axes)
+    recipe = with_objective(with_fixed_split(recipe, axes), objective)
     with only_search(output), TrialPool(options.workers, output / "processes.log") as pool:
         # 2. Open the study, and prepare the data: validation rows for the trials, test rows for the end.
         study = Study(

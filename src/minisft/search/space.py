@@ -144,7 +144,7 @@ def _require_key(key: str) -> None:
     close = difflib.get_close_matches(key, varied, n=1) or [
         last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)
     ]
-    fix = f"did you mean {close[0]!r}?" if close else "see docs/recipe.md for the keys of `training`"
+    fix = f"did you mean {close[0]!r}?" if close else "`minisft schema` describes the keys of `training`"
     raise UserError(f"--vary {key}", f"unknown key {key!r}", fix)
 
 

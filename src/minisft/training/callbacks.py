@@ -2,7 +2,7 @@
 
 In each step every process reports whether it was asked to stop, and all of them act on the same result: if one of
 them left alone, the others would wait for it for ever. The launcher asks the processes that `launch` started through a
-file: elastic sends SIGTERM to the other workers of a dead worker too, and those must end at once.
+file: elastic sends SIGTERM to the other workers of a dead worker too, and those must end (`training.distributed`).
 """
 
 import contextlib
@@ -148,15 +148,22 @@ class OnFirstStep(TrainerCallback):
 
 
 STOP_FILE = "MINISFT_STOP_FILE"
+_ONE_REQUEST = 5.0  # seconds within which several SIGTERMs are one request
 
 
 @dataclass
 class StopRequest:
-    """Whether this process was asked to stop, by a signal or through the launcher's file."""
+    """Whether this process was asked to stop, by a signal or through the launcher's file.
+
+    Attributes:
+        file: File through which the launcher's request reaches its processes.
+        signalled: A signal has come.
+        first: Number and time of the first SIGINT or SIGTERM: another one stops at once.
+    """
 
     file: Path | None = None
     signalled: bool = False
-    insisted: bool = False  # SIGINT or SIGTERM has come: the next one stops at once
+    first: tuple[int, float] | None = None
 
     def asked(self) -> bool:
         return self.signalled or (self.file is not None and self.file.exists())
@@ -164,22 +171,29 @@ class StopRequest:
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Record a signal.
 
-        A scheduler may send SIGUSR1 before or after its SIGTERM, to ask for the same stop: it is not counted.
+        A scheduler may send SIGUSR1 before or after its SIGTERM, to ask for the same stop: it is not counted. SLURM may
+        send SIGTERM to the process itself and through srun: a second one within seconds is not counted either.
 
         Raises:
             KeyboardInterrupt: It is the second SIGINT or SIGTERM.
         """
+        now = time.monotonic()
         if number != signal.SIGUSR1:
-            if self.insisted:
+            if self.first is None:
+                self.first = number, now
+            elif not (number == self.first[0] == signal.SIGTERM and now - self.first[1] < _ONE_REQUEST):
                 raise KeyboardInterrupt
-            self.insisted = True
         if self.signalled:
             return
         self.signalled = True
         if self.file is not None:
             self.file.touch()
         name = signal.Signals(number).name
-        again = "" if number == signal.SIGUSR1 else "; once more stops at once, without one"
+        again = ""
+        if number == signal.SIGINT:
+            again = "; once more stops at once, without one"
+        elif number == signal.SIGTERM:
+            again = f"; another one after {_ONE_REQUEST:g} s or more stops at once, without one"
         warn(f"{name}: stopping after this step, with a checkpoint{again}")
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,6 +33,10 @@ _FIX = (
     "give it more memory, or use less: a smaller training.row_tokens, training.gradient_checkpointing=true, fewer "
     "processes or a ZeRO stage (`minisft plan RECIPE` says what each needs); then resume with --resume"
 )
+
+
+_SIGTERM_EXIT = 128 + signal.SIGTERM  # exit status of a process that SIGTERM ended, as a shell gives it
+_LAUNCHER_NOTICE = 2.0  # seconds in which a launcher that also received SIGTERM has said so
 
 
 class OutOfMemoryEvidence:
@@ -289,10 +294,11 @@ def _failure(
         kills: Counter that was started before the processes.
     """
     # Elastic ends the other workers of a failed process with SIGTERM.
-    by_themselves = {rank: end for rank, end in ends.items() if end[0] != -signal.SIGTERM} or ends
+    by_themselves = {rank: end for rank, end in ends.items() if end[0] not in (-signal.SIGTERM, _SIGTERM_EXIT)} or ends
     for rank, (status, pid) in sorted(by_themselves.items(), key=lambda end: end[1][0] != -signal.SIGKILL):
-        if status < 0:
-            return killed_worker_error(rank, processes, signal.Signals(-status).name, pid, kills)
+        if status < 0 or status == _SIGTERM_EXIT:
+            name = "SIGTERM" if status == _SIGTERM_EXIT else signal.Signals(-status).name
+            return killed_worker_error(rank, processes, name, pid, kills)
     tracebacks = sorted(error_file.parent.glob(_TRACEBACK.format("*")), key=lambda path: path.stat().st_mtime_ns)
     if tracebacks:
         print(tracebacks[0].read_text(encoding="utf-8"), file=sys.stderr, end="")
@@ -324,11 +330,34 @@ def run_worker(work: Callable[[], None]) -> NoReturn:
     """
     _exit_with_launcher()
     if STOP_FILE in os.environ:
-        signal.signal(
-            signal.SIGUSR1, signal.SIG_IGN
-        )  # a scheduler may send it to all processes: the launcher acts on it
+        # A scheduler may send both signals to all processes of a job: the launcher acts on them.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        _leave_sigterm_to_launcher(Path(os.environ[STOP_FILE]))
     escape_library_output()
     hard_exit(_status_of(work))
+
+
+def _leave_sigterm_to_launcher(stop_file: Path) -> None:
+    """Ignore SIGTERM where the launcher was asked to stop too, and end this process otherwise.
+
+    elastic sends SIGTERM to the other workers of a dead worker. These often wait for it in a collective, where no
+    Python handler runs: a thread reads the signals.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.siginterrupt(signal.SIGTERM, False)
+
+    def wait_for_signals() -> None:
+        while numbers := os.read(read, 64):  # the C handler writes the number of each signal
+            deadline = time.monotonic() + _LAUNCHER_NOTICE
+            while signal.SIGTERM in numbers and not stop_file.exists():
+                if time.monotonic() > deadline:
+                    os._exit(_SIGTERM_EXIT)
+                time.sleep(0.05)
+
+    threading.Thread(target=wait_for_signals, daemon=True, name="signals").start()
 
 
 def _status_of(work: Callable[[], None]) -> int:

@@ -201,6 +201,25 @@ def test_a_figure_is_saved_as_a_picture_of_its_own(browser, page, tmp_path):
     assert "stroke: rgb(" in curve.attrib["style"]  # it needs no style sheet
 
 
+@pytest.mark.parametrize(("width", "mobile"), [(1280, False), (390, True)])
+def test_the_save_button_covers_no_name_of_a_constant_baseline(started_browser, tmp_path, width, mobile):
+    """From the top of the figure, 22, to where the name has enough room above its line."""
+    for baseline in (22.0, 21.0, 20.0, 19.0, 18.0):
+        folder = make_run(tmp_path / str(baseline))
+        path = folder / "evaluation/results.json"
+        results = json.loads(path.read_text())
+        results["constant"]["bleu"]["score"] = baseline
+        path.write_text(json.dumps(results))
+        started_browser.open(write_report(folder), width, mobile=mobile)
+        box = "document.querySelector('#bleu {}').getBoundingClientRect().{}"
+        button, name = (
+            [started_browser.run(box.format(selector, end)) for end in ("bottom", "left", "top", "right")]
+            for selector in (".save", ".level")
+        )
+        assert button[0] <= name[2] or name[3] <= button[1], f"baseline {baseline}"
+        assert started_browser.problems == []
+
+
 def test_paper_shows_the_worst_rows_and_no_controls(browser):
     browser.send("Emulation.setEmulatedMedia", media="print")
     try:

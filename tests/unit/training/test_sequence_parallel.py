@@ -148,5 +148,5 @@ def test_positions_that_depend_on_the_length_of_a_forward_are_refused():
 
 def test_a_number_that_does_not_divide_the_processes_is_refused():
     assert TrainingRecipe(processes=8, sequence_parallel=4, batch_size=3, gradient_accumulation=2).global_batch == 12
-    with pytest.raises(UserError, match="training.sequence_parallel: 3 does not divide the 4 processes"):
+    with pytest.raises(UserError, match="training.sequence_parallel: 3 does not divide training.processes, which is 4"):
         TrainingRecipe(processes=4, sequence_parallel=3)
