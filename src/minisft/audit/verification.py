@@ -120,6 +120,7 @@ def verify(recipe: Recipe, steps: int = 2) -> Verification:
     if not chosen:
         return Verification((), 0, (*notes, "no step was replayed: no step was logged after a point to start from"))
     found: list[Change] = []
+    count = 0
     for start, numbers in chosen.items():
         last = max(numbers)
         say(f"replaying steps {start.step + 1} to {last} from {start}{expected_time(run, last - start.step)}")
@@ -127,13 +128,15 @@ def verify(recipe: Recipe, steps: int = 2) -> Verification:
             with scratch_run(run) as scratch, waiting("replaying"):
                 replayed = replay(run, recipe, scratch, start, last)
         except UserError as error:
-            note = f"no step was replayed: {error.where}: {error.problem}"
-            return Verification(tuple(found), 0, (*notes, note))
+            which = "no further step" if count else "no step"
+            notes.append(f"{which} was replayed: {error.where}: {error.problem}")
+            break
+        count += len(numbers)
         exact = gives_same_bits(run, certificate, last)
         found += compare_steps(run, replayed, exact=exact, half=certificate.machine["precision"] != "fp32")
         if not exact:
             notes.append(f"steps {start.step + 1} to {last} were compared within a bound, not bit for bit")
-    return Verification(tuple(found), sum(map(len, chosen.values())), tuple(notes))
+    return Verification(tuple(found), count, tuple(notes))
 
 
 def expected_time(run: RunFolder, steps: int) -> str:
@@ -344,4 +347,6 @@ def show_verification(found: Verification) -> None:
     for change in found.changed:
         say(f"changed  {change.what:<11} {change.where}", style="bold red")
     if found.ok:
-        say(f"ok: the run is unchanged, and {found.replayed} replayed steps gave what was logged", style="green")
+        steps = f"{found.replayed} replayed step{'' if found.replayed == 1 else 's'} gave what was logged"
+        only = "no step was replayed, so hashes alone were compared"
+        say(f"ok: the run is unchanged; {steps if found.replayed else only}", style="green")

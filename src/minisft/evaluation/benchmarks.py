@@ -55,7 +55,8 @@ def load_tasks(tasks: Sequence[str]) -> "list[LoadedTask]":
     Raises:
         UserError: The harness is not installed, there is no such task, or its data cannot be loaded.
     """
-    require_harness()
+    if tasks:
+        require_harness()
     return [LoadedTask(task) for task in tasks]
 
 
