@@ -14,12 +14,12 @@ import numpy as np
 from minisft.audit.replay import (
     Replay,
     Start,
+    announcement,
     layout_of,
     list_starts,
     replay,
     rows_of_step,
     scratch_run,
-    seconds_per_step,
 )
 from minisft.console import say, waiting
 from minisft.data.prepared import load_split
@@ -123,7 +123,7 @@ def verify(recipe: Recipe, steps: int = 2) -> Verification:
     count = 0
     for start, numbers in chosen.items():
         last = max(numbers)
-        say(f"replaying steps {start.step + 1} to {last} from {start}{expected_time(run, last - start.step)}")
+        say(announcement(run, start, last))
         try:
             with scratch_run(run) as scratch, waiting("replaying"):
                 replayed = replay(run, recipe, scratch, start, last)
@@ -137,12 +137,6 @@ def verify(recipe: Recipe, steps: int = 2) -> Verification:
         if not exact:
             notes.append(f"steps {start.step + 1} to {last} were compared within a bound, not bit for bit")
     return Verification(tuple(found), count, tuple(notes))
-
-
-def expected_time(run: RunFolder, steps: int) -> str:
-    """Return ": about N s" for the replay of steps; "" if no step was logged."""
-    each = seconds_per_step(run)
-    return "" if each is None else f": about {max(1, round(steps * each))} s, and the time to load the model"
 
 
 # --- files ------------------------------------------------------------------------------------------------

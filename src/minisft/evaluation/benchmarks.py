@@ -31,7 +31,8 @@ from minisft.text import dump_json, first_line
 
 WHERE = "evaluation.benchmarks"
 
-Figures = dict[str, dict[str, dict[str, Any]]]  # by task, then by metric: "score" and "stderr"
+# By task, then by metric: "score", "stderr" and "higher_is_better", each None where the harness does not say it.
+Figures = dict[str, dict[str, dict[str, Any]]]
 
 
 def require_harness() -> Any:
@@ -74,7 +75,8 @@ def run_benchmarks(
 
     Returns:
         The key `benchmarks` of results.json: `harness` (its version) and `models`: by name, task and metric the
-        `score` and its `stderr`, and for a checkpoint the `difference` to the base model and its standard error.
+        `score`, its `stderr` and whether `higher_is_better`, and for a checkpoint the `difference` to the base model
+        and its standard error.
     """
     figures = {
         name: _figures(tasks, name, weights, models, spec, batch_size, folder) for name, weights in models.items()
@@ -199,8 +201,11 @@ def _run_task(task: LoadedTask, model: Any) -> Figures:
                 continue
             stderr = values.get(f"{metric}_stderr,{chosen}")
             known = isinstance(stderr, int | float) and math.isfinite(stderr)
-            shown = metric if chosen == "none" else key
-            figures.setdefault(name, {})[shown] = {"score": float(score), "stderr": float(stderr) if known else None}
+            figures.setdefault(name, {})[metric if chosen == "none" else key] = {
+                "score": float(score),
+                "stderr": float(stderr) if known else None,
+                "higher_is_better": found["higher_is_better"].get(name, {}).get(metric),
+            }
     return figures
 
 

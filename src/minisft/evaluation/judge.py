@@ -29,7 +29,7 @@ from minisft.evaluation.judge_questions import (
     parse_verdict,
     question_key,
 )
-from minisft.evaluation.metrics import RESAMPLES, SEED
+from minisft.evaluation.resampling import percentile_interval, resampled_rows
 from minisft.files import write_atomically
 from minisft.recipe import JudgeRecipe
 from minisft.results import MIN_CONVERSATIONS, judge_rows
@@ -333,10 +333,8 @@ def _bootstrap(graded: Sequence[tuple[int, int]]) -> tuple[float, float]:
     numbers = {conversation: place for place, conversation in enumerate(dict.fromkeys(c for _, c in graded))}
     places = [numbers[conversation] for _, conversation in graded]
     sums, counts = np.bincount(places, [grade for grade, _ in graded]), np.bincount(places)
-    draws = np.random.default_rng(SEED).choice(len(sums), size=(RESAMPLES, len(sums)), replace=True)
-    ordered = np.sort(sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
-    tail = RESAMPLES // 40
-    return float(ordered[tail]), float(ordered[-tail - 1])
+    draws = resampled_rows(len(sums))
+    return percentile_interval(sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
 
 
 def _write_judged(path: Path, judged: Sequence[_Judged], examples: Sequence[EvalExample], cache: VerdictCache) -> None:

@@ -280,6 +280,10 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
         f'<p class="bad">{escape(f["checkpoint"])} could not be scored: {escape(f["error"])}</p>'
         for f in results.get("failed", [])
     )
+    failures += "".join(
+        f'<p class="bad">{escape(f["metric"])} could not be computed: {escape(f["error"])}</p>'
+        for f in results.get("failed_metrics", [])
+    )
     metrics = metrics_of(run)
     if not metrics:
         return failures
@@ -297,8 +301,9 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
     else:
         significance = unreliability_reason(results)
     constant = escape(repr(results["constant"].get("text", "")))
+    of_set = f" of {next(iter(sets))}" if (sets := results.get("test_sets")) else ""
     return (
-        f'<h2 id="scores">Scores on {results.get("answers", "the")} held-out answers</h2>\n'
+        f'<h2 id="scores">Scores on {results.get("answers", "the")} held-out answers{escape(of_set)}</h2>\n'
         f'<div class="pair">{figures}</div>\n{scrolling_table("scores", *score_table(run))}{failures}'
         '<p class="soft">A score in the table leads to the worst answers behind it. constant is the constant baseline: '
         f"every prompt is answered with {constant}, the training answer that scores best. {significance}.</p>\n"

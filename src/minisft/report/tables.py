@@ -7,6 +7,7 @@ from minisft.report.run_data import RunFiles, metrics_of
 from minisft.results import (
     best_label,
     chosen_by,
+    format_p_value,
     is_below_base,
     is_reliable,
     score_keys,
@@ -97,13 +98,6 @@ def format_retained(retain: dict[str, Any] | None) -> str:
         return ""
     difference = retain.get("difference")
     return f"{retain['loss']:.4f}" + (f" ({difference['loss']:+.4f})" if difference else "")
-
-
-def format_p_value(p: float | None) -> str:
-    """Return a p-value with three decimals, or with one significant digit if it is below 0.001."""
-    if p is None:
-        return ""
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
 
 
 def format_score(score: dict[str, Any] | None, interval: bool = True, digits: str = ".1f") -> str:

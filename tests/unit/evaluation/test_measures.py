@@ -346,7 +346,8 @@ def test_a_failing_metric_is_named_and_the_others_go_on(made, run, tmp_path, mon
         assert not any(key.startswith("own_bad") for key in entry)
     assert results["best"]
     assert "The other metrics go on" in capsys.readouterr().err
-    write_report(run)
+    assert "own_bad:nan could not be computed: it returned nan for answer 0" in write_report(run).read_text()
+    assert "could not be computed: it returned nan for answer 0" in write_results(run).read_text()
 
 
 def test_metrics_of_the_api_have_p_values_and_their_numbers(made, run):
