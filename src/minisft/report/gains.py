@@ -9,9 +9,9 @@ from minisft.metric_names import metric_title
 from minisft.report.html import scrolling_table
 from minisft.report.run_data import RunFiles
 from minisft.report.tables import format_metric, test_set_tables
+from minisft.report.verdict import SIGNIFICANCE
 from minisft.results import format_p_value, higher_score_is_better, is_reliable, score_keys
 
-SIGNIFICANCE = 0.05  # the p-value below which a difference counts as more than chance
 TOO_FEW = "too few to say"  # conversations or texts
 _Z = 1.96  # standard errors of a difference within which 95 % of chance differences are
 
