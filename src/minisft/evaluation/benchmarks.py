@@ -23,6 +23,7 @@ from minisft.console import console, say, waiting
 from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec
 from minisft.evaluation.placement import load_for_inference
+from minisft.evaluation.score_tables import fitting_columns
 from minisft.files import write_atomically
 from minisft.models import load_tokenizer, weights_fingerprint
 from minisft.optional_packages import require_package
@@ -90,15 +91,21 @@ def run_benchmarks(
 
 
 def print_benchmarks(benchmarks: Mapping[str, Any]) -> None:
-    """Print a table: a row for each task and metric, a column for each model, with the difference to the base model."""
+    """Print a row for each task and metric, a column for each model, with the difference to the base model.
+
+    Models that do not fit beside each other have a further table.
+    """
     heads, rows = benchmark_rows(benchmarks)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, head in enumerate(heads):
-        table.add_column(Text(head), justify="right" if number else "left", no_wrap=not number)
-    for row in rows:
-        table.add_row(*map(Text, row))
     say(f"Benchmarks by lm-evaluation-harness {benchmarks['harness']}: score ± standard error, difference to base")
-    console.print(table)
+    first, *widths = (max(map(len, column)) for column in zip(heads, *rows, strict=True))
+    for part in fitting_columns(first, widths):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("")
+        for head in heads[1:][part]:
+            table.add_column(Text(head), justify="right", no_wrap=True)
+        for name, *cells in rows:
+            table.add_row(Text(name), *map(Text, cells[part]))
+        console.print(table)
 
 
 class LoadedTask:

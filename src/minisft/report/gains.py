@@ -126,7 +126,7 @@ def gain_tables(run: RunFiles) -> dict[str, tuple[list[str], list[list[str]]]]:
     found = changes(run)
     if run.results is None or not found:
         return {}
-    heads = ["", f"base to {run.results['best']}", "difference", "chance?"]
+    heads = ["", "base to best", "difference", "evidence"]
     return {
         title: (heads, [one.cells for one in found if one.better is better])
         for title, better in (("Gained", True), ("Lost", False))
@@ -157,7 +157,8 @@ def gains_section(run: RunFiles) -> str:
         columns.append(f'<div><h3 id="{title.lower()}">{title}</h3>{shown}</div>')
     if columns and run.results is not None:
         note = f'<p class="soft">{escape(evidence_notes(run.results))}</p>'
-        parts.append(f'<h2 id="gains">Gained and lost</h2>\n<div class="pair">{"".join(columns)}</div>{note}\n')
+        title = f"Gained and lost by {run.results['best']}"
+        parts.append(f'<h2 id="gains">{escape(title)}</h2>\n<div class="pair">{"".join(columns)}</div>{note}\n')
     for number, (title, heads, rows) in enumerate(test_set_tables(run)):
         name = f"test-set-{number}"
         parts.append(f'<h3 id="{name}">{escape(title)}</h3>\n{scrolling_table(name, heads, rows)}\n')

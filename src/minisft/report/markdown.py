@@ -50,7 +50,8 @@ def write_results(output: Path, to: Path | None = None) -> Path:
         ]
         if gains := gain_tables(run):
             for title, (heads, rows_of_text) in gains.items():
-                parts += [f"## {title}", _as_markdown(heads, rows_of_text) if rows_of_text else "nothing"]
+                parts.append(f"## {title} by {as_text(str(run.results['best']))}")
+                parts.append(_as_markdown(heads, rows_of_text) if rows_of_text else "nothing")
             parts.append(as_text(evidence_notes(run.results)))
         for section in (judge_tables(run.results), benchmark_tables(run.results)):
             if section is not None:
