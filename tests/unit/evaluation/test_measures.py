@@ -330,7 +330,7 @@ def test_a_failing_metric_is_named_and_the_others_go_on(made, run, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     recipe = with_settings(made, metrics=["bleu", "own_bad:short", "own_bad:nan", "own_bad:late", "rouge"])
-    with pytest.raises(UserError, match="own_bad:short on constant|returned 1 numbers") as caught:
+    with pytest.raises(UserError, match="own_bad:short on constant|returned 1 number") as caught:
         evaluate(recipe, run)
     assert "2 more failed" in caught.value.problem
     results = json.loads((run / "evaluation/results.json").read_text())
