@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class LoadedTask:
             raise UserError(WHERE, f"there is no file {given}", "give the path of a task's YAML file")
         from lm_eval.tasks import TaskManager
 
-        with contextlib.redirect_stdout(sys.stderr), waiting(f"loading the task {given}"):
+        with contextlib.redirect_stdout(sys.stderr), waiting(f"loading the task {given}"), _no_progress_bars():
             try:
                 manager = TaskManager(include_path=str(path.parent)) if is_file else TaskManager()
                 self.name = _task_name(path) if is_file else given
@@ -148,6 +148,20 @@ class LoadedTask:
         files = sorted(one for one in path.parent.glob("*") if one.is_file()) if path.is_file() else []
         hashes = [hashlib.sha256(one.read_bytes()).hexdigest() for one in files]
         return hashlib.sha256(json.dumps([self.given, hashes, version("lm_eval")]).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Switch off the progress bars of `datasets`, which would mix with what this command prints."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
 
 
 def _task_name(path: Path) -> str:

@@ -173,7 +173,7 @@ def _ask_missing(asking: Asking, cache: VerdictCache, judged: Sequence[_Judged],
     of_grades = {one.keys[0] for one in judged if one.rival is None}
     missing = {key: question for key, question in questions.items() if key not in cache}
     valid = invalid = 0
-    with answer_progress("judge", len(missing)) as advance:
+    with answer_progress("judge", len(missing), "questions") as advance:
 
         def take(key: str, reply: str, finish: str) -> str | None:
             nonlocal valid, invalid
