@@ -100,7 +100,7 @@ def print_benchmarks(benchmarks: Mapping[str, Any]) -> None:
     first, *widths = (max(map(len, column)) for column in zip(heads, *rows, strict=True))
     for part in fitting_columns(first, widths):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for head in heads[1:][part]:
             table.add_column(Text(head), justify="right", no_wrap=True)
         for name, *cells in rows:

@@ -12,7 +12,7 @@ from minisft.metric_names import METRIC_NAMES, metric_title
 from minisft.results import best_label, chosen_by, is_reliable, score_keys, unreliability_reason
 
 _WIDE = 100  # characters; a narrower terminal shows neither perplexity nor seconds
-_BETWEEN = 3  # characters between two columns
+_BETWEEN, _EDGES = 3, 2  # characters between two columns, and at both ends of a line
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -95,11 +95,11 @@ def fitting_columns(first: int, widths: Sequence[int]) -> Iterator[slice]:
         first: Width of the first column, which every table has.
         widths: Widths of the others.
     """
-    start, used = 0, first
+    start, used = 0, first + _EDGES
     for place, width in enumerate(widths):
         if place > start and used + _BETWEEN + width > console.width:
             yield slice(start, place)
-            start, used = place, first
+            start, used = place, first + _EDGES
         used += _BETWEEN + width
     if widths:
         yield slice(start, len(widths))
