@@ -181,12 +181,13 @@ def row_progress(
 
 
 @contextlib.contextmanager
-def answer_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of answers that were just generated: a bar, or a line now and then.
+def answer_progress(name: str, total: int, unit: str = "answers") -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of answers that there are since the last call: a bar, or lines.
 
     Args:
         name: Name of the bar.
-        total: Number of answers to generate.
+        total: Number of answers that are expected.
+        unit: What is counted, in the plural.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -202,6 +203,6 @@ def answer_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
             bar.update(task, advance=answers)
             if not redraws() and (done == total or time.monotonic() - printed > _LINE_INTERVAL):
                 printed = time.monotonic()
-                error_console.print(f"{name}: {done} of {total} answers", markup=False)
+                error_console.print(f"{name}: {done} of {total} {unit}", markup=False)
 
         yield advance

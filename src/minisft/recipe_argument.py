@@ -3,6 +3,7 @@
 A run folder, and a recipe inside one, may be untrusted: neither consents to code that comes with the model.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -94,7 +95,8 @@ def _refuse_functions(recipe: "Recipe", path: Path, overridden: Collection[str])
     functions = [spec.metric for spec in parse_metrics(recipe.evaluation.metrics) if spec.is_function]
     if functions and not {"evaluation", "evaluation.metrics"} & set(overridden):
         problem = f"evaluation.metrics names {functions[0]}, and a run folder cannot consent to running code"
-        fix = f"if you trust it, add --trust-remote-code, or name the metrics: 'evaluation.metrics=[{functions[0]}]'"
+        named = json.dumps(recipe.evaluation.metrics)
+        fix = f"if you trust it, add --trust-remote-code, or name the metrics yourself: 'evaluation.metrics={named}'"
         raise UserError(path, problem, fix)
 
 

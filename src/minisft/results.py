@@ -32,13 +32,13 @@ def read_results(root: Path) -> dict[str, Any] | None:
     results = {"failed": [], **read_json(path, fix, **types)}
     if not all(isinstance(entry, dict) and "checkpoint" in entry for entry in results["checkpoints"]):
         raise UserError(path, "this file is damaged (an entry names no checkpoint)", fix)
-    if not _has_whole_sets(results):
-        raise UserError(path, "this file is damaged (its test sets or retained losses are incomplete)", fix)
+    if not _has_whole_parts(results):
+        raise UserError(path, "this file is damaged (a part of it is incomplete)", fix)
     return withhold_unreliable(results)
 
 
-def _has_whole_sets(results: dict[str, Any]) -> bool:
-    """Return whether every model has the test sets and the retained loss that the results name."""
+def _has_whole_parts(results: dict[str, Any]) -> bool:
+    """Return whether the test sets, retained losses, verdicts and benchmarks that the results name are complete."""
     entries = [results["base"], *results["checkpoints"], results["constant"]]
     try:
         for sizes in (*results.get("test_sets", {}).values(), results.get("together", {})):
@@ -52,7 +52,13 @@ def _has_whole_sets(results: dict[str, Any]) -> bool:
             whole = whole and all("loss" in one["retain"] for one in entries[:-1])
         if "best_by" in results:
             whole = whole and isinstance(results["best_by"]["metric"], str) and "higher_is_better" in results["best_by"]
-    except (KeyError, TypeError, AttributeError, ValueError):
+        for failure in results.get("failed_metrics", ()):
+            str(failure["metric"]), str(failure["error"])
+        if results.get("judge"):
+            judge_rows(results["judge"]), str(results["judge"]["model"]), bool(results["judge"]["reliable"])
+        if results.get("benchmarks"):
+            benchmark_rows(results["benchmarks"]), str(results["benchmarks"]["harness"])
+    except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
         return False
     return whole
 
@@ -155,6 +161,13 @@ def score_of(entry: dict[str, Any], metric: str) -> float | None:
     return value["score"] if isinstance(value, dict) else value
 
 
+def format_p_value(p: float | None) -> str:
+    """Return a p-value with three decimals, or with one significant digit if it is below 0.001; "" for None."""
+    if p is None:
+        return ""
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
+
+
 def judge_rows(judge: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     """Return the tables of the judge's verdicts as text: (heads, rows) of the comparisons, and of the grades."""
 
@@ -165,15 +178,12 @@ def judge_rows(judge: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]
         bounds = f" [{entry['low'] * scale:{digits}}, {entry['high'] * scale:{digits}}]" if is_reliable(entry) else ""
         return f"{value * scale:{digits}}{bounds}"
 
-    def p_value(p: float | None) -> str:
-        return "" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
-
     tables = []
     if pairs := judge.get("pairs"):
         heads = ["", "against", "win rate, %", "p", "won / tied / lost", "by order", "no verdict"]
         rows = [
             [
-                one["model"], one["rival"], interval(one, 100, ".1f"), p_value(one["p"]),
+                one["model"], one["rival"], interval(one, 100, ".1f"), format_p_value(one["p"]),
                 f"{one['wins']:,} / {one['ties']:,} / {one['losses']:,}",
                 f"{one['order_decided']:,}", f"{one['invalid'] + one['unjudged']:,}",
             ]

@@ -241,12 +241,18 @@ def write_environment(run: RunFolder, environment: dict[str, Any]) -> None:
     write_atomically(run.environment, json.dumps(environment, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_environment(run: RunFolder) -> dict[str, Any]:
+    """Return the record of the run's last training; {} if there is none.
+
+    Raises:
+        UserError: environment.json is damaged.
+    """
+    return read_json(run.environment, "restore it from a copy") if run.environment.is_file() else {}
+
+
 def recorded_threads(run: RunFolder) -> int | None:
     """Return the number of threads of a process in the last training of the run, or None if it is not recorded."""
-    try:
-        threads = json.loads(run.environment.read_text(encoding="utf-8"))["threads"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    threads = read_environment(run).get("threads")
     return threads if isinstance(threads, int) and threads > 0 else None
 
 
@@ -254,22 +260,19 @@ def read_kernels(run: RunFolder) -> str | None:
     """Return the kernels that a run trained with; None if it has no record of its training.
 
     Runs of versions without kernels had none.
-
-    Raises:
-        UserError: environment.json is damaged.
     """
-    if not run.environment.is_file():
+    environment = read_environment(run)
+    if not environment:
         return None
-    found = read_json(run.environment, "restore it from a copy").get("kernels", {})
-    return str(found.get("chosen", "none")) if isinstance(found, dict) else "none"
+    kernels = environment.get("kernels")
+    return str(kernels.get("chosen", "none")) if isinstance(kernels, dict) else "none"
 
 
 def trained_alone(run: RunFolder, model: str) -> bool:
     """Return whether a run of `model` gave each conversation its own row, as its environment.json records."""
     try:
-        environment = json.loads(run.environment.read_text(encoding="utf-8"))
-        return load_run(run.root).model == model and environment["probe"]["verdict"] == "alone"
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return load_run(run.root).model == model and read_environment(run)["probe"]["verdict"] == "alone"
+    except (KeyError, TypeError, UserError):
         return False  # no run, or one without such a record
 
 

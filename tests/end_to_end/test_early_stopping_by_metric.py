@@ -104,7 +104,7 @@ def test_a_metric_that_fails_ends_the_run_with_a_complete_checkpoint(recipe, tmp
     (tmp_path / "my_metrics.py").write_text("def broken(outputs, references, prompts):\n    return [1.0]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     words = ["evaluation.metrics=[bleu, 'my_metrics:broken']", "evaluation.best_by=my_metrics:broken"]
-    with pytest.raises(UserError, match="it returned 1 numbers") as error:
+    with pytest.raises(UserError, match="it returned 1 number") as error:
         train(recipe, tmp_path / "run", *STOPPING, *words)
     assert "checkpoint-3 is complete" in error.value.fix
     assert names(RunFolder(tmp_path / "run")) == ["checkpoint-3"]

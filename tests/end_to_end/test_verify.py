@@ -60,6 +60,7 @@ def test_a_lora_run_is_replayed_to_the_same_bits(capsys, tmp_path, tiny_model, c
     folder = trained(tmp_path, tiny_model, conversations, ", lora: {rank: 4, alpha: 8}")
     status, found, err = verify(capsys, folder, "--steps", 4)
     assert (status, found["replayed"], found["notes"]) == (0, 4, []), err
+    check_that_changes_are_found(capsys, folder, tmp_path)
 
 
 @pytest.mark.long
@@ -69,6 +70,7 @@ def test_a_run_of_two_processes_is_replayed_to_the_same_bits(capsys, tmp_path, t
     folder = trained(tmp_path, tiny_model, conversations, settings)
     status, found, err = verify(capsys, folder, "--steps", 4)
     assert (status, found["replayed"], found["notes"]) == (0, 4, []), err
+    check_that_changes_are_found(capsys, folder, tmp_path)
 
 
 # --- changes ----------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ CHANGES = {
     "mask": (lambda run: change_split(run, "train", "labels", 3), "mask", "dataset/train: row 3 (id talk-"),
     "test row": (lambda run: change_split(run, "test", "input_ids", 1), "row", "dataset/test: row 1 (id talk-"),
     "weight": (
-        lambda run: change_weight(run.model / "model.safetensors"),
+        lambda run: change_weight(next(run.model.glob("*.safetensors"))),
         "weights",
         "model/model.safetensors: changed",
     ),
@@ -157,6 +159,21 @@ def test_each_change_is_named(capsys, copy, name):
     assert any(one["what"] == what and one["where"].startswith(where) for one in found["changed"]), found
     assert {one["what"] for one in found["changed"]} == {what}
     assert "the run has changed since it ended" in err
+
+
+def check_that_changes_are_found(capsys, folder, tmp_path):
+    """Make six changes, each in a copy of a run of any kind, and see that each is found and no other is reported."""
+    for name in ("row", "mask", "weight", "log line", "template", "row losses"):
+        changed = RunFolder(shutil.copytree(folder, tmp_path / f"changed {name}"))
+        change, what, _ = CHANGES[name]
+        change(changed)
+        status, found, _ = verify(capsys, changed.root)
+        assert (status, {one["what"] for one in found["changed"]}) == (2, {what}), name
+
+
+def test_what_is_printed_says_whether_steps_were_replayed(capsys, whole):
+    for steps, said in ((1, "1 replayed step gave what was logged"), (0, "no step was replayed, so hashes alone were")):
+        assert f"ok: the run is unchanged; {said}" in run(capsys, "verify", whole, "--steps", steps).out
 
 
 def test_a_log_that_was_forged_together_with_the_certificate_fails_in_the_replay(capsys, copy):

@@ -261,7 +261,7 @@ def _fails(outputs, references, prompts):
         ({"a b": _fails}, "not an identifier"),
         ({"m": 3}, "not a function"),
         ({"m": _fails}, r"metrics\['m'\] on constant: the metric failed \(ZeroDivisionError: by zero\)"),
-        ({"m": lambda o, r, p: [1.0]}, "it returned 1 numbers for"),
+        ({"m": lambda o, r, p: [1.0]}, "it returned 1 number for"),
         ({"m": lambda o, r, p: [float("inf")] * len(o)}, "it returned inf for answer 0"),
         ({"m": lambda o, r, p: ["x"] * len(o)}, "it returned 'x' for answer 0"),
         ({"m": lambda o, r, p: None}, "not a list"),

@@ -91,10 +91,21 @@ def nearest_start(run: RunFolder, step: int) -> Start:
     return [start for start in list_starts(run) if start.step < step][-1]
 
 
-def seconds_per_step(run: RunFolder) -> float | None:
-    """Return the median duration of a logged step in seconds; None: no step was logged."""
+def announcement(run: RunFolder, start: Start, last: int, more: int = 0) -> str:
+    """Return which steps a replay takes, and how long that takes by the median of the logged steps.
+
+    Args:
+        run: The run.
+        start: Where the replay starts.
+        last: Its last step.
+        more: Number of steps that take as long as what follows the replay.
+    """
+    text = f"replaying steps {start.step + 1} to {last} from {start}"
     seconds = [line["seconds"] for line in read_metrics(run) if isinstance(line.get("seconds"), int | float)]
-    return statistics.median(seconds) if seconds else None
+    if not seconds:
+        return text
+    about = max(1, round((last - start.step + more) * statistics.median(seconds)))
+    return f"{text}: about {about} s, and the time to load the model"
 
 
 def layout_of(run: RunFolder, step: int) -> tuple[str, int] | None:

@@ -15,12 +15,12 @@ import torch
 
 from minisft.audit.replay import (
     Start,
+    announcement,
     nearest_start,
     replay,
     replay_recipe,
     rows_of_step,
     scratch_run,
-    seconds_per_step,
 )
 from minisft.checking.scratch import quiet_consoles, quiet_libraries
 from minisft.console import say, waiting
@@ -140,7 +140,8 @@ def explain_step(recipe: Recipe, step: int) -> StepReport:
     run = RunFolder(Path(recipe.output))
     kept = _require_step(run, step)
     start = nearest_start(run, step)
-    say(_announcement(run, recipe, start, step))
+    # Rows are run alone, forward and backward, which takes about two steps.
+    say(announcement(run, start, step, more=2) + _nearer_start(run, recipe, start, step))
     with scratch_run(run) as scratch:
         with waiting("replaying"):
             replayed = replay(run, recipe, scratch, start, step, with_weights=True)
@@ -176,18 +177,14 @@ def _require_step(run: RunFolder, step: int) -> np.ndarray:
     return found
 
 
-def _announcement(run: RunFolder, recipe: Recipe, start: Start, step: int) -> str:
-    """Return what is going to be replayed, how long that takes, and why it does not start nearer."""
-    each = seconds_per_step(run)
-    # Rows are run alone, forward and backward, which takes about two steps.
-    about = "" if each is None else f": about {max(1, round((step - start.step + 2) * each))} s, and loading the model"
-    text = f"replaying steps {start.step + 1} to {step} from {start}{about} twice" if about else f"replaying {step}"
+def _nearer_start(run: RunFolder, recipe: Recipe, start: Start, step: int) -> str:
+    """Return in parentheses how the replay of a step could start nearer to it; "" if nothing would help."""
     nearer = [path.name for path in run.list_checkpoints() if start.step < step_of(path) < step]
     if nearer:
-        text += f" ({nearer[-1]} has no optimizer state any more; training.keep_optimizer: all keeps it)"
-    elif recipe.training.keep_optimizer != "all" and step - start.step > 1:
-        text += " (more checkpoints with training.keep_optimizer: all make it shorter)"
-    return text
+        return f" ({nearer[-1]} has no optimizer state any more; training.keep_optimizer: all keeps it)"
+    if recipe.training.keep_optimizer != "all" and step - start.step > 1:
+        return " (a smaller training.save_every with training.keep_optimizer: all makes it shorter)"
+    return ""
 
 
 def _measure_rows(

@@ -14,12 +14,12 @@ import numpy as np
 from minisft.audit.replay import (
     Replay,
     Start,
+    announcement,
     layout_of,
     list_starts,
     replay,
     rows_of_step,
     scratch_run,
-    seconds_per_step,
 )
 from minisft.console import say, waiting
 from minisft.data.prepared import load_split
@@ -120,26 +120,23 @@ def verify(recipe: Recipe, steps: int = 2) -> Verification:
     if not chosen:
         return Verification((), 0, (*notes, "no step was replayed: no step was logged after a point to start from"))
     found: list[Change] = []
+    count = 0
     for start, numbers in chosen.items():
         last = max(numbers)
-        say(f"replaying steps {start.step + 1} to {last} from {start}{expected_time(run, last - start.step)}")
+        say(announcement(run, start, last))
         try:
             with scratch_run(run) as scratch, waiting("replaying"):
                 replayed = replay(run, recipe, scratch, start, last)
         except UserError as error:
-            note = f"no step was replayed: {error.where}: {error.problem}"
-            return Verification(tuple(found), 0, (*notes, note))
+            which = "no further step" if count else "no step"
+            notes.append(f"{which} was replayed: {error.where}: {error.problem}")
+            break
+        count += len(numbers)
         exact = gives_same_bits(run, certificate, last)
         found += compare_steps(run, replayed, exact=exact, half=certificate.machine["precision"] != "fp32")
         if not exact:
             notes.append(f"steps {start.step + 1} to {last} were compared within a bound, not bit for bit")
-    return Verification(tuple(found), sum(map(len, chosen.values())), tuple(notes))
-
-
-def expected_time(run: RunFolder, steps: int) -> str:
-    """Return ": about N s" for the replay of steps; "" if no step was logged."""
-    each = seconds_per_step(run)
-    return "" if each is None else f": about {max(1, round(steps * each))} s, and the time to load the model"
+    return Verification(tuple(found), count, tuple(notes))
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -344,4 +341,6 @@ def show_verification(found: Verification) -> None:
     for change in found.changed:
         say(f"changed  {change.what:<11} {change.where}", style="bold red")
     if found.ok:
-        say(f"ok: the run is unchanged, and {found.replayed} replayed steps gave what was logged", style="green")
+        steps = f"{found.replayed} replayed step{'' if found.replayed == 1 else 's'} gave what was logged"
+        only = "no step was replayed, so hashes alone were compared"
+        say(f"ok: the run is unchanged; {steps if found.replayed else only}", style="green")

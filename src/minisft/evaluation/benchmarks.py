@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from minisft.console import console, say, waiting
 from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec
 from minisft.evaluation.placement import load_for_inference
+from minisft.evaluation.score_tables import fitting_columns
 from minisft.files import write_atomically
 from minisft.models import load_tokenizer, weights_fingerprint
 from minisft.optional_packages import require_package
@@ -31,7 +32,8 @@ from minisft.text import dump_json, first_line
 
 WHERE = "evaluation.benchmarks"
 
-Figures = dict[str, dict[str, dict[str, Any]]]  # by task, then by metric: "score" and "stderr"
+# By task, then by metric: "score", "stderr" and "higher_is_better", each None where the harness does not say it.
+Figures = dict[str, dict[str, dict[str, Any]]]
 
 
 def require_harness() -> Any:
@@ -55,7 +57,8 @@ def load_tasks(tasks: Sequence[str]) -> "list[LoadedTask]":
     Raises:
         UserError: The harness is not installed, there is no such task, or its data cannot be loaded.
     """
-    require_harness()
+    if tasks:
+        require_harness()
     return [LoadedTask(task) for task in tasks]
 
 
@@ -73,7 +76,8 @@ def run_benchmarks(
 
     Returns:
         The key `benchmarks` of results.json: `harness` (its version) and `models`: by name, task and metric the
-        `score` and its `stderr`, and for a checkpoint the `difference` to the base model and its standard error.
+        `score`, its `stderr` and whether `higher_is_better`, and for a checkpoint the `difference` to the base model
+        and its standard error.
     """
     figures = {
         name: _figures(tasks, name, weights, models, spec, batch_size, folder) for name, weights in models.items()
@@ -87,15 +91,21 @@ def run_benchmarks(
 
 
 def print_benchmarks(benchmarks: Mapping[str, Any]) -> None:
-    """Print a table: a row for each task and metric, a column for each model, with the difference to the base model."""
+    """Print a row for each task and metric, a column for each model, with the difference to the base model.
+
+    Models that do not fit beside each other have a further table.
+    """
     heads, rows = benchmark_rows(benchmarks)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, head in enumerate(heads):
-        table.add_column(Text(head), justify="right" if number else "left", no_wrap=not number)
-    for row in rows:
-        table.add_row(*map(Text, row))
     say(f"Benchmarks by lm-evaluation-harness {benchmarks['harness']}: score ± standard error, difference to base")
-    console.print(table)
+    first, *widths = (max(map(len, column)) for column in zip(heads, *rows, strict=True))
+    for part in fitting_columns(first, widths):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for head in heads[1:][part]:
+            table.add_column(Text(head), justify="right", no_wrap=True)
+        for name, *cells in rows:
+            table.add_row(Text(name), *map(Text, cells[part]))
+        console.print(table)
 
 
 class LoadedTask:
@@ -113,7 +123,7 @@ class LoadedTask:
             raise UserError(WHERE, f"there is no file {given}", "give the path of a task's YAML file")
         from lm_eval.tasks import TaskManager
 
-        with contextlib.redirect_stdout(sys.stderr), waiting(f"loading the task {given}"):
+        with contextlib.redirect_stdout(sys.stderr), waiting(f"loading the task {given}"), _no_progress_bars():
             try:
                 manager = TaskManager(include_path=str(path.parent)) if is_file else TaskManager()
                 self.name = _task_name(path) if is_file else given
@@ -138,6 +148,20 @@ class LoadedTask:
         files = sorted(one for one in path.parent.glob("*") if one.is_file()) if path.is_file() else []
         hashes = [hashlib.sha256(one.read_bytes()).hexdigest() for one in files]
         return hashlib.sha256(json.dumps([self.given, hashes, version("lm_eval")]).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Switch off the progress bars of `datasets`, which would mix with what this command prints."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
 
 
 def _task_name(path: Path) -> str:
@@ -198,8 +222,11 @@ def _run_task(task: LoadedTask, model: Any) -> Figures:
                 continue
             stderr = values.get(f"{metric}_stderr,{chosen}")
             known = isinstance(stderr, int | float) and math.isfinite(stderr)
-            shown = metric if chosen == "none" else key
-            figures.setdefault(name, {})[shown] = {"score": float(score), "stderr": float(stderr) if known else None}
+            figures.setdefault(name, {})[metric if chosen == "none" else key] = {
+                "score": float(score),
+                "stderr": float(stderr) if known else None,
+                "higher_is_better": found["higher_is_better"].get(name, {}).get(metric),
+            }
     return figures
 
 

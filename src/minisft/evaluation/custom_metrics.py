@@ -104,7 +104,8 @@ def _check_values(given: Any, count: int, where: str) -> list[float]:
     except TypeError:
         raise UserError(where, f"it returned a value of the type {type(given).__name__}, not a list", fix) from None
     if len(values) != count:
-        raise UserError(where, f"it returned {len(values)} numbers for {count} answers", fix)
+        numbers_text = "1 number" if len(values) == 1 else f"{len(values)} numbers"
+        raise UserError(where, f"it returned {numbers_text} for {count} answers", fix)
     for number, value in enumerate(values):
         if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
             raise UserError(where, f"it returned {value!r} for answer {number}", fix)

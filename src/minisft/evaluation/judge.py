@@ -29,7 +29,7 @@ from minisft.evaluation.judge_questions import (
     parse_verdict,
     question_key,
 )
-from minisft.evaluation.metrics import RESAMPLES, SEED
+from minisft.evaluation.resampling import percentile_interval, resampled_rows
 from minisft.files import write_atomically
 from minisft.recipe import JudgeRecipe
 from minisft.results import MIN_CONVERSATIONS, judge_rows
@@ -39,7 +39,8 @@ _INVALID = "invalid"  # the verdict of a reply that holds none
 _MOST_INVALID = 20  # replies without a verdict, and none with one: the judge is not able to judge
 _KEPT_TEXT = 4000  # characters of a reply that are kept with its verdict
 _Z = 1.959964  # 95 % of a normal distribution
-_WIDE = 100  # characters; a narrower terminal shows neither p nor the pairs that the order decided
+_WIDE = 100  # characters; a narrower terminal leaves the following columns out
+_NOT_IN_NARROW = ("p", "by order", "no verdict")
 _LEADS = {"win": 1, "tie": 0, "loss": -1}
 
 
@@ -172,7 +173,7 @@ def _ask_missing(asking: Asking, cache: VerdictCache, judged: Sequence[_Judged],
     of_grades = {one.keys[0] for one in judged if one.rival is None}
     missing = {key: question for key, question in questions.items() if key not in cache}
     valid = invalid = 0
-    with answer_progress("judge", len(missing)) as advance:
+    with answer_progress("judge", len(missing), "questions") as advance:
 
         def take(key: str, reply: str, finish: str) -> str | None:
             nonlocal valid, invalid
@@ -205,13 +206,15 @@ def print_judge(judge: Mapping[str, Any]) -> None:
     """Print the win rates and grades as tables."""
     say(f"Judged by {judge['model']} at {judge['base_url']} ({judge['requests']:,} requests):")
     for heads, rows in judge_rows(judge):
-        shown = [n for n, head in enumerate(heads) if console.width >= _WIDE or head not in ("p", "by order")]
+        shown = [n for n, head in enumerate(heads) if console.width >= _WIDE or head not in _NOT_IN_NARROW]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for number in shown:
             table.add_column(heads[number], justify="right" if number else "left", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(row[number]) for number in shown))
         console.print(table)
+    if invalid := sum(one["invalid"] for one in (*judge["pairs"], *judge["grades"])):
+        say(f"Left out, since a reply holds no verdict: {invalid:,} comparisons or grades.")
     if not judge["reliable"]:
         say(f"Fewer than {MIN_CONVERSATIONS} conversations were judged: too few for an interval or a p-value.")
 
@@ -333,10 +336,8 @@ def _bootstrap(graded: Sequence[tuple[int, int]]) -> tuple[float, float]:
     numbers = {conversation: place for place, conversation in enumerate(dict.fromkeys(c for _, c in graded))}
     places = [numbers[conversation] for _, conversation in graded]
     sums, counts = np.bincount(places, [grade for grade, _ in graded]), np.bincount(places)
-    draws = np.random.default_rng(SEED).choice(len(sums), size=(RESAMPLES, len(sums)), replace=True)
-    ordered = np.sort(sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
-    tail = RESAMPLES // 40
-    return float(ordered[tail]), float(ordered[-tail - 1])
+    draws = resampled_rows(len(sums))
+    return percentile_interval(sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
 
 
 def _write_judged(path: Path, judged: Sequence[_Judged], examples: Sequence[EvalExample], cache: VerdictCache) -> None:

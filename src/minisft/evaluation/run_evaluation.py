@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from minisft.console import console, say, warn
 from minisft.data.encoder import Encoder
 from minisft.errors import UserError
 from minisft.evaluation.backends import ModelSpec, Workers, place_model
-from minisft.evaluation.benchmarks import LoadedTask, load_tasks, print_benchmarks, run_benchmarks
+from minisft.evaluation.benchmarks import load_tasks, print_benchmarks, run_benchmarks
 from minisft.evaluation.custom_metrics import CUSTOM, CustomMetric, RowMetric, as_row_metrics
 from minisft.evaluation.evaluator import Evaluator, ScoredModel, SetScores
 from minisft.evaluation.examples import HeldOutSet, load_held_out, load_prompts, train_answers
@@ -76,41 +76,38 @@ def evaluate(
             `max_new_tokens` leaves no room for a prompt; another evaluation is running in the folder; or a metric
             failed (the results without it are written).
     """
-    specs = parse_metrics(recipe.evaluation.metrics)
+    # 1. Refuse what cannot work, before anything is waited for or computed.
+    settings, run = recipe.evaluation, RunFolder(output)
+    specs = parse_metrics(settings.metrics)
     row_metrics = [*load_row_metrics(specs), *as_row_metrics(custom_metrics or {}, [spec.key for spec in specs])]
-    if recipe.evaluation.judge is not None:
+    benchmarks = load_tasks(settings.benchmarks)
+    if settings.judge is not None:
         require_client()
-    benchmarks = load_tasks(recipe.evaluation.benchmarks) if recipe.evaluation.benchmarks else []
-    run = RunFolder(output)
     if follow:
         wait_for_data(run, sleep)
     elif others is None and not run.list_checkpoints():
         raise UserError(run.checkpoints, "there are no checkpoints to evaluate", "train first: minisft train")
     with _exclusive(output / "evaluation"):
-        # 1. Load the examples, which are the same for every model.
-        base = _find_base(recipe, run)
-        dtype = dtype or inference_dtype(recipe.training.precision)
-        placement = place_model(base, dtype, recipe.evaluation)
-        with workers or Workers(placement.processes, placement.gpus_each) as pool:
-            evaluator = make_evaluator(recipe, output, base, pool, row_metrics, dtype)
-            constant = evaluator.score_constant(
-                best_constant(train_answers(output, evaluator.encoder, recipe.evaluation.turns))
-            )
+        # 2. Score one model after the other, and write results.json after each.
+        with open_evaluator(recipe, output, row_metrics, dtype=dtype, workers=workers) as evaluator:
             if custom_metrics and not evaluator.held_out.examples:
                 problem = "there are no held-out answers to score"
                 raise UserError("metrics", problem, "set data.test_fraction above 0")
-            # 2. Score one model after the other, and write results.json after each.
-            named = None if others is None else iter([("base", base), *others.items()])
-            models = named or models_to_score(run, base, follow, sleep)
-            scored_models, results = _score_models(recipe, run, evaluator, constant, models, draw)
-        # 3. Write the comparisons.
+            base = evaluator.spec.weights
+            models: Iterable[tuple[str, Path]] = (
+                models_to_score(run, base, follow, sleep) if others is None else [("base", base), *others.items()]
+            )
+            scored_models, results = _score_models(recipe, run, evaluator, models, draw)
         _write_comparisons(evaluator, scored_models, results["best"])
-        # 4. Run the benchmarks.
+        # 3. Run the benchmarks, and have the answers judged. No model takes memory any more: the judge may be here.
         if benchmarks:
-            results = _run_benchmarks(benchmarks, run, base, evaluator, results)
-        # 5. Have the answers judged, when no model takes memory any more: the judge may be on this machine.
-        if recipe.evaluation.judge is not None:
-            results = _judge(recipe.evaluation.judge, run, evaluator, scored_models, results)
+            folders = others if others is not None else {folder.name: folder for folder in run.list_checkpoints()}
+            scored = {"base": base} | {name: folder for name, folder in folders.items() if name in scored_models}
+            found = run_benchmarks(benchmarks, scored, evaluator.spec, settings.batch_size, evaluator.folder)
+            results = _write_results(run, {**results, "benchmarks": found})
+        if settings.judge is not None:
+            verdicts = _judge(settings.judge, evaluator, scored_models)
+            results = _write_results(run, {**results, "judge": verdicts})
     _report(results, evaluator.folder, as_json)
     _require_all_metrics(evaluator)
     return results
@@ -158,9 +155,68 @@ def _find_base(recipe: Recipe, run: RunFolder) -> Path:
     return resolved.folder
 
 
+@contextlib.contextmanager
+def open_evaluator(
+    recipe: Recipe,
+    output: Path,
+    row_metrics: Sequence[RowMetric] | None = None,
+    *,
+    folder: Path | None = None,
+    dtype: "torch.dtype | None" = None,
+    workers: Workers | None = None,
+) -> Iterator[Evaluator]:
+    """Yield the evaluator of a run, which has the same examples for every model; its processes end with the block.
+
+    Args:
+        recipe: The run's recipe.
+        output: The run folder, with prepared data.
+        row_metrics: The metrics besides BLEU and chrF; None: those of the recipe.
+        folder: Folder for the answers and the result cache; None: that of the run.
+        dtype: Dtype of the weights; None: fp32 on a CPU or if the recipe trains in it, else bf16 or fp16.
+        workers: The processes that generate and compute losses; None: as many as the recipe says.
+
+    Raises:
+        UserError: The base model is not the run's; there are neither held-out rows nor prompts; the template refuses
+            one; `max_new_tokens` leaves no room for a prompt; or a metric cannot be loaded.
+    """
+    settings = recipe.evaluation
+    if row_metrics is None:
+        row_metrics = load_row_metrics(parse_metrics(settings.metrics))
+    base = _find_base(recipe, RunFolder(output))
+    dtype = dtype or inference_dtype(recipe.training.precision)
+    if workers is None:
+        placement = place_model(base, dtype, settings)
+        workers = Workers(placement.processes, placement.gpus_each)
+    encoder = Encoder(
+        load_tokenizer(base, recipe.trust_remote_code), recipe.data.template, recipe.data.template_options
+    )
+    prompts = load_prompts(settings.prompts, encoder)
+    retained = None
+    if settings.retain is not None:
+        context = context_length(load_config(base, recipe.trust_remote_code))
+        retained = load_retained(settings.retain, encoder, min(recipe.data.max_length, context or sys.maxsize))
+    spec = ModelSpec(
+        base,
+        dtype,
+        recipe.trust_remote_code,
+        tuple(encoder.stop_token_ids),
+        settings.max_new_tokens,
+        Sampling(settings.temperature, settings.top_p, recipe.seed) if settings.temperature > 0 else None,
+        settings.backend,
+        base,
+        workers.gpus_each,
+        settings.gpu_memory_utilization,
+    )
+    held_out = load_held_out(output, encoder, settings.turns, settings.limit, required=not prompts)
+    with workers:
+        yield Evaluator(
+            settings, encoder, held_out, prompts, folder or output / "evaluation", spec, workers, row_metrics, retained
+        )
+
+
 def score_model(
     recipe: Recipe, output: Path, name: str, weights: Path, folder: Path
-) -> tuple[ScoredModel, list[UserError]]:
+) -> tuple[ScoredModel, dict[str, UserError]]:
     """Score one model on a run's held-out conversations, beside any evaluation of the run: results.json stays as it is.
 
     Args:
@@ -171,70 +227,13 @@ def score_model(
         folder: Folder for its answers, in a folder of its name, and for the result cache.
 
     Returns:
-        Its scores, and the errors of metrics that failed.
+        Its scores, and the errors of metrics that failed, by key.
 
     Raises:
-        UserError: There are no held-out conversations, or `max_new_tokens` leaves no room for a prompt.
+        UserError: As of `open_evaluator`; or the model is damaged.
     """
-    row_metrics = load_row_metrics(parse_metrics(recipe.evaluation.metrics))
-    base = _find_base(recipe, RunFolder(output))
-    with Workers(1) as workers:
-        evaluator = replace(make_evaluator(recipe, output, base, workers, row_metrics), folder=folder)
-        return evaluator.evaluate_model(name, weights), list(evaluator.failures.values())
-
-
-def make_evaluator(
-    recipe: Recipe,
-    output: Path,
-    base: Path,
-    workers: Workers,
-    row_metrics: Sequence[RowMetric],
-    dtype: "torch.dtype | None" = None,
-) -> Evaluator:
-    """Return the evaluator of a run, which has the same examples for every model.
-
-    Args:
-        recipe: The run's recipe.
-        output: The run folder, with prepared data.
-        base: Folder of the base model.
-        workers: The processes that generate and compute losses.
-        row_metrics: The metrics besides BLEU and chrF.
-        dtype: Dtype of the weights; None: as `evaluate` chooses it.
-
-    Raises:
-        UserError: There are neither held-out rows nor prompts, or the template refuses one.
-    """
-    settings = recipe.evaluation
-    encoder = Encoder(
-        load_tokenizer(base, recipe.trust_remote_code), recipe.data.template, recipe.data.template_options
-    )
-    prompts = load_prompts(settings.prompts, encoder)
-    retained = None
-    if settings.retain is not None:
-        context = context_length(load_config(base, recipe.trust_remote_code))
-        retained = load_retained(settings.retain, encoder, min(recipe.data.max_length, context or sys.maxsize))
-    return Evaluator(
-        settings,
-        encoder,
-        load_held_out(output, encoder, settings.turns, settings.limit, required=not prompts),
-        prompts,
-        output / "evaluation",
-        ModelSpec(
-            base,
-            dtype or inference_dtype(recipe.training.precision),
-            recipe.trust_remote_code,
-            tuple(encoder.stop_token_ids),
-            settings.max_new_tokens,
-            Sampling(settings.temperature, settings.top_p, recipe.seed) if settings.temperature > 0 else None,
-            settings.backend,
-            base,
-            workers.gpus_each,
-            settings.gpu_memory_utilization,
-        ),
-        workers,
-        row_metrics,
-        retained,
-    )
+    with open_evaluator(recipe, output, folder=folder) as evaluator:
+        return evaluator.evaluate_model(name, weights), evaluator.failures
 
 
 def _write_comparisons(evaluator: Evaluator, scored_models: dict[str, ScoredModel], best: str | None) -> None:
@@ -250,11 +249,16 @@ def _score_models(
     recipe: Recipe,
     run: RunFolder,
     evaluator: Evaluator,
-    constant: ScoredModel,
     models: Iterable[tuple[str, Path]],
     draw: Callable[[Path], object] | None,
 ) -> tuple[dict[str, ScoredModel], dict[str, Any]]:
-    """Return the scored models by name and results.json, which is written after each; `failed` lists the others."""
+    """Score the models, and write results.json after each; its `failed` lists those that could not be scored.
+
+    Returns:
+        The scored models by name, the base model first and then by their steps, and the content of results.json.
+    """
+    answers = train_answers(run.root, evaluator.encoder, recipe.evaluation.turns)
+    constant = evaluator.score_constant(best_constant(answers))
     scored_models: dict[str, ScoredModel] = {}
     failed: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
@@ -270,11 +274,11 @@ def _score_models(
         scores = summarise_scores(
             scored_models, constant, recipe.evaluation, evaluator.row_metrics, evaluator.failures
         )  # fmt: skip
-        results = withhold_unreliable(scores | _describe(recipe, evaluator, failed))
-        write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
+        results = _write_results(run, withhold_unreliable(scores | _describe(recipe, evaluator, failed)))
         if draw is not None:
             draw(run.root)
-    return scored_models, results
+    names = ["base", *(entry["checkpoint"] for entry in results["checkpoints"])]
+    return {name: scored_models[name] for name in names}, results
 
 
 def _describe(recipe: Recipe, evaluator: Evaluator, failed: list[dict[str, Any]]) -> dict[str, Any]:
@@ -410,30 +414,15 @@ def _entry(
     return {**entry, "custom": custom} if custom else entry
 
 
-def _run_benchmarks(
-    tasks: list[LoadedTask], run: RunFolder, base: Path, evaluator: Evaluator, results: dict[str, Any]
-) -> dict[str, Any]:
-    """Return results.json with the benchmarks of the base model and of the checkpoints that still exist."""
-    checkpoints = {entry["checkpoint"]: run.checkpoints / entry["checkpoint"] for entry in results["checkpoints"]}
-    models = {"base": base, **{name: path for name, path in checkpoints.items() if path.exists()}}
-    found = run_benchmarks(tasks, models, evaluator.spec, evaluator.settings.batch_size, evaluator.folder)
-    results = {**results, "benchmarks": found}
-    write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
-    return results
-
-
-def _judge(
-    settings: JudgeRecipe,
-    run: RunFolder,
-    evaluator: Evaluator,
-    scored_models: dict[str, ScoredModel],
-    results: dict[str, Any],
-) -> dict[str, Any]:
-    """Return results.json with the verdicts of the judge on held-out answers and the user's own prompts."""
-    names = ["base", *(entry["checkpoint"] for entry in results["checkpoints"])]
-    outputs = {name: [*scored_models[name].outputs, *scored_models[name].prompted] for name in names}
+def _judge(settings: JudgeRecipe, evaluator: Evaluator, models: Mapping[str, ScoredModel]) -> dict[str, Any]:
+    """Return the verdicts of the judge on the models' answers to held-out rows and to the user's own prompts."""
+    outputs = {name: [*model.outputs, *model.prompted] for name, model in models.items()}
     examples = [*evaluator.held_out.examples, *evaluator.prompts]
-    results = {**results, "judge": judge_answers(settings, examples, outputs, evaluator.folder / "judge")}
+    return judge_answers(settings, examples, outputs, evaluator.folder / "judge")
+
+
+def _write_results(run: RunFolder, results: dict[str, Any]) -> dict[str, Any]:
+    """Write results.json, and return its content."""
     write_atomically(results_path(run.root), dump_json(results, indent=1) + "\n")
     return results
 

@@ -1,6 +1,6 @@
 """The tables of scores that `evaluate` prints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
@@ -12,7 +12,7 @@ from minisft.metric_names import METRIC_NAMES, metric_title
 from minisft.results import best_label, chosen_by, is_reliable, score_keys, unreliability_reason
 
 _WIDE = 100  # characters; a narrower terminal shows neither perplexity nor seconds
-_MORE = 3  # metrics besides BLEU and chrF in one table
+_BETWEEN, _EDGES = 3, 2  # characters between two columns, and at both ends of a line
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ def print_table(results: dict[str, Any]) -> None:
         "loss",
         "perplexity",
         *(metric for metric in METRIC_NAMES if metric in results["base"]),
-        "exact",
+        *_exact(results["base"]),
         "seconds",
     ]
     if console.width < _WIDE:
@@ -68,18 +68,41 @@ def _systems(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _print_set(results: dict[str, Any], title: str, systems: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    columns = ["loss", *(metric for metric in METRIC_NAMES if metric in systems[0][1]), "exact"]
+    columns = ["loss", *(metric for metric in METRIC_NAMES if metric in systems[0][1]), *_exact(systems[0][1])]
     console.print(Text(title))
     console.print(_table(results, systems, columns))
     _print_more(results, systems)
 
 
+def _exact(entry: dict[str, Any]) -> list[str]:
+    """Return the column of exact matches; none where the recipe names the metric, which has its own column then."""
+    return [] if "exact_match" in score_keys(entry) else ["exact"]
+
+
 def _print_more(results: dict[str, Any], systems: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Print the metrics besides BLEU and chrF, a few in a table."""
+    """Print the metrics besides BLEU and chrF, in as many tables as the width of the terminal needs."""
     entry = systems[0][1]
     more = [key for key in score_keys(entry) if key not in METRIC_NAMES] + list(entry.get("custom", {}))
-    for start in range(0, len(more), _MORE):
-        console.print(_table(results, systems, more[start : start + _MORE]))
+    widths = [max(map(len, [metric_title(key), *(_cell(key, one) for _, one in systems)])) for key in more]
+    for part in fitting_columns(max(len(name) for name, _ in systems), widths):
+        console.print(_table(results, systems, more[part]))
+
+
+def fitting_columns(first: int, widths: Sequence[int]) -> Iterator[slice]:
+    """Yield the columns of each of several tables, as many as fit into the terminal beside a first one; at least one.
+
+    Args:
+        first: Width of the first column, which every table has.
+        widths: Widths of the others.
+    """
+    start, used = 0, first + _EDGES
+    for place, width in enumerate(widths):
+        if place > start and used + _BETWEEN + width > console.width:
+            yield slice(start, place)
+            start, used = place, first + _EDGES
+        used += _BETWEEN + width
+    if widths:
+        yield slice(start, len(widths))
 
 
 def _print_retained(results: dict[str, Any]) -> None:

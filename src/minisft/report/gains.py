@@ -1,5 +1,6 @@
-"""What a run gained and lost against its base model, its test sets one by one, and the texts of `evaluation.retain`."""
+"""What a run gained and lost against its base model: on its test sets, on benchmarks and on texts of its user's own."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 from minisft.metric_names import metric_title
 from minisft.report.html import scrolling_table
 from minisft.report.run_data import RunFiles
-from minisft.report.tables import format_metric, format_p_value, test_set_tables
-from minisft.results import higher_score_is_better, is_reliable, score_keys
+from minisft.report.tables import format_metric, test_set_tables
+from minisft.report.verdict import SIGNIFICANCE
+from minisft.results import format_p_value, higher_score_is_better, is_reliable, score_keys
 
-SIGNIFICANCE = 0.05  # the p-value below which a difference counts as more than chance
+TOO_FEW = "too few to say"  # conversations or texts
+_Z = 1.96  # standard errors of a difference within which 95 % of chance differences are
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Change:
         difference: Checkpoint minus base.
         better: Whether the difference is an improvement.
         evidence: The p-value or the interval of the difference, as text; "" if there is none.
-        is_clear: Whether the difference is more than chance; None: too few conversations or texts to say.
+        is_clear: Whether the difference is more than chance; None: that cannot be said, and `evidence` says why.
     """
 
     name: str
@@ -37,12 +40,12 @@ class Change:
 
     @property
     def cells(self) -> list[str]:
-        verdict = {True: self.evidence, False: f"{self.evidence}: may be chance", None: "too few to say"}[self.is_clear]
-        return [self.name, f"{self.base} to {self.tuned}", self.difference, verdict]
+        chance = ": may be chance" if self.is_clear is False else ""
+        return [self.name, f"{self.base} to {self.tuned}", self.difference, self.evidence + chance]
 
 
 def changes(run: RunFiles) -> list[Change]:
-    """Return how the best checkpoint differs from the base model, in every score and in the retained loss.
+    """Return how the best checkpoint differs from the base model, in every score, benchmark and the retained loss.
 
     Scores of which neither a higher nor a lower one is better are left out, and so are equal ones.
     """
@@ -58,7 +61,7 @@ def changes(run: RunFiles) -> list[Change]:
         for suffix, before, after in pairs
         for metric in score_keys(before)
     ]
-    found.append(_retained_change(run.results, base, best))
+    found += [*_benchmark_changes(run.results), _retained_change(run.results, base, best)]
     return [one for one in found if one is not None]
 
 
@@ -76,9 +79,28 @@ def _score_change(
         format_metric(metric, best[metric], interval=False),
         f"{difference:+.4g}",
         (difference > 0) is higher,
-        "" if p is None else f"p = {format_p_value(p)}",
+        TOO_FEW if p is None else f"p = {format_p_value(p)}",
         None if p is None else p < SIGNIFICANCE,
     )
+
+
+def _benchmark_changes(results: dict[str, Any]) -> Iterator[Change]:
+    models = results.get("benchmarks", {}).get("models", {})
+    for task, metrics in models.get(results["best"], {}).items():
+        for metric, entry in metrics.items():
+            higher, difference = entry.get("higher_is_better"), entry.get("difference")
+            if higher is None or not difference:
+                continue
+            stderr = entry["difference_stderr"]
+            yield Change(
+                f"{task} {metric}",
+                f"{models['base'][task][metric]['score']:.4g}",
+                f"{entry['score']:.4g}",
+                f"{difference:+.3g}",
+                (difference > 0) is higher,
+                "no standard error" if stderr is None else f"± {stderr:.2g}",
+                None if stderr is None else abs(difference) > _Z * stderr,
+            )
 
 
 def _retained_change(results: dict[str, Any], base: dict[str, Any], best: dict[str, Any]) -> Change | None:
@@ -94,30 +116,49 @@ def _retained_change(results: dict[str, Any], base: dict[str, Any], best: dict[s
         f"{after['loss']:.4f}",
         f"{difference['loss']:+.4f}",
         difference["loss"] < 0,
-        f"[{low:+.4f}, {high:+.4f}]" if reliable else "",
+        f"[{low:+.4f}, {high:+.4f}]" if reliable else TOO_FEW,
         (low > 0 or high < 0) if reliable else None,
     )
+
+
+def gain_tables(run: RunFiles) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Return (heads, rows) of what the best checkpoint gained and of what it lost, by their titles; {} for neither."""
+    found = changes(run)
+    if run.results is None or not found:
+        return {}
+    heads = ["", "base to best", "difference", "evidence"]
+    return {
+        title: (heads, [one.cells for one in found if one.better is better])
+        for title, better in (("Gained", True), ("Lost", False))
+    }
+
+
+def evidence_notes(results: dict[str, Any]) -> str:
+    """Return what the last column of these tables says about each kind of score."""
+    notes = ["p is the p-value of the difference (paired bootstrap)."]
+    if "benchmarks" in results:
+        notes.append("After ± of a benchmark is the standard error of the difference.")
+    if "retain" in results:
+        about = results["retain"]
+        notes.append(
+            f"{about['file']}: {about['texts']:,} texts of evaluation.retain, {about['tokens']:,} tokens; in brackets "
+            "is the 95 % interval of the difference, over texts."
+        )
+    return " ".join(notes)
 
 
 def gains_section(run: RunFiles) -> str:
     """Return the page's section on gains and losses, side by side, and the tables of the test sets; "" for none."""
     parts = []
-    found = changes(run)
-    if found and run.results is not None:
-        heads = ["", f"base to {run.results['best']}", "difference", "chance?"]
-        columns = []
-        for title, better in (("Gained", True), ("Lost", False)):
-            rows = [(one.cells, False) for one in found if one.better is better]
-            shown = scrolling_table(title.lower(), heads, rows) if rows else '<p class="soft">nothing</p>'
-            columns.append(f'<div><h3 id="{title.lower()}">{title}</h3>{shown}</div>')
-        note = ""
-        if "retain" in run.results:
-            about = run.results["retain"]
-            note = (
-                f'<p class="soft">{escape(about["file"])}: {about["texts"]:,} texts of evaluation.retain, '
-                f"{about['tokens']:,} tokens; the interval is that of the difference, over texts.</p>"
-            )
-        parts.append(f'<h2 id="gains">Gained and lost</h2>\n<div class="pair">{"".join(columns)}</div>{note}\n')
+    columns = []
+    for title, (heads, cells) in gain_tables(run).items():
+        rows = [(row, False) for row in cells]
+        shown = scrolling_table(title.lower(), heads, rows) if rows else '<p class="soft">nothing</p>'
+        columns.append(f'<div><h3 id="{title.lower()}">{title}</h3>{shown}</div>')
+    if columns and run.results is not None:
+        note = f'<p class="soft">{escape(evidence_notes(run.results))}</p>'
+        title = f"Gained and lost by {run.results['best']}"
+        parts.append(f'<h2 id="gains">{escape(title)}</h2>\n<div class="pair">{"".join(columns)}</div>{note}\n')
     for number, (title, heads, rows) in enumerate(test_set_tables(run)):
         name = f"test-set-{number}"
         parts.append(f'<h3 id="{name}">{escape(title)}</h3>\n{scrolling_table(name, heads, rows)}\n')

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from minisft.files import write_atomically
+from minisft.report.gains import evidence_notes, gain_tables
 from minisft.report.judge_section import benchmark_tables, judge_tables
 from minisft.report.plots import draw_curves
 from minisft.report.run_data import metrics_of, page_data, read_run
@@ -43,6 +44,15 @@ def write_results(output: Path, to: Path | None = None) -> Path:
         parts += [
             f"{as_text(f['checkpoint'])} could not be scored: {as_text(f['error'])}" for f in run.results["failed"]
         ]
+        parts += [
+            f"{as_text(f['metric'])} could not be computed: {as_text(f['error'])}"
+            for f in run.results.get("failed_metrics", [])
+        ]
+        if gains := gain_tables(run):
+            for title, (heads, rows_of_text) in gains.items():
+                parts.append(f"## {title} by {as_text(str(run.results['best']))}")
+                parts.append(_as_markdown(heads, rows_of_text) if rows_of_text else "nothing")
+            parts.append(as_text(evidence_notes(run.results)))
         for section in (judge_tables(run.results), benchmark_tables(run.results)):
             if section is not None:
                 parts += [f"## {section.title}", *(_as_markdown(heads, cells) for heads, cells in section.tables)]

@@ -13,7 +13,7 @@ from minisft.report.gains import gains_section
 from minisft.report.html import CURVE_CONTROLS, environment, scrolling_table, table, whole_page
 from minisft.report.judge_section import benchmark_tables, judge_tables
 from minisft.report.run_data import RunFiles, figure_id, metrics_of, page_data, read_run
-from minisft.report.tables import format_metric, score_table, tested_metric
+from minisft.report.tables import directed_title, format_metric, score_table, tested_metric
 from minisft.report.verdict import verdict
 from minisft.results import is_reliable, unreliability_reason
 from minisft.text import duration
@@ -280,13 +280,17 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
         f'<p class="bad">{escape(f["checkpoint"])} could not be scored: {escape(f["error"])}</p>'
         for f in results.get("failed", [])
     )
+    failures += "".join(
+        f'<p class="bad">{escape(f["metric"])} could not be computed: {escape(f["error"])}</p>'
+        for f in results.get("failed_metrics", [])
+    )
     metrics = metrics_of(run)
     if not metrics:
         return failures
-    intervals = ", 95 % intervals" if is_reliable(results) else ""
+    intervals = "Bars: 95 % intervals. " if is_reliable(results) else ""
     figures = "".join(
-        f'<figure id="{escape(figure_id(metric), quote=True)}"><figcaption>{escape(metric_title(metric))}{intervals}; '
-        "dotted: the constant baseline. A click on a point shows the worst answers behind it.</figcaption></figure>"
+        f'<figure id="{escape(figure_id(metric), quote=True)}"><figcaption>{escape(directed_title(results, metric))}'
+        "</figcaption></figure>"
         for metric in metrics
     )
     if is_reliable(results):
@@ -297,9 +301,11 @@ def _scores(run: RunFiles, results: dict[str, Any]) -> str:
     else:
         significance = unreliability_reason(results)
     constant = escape(repr(results["constant"].get("text", "")))
+    of_set = f" of {next(iter(sets))}" if (sets := results.get("test_sets")) else ""
     return (
-        f'<h2 id="scores">Scores on {results.get("answers", "the")} held-out answers</h2>\n'
-        f'<div class="pair">{figures}</div>\n{scrolling_table("scores", *score_table(run))}{failures}'
+        f'<h2 id="scores">Scores on {results.get("answers", "the")} held-out answers{escape(of_set)}</h2>\n'
+        f'<div class="pair">{figures}</div>\n<p class="soft">{intervals}Dotted: the constant baseline. A click on a '
+        f"point shows the worst answers behind it.</p>\n{scrolling_table('scores', *score_table(run))}{failures}"
         '<p class="soft">A score in the table leads to the worst answers behind it. constant is the constant baseline: '
         f"every prompt is answered with {constant}, the training answer that scores best. {significance}.</p>\n"
     )

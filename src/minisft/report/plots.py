@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.manifest import record_files
-from minisft.metric_names import metric_title
 from minisft.report.run_data import RunFiles, metrics_of, read_run
-from minisft.results import best_label, higher_score_is_better, is_reliable
+from minisft.report.tables import directed_title
+from minisft.results import best_label, is_reliable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +82,7 @@ def _score_panels(run: RunFiles) -> "Figure":
         if constant is not None:
             axes.axhline(constant["score"], color=_TEST, linestyle=":", linewidth=1.4, label="constant baseline")
         _mark_best(axes, run)
-        axes.set_title(_panel_title(run.results, metric), fontsize="medium")
+        axes.set_title(directed_title(run.results, metric), fontsize="medium")
         _finish(axes, "score, 95 % interval" if reliable else "score", legend=False)
         if axes.get_ylim()[0] > 0 or min(ys, default=0) >= 0:  # a metric of one's own may be negative
             axes.set_ylim(bottom=0)
@@ -90,12 +90,6 @@ def _score_panels(run: RunFiles) -> "Figure":
         axes.set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
-
-
-def _panel_title(results: dict[str, Any], metric: str) -> str:
-    """Return the metric's name, and its direction where a higher score is not better."""
-    direction = {True: "", False: " (lower is better)", None: " (neither is better)"}
-    return metric_title(metric) + direction[higher_score_is_better(results, metric)]
 
 
 def draw_overlaid(path: Path, runs: dict[str, list[dict[str, Any]]]) -> Path:

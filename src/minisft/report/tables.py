@@ -7,6 +7,8 @@ from minisft.report.run_data import RunFiles, metrics_of
 from minisft.results import (
     best_label,
     chosen_by,
+    format_p_value,
+    higher_score_is_better,
     is_below_base,
     is_reliable,
     score_keys,
@@ -32,7 +34,8 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
     # 1. The heads.
     heads = ["", "step", "loss", "perplexity", *(metric_title(metric) for metric in metrics)]
     heads += [f"p: {rival}" for rival in rivals]
-    heads += [*(["exact"] if metrics else []), *run.results["base"].get("custom", {})]
+    has_exact = bool(metrics) and "exact_match" not in metrics  # else it has a column of its own
+    heads += [*(["exact"] if has_exact else []), *run.results["base"].get("custom", {})]
     retained = "retain" in run.results
     heads += [*(["retained loss"] if retained else []), "seconds"]
 
@@ -48,7 +51,7 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
             entry.get("perplexity"),
             *(format_metric(metric, entry.get(metric)) for metric in metrics),
             *(format_p_value(p_values.get(rival)) for rival in rivals),
-            *([f"{100 * (score_of(entry, 'exact_match') or 0):.0f} %"] if metrics else []),
+            *([f"{100 * (score_of(entry, 'exact_match') or 0):.0f} %"] if has_exact else []),
             *(format_score(score, digits=".4g") for score in entry.get("custom", {}).values()),
             *([format_retained(entry.get("retain"))] if retained else []),
             entry.get("seconds"),
@@ -56,6 +59,12 @@ def score_table(run: RunFiles) -> tuple[list[str], list[tuple[list[str], bool]]]
         texts = ["" if cell is None else f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
         rows.append((texts, name == best))
     return heads, rows
+
+
+def directed_title(results: dict[str, Any], metric: str) -> str:
+    """Return the metric's name, and its direction where a higher score is not better."""
+    direction = {True: "", False: " (lower is better)", None: " (neither is better)"}
+    return metric_title(metric) + direction[higher_score_is_better(results, metric)]
 
 
 def tested_metric(run: RunFiles) -> str:
@@ -97,13 +106,6 @@ def format_retained(retain: dict[str, Any] | None) -> str:
         return ""
     difference = retain.get("difference")
     return f"{retain['loss']:.4f}" + (f" ({difference['loss']:+.4f})" if difference else "")
-
-
-def format_p_value(p: float | None) -> str:
-    """Return a p-value with three decimals, or with one significant digit if it is below 0.001."""
-    if p is None:
-        return ""
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
 
 
 def format_score(score: dict[str, Any] | None, interval: bool = True, digits: str = ".1f") -> str:

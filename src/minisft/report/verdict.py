@@ -4,8 +4,8 @@ from typing import Any
 
 from minisft.metric_names import LOSS, METRIC_NAMES, metric_title
 from minisft.report.run_data import RunFiles, metrics_of
-from minisft.report.tables import format_metric, format_p_value
-from minisft.results import MIN_CONVERSATIONS, chosen_by, is_reliable, unreliability_reason
+from minisft.report.tables import format_metric
+from minisft.results import MIN_CONVERSATIONS, chosen_by, format_p_value, is_reliable, unreliability_reason
 
 SIGNIFICANCE = 0.05  # the p-value below which a difference counts as more than chance
 SAME_SPEED = 0.03  # step times that differ by at most this share count as equal: repeated runs differ as much

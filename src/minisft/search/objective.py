@@ -96,9 +96,9 @@ def compute_score(recipe: Recipe, run: Path, model: tuple[str, Path], entry: Any
     """
     from minisft.evaluation.run_evaluation import score_model
 
-    settings = replace(recipe.evaluation, metrics=[entry], best_by=None, prompts=None, retain=None)
+    settings = replace(recipe.evaluation, metrics=[entry], best_by=None, prompts=None, retain=None, processes=1)
     scored, failures = score_model(replace(recipe, evaluation=settings), run, *model, answers)
-    for error in failures:
+    for error in failures.values():
         raise error
     return scored.scores[parse_metrics([entry])[0].key]
 

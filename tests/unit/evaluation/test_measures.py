@@ -330,7 +330,7 @@ def test_a_failing_metric_is_named_and_the_others_go_on(made, run, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     recipe = with_settings(made, metrics=["bleu", "own_bad:short", "own_bad:nan", "own_bad:late", "rouge"])
-    with pytest.raises(UserError, match="own_bad:short on constant|returned 1 numbers") as caught:
+    with pytest.raises(UserError, match="own_bad:short on constant|returned 1 number") as caught:
         evaluate(recipe, run)
     assert "2 more failed" in caught.value.problem
     results = json.loads((run / "evaluation/results.json").read_text())
@@ -346,7 +346,8 @@ def test_a_failing_metric_is_named_and_the_others_go_on(made, run, tmp_path, mon
         assert not any(key.startswith("own_bad") for key in entry)
     assert results["best"]
     assert "The other metrics go on" in capsys.readouterr().err
-    write_report(run)
+    assert "own_bad:nan could not be computed: it returned nan for answer 0" in write_report(run).read_text()
+    assert "could not be computed: it returned nan for answer 0" in write_results(run).read_text()
 
 
 def test_metrics_of_the_api_have_p_values_and_their_numbers(made, run):

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from minisft.errors import UserError
+from minisft.report.gains import changes
 from minisft.report.markdown import write_results
 from minisft.report.page import write_report
 from minisft.report.run_data import read_run
-from minisft.report.tables import format_p_value
 from minisft.report.verdict import verdict
+from minisft.results import format_p_value
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/INST] &amp;"
 
@@ -296,6 +297,42 @@ def test_benchmarks_have_a_table_with_the_difference_to_the_base_model(tmp_path)
     assert "<td>0.25 ± 0.071</td><td>0.5 ± 0.08 (+0.25)</td>" in section
     assert "<td>6.5</td><td>6 (-0.5)</td>" in section
     assert NASTY not in page
+
+
+def test_benchmarks_are_among_what_was_gained_and_lost(tmp_path):
+    path = make_run(tmp_path) / "evaluation" / "results.json"
+    names = {"acc": True, "perplexity": False, "f1": True, "length": None}
+    base = {name: {"score": 1.0, "stderr": 0.1, "higher_is_better": better} for name, better in names.items()}
+
+    def tuned(name, difference, stderr):
+        return base[name] | {"score": 1 + difference, "difference": difference, "difference_stderr": stderr}
+
+    figures = {"acc": tuned("acc", 0.25, 0.1), "perplexity": tuned("perplexity", 2.0, 1.5),
+               "f1": tuned("f1", 0.5, None), "length": tuned("length", 3.0, 0.1)}  # fmt: skip
+    benchmarks = {"harness": "0.4", "models": {"base": {"t": base}, "checkpoint-9": {"t": figures}}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "benchmarks": benchmarks}))
+    found = {one.name: one for one in changes(read_run(tmp_path))}
+    assert found["t acc"].cells == ["t acc", "1 to 1.25", "+0.25", "± 0.1"]
+    assert found["t perplexity"].cells == ["t perplexity", "1 to 3", "+2", "± 1.5: may be chance"]
+    assert found["t f1"].cells == ["t f1", "1 to 1.5", "+0.5", "no standard error"]
+    assert [found[f"t {name}"].better for name in ("acc", "perplexity", "f1")] == [True, False, True]
+    assert "t length" not in found
+    page, text = write_report(tmp_path).read_text(), write_results(tmp_path).read_text()
+    assert page.index(">Gained<") < page.index(">t acc<") < page.index(">Lost<") < page.index(">t perplexity<")
+    assert text.index("## Gained") < text.index("| t acc |") < text.index("## Lost") < text.index("| t perplexity |")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"judge": {"model": "m", "reliable": True, "pairs": [{"model": "a"}]}}, {"judge": {"pairs": []}},
+     {"benchmarks": {"harness": "0.4", "models": {}}}, {"failed_metrics": [{"metric": "a"}]},
+     {"benchmarks": {"harness": "0.4", "models": {"base": {"t": {"acc": {"score": "x", "stderr": None}}}}}}],
+)  # fmt: skip
+def test_results_with_an_incomplete_part_are_refused(tmp_path, part):
+    path = make_run(tmp_path) / "evaluation" / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **part}))
+    with pytest.raises(UserError, match="this file is damaged"):
+        write_report(tmp_path)
 
 
 def test_the_markdown_has_the_verdicts_and_the_benchmarks(tmp_path):
