@@ -180,7 +180,8 @@ def dry_run(recipe: Recipe, job: Job, strategy: str) -> DryRun:
         task = {
             "library": None if library is None else str(library), "gpu": job.machine.name,
             "total_memory": total_memory(job.machine), "capability": list(job.machine.capability),
-            "processes": job.processes, "strategy": strategy, "trust_remote_code": bool(trust_arguments(recipe)),
+            "processes": job.processes, "strategy": strategy, "liger": job.model.liger,
+            "trust_remote_code": bool(trust_arguments(recipe)),
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(task), encoding="utf-8")
         # 2. The steps of two ranks, or of the only one.
@@ -300,7 +301,8 @@ def _judge(results: Sequence[dict[str, Any]], recipe: Recipe, job: Job, strategy
 def _predicted_bytes(recipe: Recipe, job: Job, strategy: str, rows: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """Return the plan's memory between steps and at the peak, for exactly these rows."""
     training = recipe.training
-    job = replace(job, workload=replace(job.workload, most_rows=len(rows)))
+    # No checkpoint is scored in these steps.
+    job = replace(job, workload=replace(job.workload, most_rows=len(rows)), scored_tokens=0)
     offload = training.offload is not None and strategy in ZERO
     options: dict[str, Any] = {"checkpointing": training.gradient_checkpointing, "lora": training.lora}
     predictions = [predict(job, strategy, offload=offload, row=row, **options) for row in rows]
