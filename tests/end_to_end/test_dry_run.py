@@ -1,6 +1,7 @@
 """`minisft plan --dry-run`: what it finds in a model with faults that only a GPU shows, and what passes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -174,7 +175,8 @@ def test_what_liger_saves_is_tracked_and_predicted(capsys, wide):
     assert (plain[0]["kernels"], liger[0]["kernels"]) == ("none", "liger")
     tracked, predicted = (plain[1][key] - liger[1][key] for key in ("peak_bytes", "predicted_bytes"))
     assert predicted > 128 << 20
-    assert tracked == pytest.approx(predicted, rel=0.1)
+    assert tracked > 0.95 * predicted  # the model's own norms have temporary tensors in fp32 too
+    assert liger[1]["peak_bytes"] == pytest.approx(liger[1]["predicted_bytes"], rel=0.05)
 
 
 @pytest.mark.long
@@ -242,6 +244,6 @@ def test_what_deepspeed_cannot_do_without_a_gpu_is_named(capsys, recipe_file, wo
     found = json.loads(out)["dry_run"]
     if found["dry_run"] == "not possible":
         assert set(found) == {"dry_run", "reason", "strategy"}
-        assert "deepspeed/" in found["reason"] or "operator" in found["reason"]
+        assert re.search(r"(deepspeed|minisft)/.*\.py:\d+", found["reason"])
         return
     assert found["dry_run"] == "passed"

@@ -164,13 +164,16 @@ def _build(
 def _let_parameters_move() -> None:
     """Let `Module.to` swap a fake parameter with its copy on the GPU.
 
-    Torch refuses that where a weak reference exists, and the mode remembers by such references what it made.
+    Torch refuses that where a weak reference exists, and the mode remembers by such references what it made. A parameter
+    that is on the device already stays as it is: the hooks of its gradient, as those of `MasterWeights`, would be lost.
     """
     import torch
 
     swap = torch.utils.swap_tensors
 
     def swap_tensors(one: Any, other: Any) -> None:
+        if (one.device, one.dtype) == (other.device, other.dtype):
+            return
         with mock.patch("weakref.getweakrefs", return_value=[]):
             swap(one, other)
 
