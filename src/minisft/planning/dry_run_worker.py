@@ -164,8 +164,9 @@ def _build(
 def _let_parameters_move() -> None:
     """Let `Module.to` swap a fake parameter with its copy on the GPU.
 
-    Torch refuses that where a weak reference exists, and the mode remembers by such references what it made. A parameter
-    that is on the device already stays as it is: the hooks of its gradient, as those of `MasterWeights`, would be lost.
+    Torch refuses that where a weak reference exists, and the mode remembers by such references what it made. A
+    parameter that is on the device already stays as it is: the hooks of its gradient, as those of `MasterWeights`,
+    would be lost.
     """
     import torch
 
