@@ -251,7 +251,7 @@ def test_two_processes_on_one_gpu_take_the_steps_of_one(trained, recipe, tmp_pat
     (("strategy=zero3", "precision=fp32", "batch_size=4"), 2e-4),
     (("strategy=zero3", "precision=fp32", "sequence_parallel=2"), 2e-4),
     (("strategy=vanilla", "precision=bf16", "sequence_parallel=2"), 2e-2),
-], ids=" ".join)  # fmt: skip
+])  # fmt: skip
 def test_two_gpus_take_the_steps_of_one(trained, recipe, tmp_path, words, tolerance):
     one = trained(f"training.{words[1]}")
     output = tmp_path / "two"
