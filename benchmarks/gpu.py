@@ -60,7 +60,7 @@ _TINY: dict[str, Any] = {
     "num_hidden_layers": 2,
 }  # fmt: skip
 TUNINGS = {"1B": ("full", "LoRA"), "8B": ("LoRA",)}  # all weights of 8B take 18 bytes each, more than one GPU has
-ROW_TOKENS = {"1B": None, "8B": 8192}  # a row of 16,384 tokens of 8B would need about 80 GB of activations
+ROW_TOKENS = {"1B": None, "8B": 8192}  # a row of 16,384 tokens of 8B would have 90 GB of activations
 OURS, PROFILED, TRL = "minisft", "minisft, profiled", "TRL"
 
 
@@ -178,8 +178,8 @@ def make_model(folder: Path, shape: dict[str, Any]) -> Path:
     fast.save_pretrained(folder)
     # 8 billion numbers take minutes to draw, so a few million of them are repeated.
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config_of(shape)).to(torch.bfloat16)
-    model = model.to_empty(device="cpu")
+        model: Any = LlamaForCausalLM(config_of(shape))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
     model.tie_weights()
     drawn = 0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).bfloat16()
     for weight in model.parameters():
@@ -306,7 +306,7 @@ def measure(arguments: argparse.Namespace, scale: Scale) -> None:
             if left <= 0:
                 print("there is more to measure: call it again", flush=True)
                 return
-            line = {"case": str(case), "contender": one.name, "round": number, "tokens": work.tokens,
+            line: dict[str, Any] = {"case": str(case), "contender": one.name, "round": number, "tokens": work.tokens,
                     "supervised": work.supervised, "squares": squares_of(work)}  # fmt: skip
             try:
                 line["result"] = train_once(one, number, environment, folder, patience=left)

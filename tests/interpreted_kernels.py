@@ -154,7 +154,8 @@ def _kept_and_counted() -> dict[str, tuple[float, float]]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.PADDING_FREE)
         apply_liger(model)
-        own, kept = {one.untyped_storage().data_ptr() for one in model.parameters()}, {}
+        own = {one.untyped_storage().data_ptr() for one in model.parameters()}
+        kept: dict[int, Any] = {}
 
         def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, Any] = kept) -> torch.Tensor:
             storage = tensor.untyped_storage()
