@@ -43,9 +43,9 @@ test: lint
 test-all: test
 	$(BIN)/pytest -n 2 --dist worksteal -m long
 
-# What only a GPU can show. Without one, every test is named and skipped.
+# What only a GPU can show, in up to four processes that share it. Without one, every test is named and skipped.
 test-gpu: setup
-	$(BIN)/pytest -n 0 -vv --durations 5 tests/gpu
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal -vv --durations 5 tests/gpu
 
 # The fast tests with the oldest versions that pyproject.toml admits; torch as in constraints.txt, the newest tools of `dev`.
 test-lowest: setup

@@ -4,12 +4,14 @@
     python benchmarks/models.py --only llama --settings zero3  # some model types, under ZeRO-3
     python benchmarks/models.py --settings                  # the verdict only
     python benchmarks/models.py --write docs/models.md      # replace the table of the page
+    python benchmarks/models.py --settings bf16 --results bf16.jsonl --write docs/models.md  # one column of it
 
 Every class of transformers' mapping gets a tiny configuration and random weights that are large enough for a leak
 between conversations to show. `make_trainer` and `take_steps`, which `minisft train` calls, take one step with it. Its
 loss and its gradients are compared with those of a plain loop: transformers' own attention, one padded conversation at
-a time. Each class is tested in a process of its own, limited in time and memory. Exit status 1: a class is WRONG, or a
-step ended in an error that is no message for the user.
+a time. Each class is tested in a process of its own, limited in time and memory. With `--results`, the next call judges
+only the classes that the file does not have. Exit status 1: a class is WRONG, or a step ended in an error that is no
+message for the user.
 """
 
 import argparse
@@ -23,11 +25,12 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -196,25 +199,42 @@ def main() -> None:
     unknown = sorted(set(kinds) - set(names))
     if unknown:
         sys.exit(f"not in transformers' causal mapping: {', '.join(unknown)}")
+    judged = {row.kind: row for row in read_rows(options.results)}
+    writing = threading.Lock()
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder)
         in_child(prepare_data, SECONDS, prepared)
 
         def judge(kind: str) -> Row:
+            if kind in judged:
+                return judged[kind]
             found = in_child(judge_class, SECONDS, kind, prepared, options.settings)
             name = str(names[kind])
             row = Row(**found) if isinstance(found, dict) else Row(kind, name, "TRACEBACK", str(found))
             print(" | ".join(asdict(row).values()), file=sys.stderr, flush=True)
+            if options.results:
+                with writing, options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
             return row
 
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = list(pool.map(judge, kinds))
-    page = render_table(rows, " ".join(["python benchmarks/models.py", *sys.argv[1:]]))
+    command = " ".join(["python benchmarks/models.py", *sys.argv[1:]])
     if options.write:
-        options.write.write_text(replace_table(options.write.read_text(encoding="utf-8"), page), encoding="utf-8")
+        page = options.write.read_text(encoding="utf-8")
+        kept = [name for name in EXTRAS if name not in options.settings]
+        table = render_table(keep_columns(rows, page, kept), command, kept)
+        options.write.write_text(replace_table(page, table), encoding="utf-8")
     else:
-        print(page)
+        print(render_table(rows, command))
     sys.exit(any(row.failed for row in rows))
+
+
+def read_rows(results: Path | None) -> list[Row]:
+    """Return the rows that earlier calls judged."""
+    if results is None or not results.exists():
+        return []
+    return [Row(**json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -223,7 +243,8 @@ def parse_arguments() -> argparse.Namespace:
     without = [name for name in EXTRAS if name != "zero3"]
     help = "settings with which the step is repeated; ZeRO-3 runs on one process"
     parser.add_argument("--settings", nargs="*", choices=EXTRAS, metavar="NAME", default=without, help=help)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table of this page")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the columns of this page that were run")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="keep what was judged, and judge the rest only")
     parser.add_argument("--jobs", type=int, default=2, help="classes that are tested at the same time")
     return parser.parse_args()
 
@@ -479,8 +500,27 @@ def _with_setting(extra: str, model: Path, prepared: Path, folder: Path, expecte
 # --- the table
 
 
-def render_table(rows: Iterable[Row], command: str) -> str:
-    """Return the table in Markdown, sorted by model type, with the command and the versions that made it."""
+def keep_columns(rows: Iterable[Row], page: str, columns: Sequence[str]) -> list[Row]:
+    """Return rows with the columns that a page has of the same class, if its verdict is the same."""
+    lines = [line.strip().strip("|").strip() for line in page.splitlines() if line.startswith("| ")]
+    cells = [line.split(" | ") for line in lines]
+    before = {found[0]: Row(*found) for found in cells if len(found) == len(fields(Row))}
+    return [
+        replace(row, **{name: getattr(before[row.kind], name) for name in columns})
+        if row.kind in before and before[row.kind].verdict == row.verdict
+        else row
+        for row in rows
+    ]
+
+
+def render_table(rows: Iterable[Row], command: str, kept: Sequence[str] = ()) -> str:
+    """Return the table in Markdown, sorted by model type, with the command and the versions that made it.
+
+    Args:
+        rows: Its rows.
+        command: The command that judged them.
+        kept: Columns that are those of an earlier command.
+    """
     rows = sorted(rows, key=lambda row: row.kind)
     counts = Counter(row.verdict for row in rows)
     built = len(rows) - counts["cannot be built"]
@@ -489,7 +529,8 @@ def render_table(rows: Iterable[Row], command: str) -> str:
         f"Made by `{command}` with transformers {transformers.__version__}, torch {torch.__version__} and Python "
         f"{platform.python_version()}: {len(rows)} classes, "
         + ", ".join(f"{number} {verdict}" for verdict, number in counts.most_common())
-        + f". Of the {built} that can be built, {good} train ({good / max(built, 1):.0%}).",
+        + f". Of the {built} that can be built, {good} train ({good / max(built, 1):.0%})."
+        + (f" The settings {', '.join(kept)} were run by an earlier command." if kept else ""),
         "",
         "| model type | class | verdict | attention, or why | LoRA | checkpointing | packing | bf16 | ZeRO-3 |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -287,8 +287,18 @@ def measure_rounds(
     return {name: results for name, results in rounds.items() if name not in left_out}
 
 
-def train_once(contender: Contender, number: int, environment: dict[str, str], folder: Path) -> dict[str, Any]:
-    """Train in a new process; the order of the conversations is that of the round's seed, so each round has another."""
+def train_once(
+    contender: Contender, number: int, environment: dict[str, str], folder: Path, patience: float = PATIENCE
+) -> dict[str, Any]:
+    """Train in a new process; the order of the conversations is that of the round's seed, so each round has another.
+
+    Args:
+        contender: Who trains.
+        number: Number of the round.
+        environment: Variables of the process.
+        folder: Folder for what it writes.
+        patience: Seconds that it may take.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as output:
         options = contender.options | {"seed": number, "output": output}
         return measured(
@@ -296,11 +306,16 @@ def train_once(contender: Contender, number: int, environment: dict[str, str], f
             folder / "result",
             environment,
             lambda result: json.dumps(options | {"result": str(result)}),
+            patience,
         )
 
 
 def measured(
-    command: tuple[str, ...], result: Path, environment: dict[str, str], argument: Callable[[Path], str]
+    command: tuple[str, ...],
+    result: Path,
+    environment: dict[str, str],
+    argument: Callable[[Path], str],
+    patience: float = PATIENCE,
 ) -> dict[str, Any]:
     """Run a command with the argument made of `result`, and return what it wrote into that file.
 
@@ -310,7 +325,7 @@ def measured(
     """
     result.unlink(missing_ok=True)
     subprocess.run(
-        [*command, argument(result)], check=True, timeout=PATIENCE, env=environment, cwd=result.parent,
+        [*command, argument(result)], check=True, timeout=patience, env=environment, cwd=result.parent,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     return dict(json.loads(result.read_text()))

@@ -77,7 +77,7 @@ def main() -> None:
         from minisft.cli import main
 
         sys.exit(main(sys.argv[1:]))
-    print(json.dumps(_differences_of_kernels() | _differences_of_models()))
+    print(json.dumps(_differences_of_kernels() | _differences_of_models() | {"kept": _kept_and_counted()}))
 
 
 def _differences_of_kernels() -> dict[str, Any]:
@@ -135,6 +135,42 @@ def _differences_of_models() -> dict[str, Any]:
             found[name] = kernels.use_kernels(model, training, torch.device("cpu")).as_dict()
         except UserError as error:
             found[name] = error.problem
+    return found
+
+
+def _kept_and_counted() -> dict[str, tuple[float, float]]:
+    """Return the bytes for each token that a model with the kernels keeps for the backward, and what the plan counts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from minisft.planning.liger_memory import MODEL_TYPES
+    from minisft.planning.model_cost import count_cost
+    from minisft.training import attention
+    from minisft.training.kernels import apply_liger
+
+    found = {}
+    for kind in sorted(MODEL_TYPES):
+        # A soft cap would keep the attention scores, which are not the kernels'.
+        config = AutoConfig.for_model(kind, **_SIZES, head_dim=8, pad_token_id=0, attn_logit_softcapping=None)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.PADDING_FREE)
+        apply_liger(model)
+        own = {one.untyped_storage().data_ptr() for one in model.parameters()}
+        kept: dict[int, Any] = {}
+
+        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, Any] = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        tokens = 96
+        ids = torch.arange(tokens)[None] % 50
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.train().base_model(
+                input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False, conversation_lengths=(tokens,)
+            )
+        counted = count_cost(config, "fp32", liger=True).activation_bytes
+        found[kind] = (sum(size for size, _ in kept.values()) / tokens, counted)
     return found
 
 

@@ -7,12 +7,15 @@ import torch
 from minisft.training.batching import measure_lengths, steps_of_epoch
 
 
-def padded_loop(model, dataset, steps, learning_rates, dtype=torch.float32):
-    """A plain loop: padded batches, every logit, torch's AdamW; returns losses and gradient norms."""
+def padded_loop(model, dataset, steps, learning_rates, dtype=torch.float32, skipped=()):
+    """A plain loop: padded batches, every logit, torch's AdamW; returns losses and gradient norms.
+
+    The weights stay as they are in the `skipped` steps, numbered from 0.
+    """
     model = model.to(dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     came_out = []
-    for step, learning_rate in zip(steps, learning_rates, strict=True):
+    for number, (step, learning_rate) in enumerate(zip(steps, learning_rates, strict=True)):
         rows = [dataset[index] for index in step]
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
@@ -24,7 +27,8 @@ def padded_loop(model, dataset, steps, learning_rates, dtype=torch.float32):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         came_out.append((loss.item(), norm.item()))
         optimizer.param_groups[0]["lr"] = learning_rate
-        optimizer.step()
+        if number not in skipped:
+            optimizer.step()
         optimizer.zero_grad()
     return came_out
 

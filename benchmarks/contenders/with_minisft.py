@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import Timer
+from profiling import StepProfile
 
 from minisft.recipe import DataRecipe, LoraRecipe, Recipe, TrainingRecipe
 from minisft.run_folder import RunFolder
@@ -66,6 +67,8 @@ def main() -> None:
     facts = parameters(trainer.model) | {"tokens": sum(map(len, trainer.train_dataset["input_ids"]))}  # type: ignore
     result = Path(options["result"])
     timer = InsideTimer(result, trainer, **facts) if options["inside"] else Timer(result, **facts)
+    if "profile_after" in options:  # before the timer, which writes what it finds
+        trainer.add_callback(StepProfile(timer.facts, options["profile_after"]))
     if os.environ.get("RANK", "0") == "0":
         trainer.add_callback(timer)
     take_steps(trainer, run)

@@ -1,6 +1,7 @@
 """`minisft plan --dry-run`: what it finds in a model with faults that only a GPU shows, and what passes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -139,6 +140,45 @@ def test_without_a_compiler_the_message_says_what_to_install(capsys, recipe_file
     assert "apt install g++" in said
 
 
+@pytest.fixture
+def wide(tmp_path, recipe_file):
+    """Makes the words of a dry run in which activations decide the peak: no weights, and assumed rows of 8,192 tokens."""
+    folder = tmp_path / "wide"
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": len(tokenizer),
+        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    def words(*more):
+        return ("plan", recipe_file, f"model={folder}", f"output={tmp_path / 'wide-run'}", "training.row_tokens=8192",
+                f"data.source={tmp_path / 'none.jsonl'}", "data.max_length=8192", "training.precision=bf16",
+                "--gpu", "h100", "--count", "1", "--dry-run", "--json", *more)  # fmt: skip
+
+    return words
+
+
+def passed(capsys, words):
+    status, out, err = run(capsys, *words)
+    assert status == 0, err
+    planned = json.loads(out)
+    assert planned["dry_run"]["dry_run"] == "passed", planned["dry_run"]
+    return planned, planned["dry_run"]
+
+
+@pytest.mark.long
+def test_what_liger_saves_is_tracked_and_predicted(capsys, wide):
+    plain, liger = (passed(capsys, wide(f"training.kernels={kernels}")) for kernels in ("none", "liger"))
+    assert (plain[0]["kernels"], liger[0]["kernels"]) == ("none", "liger")
+    tracked, predicted = (plain[1][key] - liger[1][key] for key in ("peak_bytes", "predicted_bytes"))
+    assert predicted > 128 << 20
+    assert tracked > 0.95 * predicted  # the model's own norms have temporary tensors in fp32 too
+    assert liger[1]["peak_bytes"] == pytest.approx(liger[1]["predicted_bytes"], rel=0.05)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("fault", "kind", "processes"), [
     ("item", "wait", 1), ("fp32", "attention", 1), ("buffer", "memory", 1), ("rank", "collective", 2),
@@ -180,3 +220,30 @@ def test_zero_passes_or_names_deepspeeds_call(capsys, recipe_file, strategy):
         return
     assert found["dry_run"] == "passed"
     assert any(operation.startswith("_allgather_base_(bfloat16") for operation in found["collectives"])
+
+
+@pytest.mark.long
+def test_fp16_passes(capsys, recipe_file):
+    """Its loss scale is read once a step, before the first row."""
+    words = ("plan", recipe_file, "training.precision=fp16", "--gpu", "h100", "--count", 2, "--dry-run", "--json")
+    _, found = passed(capsys, words)
+    assert found["attention"].keys() == {"torch_varlen float16"}
+    assert not any(wait["in_rows"] for wait in found["waits"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [
+    ("strategy=zero2", "precision=fp16"),
+    ("strategy=zero2", "precision=bf16", "offload=optimizer"),
+    ("strategy=zero3", "precision=bf16", "offload=parameters"),
+], ids=" ".join)  # fmt: skip
+def test_what_deepspeed_cannot_do_without_a_gpu_is_named(capsys, recipe_file, words):
+    more = [f"training.{word}" for word in words]
+    status, out, err = run(capsys, "plan", recipe_file, *more, "--gpu", "h100", "--count", 2, "--dry-run", "--json")
+    assert status == 0, err
+    found = json.loads(out)["dry_run"]
+    if found["dry_run"] == "not possible":
+        assert set(found) == {"dry_run", "reason", "strategy"}
+        assert re.search(r"(deepspeed|minisft)/.*\.py:\d+", found["reason"])
+        return
+    assert found["dry_run"] == "passed"

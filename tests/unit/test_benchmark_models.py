@@ -74,6 +74,27 @@ def test_only_the_text_between_the_markers_is_replaced(models):
         models.replace_table("no markers", "new")
 
 
+def test_columns_that_were_not_run_stay_as_the_page_has_them(models):
+    before = models.Row("opt", "OPTForCausalLM", "right", "sdpa", "yes", "yes", "one by one", "WRONG: loss", "yes")
+    page = f"text\n{models.BEGIN}\n\n{models.render_table([before], 'old')}\n\n{models.END}\n"
+    others = ["lora", "checkpointing", "packing", "zero3"]
+    now = models.Row("opt", "OPTForCausalLM", "right", "sdpa", bf16="yes")
+    [kept] = models.keep_columns([now], page, others)
+    assert kept == models.Row("opt", "OPTForCausalLM", "right", "sdpa", "yes", "yes", "one by one", "yes", "yes")
+    assert "lora, checkpointing, packing, zero3 were run by an earlier command" in models.render_table(
+        [kept], "x", others
+    )
+    refused = models.Row("opt", "OPTForCausalLM", "refused", "why")
+    assert models.keep_columns([refused], page, others) == [refused]
+
+
+def test_judged_rows_are_read_from_their_file(models, tmp_path):
+    assert models.read_rows(None) == models.read_rows(tmp_path / "none") == []
+    row = models.Row("opt", "OPTForCausalLM", "right", "sdpa", bf16="yes")
+    (tmp_path / "rows.jsonl").write_text(models.json.dumps(models.asdict(row)) + "\n")
+    assert models.read_rows(tmp_path / "rows.jsonl") == [row]
+
+
 @pytest.mark.long
 def test_no_family_is_wrong_or_ends_in_a_traceback():
     words = [sys.executable, "benchmarks/models.py", "--only", *FAMILIES]

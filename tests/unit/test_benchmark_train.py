@@ -74,18 +74,47 @@ def test_a_peer_that_fails_is_named_and_the_others_continue(train, tmp_path):
 
 
 def test_the_operations_of_the_gpu_benchmark(train):
-    """6 for each weight of a Llama-3.2-1B and token; what LoRA leaves frozen, 4; the head for supervised tokens alone."""
+    """6 for each weight of a Llama-3.2-1B and token; what LoRA leaves frozen, 4; the head for supervised tokens alone.
+
+    Attention has 12 for each unit of width, layer and earlier token (Chowdhery et al. 2022, appendix B), half of them
+    masked.
+    """
     gpu = importlib.import_module("gpu")
     body, head = 973_078_528, 2048 * 128256
-    assert gpu.operations_a_second(10, 0, lora=False) == pytest.approx(6 * body * 10, rel=0.001)
-    assert gpu.operations_a_second(0, 7, lora=False) == 6 * head * 7
-    adapted = gpu.operations_a_second(10, 0, lora=True)
-    assert 4 * body * 10 < adapted < 4.2 * body * 10
+    cost, adapted = (gpu.case_cost(gpu.Case("1B", tuning, "long"), gpu.FULL) for tuning in ("full", "LoRA"))
+
+    def a_second(cost, tokens=0, supervised=0, squares=0):
+        rates = {"tokens_per_second": tokens, "supervised_per_second": supervised, "squares_per_second": squares}
+        return gpu.operations_a_second(cost, rates)
+
+    assert a_second(cost, tokens=10) == pytest.approx(6 * body * 10, rel=0.001)
+    assert a_second(cost, supervised=7) == 6 * head * 7
+    assert a_second(cost, squares=100**2) == pytest.approx(12 * 100**2 / 2 * 2048 * 16)
+    assert 4 * body * 10 < a_second(adapted, tokens=10) < 4.2 * body * 10
 
 
 def test_the_first_steps_of_the_gpu_benchmark_do_not_count(train):
     gpu = importlib.import_module("gpu")
-    work = train.Work(*[Path()] * 5, tokens=400, supervised=100)
-    run = {"stamps": [50.0, 60.0, 61.0, 62.0], "peak_mb": 2000.0}
-    found = gpu.summarise_scores([run], work, Namespace(warm_up=2))
-    assert found == {"tokens_per_second": 100.0, "supervised_per_second": 25.0, "peak_gb": 2.0, "steps": 4}
+    result = {"stamps": [50.0, 60.0, 61.0, 62.0], "peak_mb": 2000.0}
+    found = gpu.summarise([{"result": result, "tokens": 400, "supervised": 100, "squares": 4000}], warm_up=2)
+    assert found == {
+        "tokens_per_second": 100.0, "supervised_per_second": 25.0, "squares_per_second": 1000.0, "peak_gb": 2.0,
+        "steps": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTN", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matrix products"),
+        ("void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits", "attention"),
+        ("_rms_norm_backward_kernel", "Triton"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add", "element by element"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel", "optimizer"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies and zeros"),
+    ],
+)
+def test_the_kind_of_a_kernel(train, monkeypatch, kernel, kind):
+    monkeypatch.syspath_prepend(str(Path(train.__file__).parent / "contenders"))
+    assert importlib.import_module("profiling").kind_of(kernel) == kind

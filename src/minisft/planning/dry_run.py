@@ -180,7 +180,8 @@ def dry_run(recipe: Recipe, job: Job, strategy: str) -> DryRun:
         task = {
             "library": None if library is None else str(library), "gpu": job.machine.name,
             "total_memory": total_memory(job.machine), "capability": list(job.machine.capability),
-            "processes": job.processes, "strategy": strategy, "trust_remote_code": bool(trust_arguments(recipe)),
+            "processes": job.processes, "strategy": strategy, "liger": job.model.liger,
+            "trust_remote_code": bool(trust_arguments(recipe)),
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(task), encoding="utf-8")
         # 2. The steps of two ranks, or of the only one.
@@ -271,7 +272,8 @@ def _judge(results: Sequence[dict[str, Any]], recipe: Recipe, job: Job, strategy
     if error and error["kind"] == "not possible":
         return DryRun("not possible", error["problem"], strategy)
     faults = [_fault_of_error(error)] if error else []
-    faults += _faults_of_waits(first) + _faults_of_attention(first, job.precision)
+    offload = recipe.training.offload is not None and strategy in ZERO
+    faults += _faults_of_waits(first, offload) + _faults_of_attention(first, job.precision)
     if error is None:
         faults += _faults_of_collectives(results)
     rows = tuple((tokens, supervised) for tokens, supervised in first["rows"][-1]) if first["rows"] else ()
@@ -300,7 +302,8 @@ def _judge(results: Sequence[dict[str, Any]], recipe: Recipe, job: Job, strategy
 def _predicted_bytes(recipe: Recipe, job: Job, strategy: str, rows: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """Return the plan's memory between steps and at the peak, for exactly these rows."""
     training = recipe.training
-    job = replace(job, workload=replace(job.workload, most_rows=len(rows)))
+    # No checkpoint is scored in these steps.
+    job = replace(job, workload=replace(job.workload, most_rows=len(rows)), scored_tokens=0)
     offload = training.offload is not None and strategy in ZERO
     options: dict[str, Any] = {"checkpointing": training.gradient_checkpointing, "lora": training.lora}
     predictions = [predict(job, strategy, offload=offload, row=row, **options) for row in rows]
@@ -318,12 +321,13 @@ def _fault_of_error(error: dict[str, Any]) -> Fault:
     return Fault(error["kind"], error["where"], error["problem"], fixes.get(error["kind"], "correct that line"))
 
 
-def _faults_of_waits(result: dict[str, Any]) -> list[Fault]:
+def _faults_of_waits(result: dict[str, Any], offload: bool) -> list[Fault]:
+    """Return a fault for each wait within a row; with offload DeepSpeed waits for every gradient that it moves."""
     return [
         Fault("wait", where, f"the CPU waits for the GPU in every row ({name}, {times} times a step)",
               "keep the value on the GPU, or copy from pinned memory with non_blocking=True")
         for phase, where, name, times in result["waits"]
-        if phase == "rows"
+        if phase == "rows" and not (offload and where.startswith("deepspeed"))
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ prepared data. The result is written into it as `result-RANK.json`.
 
 The real trainer takes the steps; what differs from training is that the GPU is fake (fake_gpu.py), and that
 numbers which only a GPU could compute are not there: the probe of the model and the trial of the attention kernels.
+Kernels of Liger have stand-ins (liger_memory.py); what `training.kernels: compile` would compile is not compiled.
 """
 
 import json
@@ -90,7 +91,8 @@ def _observe(root: Path, job: dict[str, Any]) -> dict[str, Any]:
     _let_parameters_move()
     try:
         with trace:
-            trainer: Any = make_trainer(recipe, RunFolder(root), build=partial(_build, trace))
+            build = partial(_build, trace, job["liger"])
+            trainer: Any = make_trainer(recipe, RunFolder(root), build=build)
             trainer.args.save_strategy = "no"
             trainer.probe = partial(_call_of, trainer)
             _mark_phases(trainer, trace, rows)
@@ -144,25 +146,35 @@ def _describe(error: Exception, in_steps: bool, zero: bool) -> dict[str, str]:
     return {"kind": "error", "where": where, "problem": said}
 
 
-def _build(trace: Any, folder: Path, *, dtype: Any, attention: str, trust_remote_code: bool, **options: Any) -> Any:
+def _build(
+    trace: Any, liger: bool, folder: Path, *, dtype: Any, attention: str, trust_remote_code: bool, **options: Any
+) -> Any:
     """Make the model that `load_model` would load, of fake tensors on the CPU: the trainer moves them to the GPU."""
     from minisft.models import build_on_meta_device, load_config
+    from minisft.planning.liger_memory import apply_stand_ins
 
     config = load_config(folder, trust_remote_code)
     with trace.fake:
-        return build_on_meta_device(config, trust_remote_code, attn_implementation=attention, dtype=dtype)
+        model = build_on_meta_device(config, trust_remote_code, attn_implementation=attention, dtype=dtype)
+    if liger:
+        apply_stand_ins(model)
+    return model
 
 
 def _let_parameters_move() -> None:
     """Let `Module.to` swap a fake parameter with its copy on the GPU.
 
-    Torch refuses that where a weak reference exists, and the mode remembers by such references what it made.
+    Torch refuses that where a weak reference exists, and the mode remembers by such references what it made. A
+    parameter that is on the device already stays as it is: the hooks of its gradient, as those of `MasterWeights`,
+    would be lost.
     """
     import torch
 
     swap = torch.utils.swap_tensors
 
     def swap_tensors(one: Any, other: Any) -> None:
+        if (one.device, one.dtype) == (other.device, other.dtype):
+            return
         with mock.patch("weakref.getweakrefs", return_value=[]):
             swap(one, other)
 
@@ -231,6 +243,7 @@ def _mark_phases(trainer: Any, trace: Any, rows: list[list[tuple[int, int]]]) ->
             trace.phase = "step" if last else "start"
 
     trainer.training_step, trainer._synchronise_step = training_step, partial(outside_rows, synchronise)
+    trainer.loss_scale = partial(outside_rows, trainer.loss_scale)  # fp16 reads it once, before the first row
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ import torch
 from minisft.errors import UserError
 from minisft.models import build_on_meta_device
 from minisft.planning.model_cost import count_cost, shortened
+from minisft.recipe import LoraRecipe
 from minisft.training.attention import PADDING_FREE, register
 from minisft.training.device import cpu_has_bf16_arithmetic, on_cpu
+from minisft.training.lora import add_lora
+from minisft.training.master_weights import MasterWeights, uses_masters
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MIB = 1 << 20
@@ -312,6 +315,7 @@ def with_layer_benchmark(
     precision: str,
     processes: int,
     *,
+    lora: LoraRecipe | None = None,
     lengths: tuple[int, ...] = _LENGTHS,
     most_parameters: float = _MOST_PARAMETERS,
     shortest_time: Callable[[Callable[[], object]], float] = shortest_time,
@@ -328,12 +332,13 @@ def with_layer_benchmark(
         config: Configuration of the model.
         precision: fp32 or bf16.
         processes: Number of processes that share the machine.
+        lora: The adapters; None trains all weights.
         lengths: Tokens of each conversation in the row that the layers compute.
         most_parameters: Number of parameters above which the layers are too large to be tried.
         shortest_time: Runs the work given to it several times, and returns the seconds of the fastest run.
     """
     try:
-        rate = _benchmark_layers(config, precision, lengths, most_parameters, shortest_time)
+        rate = _benchmark_layers(config, precision, lora, lengths, most_parameters, shortest_time)
     except Exception:  # a model's code may raise anything; training or `check` reports the error
         return machine
     if rate is None:
@@ -347,6 +352,7 @@ def with_layer_benchmark(
 def _benchmark_layers(
     config: Any,
     precision: str,
+    lora: LoraRecipe | None,
     lengths: tuple[int, ...],
     most_parameters: float,
     shortest_time: Callable[[Callable[[], object]], float],
@@ -357,24 +363,30 @@ def _benchmark_layers(
     text_config = config.get_text_config()
     text_config.vocab_size = 128
     text_config.pad_token_id = None
-    # 2. Count the operations of a row.
-    half = precision != "fp32"
-    cost = count_cost(config, "autocast" if half else "fp32")
+    # 2. Count the operations of a row. Vanilla in bf16 has bf16 weights and fp32 masters; LoRA has autocast.
+    masters = uses_masters("vanilla", precision, lora=lora is not None)
+    autocast = precision != "fp32" and not masters
+    cost = count_cost(config, "half" if masters else "autocast" if autocast else "fp32", lora)
     if cost.parameters > most_parameters:
         return None
     tokens, squares = sum(lengths), float(sum(length**2 for length in lengths))
     operations = tokens * cost.step_flops(checkpointing=False) + cost.attention_flops(squares, False)
     # 3. Build the layers with random weights, without a change of the global random state.
     register()
+    dtype = torch.bfloat16 if autocast else torch.float32  # of frozen weights, and of weights that are trained
     with torch.random.fork_rng():
-        model = build_on_meta_device(config, attn_implementation=PADDING_FREE, dtype=torch.float32)
-    body = model.base_model.train()
+        model: Any = build_on_meta_device(config, attn_implementation=PADDING_FREE, dtype=dtype)
+        if lora is not None:
+            model = add_lora(model, lora, base_name="", seed=0)
+    if masters:
+        MasterWeights(model)
+    body = getattr(model, "get_base_model", lambda: model)().base_model.train()
     # 4. Time forward and backward of the row.
 
     def forward_and_backward() -> None:
         ids = torch.zeros((1, tokens), dtype=torch.long)
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = body(input_ids=ids, position_ids=positions, conversation_lengths=lengths, use_cache=False)
         output.last_hidden_state.sum().backward()
 

@@ -43,6 +43,8 @@ class Setting:
         lora: The adapters; None trains all weights.
         optimizer_bytes: Bytes of optimizer state for each trained parameter; 8 are Adam's two moments.
         bf16: True where the half precision is bf16.
+        scored_tokens: Tokens of the longest prompt and answer, where checkpoints are scored during training; else 0.
+        gpus_each: Number of GPUs that share the model that is scored.
     """
 
     strategy: str
@@ -54,6 +56,8 @@ class Setting:
     lora: LoraRecipe | None = None
     optimizer_bytes: int = 8
     bf16: bool = False
+    scored_tokens: int = 0
+    gpus_each: int = 1
 
     def __post_init__(self) -> None:
         assert self.half or not self.bf16
@@ -92,6 +96,7 @@ class Memory:
         logits: Logits of the heaviest row's supervised tokens, and the tensors computed from them.
         buffers: Communication buffers.
         workspace: Temporary tensors of the backward, and on a CPU the blocks that the allocator keeps.
+        scoring: The second model, by which checkpoints are scored between steps, and its cache for one row.
         host: Memory of the host that offload needs.
         peak: Largest memory of the device at any moment.
     """
@@ -103,6 +108,7 @@ class Memory:
     logits: float
     buffers: float
     workspace: float
+    scoring: float
     host: float
     peak: float
 
@@ -166,11 +172,27 @@ def memory_of(cost: ModelCost, setting: Setting, row: tuple[int, int], most_rows
     busiest = earlier_gradients + forward
     if not _keeps_freed(setting):
         busiest = max(busiest, at_update)
+    peak = weights + gathered + optimizer + buffers + busiest + workspace
+    # 6. A checkpoint is scored between steps, when gradients and activations are freed.
+    scoring = scoring_bytes(cost, setting)
+    peak = peak + scoring if _keeps_freed(setting) else max(peak, weights + optimizer + buffers + scoring)
     return Memory(
         parameters=weights + gathered + cost.constant_bytes, gradients=gradients, optimizer=optimizer,
-        activations=activations, logits=logits, buffers=buffers, workspace=workspace, host=host,
-        peak=weights + gathered + optimizer + buffers + busiest + workspace,
+        activations=activations, logits=logits, buffers=buffers, workspace=workspace, scoring=scoring, host=host,
+        peak=peak,
     )  # fmt: skip
+
+
+def scoring_bytes(cost: ModelCost, setting: Setting) -> float:
+    """Return the bytes of the model that scores a checkpoint during training, and of its cache for one row.
+
+    It is loaded beside the model that trains (`evaluation.checkpoint_scorer`), in half precision on a GPU unless the
+    training is in fp32, and on a CPU in fp32. One row is the smallest batch; larger ones are halved if memory runs out.
+    """
+    if not setting.scored_tokens:
+        return 0.0
+    width = 2 if setting.half and not setting.on_cpu else 4
+    return float(width * (cost.parameters + setting.scored_tokens * cost.cache_width)) / setting.gpus_each
 
 
 def token_bytes(cost: ModelCost, setting: Setting) -> float:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minisft.errors import UserError
 from minisft.models import build_on_meta_device, load_config
+from minisft.planning.liger_memory import apply_stand_ins
 from minisft.recipe import LoraRecipe
 from minisft.text import first_line
 from minisft.training.loss import output_layer, returns_raw_logits
@@ -50,6 +51,7 @@ class ModelCost:
         attention_width: Number of heads times head size, summed over layers.
         all_logits: True where all logits of a row exist at once, because the model changes them or adds a bias.
         adapted_width: Elements of the outputs of all layers that have adapters, for each token.
+        cache_width: Elements of keys and values for each token, summed over layers.
     """
 
     parameters: int
@@ -67,6 +69,7 @@ class ModelCost:
     attention_width: int
     all_logits: bool = False
     adapted_width: int = 0
+    cache_width: int = 0
 
     def kept_bytes(self, checkpointing: bool) -> float:
         """Return the largest number of bytes for each token that are alive during the backward.
@@ -130,20 +133,21 @@ _ATTENTION = "minisft_plan"
 _SHALLOW = (2, 3)  # numbers of layers that are counted of a deep model whose layers are identical
 
 
-def count_cost(config: Any, mode: PrecisionMode, lora: LoraRecipe | None = None) -> ModelCost:
+def count_cost(config: Any, mode: PrecisionMode, lora: LoraRecipe | None = None, *, liger: bool = False) -> ModelCost:
     """Build a model on the meta device, and count the memory and the operations of a row.
 
     Args:
         config: Configuration of the model.
         mode: Precision of the tensors.
         lora: The adapters; None trains all weights.
+        liger: True where norms and MLPs have the kernels of Liger, which keep less for the backward.
 
     Raises:
         UserError: The configuration does not describe a model that transformers can build.
     """
     register_attention()
     try:
-        return _count_shallow(config, mode, lora) or _count(config, mode, lora)
+        return _count_shallow(config, mode, lora, liger) or _count(config, mode, lora, liger)
     except UserError:
         raise
     except Exception as error:  # a field that contradicts the others may raise anything in a model's code
@@ -152,20 +156,26 @@ def count_cost(config: Any, mode: PrecisionMode, lora: LoraRecipe | None = None)
 
 
 class ModelCosts:
-    """The costs of one model in each precision and with each LoRA setting, each counted when it is first needed."""
+    """The costs of one model in each precision and with each LoRA setting, each counted when it is first needed.
 
-    def __init__(self, config: Any) -> None:
+    Args:
+        config: Configuration of the model.
+        liger: True where the model will have the kernels of Liger.
+    """
+
+    def __init__(self, config: Any, *, liger: bool = False) -> None:
         self.config = config
+        self.liger = liger
         self._counted: dict[str, ModelCost] = {}
 
     def of(self, mode: PrecisionMode, lora: LoraRecipe | None = None) -> ModelCost:
         key = f"{mode} {lora}"
         if key not in self._counted:
-            self._counted[key] = count_cost(self.config, mode, lora)
+            self._counted[key] = count_cost(self.config, mode, lora, liger=self.liger)
         return self._counted[key]
 
 
-def _build(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> Any:
+def _build(config: Any, mode: PrecisionMode, lora: LoraRecipe | None, liger: bool) -> Any:
     from minisft.training.lora import add_lora
 
     halved = mode == "half" or (mode == "autocast" and lora is not None)  # frozen weights are in half precision
@@ -173,12 +183,14 @@ def _build(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = build_on_meta_device(config, attn_implementation=_ATTENTION, dtype=dtype)
+        if liger:
+            apply_stand_ins(model)
         if lora is not None:
             model = add_lora(model, lora, base_name="", seed=0)
     return model.to(torch.bfloat16) if mode == "half" else model
 
 
-def _count_shallow(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> ModelCost | None:
+def _count_shallow(config: Any, mode: PrecisionMode, lora: LoraRecipe | None, liger: bool) -> ModelCost | None:
     """Count two models of a few layers and extrapolate linearly, which is exact where all layers are identical.
 
     Returns:
@@ -187,16 +199,16 @@ def _count_shallow(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) ->
     layers = config.get_text_config().num_hidden_layers
     if layers <= 2 * max(_SHALLOW):
         return None
-    low, high = (_count(shortened(config, depth), mode, lora) for depth in _SHALLOW)
+    low, high = (_count(shortened(config, depth), mode, lora, liger) for depth in _SHALLOW)
     factor = (layers - _SHALLOW[0]) / (_SHALLOW[1] - _SHALLOW[0])
 
     def at_depth(name: str) -> Any:
         start, end = getattr(low, name), getattr(high, name)
         return type(start)(start + factor * (end - start))
 
-    weights = list(_build(config, mode, lora).parameters())
+    weights = list(_build(config, mode, lora, liger).parameters())
     names = ("parameters", "trainable", "activation_bytes", "constant_bytes", "forward_flops", "backward_flops",
-             "attention_width", "adapted_width")  # fmt: skip
+             "attention_width", "adapted_width", "cache_width")  # fmt: skip
     cost = replace(low, layers=layers, **{name: at_depth(name) for name in names})
     actual = _elements(weights), _elements(weight for weight in weights if weight.requires_grad)
     return cost if actual == (cost.parameters, cost.trainable) else None
@@ -216,9 +228,9 @@ def _elements(weights: Iterable[torch.Tensor]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def _count(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> ModelCost:
+def _count(config: Any, mode: PrecisionMode, lora: LoraRecipe | None, liger: bool) -> ModelCost:
     """Count one row's forward and backward of the complete model."""
-    model = _build(config, mode, lora)
+    model = _build(config, mode, lora, liger)
     parameters = list(model.parameters())
     trained = [weight for weight in parameters if weight.requires_grad]
     head = model.get_output_embeddings()
@@ -227,12 +239,12 @@ def _count(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> ModelCo
     ids = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
     body = getattr(model, "get_base_model", lambda: model)().base_model.train()
     autocast = _HalfProducts() if mode == "autocast" else contextlib.nullcontext()
-    _Attention.width = 0
+    _Attention.width = _Attention.cache_width = 0
     with autocast, FlopCounterMode(display=False) as forward, saved.hooks():
         hidden = body(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
     with FlopCounterMode(display=False) as backward:
         hidden.sum().backward()
-    attention_width = _Attention.width  # read here, since the next forward adds to it
+    attention_width, cache_width = _Attention.width, _Attention.cache_width  # before the next forward adds to them
     # 2. Whether the loss can compute the logits in chunks: only where the model returns the output layer's own values.
     layer, one_token = output_layer(model), torch.zeros((1, 1), dtype=torch.long, device="meta")
     with torch.no_grad():
@@ -255,6 +267,7 @@ def _count(config: Any, mode: PrecisionMode, lora: LoraRecipe | None) -> ModelCo
         attention_width=attention_width,
         all_logits=not in_chunks,
         adapted_width=sum(module.out_features for module in model.modules() if hasattr(module, "lora_A")),
+        cache_width=cache_width,
     )
 
 
@@ -316,13 +329,14 @@ class _HalfProducts(TorchFunctionMode):
 class _Attention(torch.autograd.Function):
     """Attention that saves what flash attention saves: queries, keys, values, output, and one number for each query."""
 
-    width = 0
+    width = cache_width = 0
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         _Attention.width += query.shape[1] * query.shape[3]
+        _Attention.cache_width += sum(one.shape[1] * one.shape[3] for one in (key, value))
         return output
 
     @staticmethod

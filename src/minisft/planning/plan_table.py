@@ -21,7 +21,9 @@ def show_plan(plan: Plan) -> None:
     cost = job.cost("zero1", training.lora)
     say(
         f"{plan.recipe.model}: {_count(cost.parameters)} parameters, {_count(cost.trainable)} trained, "
-        f"{job.precision}" + (", gradient checkpointing" if training.gradient_checkpointing else "")
+        f"{job.precision}"
+        + (", gradient checkpointing" if training.gradient_checkpointing else "")
+        + (", kernels of Liger" if job.model.liger else "")
     )
     say(
         f"{job.processes} x {job.machine.name} on {job.nodes} node(s), {_gb(job.machine.memory)} GB usable each "
@@ -66,6 +68,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "machine": {"name": job.machine.name, "processes": job.processes, "nodes": job.nodes,
                     "usable_bytes": round(job.machine.memory), "source": job.machine.source},
         "precision": job.precision,
+        "kernels": "liger" if job.model.liger else "none",
         "row_tokens": job.row_tokens,
         "steps": job.workload.steps,
         "tokens_per_step": job.workload.tokens,
@@ -84,12 +87,12 @@ def _memory_table(plan: Plan) -> Table:
     """Return the memory of each strategy, by its parts."""
     table = Table(title="Memory of the largest process, GB", box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("")
-    on_cpu = plan.job.machine.kind == "cpu"
-    for head in (*_HEADS, *(["python"] if on_cpu else []), "peak"):
+    on_cpu, scores = plan.job.machine.kind == "cpu", plan.job.scored_tokens > 0
+    for head in (*_HEADS, *(["scoring"] if scores else []), *(["python"] if on_cpu else []), "peak"):
         table.add_column(head, justify="right")
     for row in plan.rows:
-        parts = [_gb(getattr(row.memory, part)) for part in _PARTS] + ([_gb(row.process_bytes)] if on_cpu else [])
-        table.add_row(_label(row), *parts, _peak(row))
+        parts = [_gb(getattr(row.memory, part)) for part in (*_PARTS, *(["scoring"] if scores else []))]
+        table.add_row(_label(row), *parts, *([_gb(row.process_bytes)] if on_cpu else []), _peak(row))
     return table
 
 

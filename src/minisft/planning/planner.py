@@ -9,6 +9,7 @@ from minisft.data.preparation import prepare
 from minisft.errors import UserError
 from minisft.models import resolve_model
 from minisft.planning.dry_run import DryRun, dry_run, require_gpu
+from minisft.planning.liger_memory import MODEL_TYPES as LIGER_MODEL_TYPES
 from minisft.planning.machines import (
     Machine,
     cpu_precision,
@@ -26,6 +27,7 @@ from minisft.run_folder import RunFolder, is_same_run, trained_alone
 from minisft.run_start import open_run
 from minisft.training.batching import Sizes
 from minisft.training.device import default_tokens_per_forward
+from minisft.training.kernels import find_obstacle
 from minisft.training.optimization import bytes_of_states
 
 # Share by which a setting must be faster to be chosen over a simpler one: predictions are hardly more exact.
@@ -129,7 +131,7 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
         precision = "bf16"
     # 2. The machine, with a speed measured on the model's own layers where possible.
     if machine.measured:
-        machine = with_layer_benchmark(machine, config, precision, per_node)
+        machine = with_layer_benchmark(machine, config, precision, per_node, lora=training.lora)
     # 3. The work, counted from the data, or assumed with the longest conversations that data and model allow.
     row_tokens = training.row_tokens or default_tokens_per_forward(machine.kind == "cpu") * shards
     if trained_alone(RunFolder(Path(recipe.output)), recipe.model):
@@ -140,8 +142,11 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
         limit = getattr(config.get_text_config(), "max_position_embeddings", None) or recipe.data.max_length
         length = min(recipe.data.max_length, limit)
         workload = workload_assumed(training, row_tokens=row_tokens, processes=processes // shards, length=length)
+    scored_tokens = 0
+    if training.early_stopping_by == "best_by":
+        scored_tokens = workload.longest + recipe.evaluation.max_new_tokens
     return Job(
-        model=ModelCosts(config),
+        model=ModelCosts(config, liger=_has_liger(training.kernels, machine, config)),
         machine=machine,
         processes=processes,
         nodes=nodes,
@@ -150,7 +155,15 @@ def job_of(recipe: Recipe, machine: Machine, *, sizes: Sizes | None, count: int 
         row_tokens=row_tokens,
         optimizer_bytes=bytes_of_states(training.optimizer),
         sequence_parallel=shards,
+        scored_tokens=scored_tokens,
     )
+
+
+def _has_liger(kernels: str, machine: Machine, config: Any) -> bool:
+    """Return whether the model is counted with the kernels of Liger: named by the recipe, or found by `auto`."""
+    if machine.kind == "cpu" or config.model_type not in LIGER_MODEL_TYPES:
+        return False
+    return kernels == "liger" or (kernels == "auto" and find_obstacle("liger", "vanilla", "cuda") is None)
 
 
 def config_of(recipe: Recipe) -> Any:

@@ -25,6 +25,8 @@ _OVERLAP = 0.5  # share of the products' time in which DDP sends: it sends durin
 # (benchmarks/plan.py, `process`). They are not in a GPU's memory.
 _PROCESS_BYTES, _DEEPSPEED_BYTES = 0.46e9, 0.03e9
 _DISK_BYTES_PER_SECOND = 0.5e9  # at which checkpoints are written
+# Share of a GPU's usable memory above which a model that scores checkpoints is divided: 0.8 of all memory.
+_SCORED_SHARE = 0.87
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Job:
         row_tokens: Largest number of tokens of a row.
         optimizer_bytes: Bytes of optimizer state for each trained parameter.
         sequence_parallel: Number of processes that share the tokens of a row; the rows of `workload` are their parts.
+        scored_tokens: Tokens of the longest prompt and answer, where checkpoints are scored during training; else 0.
     """
 
     model: ModelCosts
@@ -121,12 +124,22 @@ class Job:
     row_tokens: int
     optimizer_bytes: int = 8
     sequence_parallel: int = 1
+    scored_tokens: int = 0
 
     def cost(self, strategy: str, lora: LoraRecipe | None) -> ModelCost:
         """Return the model's cost in the precision that the strategy trains in: half, autocast or fp32."""
         masters = strategy != "vanilla" or uses_masters(strategy, self.precision, lora=lora is not None)
         mode: PrecisionMode = "half" if masters else "autocast"
         return self.model.of("fp32" if self.precision == "fp32" else mode, lora)
+
+    def gpus_of_scored_model(self, parameters: int) -> int:
+        """Return how many GPUs share the model that scores checkpoints, as `evaluation.placement.gpus_for` does."""
+        count = 1
+        if self.machine.kind == "gpu":
+            weights = (4 if self.precision == "fp32" else 2) * parameters
+            while 2 * count <= self.processes // self.nodes and weights > _SCORED_SHARE * count * self.machine.memory:
+                count *= 2
+        return count
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,8 @@ class Prediction:
 
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as plain numbers."""
-        settings = {key: value for key, value in asdict(self.setting).items() if key not in ("half", "bf16", "on_cpu")}
+        hidden = ("half", "bf16", "on_cpu", "scored_tokens", "gpus_each")
+        settings = {key: value for key, value in asdict(self.setting).items() if key not in hidden}
         return {
             **settings,
             "fits": self.fits,
@@ -202,12 +216,13 @@ def predict(
     """
     # 1. The setting, and the model's cost in its precision.
     machine, workload = job.machine, job.workload
+    cost = job.cost(strategy, lora)
     setting = Setting(
         strategy=strategy, processes=job.processes, half=job.precision != "fp32", on_cpu=machine.kind == "cpu",
         checkpointing=checkpointing, offload=offload, lora=lora, optimizer_bytes=job.optimizer_bytes,
-        bf16=job.precision == "bf16",
+        bf16=job.precision == "bf16", scored_tokens=job.scored_tokens,
+        gpus_each=job.gpus_of_scored_model(cost.parameters),
     )  # fmt: skip
-    cost = job.cost(strategy, lora)
     # 2. Memory of the largest process.
     if row is None:
         row = workload.heaviest_row(cost.kept_bytes(checkpointing), 12.0 * cost.vocabulary)

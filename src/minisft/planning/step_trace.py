@@ -86,6 +86,8 @@ class StepTrace(TorchDispatchMode):
             self.places.append(place_of(sys._getframe(1)))
         if func in _PINNING:
             return self._pin(func, tensors[0])
+        if func is aten._amp_update_scale_.default:  # it changes two numbers, and torch knows no fake form of it
+            return tensors[0]
         if not on_gpu and not any(isinstance(one, FakeTensor) for one in tensors):
             return func(*args, **kwargs)
         if func in _READS:

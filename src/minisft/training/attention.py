@@ -179,47 +179,36 @@ def flash_attn_3(
     """Attend with the kernels for Hopper GPUs, which come as a package of their own."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    ends, longest = _ends(lengths, shape.device), max(lengths)
-    found = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        ends,
-        ends,
-        longest,
-        longest,
-        softmax_scale=shape.scaling,
-        causal=True,
-        window_size=_window(shape),
-        deterministic=torch.are_deterministic_algorithms_enabled(),  # as in `flash_attn`
-    )
-    return found[0] if isinstance(found, tuple) else found  # earlier versions return the log-sum-exp too
+    return _flash_attention(flash_attn_varlen_func, q, k, v, lengths, shape)
 
 
 def flash_attn(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], shape: Shape
 ) -> torch.Tensor:
+    """Attend with the kernels of the package `flash-attn`."""
     from flash_attn import flash_attn_varlen_func
 
+    return _flash_attention(flash_attn_varlen_func, q, k, v, lengths, shape)
+
+
+def _flash_attention(
+    attend: Callable[..., Any],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: tuple[int, ...],
+    shape: Shape,
+) -> torch.Tensor:
+    """Attend by `flash_attn_varlen_func`, which both packages have with these arguments."""
     ends, longest = _ends(lengths, shape.device), max(lengths)
-    return flash_attn_varlen_func(  # type: ignore[no-any-return]
-        q,
-        k,
-        v,
-        ends,
-        ends,
-        longest,
-        longest,
-        softmax_scale=shape.scaling,
-        causal=True,
-        window_size=_window(shape),
-        deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds up atomically otherwise
-    )
-
-
-def _window(shape: Shape) -> tuple[int, int]:
-    """Return how many tokens before and after itself a token attends to, as FlashAttention takes it; -1 is all."""
-    return (-1, -1) if shape.window is None else (shape.window - 1, 0)
+    found = attend(
+        q, k, v, ends, ends, longest, longest, softmax_scale=shape.scaling, causal=True,
+        # tokens before and after itself to which a token attends; -1 is all
+        window_size=(-1, -1) if shape.window is None else (shape.window - 1, 0),
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # the backward adds up atomically otherwise
+    )  # fmt: skip
+    # Earlier versions of FlashAttention 3 return the log-sum-exp too.
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
 
 def torch_varlen(

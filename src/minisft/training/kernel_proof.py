@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from minisft.training.batching import pack_sequences
+from minisft.training.master_weights import uses_masters
 from minisft.training.model_call import ModelCall
 
 # Largest relative difference of a tensor that rounding explains. In fp32 the kernels of Liger differ by 2e-7. In bf16 a
@@ -33,14 +34,16 @@ class Proof:
         model: A causal language model of transformers.
         device: Device on which to compute.
         precision: fp32, bf16 or fp16.
-        strategy: Strategy of the training: in half precision vanilla has autocast, and ZeRO weights in that format.
-            Under ZeRO-3 all processes must call `run`, since the weights are sharded.
+        strategy: Strategy of the training. Under ZeRO-3 all processes must call `run`, since the weights are sharded.
+        lora: Whether adapters will be trained. In half precision, weights that a strategy trains are in that format
+            (`uses_masters`, and ZeRO); otherwise there is autocast.
     """
 
     model: Any
     device: torch.device
     precision: str
     strategy: str = "vanilla"
+    lora: bool = False
     _weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def run(self) -> dict[float, list[torch.Tensor]]:
@@ -57,7 +60,7 @@ class Proof:
                 weights = self._weights = self._weights or self._copied_weights(base)
                 if self._dtype == torch.float32:
                     found[FP32_TOLERANCE] = self._results(base, weights, None)
-                if half is not None and self.strategy == "vanilla":
+                if half is not None and self._trains_under_autocast:
                     found[HALF_TOLERANCE] = self._results(base, weights, half)
                 elif half is not None:
                     weights = {name: _in_format(one, half) for name, one in weights.items()}
@@ -65,6 +68,10 @@ class Proof:
         finally:
             self.model.train(mode)
         return found
+
+    @property
+    def _trains_under_autocast(self) -> bool:
+        return self.strategy == "vanilla" and not uses_masters(self.strategy, self.precision, lora=self.lora)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -115,7 +115,9 @@ def use_kernels(model: Any, training: TrainingRecipe, device: torch.device, resu
     obstacle = find_obstacle(wanted, strategy, device.type)
     if obstacle is None:
         with waiting(f"testing the kernels of {wanted}"):
-            result = _apply_proven(model, wanted, Proof(model, device, choose_precision(training.precision), strategy))
+            precision = choose_precision(training.precision)
+            proof = Proof(model, device, precision, strategy, lora=training.lora is not None)
+            result = _apply_proven(model, wanted, proof)
         if isinstance(result, Applied):
             return KernelChoice(asked, wanted, result.replaced, result.difference)
         obstacle = result
@@ -226,7 +228,7 @@ def apply_compiled(model: Any) -> tuple[str, ...]:
     shapes differ with every row.
     """
     compiled: dict[type, Callable[..., Any]] = {}
-    for module in _norms(model):
+    for module in norms(model):
         kind = type(module)
         compiled[kind] = compiled.get(kind) or torch.compile(kind.forward, dynamic=True)
         module.forward = MethodType(compiled[kind], module)
@@ -238,7 +240,7 @@ def apply_compiled(model: Any) -> tuple[str, ...]:
 
     multiply = torch.compile(_activate_and_multiply, dynamic=True)
     for module in model.modules():
-        if type(module).__name__.endswith("MLP") and all(hasattr(module, part) for part in _GATED):
+        if is_gated_mlp(module):
             module.forward = MethodType(gated_mlp, module)
             found.add(type(module).__name__)
     rotary = vars(sys.modules[type(model).__module__]).get(_ROTARY)
@@ -247,11 +249,16 @@ def apply_compiled(model: Any) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _norms(model: Any) -> Iterator[nn.Module]:
+def norms(model: Any) -> Iterator[nn.Module]:
     """Yield the norms that are one module of a Python class; those of torch have a kernel already."""
     for module in model.modules():
         if type(module).__name__.endswith("Norm") and not type(module).__module__.startswith("torch."):
             yield module
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Return whether a module is an MLP that multiplies two products, one of them after an activation."""
+    return type(module).__name__.endswith("MLP") and all(hasattr(module, part) for part in _GATED)
 
 
 def _activate_and_multiply(activation: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

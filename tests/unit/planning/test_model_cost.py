@@ -101,6 +101,27 @@ def test_half_precision_keeps_half_and_autocast_copies_weights():
     assert (exact.constant_bytes, half.constant_bytes, autocast.constant_bytes) == (0, 0, 2 * layers)
 
 
+@pytest.mark.parametrize(("mode", "size"), [("half", 2), ("fp32", 4)])
+@pytest.mark.parametrize("layers", [3, 12])  # counted directly, and extrapolated from two shallow models
+def test_liger_keeps_less_for_each_norm_and_mlp(mode, size, layers):
+    """A norm keeps its input in place of an fp32 copy and the normalised input; an MLP no activation of its gate."""
+    config = LlamaConfig(**SMALL | {"num_hidden_layers": layers}, intermediate_size=96)
+    plain, liger = count_cost(config, mode), count_cost(config, mode, liger=True)
+    saved = (2 * layers + 1) * 4 * 48 + layers * size * 96
+    assert plain.activation_bytes - liger.activation_bytes == pytest.approx(saved, abs=1e-6)
+    assert (liger.parameters, liger.step_flops(False)) == (plain.parameters, plain.step_flops(False))
+
+
+def test_a_model_without_known_kernels_is_counted_with_its_own_code():
+    config = GPTNeoXConfig(**SMALL, intermediate_size=192)
+    assert count_cost(config, "half", liger=True) == count_cost(config, "half")
+
+
+def test_the_cache_of_a_token_has_the_keys_and_values_of_all_layers():
+    config = LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2)
+    assert count_cost(config, "half").cache_width == 3 * 2 * 2 * 12
+
+
 def test_lora_trains_the_adapters_alone_at_two_thirds_of_the_operations():
     config = LlamaConfig(**SMALL, intermediate_size=96)
     full, lora = count_cost(config, "fp32"), count_cost(config, "fp32", LoraRecipe(rank=1))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from minisft.planning import planner
 from minisft.planning.machines import GPUS
 from minisft.planning.planner import (
     job_of,
@@ -20,9 +21,11 @@ from minisft.planning.workload import workload_assumed, workload_of
 from minisft.recipe import LoraRecipe, load_recipe
 from minisft.run_folder import RunFolder, trained_alone, write_environment, write_resolved_recipe
 from minisft.training.batching import Sizes
-from tests.unit.planning.models_as_files import model_costs
+from minisft.training.kernels import Obstacle
+from tests.unit.planning.models_as_files import MODELS, model_costs
 
 ROW = 16384
+CPU = replace(GPUS["h100"], name="cpu", kind="cpu")
 
 
 @pytest.fixture
@@ -157,6 +160,61 @@ def test_the_heaviest_row_weighs_supervised_tokens(recipe):
 
 
 # --- this machine -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(recipe, tmp_path):
+    """A recipe whose model is a configuration of Mistral 7B, with assumed data."""
+    return replace(recipe, model=str(MODELS / "mistral-7b"), output=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "installed", "machine", "counted"),
+    [
+        ("liger", False, "h100", True),  # the plan is for another machine
+        ("auto", True, "h100", True),
+        ("auto", False, "h100", False),
+        ("none", True, "h100", False),
+        ("compile", True, "h100", False),
+        ("auto", True, "cpu", False),
+    ],
+)
+def test_the_kernels_of_liger_are_counted_where_they_would_be_used(
+    published, monkeypatch, kernels, installed, machine, counted
+):
+    monkeypatch.setattr(planner, "find_obstacle", lambda *words: None if installed else Obstacle("not here", "install"))
+    gpu = CPU if machine == "cpu" else GPUS[machine]
+    jobs = [
+        job_of(with_training(published, kernels=one, precision="bf16"), gpu, sizes=None) for one in (kernels, "none")
+    ]
+    ours, plain = (predict(job, "vanilla").memory for job in jobs)
+    assert (ours.activations < plain.activations) == counted
+    assert (ours.peak < plain.peak) == counted
+
+
+def test_the_model_that_scores_checkpoints_is_counted(published):
+    """Its bf16 weights, and the cache of the longest prompt and answer: 2 x 8 heads of 128 in 32 layers."""
+    scored = with_training(published, early_stopping=2, early_stopping_by="best_by", precision="bf16")
+    with_scores, without = (job_of(one, GPUS["h100"], sizes=None, count=8) for one in (scored, published))
+    tokens = with_scores.workload.longest + scored.evaluation.max_new_tokens
+    expected = 2 * 7_248_023_552 + tokens * 2 * 2 * 8 * 128 * 32
+    ours, plain = (predict(job, "zero3", checkpointing=True).memory for job in (with_scores, without))
+    assert (ours.scoring, plain.scoring) == (expected, 0)
+    held = ours.optimizer + ours.buffers + 2 * 7_248_023_552 / 8
+    assert ours.peak == pytest.approx(max(plain.peak, held + expected))
+    # Without a second memory to free, as in fp32 on a CPU, it comes on top of the step.
+    on_cpu = [replace(job, machine=CPU, precision="fp32") for job in (with_scores, without)]
+    ours, plain = (predict(job, "vanilla").memory for job in on_cpu)
+    assert ours.peak - plain.peak == ours.scoring == 2 * expected
+
+
+def test_a_model_that_one_gpu_cannot_score_is_divided(recipe, tmp_path):
+    """70B in bf16 is 141 GB: two copies, each over four of eight GPUs of 80 GB."""
+    recipe = replace(recipe, model=str(MODELS / "llama3-70b"), output=str(tmp_path / "run"))
+    scored = with_training(recipe, early_stopping=2, early_stopping_by="best_by", precision="bf16")
+    job = job_of(scored, GPUS["h100"], sizes=None, count=8)
+    assert predict(job, "zero3").setting.gpus_each == 4
+    assert predict(job, "zero3").memory.scoring == pytest.approx(2 * 70.55e9 / 4, rel=0.05)
 
 
 def test_predict_run_on_this_machine(recipe_file):

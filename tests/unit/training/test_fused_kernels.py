@@ -125,6 +125,26 @@ def test_the_comparison_leaves_the_model_as_it_was(model, play):
     assert all(one.grad is None for one in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("strategy", "precision", "lora", "autocast"),
+    [("vanilla", "bf16", False, False), ("vanilla", "bf16", True, True), ("zero2", "bf16", False, False)],
+)
+def test_the_comparison_computes_as_training_does(model, strategy, precision, lora, autocast):
+    """Vanilla in bf16 has bf16 weights, and autocast with LoRA only."""
+    seen = []
+    norm = model.model.norm
+    plain = norm.forward
+
+    def forward(hidden):
+        seen.append((norm.weight.dtype, torch.is_autocast_enabled("cpu")))
+        return plain(hidden)
+
+    norm.forward = forward
+    Proof(model, CPU, precision, strategy, lora=lora).run()
+    half = torch.float32 if autocast else torch.bfloat16
+    assert seen == [(torch.float32, False), (half, autocast)]
+
+
 def test_every_kind_of_layer_is_compared(model):
     """The second layer is of another kind; a fault there shows, and the third is left out."""
 

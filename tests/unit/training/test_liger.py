@@ -41,6 +41,12 @@ def test_a_model_gets_kernels(found, model):
     assert found[model]["difference"] < 1e-5
 
 
+def test_the_plan_counts_what_the_kernels_keep(found):
+    assert len(found["kept"]) == 10
+    for kind, (kept, counted) in found["kept"].items():
+        assert counted == pytest.approx(kept, rel=0.02), kind
+
+
 def test_a_model_with_another_activation_is_refused(found):
     """Liger's SwiGLU does not read the activation of the configuration."""
     assert "compute something else than the code of LlamaForCausalLM" in found["Llama with another activation"]
