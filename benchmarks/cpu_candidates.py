@@ -54,11 +54,11 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     first = timed_step(model, optimizer, row, options.rows, nothing)
     differences: dict[str, float] = {}
-    expected: list[torch.Tensor] = []
+    expected: list[Any] = []
     for name in names:  # this takes the time of what is allocated once, too
         with CHANGES[name](model) as finish:
             compute_gradients(model, row, options.rows, finish)
-        found = [weight.grad for weight in model.parameters()]
+        found: list[Any] = [weight.grad for weight in model.parameters()]
         expected = expected or found
         pairs = zip(found, expected, strict=True)
         differences[name] = max(float((one - other).norm() / other.norm()) for one, other in pairs)
@@ -207,8 +207,8 @@ def batched_attention(model: Any) -> Iterator[Finish]:
     original = attention.per_conversation_attention
 
     def attend(q: Any, k: Any, v: Any, lengths: Any, shape: Any, dropout: float = 0.0, sinks: Any = None) -> Any:
-        rows = [one.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for one in (q, k, v)]
-        output = scaled_dot_product_attention(*rows, is_causal=True, scale=shape.scaling, enable_gqa=True)
+        q, k, v = (one.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for one in (q, k, v))
+        output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scaling, enable_gqa=True)
         return output.transpose(1, 2).flatten(0, 1)
 
     attention.per_conversation_attention = attend
@@ -232,7 +232,10 @@ def without_clipping(model: Any) -> Iterator[Finish]:
 @contextmanager
 def output_layer_in_place(model: Any) -> Iterator[Finish]:
     """Add up the gradient of the output layer over the rows of a step in one tensor, and scale it once."""
-    original, sums = loss._SumOfLosses, []
+    implementation: Any = loss
+    original = implementation._SumOfLosses
+    sums: list[torch.Tensor] = []
+    factors: list[torch.Tensor] = []
 
     class Summed(torch.autograd.Function):
         @staticmethod
@@ -247,25 +250,26 @@ def output_layer_in_place(model: Any) -> Iterator[Finish]:
                     sums[0].addmm_(gradient.T, hidden[part])
                 else:
                     sums.append(gradient.T @ hidden[part])
-            ctx.by_hidden, ctx.mark = by_hidden, ctx.mark_non_differentiable(losses)
+            ctx.mark_non_differentiable(losses)
+            ctx.by_hidden = by_hidden
             return losses.sum(), losses
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, factor: Any, _: Any) -> Any:
-            Summed.factor = factor
+            factors[:] = [factor]  # the same for all rows of a step
             return ctx.by_hidden.mul_(factor), None, None, None, None, None
 
     def deliver() -> None:
         weight = model.get_output_embeddings().weight
-        total = sums.pop().mul_(Summed.factor)
+        total = sums.pop().mul_(factors[0])
         weight.grad = total if weight.grad is None else weight.grad.add_(total)
 
-    loss._SumOfLosses = Summed
+    implementation._SumOfLosses = Summed
     try:
         yield deliver
     finally:
-        loss._SumOfLosses = original
+        implementation._SumOfLosses = original
 
 
 @contextmanager
