@@ -22,6 +22,7 @@ OTHERS = (
     "uv",
     "source",
     "apt-get",
+    "sha256sum",
     "srun",
     "torchrun",
     "deepspeed",
