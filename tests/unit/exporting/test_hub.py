@@ -96,7 +96,8 @@ def test_a_verified_export_and_its_card_are_sent(hub, answering_run):
     assert f"published: http://127.0.0.1:{hub.server_port}/me/mine/commit/{'0' * 40}" in done.stdout
     assert hub.created["name"] == "mine"
     assert hub.created["organization"] == "me"
-    assert hub.created["visibility"] == "private"
+    # huggingface-hub 1 and 2 say it in different ways
+    assert hub.created.get("visibility") == "private" or hub.created.get("private") is True
     assert "Bearer hf_secret" in hub.tokens
     assert hub.files.keys() > FILES
     assert not [name for name in hub.files if name.startswith(".minisft")]
