@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -204,36 +205,26 @@ def _merge(layers: tuple[Any, ...]) -> dict[nn.Module, Any]:
 @contextmanager
 def batched_attention(model: Any) -> Iterator[Finish]:
     """Compute the attention of all conversations of a row at once: the best case, since all have the same length."""
-    original = attention.per_conversation_attention
 
     def attend(q: Any, k: Any, v: Any, lengths: Any, shape: Any, dropout: float = 0.0, sinks: Any = None) -> Any:
         q, k, v = (one.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for one in (q, k, v))
         output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scaling, enable_gqa=True)
         return output.transpose(1, 2).flatten(0, 1)
 
-    attention.per_conversation_attention = attend
-    try:
+    with patch.object(attention, "per_conversation_attention", attend):
         yield nothing
-    finally:
-        attention.per_conversation_attention = original
 
 
 @contextmanager
 def without_clipping(model: Any) -> Iterator[Finish]:
     """Leave out the product of all gradients with the clipping factor: the most that skipping it could gain."""
-    original = torch.nn.utils.clip_grads_with_norm_
-    torch.nn.utils.clip_grads_with_norm_ = lambda *_: None
-    try:
+    with patch.object(torch.nn.utils, "clip_grads_with_norm_", lambda *_: None):
         yield nothing
-    finally:
-        torch.nn.utils.clip_grads_with_norm_ = original
 
 
 @contextmanager
 def output_layer_in_place(model: Any) -> Iterator[Finish]:
     """Add up the gradient of the output layer over the rows of a step in one tensor, and scale it once."""
-    implementation: Any = loss
-    original = implementation._SumOfLosses
     sums: list[torch.Tensor] = []
     factors: list[torch.Tensor] = []
 
@@ -265,11 +256,8 @@ def output_layer_in_place(model: Any) -> Iterator[Finish]:
         total = sums.pop().mul_(factors[0])
         weight.grad = total if weight.grad is None else weight.grad.add_(total)
 
-    implementation._SumOfLosses = Summed
-    try:
+    with patch.object(loss, "_SumOfLosses", Summed):
         yield deliver
-    finally:
-        implementation._SumOfLosses = original
 
 
 @contextmanager
