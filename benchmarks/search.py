@@ -8,7 +8,8 @@
    time of the search against that of one full run, and the part of it that no step and no validation took.
 
 It can be killed and called again: parts that are done are not repeated, and result.json has what is known so far. The
-time of a search that was killed is that of its last part only, so it is marked.
+time of a search that was killed is that of its last part only, so it is marked. Only the times of the search and of
+the winner's own run are used, so the other rates may be trained before, on a busy machine (`--full-runs-only`).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from minisft.models import resolve_model
 from minisft.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 from minisft.run_folder import RunFolder, read_metrics
 from minisft.search.rung_losses import compute_row_losses, read_losses, read_seconds, write_losses
+from minisft.search.search_setup import with_validation
 from minisft.search.statistics import RowLosses, clearly_worse, estimate
 
 RATE = "training.learning_rate"
@@ -43,6 +45,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--validation", type=float, default=0.1, help="fraction of the train conversations")
     parser.add_argument("--template", default="auto")
+    parser.add_argument("--full-runs-only", metavar="RATES", help="train these rates to their end, without a search")
+    parser.add_argument("--defaults", action="store_true", help="score the recipe's own settings too, at the end")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     result_file = options.output / "result.json"
@@ -56,12 +60,17 @@ def main() -> None:
     ]  # fmt: skip
     recipe_file = options.output / "recipe.yaml"
     recipe_file.write_text(dump_recipe(make_recipe(keys)))
+    trial_recipe = with_validation(load_recipe(recipe_file), options.validation)
+    if options.full_runs_only:
+        for rate in options.full_runs_only.split(","):
+            train_to_the_end(trial_recipe, float(rate), options.output / "full", options.rates.split(",").index(rate))
+        return
+    words = [sys.executable, "-m", "minisft", "search", str(recipe_file), "--vary", f"{RATE}={options.rates}"]
+    words += ["--validation", str(options.validation)]
     if "search_seconds" not in result:
         resumed = (options.output / "search" / "search.json").exists()
-        words = ["search", str(recipe_file), "--vary", f"{RATE}={options.rates}", "--no-defaults"]
-        words += ["--validation", str(options.validation)]
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "minisft", *words, *(["--resume"] if resumed else [])], check=True)
+        subprocess.run([*words, "--no-defaults", *(["--resume"] if resumed else [])], check=True)
         result |= {"search_seconds": time.perf_counter() - started, "search_was_resumed": resumed}
         result_file.write_text(json.dumps(result, indent=1))
     found = json.loads((options.output / "search" / "search.json").read_text())
@@ -69,8 +78,11 @@ def main() -> None:
     # 2. Every rate to its end; the winner first, since its time is compared with that of the search.
     rows: dict[int, RowLosses] = {}
     for trial in sorted(found["trials"], key=lambda one: bool(one["number"] != found["best"]["number"])):
-        recipe = load_recipe(options.output / "search" / "best.yaml", [(RATE, trial["settings"][RATE])])
-        rows[trial["number"]] = train_to_the_end(recipe, options.output / "full", trial["number"])
+        number = trial["number"]
+        rows[number] = train_to_the_end(trial_recipe, trial["settings"][RATE], options.output / "full", number)
+    if options.defaults and not found["test"]["defaults"]:
+        subprocess.run([*words, "--resume"], check=True)
+        found = json.loads((options.output / "search" / "search.json").read_text())
 
     # 3. The comparison.
     result |= compare(options.output, found, [rows[number] for number in sorted(rows)])
@@ -78,10 +90,10 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def train_to_the_end(recipe: Recipe, folder: Path, number: int) -> RowLosses:
-    """Train a recipe with `minisft train` unless that is done, and return the losses of its validation rows."""
+def train_to_the_end(recipe: Recipe, rate: float, folder: Path, number: int) -> RowLosses:
+    """Train with a rate by `minisft train` unless that is done, and return the losses of the validation rows."""
     run = RunFolder(folder / str(number))
-    recipe = replace(recipe, output=str(run.root))
+    recipe = replace(recipe, output=str(run.root), training=replace(recipe.training, learning_rate=rate))
     folder.mkdir(exist_ok=True)
     recipe_file, losses = folder / f"{number}.yaml", folder / f"{number}.npz"
     recipe_file.write_text(dump_recipe(recipe))

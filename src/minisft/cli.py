@@ -72,7 +72,7 @@ def _run(words: list[str]) -> int:
     if verb is None:
         raise UserError(words[0], "there is no such command", _nearest_verb(words[0]))
     os.environ.setdefault("DS_LOG_LEVEL", "error")  # DeepSpeed reads it when peft or accelerate imports it
-    arguments = verb.parser(words[0]).parse_intermixed_args(words[1:])
+    arguments = verb.parser(words[0]).parse(words[1:])
     arguments.verb = words[0]
     return verb.run(arguments) or 0
 

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from minisft.errors import UserError
 
@@ -57,6 +57,19 @@ class Verb:
 
 
 class Parser(argparse.ArgumentParser):
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse words; an option that does not exist is reported before one that is missing, which it may be meant for.
+
+        Raises:
+            UserError: The words are not what the command takes.
+        """
+        for word in words:
+            if word == "--":
+                break
+            if word.startswith("--") and " " not in word and word.partition("=")[0] not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {word}")
+        return self.parse_intermixed_args(words)
+
     def error(self, message: str) -> None:  # type: ignore[override]
         near = self._nearest(message)
         raise UserError(

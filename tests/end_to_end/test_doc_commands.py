@@ -96,7 +96,7 @@ def test_every_command_of_a_block_exists(block, tmp_path):
         if own is not None:
             if own[:1] == ["--help"] or own[1:2] == ["--help"] or own[:1] == ["--version"]:
                 continue
-            arguments = VERBS[own[0]].parser(own[0]).parse_intermixed_args(own[1:])
+            arguments = VERBS[own[0]].parser(own[0]).parse(own[1:])
             overrides = [word for word in getattr(arguments, "words", []) if "=" in word]
             assert load_recipe(recipe, overrides)
         elif words[0] == "make":

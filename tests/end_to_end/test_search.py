@@ -65,7 +65,7 @@ def searched(tmp_path_factory, tiny_model, talks):
     recipe = write_recipe(folder, tiny_model, talks, SETTINGS)
     words = ["search", recipe, "--vary", RATES, "--validation", "0.3"]
     path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
-    done = minisft(*words, PYTHONPATH=path, READS=str(folder / "reads"))
+    done = minisft(*words, PYTHONPATH=path, READS=str(folder / "reads"), PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
     return folder / "run", words, done, folder / "reads"
 
@@ -100,6 +100,15 @@ def test_the_winner_is_bit_for_bit_the_run_of_its_recipe(searched):
     plain, winner = (RunFolder(output / name) for name in ("best", best["run"]))
     assert [path.name for path in winner.list_checkpoints()] == [path.name for path in plain.list_checkpoints()]
     assert [line["loss"] for line in read_metrics(winner)] == [line["loss"] for line in read_metrics(plain)]
+
+
+def test_the_processes_of_trials_import_large_libraries_once(searched):
+    output, _, _, _ = searched
+    logs = [path.read_text() for path in (output / "trials").glob("*.log")]
+    imported = [line.rpartition("|")[2].strip() for log in logs for line in log.splitlines() if "import time:" in line]
+    assert imported, "Python lists the imports"
+    libraries = {name.partition(".")[0] for name in imported} - {"minisft"}
+    assert not libraries & {"deepspeed", "accelerate", "datasets", "tensorboard", "pandas"}
 
 
 def test_the_test_rows_are_read_by_nothing_before_the_last_trial_has_ended(searched):

@@ -134,7 +134,7 @@ def test_the_shell_is_valid_and_every_command_of_minisft_is_one(script, tmp_path
         found = re.search(r"(?:^|exec |/)minisft ((?:train|evaluate|report) .*)", line.strip())
         if found:
             verb, *words = shlex.split(found[1])
-            arguments = VERBS[verb].parser(verb).parse_intermixed_args(words)
+            arguments = VERBS[verb].parser(verb).parse(words)
             assert load_recipe(recipe, [word for word in arguments.words if "=" in word])
 
 

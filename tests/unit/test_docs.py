@@ -45,7 +45,7 @@ def test_every_yaml_block_is_a_part_of_a_recipe(block, tmp_path):
 @pytest.mark.parametrize("line", commands())
 def test_every_command_is_one(line, tmp_path):
     verb, *words = shlex.split(line.replace("=...", "=fp32").replace(" ...", ""))
-    arguments = VERBS[verb].parser(verb).parse_intermixed_args(words)
+    arguments = VERBS[verb].parser(verb).parse(words)
     if arguments.words and arguments.words[0].startswith("recipes/"):
         assert (ROOT / arguments.words[0]).is_file()
     overrides = [word for word in arguments.words if "=" in word]

@@ -40,9 +40,9 @@ def test_options_and_words_mix_in_every_order(verb):
         mixed[place:place] = OPTIONS[verb]
         if verb not in ("demo", "report") and second <= place:
             mixed.insert(second, "--trust-remote-code")
-            parsed.add((True, str(VERBS[verb].parser(verb).parse_intermixed_args(mixed))))
+            parsed.add((True, str(VERBS[verb].parser(verb).parse(mixed))))
         else:
-            parsed.add((False, str(VERBS[verb].parser(verb).parse_intermixed_args(mixed))))
+            parsed.add((False, str(VERBS[verb].parser(verb).parse(mixed))))
     assert {found.count("trust_remote_code=True") for with_trust, found in parsed if with_trust} <= {1}
     assert len(parsed) == len({with_trust for with_trust, _ in parsed})
 
@@ -52,6 +52,7 @@ def test_options_and_words_mix_in_every_order(verb):
     [
         (["check", "recipe.yaml", "--quik"], "did you mean `--quick`? see `minisft check --help`"),
         (["submit", "recipe.yaml", "--time", "90", "--partion=gpu"], "did you mean `--partition`?"),
+        (["submit", "recipe.yaml", "--tim", "8:00:00"], "did you mean `--time`?"),  # although --time is missing
         (["inspect", "recipe.yaml", "--split", "tset"], "did you mean `test`?"),
         (["export", "run", "folder", "--to", "guff"], "did you mean `gguf`?"),
         (["train", "recipe.yaml", "--zzz"], "Fix: see `minisft train --help`"),

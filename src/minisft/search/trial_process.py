@@ -5,6 +5,8 @@ long as many steps of a small model, and a trial that runs out of memory ends it
 process: no model was loaded and no GPU was used before it. The reply to a job is one line on stdout.
 """
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -43,7 +45,7 @@ def _forward(number: int, frame: FrameType | None) -> None:
 
 def _import_libraries() -> None:
     from minisft.training.device import on_cpu
-    from minisft.training.zero import set_deepspeed_environment
+    from minisft.training.zero import import_deepspeed, set_deepspeed_environment
 
     set_deepspeed_environment(on_cpu())
     import peft  # noqa: F401
@@ -51,10 +53,20 @@ def _import_libraries() -> None:
     import minisft.data.inspect
     import minisft.data.preparation
     import minisft.evaluation.backends
+    import minisft.planning.auto
     import minisft.report.plots
+    import minisft.runner
+    import minisft.training.certificate
     import minisft.training.disk
     import minisft.training.run_training
     import minisft.training.trainer  # noqa: F401
+
+    if on_cpu():  # a GPU could be opened by it, which must not happen before a fork
+        import_deepspeed()
+    with contextlib.suppress(ImportError):
+        import torch.utils.tensorboard  # noqa: F401 (the Trainer imports it, if it is installed)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would visit, and so copy, all that was imported
 
 
 def _perform_in_fork(job: dict[str, Any]) -> dict[str, Any]:

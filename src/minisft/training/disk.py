@@ -76,7 +76,8 @@ def require_disk(
     there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     free = free_space(there) + freed_bytes
     model, state = size_text(size.model), size_text(size.state)
-    problem = f"{size_text(needed)} for {count} checkpoints of {model}, {state} of state for resuming"
+    checkpoints = "1 checkpoint" if count == 1 else f"{count} checkpoints"
+    problem = f"{size_text(needed)} for {checkpoints} of {model}, {state} of state for resuming"
     if needed > free:
         raise UserError(
             place,

@@ -92,6 +92,12 @@ def set_deepspeed_environment(on_cpu: bool) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+def import_deepspeed() -> None:
+    """Import DeepSpeed if it is installed: accelerate does so in every training, and it takes seconds."""
+    with contextlib.suppress(ImportError):
+        import deepspeed  # noqa: F401
+
+
 def require_deepspeed(strategy: str, on_cpu: bool) -> None:
     """Check that DeepSpeed can start, and compile its op before several processes do.
 
