@@ -113,6 +113,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--row-tokens", type=int, nargs="+", default=[], help="measure training.row_tokens, too")
     parser.add_argument("--peers", type=Path, metavar="FOLDER", help="measure TRL and ms-swift, installed there")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="peers to measure; others are left out")
     parser.add_argument("--overhead", action="store_true", help="also measure what a step spends on our own code")
     parser.add_argument("--balance", action="store_true", help="also measure two processes, dealt evenly and in order")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured there")
@@ -208,8 +209,11 @@ def contenders(arguments: argparse.Namespace, work: Work) -> tuple[list[Contende
             (list(TRL_SETTINGS), trl_python, trl_contenders),
             ([SWIFT], swift_python, swift_contenders),
         ):
+            if arguments.only and not set(names) & set(arguments.only):
+                continue
             try:
-                found += make(install(arguments.peers), work)
+                made = make(install(arguments.peers), work)
+                found += [one for one in made if not arguments.only or one.name in arguments.only]
             except subprocess.CalledProcessError as error:
                 left_out |= dict.fromkeys(names, f"it cannot be installed: {last_line(error.stderr)}")
     return found, left_out
