@@ -53,7 +53,6 @@ def _import_libraries() -> None:
     import minisft.data.inspect
     import minisft.data.preparation
     import minisft.evaluation.backends
-    import minisft.planning.auto
     import minisft.report.plots
     import minisft.runner
     import minisft.training.certificate
