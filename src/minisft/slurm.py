@@ -158,7 +158,8 @@ def submit(recipe: Recipe, options: SlurmOptions, script: Path | None, *, now: b
         force: Replace scripts that exist.
 
     Raises:
-        UserError: The recipe or the options are impossible, a script exists, or SLURM is not there or refuses the job.
+        UserError: The recipe or the options are impossible, a script exists or cannot be written, or SLURM is not there
+            or refuses the job.
     """
     from minisft.data.sources import require_sources
     from minisft.run_start import refuse_start
@@ -191,8 +192,12 @@ def submit(recipe: Recipe, options: SlurmOptions, script: Path | None, *, now: b
 
     # 3. Write, and submit.
     output.absolute().parent.mkdir(parents=True, exist_ok=True)  # SLURM does not create the folder of the log
-    for file, text in texts.items():
-        write_atomically(file, text)
+    try:
+        for file, text in texts.items():
+            write_atomically(file, text)
+    except OSError as error:
+        problem = f"the script cannot be written there ({error.strerror})"
+        raise UserError(path, problem, "give --script a file in a folder of your own, or free some space") from None
     written = Submission(path, resolved, scored if options.evaluate else None)
     _say_written(written, recipe, options, local, untested=untested, now=now)
     return _submit_now(written) if now else written

@@ -213,6 +213,7 @@ def test_times_are_those_of_slurm(text, seconds):
         (["--time", "90", "data.source=gone.jsonl"], "gone.jsonl", "gone.jsonl"),
         (["--time", "90", "--resume"], "run", "there is no run to resume"),
         (["--time", "90", "--now"], "--now", "is not installed here"),
+        (["--time", "90", "--script", "/proc/job.sbatch"], "/proc/job.sbatch", "cannot be written there"),
     ],
 )
 def test_a_mistake_is_refused_and_nothing_is_written(recipe_file, tmp_path, capsys, words, where, problem):
